@@ -1,0 +1,20 @@
+"""What a user sees in the graph. Nodes are thin: a schema, and an `execute` that calls the encoder."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .loader import DistilledT5Loader
+from .replacements import register_replacements
+from .save import DistilledT5Save
+from .text_encode import DistilledT5TextEncode
+
+
+class DistilledT5Extension(ComfyExtension):
+    """This pack's nodes, and the old node they take the place of."""
+
+    async def on_load(self) -> None:
+        await register_replacements()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [DistilledT5Loader, DistilledT5TextEncode, DistilledT5Save]

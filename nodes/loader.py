@@ -1,0 +1,114 @@
+"""Distilled T5 Loader."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ..encoder.clip_l import in_order
+from ..encoder.families import FAMILIES
+from ..encoder.served import ServingOptions, load_encoder
+from .model_files import FOLDER, NO_FILE, clip_l_names, fingerprint, path_of, text_encoder_names
+from .progress import progress_bar
+
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3fn": torch.float8_e4m3fn}
+MAX_TOKEN_LENGTH = 1024
+
+
+class DistilledT5Loader(io.ComfyNode):
+    """Loads a distilled T5 in the place of DualCLIPLoader."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DistilledT5Loader",
+            display_name="Distilled T5 Loader",
+            category="Distilled T5",
+            description=(
+                "Loads a distilled T5 (T5-Base: 0.26 GB) in the place of T5-XXL (9.5 GB) for Flux. Put it where DualCLIPLoader stands: "
+                "the CLIP it gives works with every text encode, LoRA, ControlNet and guidance node."
+            ),
+            search_aliases=["DistillT5", "DistilT5", "T5-Base dual clip", "small T5", "DualCLIPLoader", "T5-XXL replacement", "DualCLIPLoaderT5Base"],
+            inputs=[
+                io.Combo.Input(
+                    "clip_name1",
+                    options=clip_l_names(),
+                    tooltip="The CLIP-L file (clip_l.safetensors), from models/text_encoders. 'none': no CLIP-L; its pooled vector is zeros.",
+                ),
+                io.Combo.Input(
+                    "clip_name2",
+                    options=text_encoder_names(),
+                    tooltip="The distilled T5 file, from models/text_encoders. Distilled files come first in the list. A plain T5-XXL belongs into DualCLIPLoader.",
+                ),
+                io.Combo.Input("type", options=list(FAMILIES), default="flux", tooltip="The kind of diffusion model that the encoder was distilled for."),
+                io.Combo.Input(
+                    "device",
+                    options=["default", "cpu", *accelerators()],
+                    default="default",
+                    advanced=True,
+                    optional=True,
+                    tooltip="Where the encoder runs. 'default': ComfyUI decides. It is fast on the cpu too, and leaves all graphics memory to the diffusion model.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="auto",
+                    advanced=True,
+                    optional=True,
+                    tooltip="Number format of the distilled T5's weights. 'auto': as in the file, at most 16 bits. fp8 halves the memory and costs some precision.",
+                ),
+                io.Int.Input(
+                    "token_length",
+                    default=0,
+                    min=0,
+                    max=MAX_TOKEN_LENGTH,
+                    advanced=True,
+                    optional=True,
+                    tooltip="Tokens to which prompts are padded. 0: the length at which the file was trained (best). Padding reaches the picture, so other lengths change it.",
+                ),
+            ],
+            outputs=[
+                io.Clip.Output(display_name="CLIP", tooltip="An ordinary Flux CLIP: CLIP-L (or zeros) and the distilled T5."),
+                io.String.Output(display_name="info", tooltip="What was loaded: size, parameters, memory, number format, device, token length."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, clip_name1: str, clip_name2: str, type: str, device: str = "default", dtype: str = "auto", token_length: int = 0
+    ) -> io.NodeOutput:
+        clip_l_path, t5_path = in_order(None if clip_name1 == NO_FILE else path_of(clip_name1), path_of(clip_name2))
+        options = ServingOptions(
+            family=type,
+            dtype=DTYPES[dtype],
+            token_length=token_length or None,
+            device=torch_device(device),
+            embedding_folders=tuple(folder_paths.get_folder_paths("embeddings")),
+        )
+        served = load_encoder(t5_path, clip_l_path, options, progress_bar())
+        return io.NodeOutput(served.clip, served.info, ui=ui.PreviewText(served.info))
+
+    @classmethod
+    def fingerprint_inputs(cls, clip_name1: str, clip_name2: str, **_settings: object) -> str:
+        return f"{FOLDER}/{fingerprint(clip_name1)}/{fingerprint(clip_name2)}"
+
+
+def accelerators() -> list[str]:
+    """Names such as cuda:0 of the accelerators that torch sees; none when ComfyUI runs with --cpu."""
+    device = comfy.model_management.get_torch_device()
+    if device.type in ("cpu", "mps"):
+        return [] if device.type == "cpu" else ["mps"]
+    count = torch.get_device_module(device).device_count()
+    return [f"{device.type}:{index}" for index in range(count)]
+
+
+def torch_device(name: str) -> torch.device | None:
+    """The device behind a choice of the list; None for `default`."""
+    if name == "default":
+        return None
+    if name != "cpu" and name not in accelerators():
+        known = ", ".join(["default", "cpu", *accelerators()])
+        raise ValueError(f"There is no device {name} on this machine.\nWhat to do: choose one of {known}.")
+    return torch.device(name)

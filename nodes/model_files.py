@@ -1,0 +1,96 @@
+"""Names in the file lists and the files behind them."""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import folder_paths
+
+from ..encoder.errors import StudentFileError
+from ..encoder.files import SAFETENSORS, open_student
+
+FOLDER = "text_encoders"
+NO_FILE = "none"
+
+
+def text_encoder_names() -> list[str]:
+    """All files of `models/text_encoders`, distilled T5 first."""
+    names = folder_paths.get_filename_list(FOLDER)
+    return sorted(names, key=lambda name: (not _is_student(name), names.index(name)))
+
+
+def clip_l_names() -> list[str]:
+    """The same files, those that are called CLIP-L first, then `none`, then the others."""
+    names = folder_paths.get_filename_list(FOLDER)
+    likely = [name for name in names if re.search(r"clip[-_ ]?l(?![a-z])", name.lower())]
+    return [*likely, NO_FILE, *(name for name in names if name not in likely)]
+
+
+def _is_student(name: str) -> bool:
+    path = folder_paths.get_full_path(FOLDER, name)
+    # Only a safetensors header can be read in no time; a .pth would have to be unpickled to know.
+    if path is None or not path.lower().endswith(SAFETENSORS):
+        return False
+    try:
+        return _is_student_file(path, os.path.getmtime(path), os.path.getsize(path))
+    except OSError:
+        return False
+
+
+@lru_cache(maxsize=4096)
+def _is_student_file(path: str, _changed_s: float, _size: int) -> bool:
+    try:
+        open_student(path)
+    except StudentFileError:
+        return False
+    return True
+
+
+def path_of(name: str) -> str:
+    """The file behind a name of the list. Raises StudentFileError if it is not there (any more)."""
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        folders = ", ".join(folder_paths.get_folder_paths(FOLDER))
+        raise StudentFileError(
+            f"{name} is not in the text encoder folders.", "refresh the file list (key R) and pick a file that is listed.", f"Looked in: {folders}"
+        )
+    return path
+
+
+def fingerprint(name: str) -> str:
+    """Changes when the file behind a name changes: size and time of the last change."""
+    path = None if name == NO_FILE else folder_paths.get_full_path(FOLDER, name)
+    if path is None or not os.path.isfile(path):
+        return name
+    stat = os.stat(path)
+    return f"{name}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+# Windows forbids these, and its device names; a name that is saved here should open everywhere.
+_FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f]')
+
+
+def new_file(name: str) -> Path:
+    """A path in `models/text_encoders` for a new file: `name.safetensors`, or `name_00002.safetensors` and so on if that is taken.
+
+    Raises ValueError for a name that is empty, absolute, or leads out of the folder.
+    """
+    folder = Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()
+    parts = [part.strip() for part in name.strip().removesuffix(".safetensors").split("/")]
+    bad = _FORBIDDEN.search(name) or any(part in ("", ".", "..") or part.endswith(".") for part in parts)
+    if bad or len(name) > 200:
+        raise ValueError(
+            f"{name!r} cannot be the name of a new encoder file.\n"
+            'What to do: give a name such as "my_t5_base" or "mine/t5_base" (letters, digits, - and _; at most 200 characters; no "..").'
+        )
+    stem = folder.joinpath(*parts)
+    # A link inside the folder may point out of it.
+    if not stem.parent.resolve().is_relative_to(folder):
+        raise ValueError(f"{name!r} leads out of {folder}.\nWhat to do: give a name inside the folder.")
+    path, number = stem.with_name(stem.name + ".safetensors"), 2
+    while path.exists():
+        path, number = stem.with_name(f"{stem.name}_{number:05}.safetensors"), number + 1
+    return path

@@ -1,0 +1,21 @@
+"""Progress of a step on the node, and the chance to interrupt it."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.utils
+
+from ..encoder.files import Progress
+
+
+def progress_bar() -> Progress:
+    """A function (done, total) that moves the node's progress bar, and raises when the user has pressed Cancel."""
+    bars: list[comfy.utils.ProgressBar] = []
+
+    def show(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if not bars:
+            bars.append(comfy.utils.ProgressBar(total))
+        bars[0].update_absolute(done, total)
+
+    return show

@@ -1,0 +1,51 @@
+"""Distilled T5 Text Encode."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..encoder.prompt_length import describe_length
+
+
+class DistilledT5TextEncode(io.ComfyNode):
+    """Encodes a prompt for Flux and says whether it fits into the length that the student was trained at."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DistilledT5TextEncode",
+            display_name="Distilled T5 Text Encode",
+            category="Distilled T5",
+            description="Encodes one prompt for CLIP-L and the distilled T5, with Flux guidance, and counts its tokens against the trained length.",
+            search_aliases=["DistillT5 prompt", "Flux prompt", "CLIPTextEncodeFlux", "T5 token count", "prompt length"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP of a Distilled T5 Loader (an ordinary Flux CLIP works too)."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="The prompt. (word:1.3) weighs a word, {red|green} picks one at random.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=3.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Flux guidance. Flux-dev: 2 to 5. Flux-schnell takes none and ignores it.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="CONDITIONING", tooltip="A Flux conditioning, for a sampler or any conditioning node."),
+                io.String.Output(display_name="token_count", tooltip="How many T5 tokens the prompt has, against the length the student was trained at."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, text: str, guidance: float) -> io.NodeOutput:
+        if clip is None:
+            raise ValueError("There is no CLIP.\nWhat to do: connect a Distilled T5 Loader; a checkpoint without text encoders gives none.")
+        tokens = clip.tokenize(text)
+        count = describe_length(clip, tokens)
+        conditioning = clip.encode_from_tokens_scheduled(tokens, add_dict={"guidance": guidance})
+        return io.NodeOutput(conditioning, count, ui=ui.PreviewText(count))
