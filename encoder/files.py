@@ -49,7 +49,7 @@ class StudentFile:
     twin: str | None = None
 
     def load(self, progress: Progress | None = None) -> dict[str, Tensor]:
-        """All tensors on the CPU by published name. Raises StudentFileError on a wrong hash, a false twin or a number that is not finite."""
+        """All tensors on the CPU by published name. Raises StudentFileError for a wrong hash, a false twin, numbers not finite."""
         return self.checked(load_tensors(self.path), progress)
 
     def checked(self, loaded: Mapping[str, Tensor], progress: Progress | None = None) -> dict[str, Tensor]:
@@ -112,7 +112,9 @@ def check_readable(path: Path) -> None:
             "use the .safetensors file (it is small already), or load a GGUF T5-XXL with the nodes of ComfyUI-GGUF.",
         )
     if ending not in SAFETENSORS + TORCH_ZIPS:
-        raise StudentFileError(f"{path.name} has the ending {ending!r}; expected .safetensors (or the authors' .pth).", "pick another file.")
+        raise StudentFileError(
+            f"{path.name} has the ending {ending!r}; expected .safetensors (or the authors' .pth).", "pick another file."
+        )
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -131,7 +133,9 @@ def _safetensors(path: Path) -> Iterator[safetensors.safe_open]:
     except safetensors.SafetensorError as error:
         size = path.stat().st_size if path.is_file() else 0
         raise StudentFileError(
-            f"{path.name} is no whole safetensors file ({size:,} bytes).", "download it again; it may have been cut off or renamed.", f"Found: {error}"
+            f"{path.name} is no whole safetensors file ({size:,} bytes).",
+            "download it again; it may have been cut off or renamed.",
+            f"Found: {error}",
         ) from error
 
 

@@ -23,9 +23,13 @@ PICK_STUDENT = "pick the distilled T5 file here (README: which files to put wher
 # The first kind with a sign in any tensor name is named; order matters where kinds share signs.
 KINDS = (
     ForeignKind("a LoRA", (".lora_down.", ".lora_up.", ".lora_A.", ".lora_B."), "load it with LoraLoader; " + PICK_STUDENT),
-    ForeignKind("a Flux diffusion model", ("double_blocks.0.", "single_transformer_blocks.0."), "load it with Load Diffusion Model; " + PICK_STUDENT),
+    ForeignKind(
+        "a Flux diffusion model", ("double_blocks.0.", "single_transformer_blocks.0."), "load it with Load Diffusion Model; " + PICK_STUDENT
+    ),
     ForeignKind("a checkpoint with a diffusion model", ("model.diffusion_model.",), "load it with Load Checkpoint; " + PICK_STUDENT),
-    ForeignKind("a CLIP text encoder", ("text_model.encoder.layers.0.", "transformer.resblocks.0."), "it belongs into clip_name1; " + PICK_STUDENT),
+    ForeignKind(
+        "a CLIP text encoder", ("text_model.encoder.layers.0.", "transformer.resblocks.0."), "it belongs into clip_name1; " + PICK_STUDENT
+    ),
     ForeignKind("a CLIP vision model", ("vision_model.encoder.",), PICK_STUDENT),
     ForeignKind("a VAE", ("decoder.conv_in.", "decoder.up.0.", "taesd_decoder."), "load it with Load VAE; " + PICK_STUDENT),
     ForeignKind("a language model (Llama, Qwen, Gemma or the like)", ("model.layers.0.self_attn.",), PICK_STUDENT),
@@ -62,7 +66,7 @@ def refuse_unprojected(shapes: Mapping[str, Shape], d_model: int, where: str) ->
             "load it with DualCLIPLoader (type flux), which is made for it; a distilled T5 goes here.",
         )
     raise StudentFileError(
-        f"{where} is a T5 of width {d_model} without its projection (final_projection.0 and .3 are missing), so it cannot speak to the diffusion model.",
+        f"{where} is a T5 of width {d_model} without its projection (final_projection.0 and .3): no diffusion model understands it.",
         "use the file with the projection, as it was published or trained; a plain T5 of this size was never taught this diffusion model.",
         f"It holds {len(shapes)} tensors, and no metadata that says distilled_t5.projection = none.",
     )

@@ -136,8 +136,10 @@ def read_layout(shapes: Mapping[str, Shape], where: str) -> StudentLayout:
     wrong = [f"{name}: expected {list(wanted[name])}, found {list(shapes[name])}" for name in wanted if _differs(name, wanted, shapes)]
     if missing or extra or wrong:
         raise StudentFileError(
-            f"{where} is not a whole distilled T5: {len(missing)} tensors are missing, {len(extra)} do not belong, {len(wrong)} have a wrong shape.",
-            "download or export the file again; it was read as " + layout.size_name + ", by its embedding, its first block and its projection.",
+            f"{where} is not a whole distilled T5: {len(missing)} tensors missing, {len(extra)} too many, {len(wrong)} of a wrong shape.",
+            "download or export the file again; it was read as "
+            + layout.size_name
+            + ", by its embedding, its first block and its projection.",
             _findings(missing, extra, wrong),
         )
     return layout

@@ -12,7 +12,10 @@ import time
 
 HOST_LINE = "lora key not loaded: "
 # kohya and OneTrainer (lora_te2_, lora_te3_), ComfyUI's generic names, diffusers (text_encoder_2): all for the T5 encoder of Flux or SD3.
-T5XXL_KEY = re.compile(r"(lora_te\d_(encoder_block|shared)_|text_encoders\.t5xxl\.|text_encoder_[23]\.encoder\.block\.|t5xxl\.transformer\.)")
+T5XXL_KEY = re.compile(
+    r"(lora_te\d_(encoder_block|shared)_|text_encoders\.t5xxl\.|text_encoder_[23]\.encoder\.block\.|t5xxl\.transformer\.)"
+)
+NOTICE = "Distilled T5: this LoRA also has weights for T5-XXL. They are left out, because no T5-XXL is loaded; all else is applied."
 # Lines of one LoRA come within milliseconds of each other.
 SAME_LORA_S = 2.0
 
@@ -36,7 +39,7 @@ class FoldT5xxlLines(logging.Filter):
         self._seen.add(message)
         self._last_s = now_s
         if begins:
-            record.msg = "Distilled T5: this LoRA also has weights for T5-XXL. They are left out, no T5-XXL is loaded; everything else in it is applied."
+            record.msg = NOTICE
             record.args = ()
         return begins
 

@@ -1,6 +1,6 @@
 """What a distilled encoder's file says about itself beyond its tensors: reading, checking, writing.
 
-All values are strings, as safetensors demands. `distilled_t5.*` keys are ours; `modelspec.*` keys follow the ModelSpec 1.0.1 standard, which
+All values are strings, as safetensors demands. `distilled_t5.*` keys are ours; `modelspec.*` keys follow ModelSpec 1.0.1, which
 ComfyUI's Model Library and other hosts show. A file without `distilled_t5.format_version` is the authors': family flux, 256 tokens.
 """
 
@@ -90,7 +90,7 @@ def check_against_layout(metadata: StudentMetadata, layout: StudentLayout, where
         )
 
 
-def described(metadata: StudentMetadata, layout: StudentLayout, parameters_dtype: str) -> dict[str, str]:
+def described(metadata: StudentMetadata, layout: StudentLayout, dtype: str) -> dict[str, str]:
     """The header to write: ours, ModelSpec's and the carried facts. The hash is filled in by the writer."""
     ours = {
         VERSION_KEY: FORMAT_VERSION,
@@ -108,7 +108,7 @@ def described(metadata: StudentMetadata, layout: StudentLayout, parameters_dtype
         "modelspec.implementation": "https://github.com/comfyanonymous/ComfyUI",
         "modelspec.title": title,
         "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "modelspec.description": f"{layout.size_name} text encoder, {layout.parameters / 1e6:.0f} M parameters, {parameters_dtype}, in the place of T5-XXL.",
+        "modelspec.description": f"{layout.size_name} in the place of T5-XXL: {layout.parameters / 1e6:.0f} M parameters, {dtype}.",
         "modelspec.usage_hint": "ComfyUI: Distilled T5 Loader, beside clip_l.safetensors.",
         "modelspec.tags": "text encoder, t5, distilled, " + metadata.family,
         HASH_KEY: NO_HASH,

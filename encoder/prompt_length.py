@@ -13,7 +13,8 @@ def describe_length(clip: Any, tokens: Mapping[str, Sequence[Sequence[tuple]]]) 
     """One line about a tokenized prompt. Raises ValueError for a CLIP that has no T5."""
     if "t5xxl" not in tokens:
         raise ValueError(
-            f"This CLIP has no T5 (its tokens are for {', '.join(tokens)}).\nWhat to do: connect a Distilled T5 Loader, or another CLIP for Flux."
+            f"This CLIP has no T5 (its tokens are for {', '.join(tokens)}).\n"
+            "What to do: connect a Distilled T5 Loader, or another CLIP for Flux."
         )
     count = sum(1 for chunk in tokens["t5xxl"] for token in chunk if not (isinstance(token[0], int) and token[0] == PAD))
     metadata = getattr(clip.cond_stage_model, "metadata", None)
@@ -22,4 +23,5 @@ def describe_length(clip: Any, tokens: Mapping[str, Sequence[Sequence[tuple]]]) 
     trained = metadata.token_length
     if count <= trained:
         return f"{count} of {trained} T5 tokens"
-    return f"{count} T5 tokens, {count - trained} more than the {trained} this encoder was trained at: expect the end of the prompt to count for little"
+    excess = f"{count - trained} more than the {trained} this encoder was trained at"
+    return f"{count} T5 tokens, {excess}: expect the end of the prompt to count for little"

@@ -78,7 +78,7 @@ def t5_config(layout: StudentLayout) -> dict[str, Any]:
 class StudentTextModel(sd1_clip.SDClipModel):
     """The student as ComfyUI's text model: tokens in, embeddings [B, L, D] out; no pooled vector."""
 
-    def __init__(self, layout: StudentLayout, device: Any, dtype: torch.dtype, model_options: dict[str, Any]) -> None:
+    def __init__(self, layout: StudentLayout, device: Any, dtype: torch.dtype | None, model_options: dict[str, Any]) -> None:
         super().__init__(
             device=device,
             dtype=dtype,
@@ -116,8 +116,8 @@ def without_embeddings(pairs: list[tuple[Any, float]], pad: tuple[int, float]) -
 class DistilledFluxTextEncoder(nn.Module):
     """CLIP-L (or zeros) and the student, in the place of CLIP-L and T5-XXL.
 
-    The student's module is called `t5base` whatever its size: CLIPSave writes a file of its own for that name, and LoRAs for T5-XXL look for
-    `t5xxl`. Token keys stay `l` and `t5xxl`, which other nodes index.
+    The student's module is called `t5base` whatever its size: CLIPSave writes a file of its own for that name, and LoRAs for T5-XXL look
+    for `t5xxl`. Token keys stay `l` and `t5xxl`, which other nodes index.
     """
 
     def __init__(
@@ -215,7 +215,11 @@ def _load_patcher(student_path: str, clip_l_path: str | None, options: ServingOp
 
 
 def _build(
-    student: StudentFile, clip_l: dict[str, Tensor] | None, options: ServingOptions, progress: Progress | None, disable_dynamic: bool = False
+    student: StudentFile,
+    clip_l: dict[str, Tensor] | None,
+    options: ServingOptions,
+    progress: Progress | None,
+    disable_dynamic: bool = False,
 ) -> comfy.sd.CLIP:
     tensors = host_tensors(student, options.dtype, progress)
     state_dicts = [tensors] if clip_l is None else [clip_l, tensors]
@@ -295,9 +299,10 @@ def describe(clip: Any, student_name: str, clip_l_name: str | None) -> str:
     weights = list(model.t5base.parameters())
     resident_mb = sum(weight.numel() * weight.element_size() for weight in weights) / 1e6
     widest = max(weights, key=torch.numel)
+    memory = f"{resident_mb:.0f} MB as {FLOAT_NAMES[widest.dtype]}"
     pooled = f"CLIP-L from {clip_l_name}" if clip_l_name else "no CLIP-L: pooled vector of zeros"
     lines = [
-        f"{model.layout.size_name} from {student_name}: {model.layout.parameters / 1e6:.1f} M parameters, {resident_mb:.0f} MB as {FLOAT_NAMES[widest.dtype]}",
+        f"{model.layout.size_name} from {student_name}: {model.layout.parameters / 1e6:.1f} M parameters, {memory}",
         f"runs on {clip.patcher.load_device}, rests on {clip.patcher.offload_device}; prompts are padded to {model.token_length} tokens",
         f"text width {model.layout.output_width} ({FAMILIES[model.metadata.family].display_name}); {pooled}",
     ]

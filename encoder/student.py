@@ -64,5 +64,4 @@ def transformers_config(layout: StudentLayout, dropout: float = DROPOUT) -> T5Co
         num_heads=layout.num_heads,
         dropout_rate=dropout,
         feed_forward_proj="gated-gelu" if layout.gated else "relu",
-        tie_word_embeddings=False,
     )

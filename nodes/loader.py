@@ -30,26 +30,39 @@ class DistilledT5Loader(io.ComfyNode):
                 "Loads a distilled T5 (T5-Base: 0.26 GB) in the place of T5-XXL (9.5 GB) for Flux. Put it where DualCLIPLoader stands: "
                 "the CLIP it gives works with every text encode, LoRA, ControlNet and guidance node."
             ),
-            search_aliases=["DistillT5", "DistilT5", "T5-Base dual clip", "small T5", "DualCLIPLoader", "T5-XXL replacement", "DualCLIPLoaderT5Base"],
+            search_aliases=[
+                "DistillT5",
+                "DistilT5",
+                "T5-Base dual clip",
+                "small T5",
+                "DualCLIPLoader",
+                "T5-XXL replacement",
+                "DualCLIPLoaderT5Base",
+            ],
             inputs=[
                 io.Combo.Input(
                     "clip_name1",
                     options=clip_l_names(),
-                    tooltip="The CLIP-L file (clip_l.safetensors), from models/text_encoders. 'none': no CLIP-L; its pooled vector is zeros.",
+                    tooltip="The CLIP-L file (clip_l.safetensors), from models/text_encoders. 'none': its pooled vector is zeros.",
                 ),
                 io.Combo.Input(
                     "clip_name2",
                     options=text_encoder_names(),
-                    tooltip="The distilled T5 file, from models/text_encoders. Distilled files come first in the list. A plain T5-XXL belongs into DualCLIPLoader.",
+                    tooltip="The distilled T5 file, from models/text_encoders; distilled files come first. T5-XXL is for DualCLIPLoader.",
                 ),
-                io.Combo.Input("type", options=list(FAMILIES), default="flux", tooltip="The kind of diffusion model that the encoder was distilled for."),
+                io.Combo.Input(
+                    "type",
+                    options=list(FAMILIES),
+                    default="flux",
+                    tooltip="The kind of diffusion model that the encoder was distilled for.",
+                ),
                 io.Combo.Input(
                     "device",
                     options=["default", "cpu", *accelerators()],
                     default="default",
                     advanced=True,
                     optional=True,
-                    tooltip="Where the encoder runs. 'default': ComfyUI decides. It is fast on the cpu too, and leaves all graphics memory to the diffusion model.",
+                    tooltip="Where the encoder runs; default: ComfyUI decides. The cpu leaves graphics memory to the diffusion model.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -57,7 +70,7 @@ class DistilledT5Loader(io.ComfyNode):
                     default="auto",
                     advanced=True,
                     optional=True,
-                    tooltip="Number format of the distilled T5's weights. 'auto': as in the file, at most 16 bits. fp8 halves the memory and costs some precision.",
+                    tooltip="Number format of the T5's weights. auto: as in the file, at most 16 bits. fp8 halves memory, costs precision.",
                 ),
                 io.Int.Input(
                     "token_length",
@@ -66,12 +79,14 @@ class DistilledT5Loader(io.ComfyNode):
                     max=MAX_TOKEN_LENGTH,
                     advanced=True,
                     optional=True,
-                    tooltip="Tokens to which prompts are padded. 0: the length at which the file was trained (best). Padding reaches the picture, so other lengths change it.",
+                    tooltip="Tokens to which prompts are padded. 0: as trained (best). Padding reaches the picture: others change it.",
                 ),
             ],
             outputs=[
                 io.Clip.Output(display_name="CLIP", tooltip="An ordinary Flux CLIP: CLIP-L (or zeros) and the distilled T5."),
-                io.String.Output(display_name="info", tooltip="What was loaded: size, parameters, memory, number format, device, token length."),
+                io.String.Output(
+                    display_name="info", tooltip="What was loaded: size, parameters, memory, number format, device, token length."
+                ),
             ],
         )
 

@@ -55,7 +55,9 @@ def path_of(name: str) -> str:
     if path is None:
         folders = ", ".join(folder_paths.get_folder_paths(FOLDER))
         raise StudentFileError(
-            f"{name} is not in the text encoder folders.", "refresh the file list (key R) and pick a file that is listed.", f"Looked in: {folders}"
+            f"{name} is not in the text encoder folders.",
+            "refresh the file list (key R) and pick a file that is listed.",
+            f"Looked in: {folders}",
         )
     return path
 
@@ -94,3 +96,8 @@ def new_file(name: str) -> Path:
     while path.exists():
         path, number = stem.with_name(f"{stem.name}_{number:05}.safetensors"), number + 1
     return path
+
+
+def listed_name(path: Path) -> str:
+    """The name under which the file lists show a path that `new_file` gave."""
+    return str(path.relative_to(Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from comfy_api.latest import io, ui
 
 from ..encoder.files import write_student
 from ..encoder.served import student_of, student_tensors
-from .model_files import new_file
+from .model_files import listed_name, new_file
 
 DTYPES = {"as loaded": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3fn": torch.float8_e4m3fn}
 
@@ -29,24 +31,33 @@ class DistilledT5Save(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of a Distilled T5 Loader, also after LoRA or merge nodes. CLIP-L is not saved."),
-                io.String.Input("filename", default="my_distilled_t5", tooltip="Name of the new file, without folder and ending; mine/base puts it into a subfolder."),
+                io.String.Input(
+                    "filename",
+                    default="my_distilled_t5",
+                    tooltip="Name of the new file, without folder and ending; mine/base puts it into a subfolder.",
+                ),
                 io.Combo.Input(
                     "dtype",
                     options=list(DTYPES),
                     default="as loaded",
-                    tooltip="Number format of the file. 'as loaded' keeps every bit. bf16 is what other programs read best; fp8 halves the file and costs precision.",
+                    tooltip="Number format of the file. 'as loaded' keeps every bit; fp8 halves the file and costs precision.",
                 ),
             ],
-            outputs=[io.String.Output(display_name="file", tooltip="The name of the new file, as the loader's list shows it after a refresh (key R).")],
+            outputs=[
+                io.String.Output(
+                    display_name="file", tooltip="The name of the new file, as the loader's list shows it after a refresh (key R)."
+                )
+            ],
         )
 
     @classmethod
-    def execute(cls, clip, filename: str, dtype: str) -> io.NodeOutput:
+    def execute(cls, clip: Any, filename: str, dtype: str) -> io.NodeOutput:
         student = student_of(clip)
         path = new_file(filename)
         wanted = DTYPES[dtype]
         tensors = {name: tensor if wanted is None else tensor.to(wanted) for name, tensor in student_tensors(clip).items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_student(path, tensors, student.metadata)
-        report = f"Saved {path.name} ({path.stat().st_size / 1e6:.0f} MB) in {path.parent}"
-        return io.NodeOutput(path.name, ui=ui.PreviewText(report))
+        listed = listed_name(path)
+        report = f"Saved {listed} ({path.stat().st_size / 1e6:.0f} MB) in {path.parent}"
+        return io.NodeOutput(listed, ui=ui.PreviewText(report))

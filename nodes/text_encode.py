@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io, ui
 
 from ..encoder.prompt_length import describe_length
@@ -16,7 +18,7 @@ class DistilledT5TextEncode(io.ComfyNode):
             node_id="DistilledT5TextEncode",
             display_name="Distilled T5 Text Encode",
             category="Distilled T5",
-            description="Encodes one prompt for CLIP-L and the distilled T5, with Flux guidance, and counts its tokens against the trained length.",
+            description="Encodes a prompt for CLIP-L and the distilled T5, with Flux guidance, and counts its tokens.",
             search_aliases=["DistillT5 prompt", "Flux prompt", "CLIPTextEncodeFlux", "T5 token count", "prompt length"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of a Distilled T5 Loader (an ordinary Flux CLIP works too)."),
@@ -37,12 +39,14 @@ class DistilledT5TextEncode(io.ComfyNode):
             ],
             outputs=[
                 io.Conditioning.Output(display_name="CONDITIONING", tooltip="A Flux conditioning, for a sampler or any conditioning node."),
-                io.String.Output(display_name="token_count", tooltip="How many T5 tokens the prompt has, against the length the student was trained at."),
+                io.String.Output(
+                    display_name="token_count", tooltip="How many T5 tokens the prompt has, against the length the student was trained at."
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, clip, text: str, guidance: float) -> io.NodeOutput:
+    def execute(cls, clip: Any, text: str, guidance: float) -> io.NodeOutput:
         if clip is None:
             raise ValueError("There is no CLIP.\nWhat to do: connect a Distilled T5 Loader; a checkpoint without text encoders gives none.")
         tokens = clip.tokenize(text)

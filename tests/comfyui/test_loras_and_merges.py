@@ -1,0 +1,136 @@
+"""LoRAs, hooks, textual inversions and merges reach CLIP-L and the student, and only what is theirs."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import comfy.hooks
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from comfy_extras.nodes_hooks import CreateHookKeyframe, SetClipHooks, SetHookKeyframes
+from comfy_extras.nodes_model_merging import CLIPAdd, CLIPMergeSimple, CLIPSave, CLIPSubtract
+from distilled_t5.devtools.small_encoders import PROMPT, TINY, embedding, encode, pooled, random_tensors, serve, student_file
+from distilled_t5.encoder.files import open_student
+from distilled_t5.encoder.layout import StudentLayout
+from distilled_t5.encoder.lora_log import NOTICE
+from distilled_t5.encoder.served import student_tensors
+from safetensors.torch import load_file, save_file
+
+# T5-Base's width, which is CLIP-L's too.
+WIDE = StudentLayout(d_model=768, d_ff=64, num_layers=1, num_heads=2, hidden_width=64, projected_width=4096)
+
+
+@pytest.fixture(scope="module")
+def text_encoders(stand_ins: Path) -> Path:
+    return stand_ins / "models" / "text_encoders"
+
+
+@pytest.fixture(scope="module")
+def lora(stand_ins: Path) -> dict[str, torch.Tensor]:
+    files = sorted((stand_ins / "models" / "loras").glob("*.safetensors"))
+    return comfy.utils.load_torch_file(str(files[0]), safe_load=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("students")
+
+
+@pytest.fixture(scope="module")
+def clip(folder: Path, text_encoders: Path) -> Any:
+    return serve(student_file(folder), text_encoders / "clip_l.safetensors").clip
+
+
+def t5xxl_keys(lora: dict[str, torch.Tensor]) -> list[str]:
+    return [key for key in lora if "encoder_block" in key]
+
+
+def test_a_lora_reaches_clip_l_and_not_the_student_with_one_clear_line(clip, lora, caplog):
+    assert len(t5xxl_keys(lora)) >= 200
+    before_text, before_pooled = embedding(clip), pooled(clip)
+    with caplog.at_level(logging.WARNING):
+        _, with_lora = comfy.sd.load_lora_for_models(None, clip, lora, 1.0, 1.0)
+    assert not torch.equal(pooled(with_lora), before_pooled)
+    assert torch.equal(embedding(with_lora), before_text)
+    about_t5 = [line for line in caplog.messages if "T5-XXL" in line or "encoder_block" in line]
+    assert about_t5 == [NOTICE]
+
+
+def test_keys_of_a_lora_that_are_not_t5xxl_are_still_reported(clip, caplog):
+    stray = {"lora_unet_no_such_layer.lora_up.weight": torch.zeros(2, 1), "lora_te1_no_such_layer.lora_up.weight": torch.zeros(2, 1)}
+    with caplog.at_level(logging.WARNING):
+        comfy.sd.load_lora_for_models(None, clip, stray, 1.0, 1.0)
+    assert sorted(caplog.messages) == sorted(f"lora key not loaded: {key}" for key in stray)
+
+
+def test_a_second_lora_gets_a_line_of_its_own(clip, lora, caplog):
+    with caplog.at_level(logging.WARNING):
+        comfy.sd.load_lora_for_models(None, clip, lora, 1.0, 1.0)
+        comfy.sd.load_lora_for_models(None, clip, lora, 1.0, 0.5)
+    assert len([line for line in caplog.messages if "T5-XXL" in line]) == 2
+
+
+def test_taking_the_lora_off_again_gives_the_first_embedding_bit_for_bit(clip, lora):
+    before = pooled(clip)
+    _, with_lora = comfy.sd.load_lora_for_models(None, clip, lora, 1.0, 1.0)
+    changed = pooled(with_lora)
+    assert torch.equal(pooled(clip), before)
+    assert torch.equal(pooled(with_lora), changed)
+
+
+def test_hooks_with_a_clip_schedule_change_clip_l_over_the_steps(clip, lora):
+    hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=0.0, strength_clip=1.0)
+    keyframes = CreateHookKeyframe().create_hook_keyframe(strength_mult=0.0, start_percent=0.0)[0]
+    keyframes = CreateHookKeyframe().create_hook_keyframe(strength_mult=1.0, start_percent=0.5, prev_hook_kf=keyframes)[0]
+    hooks = SetHookKeyframes().set_hook_keyframes(hooks, keyframes)[0]
+    scheduled = SetClipHooks().apply_hooks(clip, schedule_clip=True, apply_to_conds=True, hooks=hooks)[0]
+    parts = encode(scheduled)
+    assert [(extras["clip_start_percent"], extras["clip_end_percent"]) for _, extras in parts] == [(0.0, 0.5), (0.5, 1.0)]
+    assert torch.equal(parts[0][1]["pooled_output"], pooled(clip))
+    assert not torch.equal(parts[1][1]["pooled_output"], parts[0][1]["pooled_output"])
+    assert torch.equal(parts[0][0], parts[1][0])
+
+
+def test_a_textual_inversion_for_clip_l_stays_out_of_a_student_of_the_same_width(folder, text_encoders, tmp_path):
+    save_file({"clip_l": torch.randn(2, 768)}, tmp_path / "style.safetensors")
+    path = student_file(folder, WIDE, "wide.safetensors")
+    clip = serve(path, text_encoders / "clip_l.safetensors", embedding_folders=(str(tmp_path),)).clip
+    with_inversion, without = "a cat in embedding:style oil", "a cat in oil"
+    assert not torch.equal(pooled(clip, with_inversion), pooled(clip, without))
+    assert torch.equal(embedding(clip, with_inversion), embedding(clip, without))
+
+
+def test_merging_two_students_averages_their_weights(clip, folder, text_encoders):
+    other = serve(student_file(folder, name="other.safetensors", seed=1), text_encoders / "clip_l.safetensors").clip
+    merged = CLIPMergeSimple().merge(clip, other, 0.25)[0]
+    first, second = random_tensors(TINY, 0), random_tensors(TINY, 1)
+    weights = student_tensors(merged)
+    for name in TINY.tensors():
+        torch.testing.assert_close(weights[name], 0.75 * second[name] + 0.25 * first[name], atol=1e-5, rtol=1e-5)
+
+
+def test_subtracting_and_adding_again_gives_the_first_student(clip, folder, text_encoders):
+    other = serve(student_file(folder, name="other.safetensors", seed=1), text_encoders / "clip_l.safetensors").clip
+    difference = CLIPSubtract().merge(clip, other, 1.0)[0]
+    back = CLIPAdd().merge(difference, other)[0]
+    torch.testing.assert_close(embedding(back), embedding(clip), atol=1e-3, rtol=1e-3)
+
+
+def test_what_CLIPSave_writes_loads_again_with_the_same_numbers(clip, text_encoders, tmp_path, monkeypatch):
+    saver = CLIPSave()
+    monkeypatch.setattr(saver, "output_dir", str(tmp_path))
+    saver.save(clip, "saved")
+    written = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert written == ["saved_clip_l_00001_.safetensors", "saved_t5base_00001_.safetensors"]
+    student = open_student(tmp_path / written[1])
+    assert student.layout == TINY
+    again = serve(tmp_path / written[1], tmp_path / written[0]).clip
+    assert torch.equal(embedding(again, PROMPT), embedding(clip, PROMPT))
+    assert torch.equal(pooled(again, PROMPT), pooled(clip, PROMPT))
+    original = random_tensors(TINY)
+    assert all(torch.equal(tensor, original[name]) for name, tensor in student.load().items())
+    assert "shared.weight" in load_file(tmp_path / written[1])
