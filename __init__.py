@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 if __package__:
     WEB_DIRECTORY = "./web"
 
-    async def comfy_entrypoint():
+    async def comfy_entrypoint():  # noqa: ANN201 (naming the type would import it)
         """Return the extension with this pack's nodes (ComfyUI's V3 node API)."""
         from .nodes import DistilledT5Extension
 

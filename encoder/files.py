@@ -149,7 +149,7 @@ def _load_torch_zip(path: Path) -> dict[str, Tensor]:
             raise StudentFileError(f"{where} unpacks to more than its own size, which torch.save never writes.", "do not use this file.")
     try:
         content = torch.serialization.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # the unpickler raises whatever the file makes it raise
+    except Exception as error:  # torch raises whatever the file makes it raise
         raise StudentFileError(
             f"{where} could not be read as plain weights: it is damaged, or it carries code, which is never run.",
             "use the .safetensors file, or a .pth that holds a state dict of tensors only.",

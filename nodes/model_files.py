@@ -31,7 +31,7 @@ def clip_l_names() -> list[str]:
 
 def _is_student(name: str) -> bool:
     path = folder_paths.get_full_path(FOLDER, name)
-    # Only a safetensors header can be read in no time; a .pth would have to be unpickled to know.
+    # Only a safetensors header can be read in no time; a .pth would have to be unpacked to know.
     if path is None or not path.lower().endswith(SAFETENSORS):
         return False
     try:
