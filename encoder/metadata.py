@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 
-from .errors import StudentFileError
+from .errors import StudentFileError, printable
 from .families import FAMILIES
 from .layout import StudentLayout
 
@@ -23,6 +23,8 @@ MAX_TOKENS = 4096
 KEY = "distilled_t5."
 VERSION_KEY = KEY + "format_version"
 HASH_KEY = "modelspec.hash_sha256"
+# ModelSpec's hash is of the data alone: two tensors exchanged in the header, or fp16 written for bf16, would not be seen.
+HEADER_HASH_KEY = KEY + "header_sha256"
 # safetensors hold the hash of their own data: a value of the same length stands there until the data is written.
 NO_HASH = "0x" + "0" * 64
 
@@ -36,7 +38,7 @@ class StudentMetadata:
 
     token_length: tokens that prompts were padded to in training. pooled: what stood for the pooled vector in training.
     text_width: set when the diffusion model's text input is not its family's usual width (a miniature). facts: every other string of the
-    header, carried along when the encoder is saved again.
+    header, carried along when the encoder is saved again. sha256, header_sha256: what the data and the header must hash to, if it is known.
     """
 
     family: str = "flux"
@@ -46,6 +48,7 @@ class StudentMetadata:
     text_width: int | None = None
     title: str = ""
     sha256: str | None = None
+    header_sha256: str | None = None
     described: bool = False
     facts: Mapping[str, str] = field(default_factory=dict)
 
@@ -57,10 +60,10 @@ def read_metadata(header: Mapping[str, str] | None, where: str) -> StudentMetada
         strays = sorted(key for key in header if key.startswith(KEY))
         if strays:
             raise _lie(where, strays[0], header[strays[0]], f"{VERSION_KEY} beside it")
-        return StudentMetadata(title=header.get("modelspec.title", ""), facts=_facts(header))
+        return StudentMetadata(title=header.get("modelspec.title", ""), sha256=_digest(header, HASH_KEY, where), facts=_facts(header))
     if header[VERSION_KEY] != FORMAT_VERSION:
         raise StudentFileError(
-            f"{where} has format version {header[VERSION_KEY]!r}; this version of Distilled T5 reads version {FORMAT_VERSION}.",
+            f"{where} has format version {_quoted(header[VERSION_KEY])}; this version of Distilled T5 reads version {FORMAT_VERSION}.",
             "update the Distilled T5 pack, or download the file again.",
         )
     return StudentMetadata(
@@ -70,7 +73,8 @@ def read_metadata(header: Mapping[str, str] | None, where: str) -> StudentMetada
         projection=_choice(header, KEY + "projection", PROJECTIONS, "mlp", where),
         text_width=_whole(header, KEY + "text_width", 0, 1, 1 << 20, where) if KEY + "text_width" in header else None,
         title=header.get("modelspec.title", ""),
-        sha256=_digest(header, where),
+        sha256=_digest(header, HASH_KEY, where),
+        header_sha256=_digest(header, HEADER_HASH_KEY, where),
         described=True,
         facts=_facts(header),
     )
@@ -91,13 +95,14 @@ def check_against_layout(metadata: StudentMetadata, layout: StudentLayout, where
 
 
 def described(metadata: StudentMetadata, layout: StudentLayout, dtype: str) -> dict[str, str]:
-    """The header to write: ours, ModelSpec's and the carried facts. The hash is filled in by the writer."""
+    """The header to write: ours, ModelSpec's and the carried facts. The hashes are filled in by the writer."""
     ours = {
         VERSION_KEY: FORMAT_VERSION,
         KEY + "family": metadata.family,
         KEY + "token_length": str(metadata.token_length),
         KEY + "pooled": metadata.pooled,
         KEY + "projection": "mlp" if layout.has_projection else "none",
+        HEADER_HASH_KEY: NO_HASH,
     }
     if layout.output_width != FAMILIES[metadata.family].text_width:
         ours[KEY + "text_width"] = str(layout.output_width)
@@ -124,7 +129,7 @@ def with_facts(metadata: StudentMetadata, facts: Mapping[str, str]) -> StudentMe
 # Written anew each time, so never carried over from the file that was loaded.
 _REWRITTEN = re.compile(
     r"format|modelspec\.(sai_model_spec|architecture|implementation|title|date|description|usage_hint|tags|hash_sha256)"
-    r"|distilled_t5\.(format_version|family|token_length|pooled|projection|text_width)"
+    r"|distilled_t5\.(format_version|family|token_length|pooled|projection|text_width|header_sha256)"
 )
 
 
@@ -147,18 +152,21 @@ def _whole(header: Mapping[str, str], key: str, default: int, least: int, most: 
     return int(value)
 
 
-def _digest(header: Mapping[str, str], where: str) -> str | None:
-    value = header.get(HASH_KEY)
+def _digest(header: Mapping[str, str], key: str, where: str) -> str | None:
+    value = header.get(key)
     if value is None:
         return None
     if not re.fullmatch(r"(0x)?[0-9a-f]{64}", value.lower()):
-        raise _lie(where, HASH_KEY, value, "64 hexadecimal digits")
+        raise _lie(where, key, value, "64 hexadecimal digits")
     return value.lower().removeprefix("0x")
 
 
 def _lie(where: str, key: str, value: str, expected: str) -> StudentFileError:
-    shown = value if len(value) <= 80 else value[:77] + "..."
     return StudentFileError(
-        f"{where}: its metadata says {key} = {shown!r}, which cannot be: expected {expected}.",
+        f"{where}: its metadata says {printable(key)} = {_quoted(value)}, which cannot be: expected {expected}.",
         "download or export the file again; a file whose metadata is wrong is not loaded.",
     )
+
+
+def _quoted(value: str) -> str:
+    return repr(value if len(value) <= 80 else value[:77] + "...")

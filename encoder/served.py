@@ -30,6 +30,8 @@ from .layout import StudentLayout
 from .lora_log import fold_t5xxl_lora_lines
 from .metadata import MAX_TOKENS, StudentMetadata
 
+# 32,000 pieces and 100 extra ids.
+TOKENS = 32100
 TokenWeights = list[list[tuple[Any, float]]]
 
 
@@ -201,6 +203,11 @@ def load_encoder(student_path: str, clip_l_path: str | None, options: ServingOpt
         raise StudentFileError(
             f"{student.path.name} was distilled for {FAMILIES[student.metadata.family].display_name}, but the type is {options.family}.",
             f"set type to {student.metadata.family}, or pick another file.",
+        )
+    if student.layout.vocab_size < TOKENS:
+        raise StudentFileError(
+            f"{student.path.name} knows {student.layout.vocab_size:,} tokens, but T5's tokenizer makes {TOKENS:,}.",
+            "use a file whose token table is whole (32,128 rows in every published T5).",
         )
     clip_l = None if clip_l_path is None else open_clip_l(Path(clip_l_path))
     clip = _build(student, clip_l, options, progress)

@@ -10,7 +10,7 @@ from pathlib import Path
 import folder_paths
 
 from ..encoder.errors import StudentFileError
-from ..encoder.files import SAFETENSORS, open_student
+from ..encoder.files import SAFETENSORS, open_student, unused_path
 
 FOLDER = "text_encoders"
 NO_FILE = "none"
@@ -72,7 +72,10 @@ def fingerprint(name: str) -> str:
 
 
 # Windows forbids these, and its device names; a name that is saved here should open everywhere.
-_FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f]')
+_FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f\x7f\ud800-\udfff]')
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+# File systems take 255 bytes; ending, number and the mark of an unfinished file need the rest.
+_MOST_BYTES = 200
 
 
 def new_file(name: str) -> Path:
@@ -82,20 +85,23 @@ def new_file(name: str) -> Path:
     """
     folder = Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()
     parts = [part.strip() for part in name.strip().removesuffix(".safetensors").split("/")]
-    bad = _FORBIDDEN.search(name) or any(part in ("", ".", "..") or part.endswith(".") for part in parts)
-    if bad or len(name) > 200:
+    if _FORBIDDEN.search(name) or not all(map(_can_be_saved, parts)):
         raise ValueError(
-            f"{name!r} cannot be the name of a new encoder file.\n"
-            'What to do: give a name such as "my_t5_base" or "mine/t5_base" (letters, digits, - and _; at most 200 characters; no "..").'
+            f"{name[:250]!r} cannot be the name of a new encoder file.\n"
+            f'What to do: give a name such as "my_t5_base" or "mine/t5_base" (letters, digits, - and _; at most {_MOST_BYTES}; no "..").'
         )
     stem = folder.joinpath(*parts)
     # A link inside the folder may point out of it.
     if not stem.parent.resolve().is_relative_to(folder):
         raise ValueError(f"{name!r} leads out of {folder}.\nWhat to do: give a name inside the folder.")
-    path, number = stem.with_name(stem.name + ".safetensors"), 2
-    while path.exists():
-        path, number = stem.with_name(f"{stem.name}_{number:05}.safetensors"), number + 1
-    return path
+    for parent in stem.relative_to(folder).parents:
+        if (folder / parent).exists() and not (folder / parent).is_dir():
+            raise ValueError(f"{name!r} cannot be saved: {parent} is a file, not a folder.\nWhat to do: give another name.")
+    return unused_path(stem.with_name(stem.name + ".safetensors"))
+
+
+def _can_be_saved(part: str) -> bool:
+    return part not in ("", ".", "..") and not part.endswith(".") and not _DEVICE.fullmatch(part) and len(part.encode()) <= _MOST_BYTES
 
 
 def listed_name(path: Path) -> str:

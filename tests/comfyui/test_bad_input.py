@@ -1,0 +1,352 @@
+"""What a user can pick or type by mistake: the nodes say what was expected, what was found and what to do, and load or write nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import folder_paths
+import pytest
+import torch
+from distilled_t5.devtools.stand_ins import clip_l_shapes
+from distilled_t5.devtools.tiny_students import FULL_VOCABULARY, joined, published_file, sparse_file, taken_apart, tiny_tensors
+from distilled_t5.encoder.errors import StudentFileError
+from distilled_t5.encoder.layout import SHARED, StudentLayout
+from distilled_t5.nodes import DistilledT5Loader, DistilledT5Save, DistilledT5TextEncode
+from distilled_t5.nodes.model_files import clip_l_names, new_file, path_of, text_encoder_names
+
+STUDENT = tiny_tensors(FULL_VOCABULARY)
+TABLE = (32128, 8)
+NAME = "bad.safetensors"
+Maker = Callable[[Path], Any]
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only text encoder folder that ComfyUI knows; it holds one good student."""
+    folder = tmp_path / "text_encoders"
+    folder.mkdir()
+    published_file(folder / "good.safetensors", STUDENT)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "text_encoders", ([str(folder)], folder_paths.supported_pt_extensions))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return folder
+
+
+def load(clip_name2: str, clip_name1: str = "none", **settings: Any) -> Any:
+    return DistilledT5Loader.execute(clip_name1, clip_name2, "flux", **settings).args[0]
+
+
+def refusal(act: Callable[[], object], kind: type[Exception] = StudentFileError) -> str:
+    """The message of an error that a person can act on; nothing may have been loaded."""
+    loaded = list(comfy.model_management.current_loaded_models)
+    with pytest.raises(kind) as caught:
+        act()
+    assert comfy.model_management.current_loaded_models == loaded
+    message = str(caught.value)
+    assert message.splitlines()[-1].startswith("What to do: ")
+    assert not message.startswith("What to do: ")
+    return message
+
+
+def changed(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The tensors of a student with some of them replaced, added or (None) taken away; `__` stands for a dot."""
+    table = STUDENT | {name.replace("__", "."): tensor for name, tensor in changes.items() if tensor is not None}
+    return {name: tensor for name, tensor in table.items() if changes.get(name.replace(".", "__"), tensor) is not None}
+
+
+def xxl() -> dict[str, tuple[int, ...]]:
+    return {name.removeprefix("encoder."): shape for name, shape in StudentLayout.named("xxl", output_width=None).tensors().items()}
+
+
+def lying(path: Path) -> None:
+    published_file(path, STUDENT, {"distilled_t5.format_version": "1", "distilled_t5.projection": "none"})
+
+
+def truncated(path: Path) -> None:
+    published_file(path, STUDENT)
+    os.truncate(path, path.stat().st_size - 1000)
+
+
+def damaged(path: Path) -> None:
+    """Tensor bytes that are not those whose hash the file names."""
+    header, data = taken_apart(published_file(path, STUDENT).read_bytes())
+    header["__metadata__"] = {"distilled_t5.format_version": "1", "modelspec.hash_sha256": "0x" + "12" * 32}
+    path.write_bytes(joined(header, data))
+
+
+FILES: dict[str, tuple[Maker, tuple[str, ...]]] = {
+    "CLIP-L": (lambda path: sparse_file(path, clip_l_shapes(), "F16"), ("a CLIP text encoder", "clip_name1")),
+    "Flux": (lambda path: sparse_file(path, {"double_blocks.0.img_mod.lin.weight": (3072, 64)}), ("a Flux diffusion model",)),
+    "T5-XXL": (lambda path: sparse_file(path, xxl(), "F16"), ("a plain T5-XXL", "DualCLIPLoader")),
+    "stripped student": (
+        lambda path: published_file(path, {name: t for name, t in STUDENT.items() if "projection" not in name}),
+        ("without its projection", "final_projection.0 and .3"),
+    ),
+    "LoRA": (lambda path: sparse_file(path, {"lora_unet_single_blocks_0.lora_down.weight": (4, 8)}), ("a LoRA", "LoraLoader")),
+    "VAE": (lambda path: sparse_file(path, {"decoder.conv_in.weight": (8, 16, 3, 3)}), ("a VAE", "Load VAE")),
+    "empty": (lambda path: path.touch(), ("is empty (0 bytes)", "download")),
+    "truncated": (truncated, ("no whole safetensors file", "cut off")),
+    "renamed GGUF": (lambda path: path.write_bytes(b"GGUF" + bytes(999)), ("GGUF", "ComfyUI-GGUF")),
+    "wrong width": (
+        lambda path: published_file(path, tiny_tensors(StudentLayout(8, 12, 1, 2, 4, hidden_width=8, projected_width=768))),
+        ("width 768", "flux asks for 4096"),
+    ),
+    "missing tensor": (lambda path: published_file(path, changed(encoder__encoder__final_layer_norm__weight=None)), ("final_layer_norm",)),
+    "extra tensor": (lambda path: published_file(path, changed(lm_head=torch.zeros(3))), ("1 too many", "  lm_head\n")),
+    "NaN": (
+        lambda path: published_file(path, changed(encoder__shared__weight=torch.full(TABLE, torch.nan, dtype=torch.bfloat16))),
+        ("not finite", f"  {SHARED}\n"),
+    ),
+    "integers": (
+        lambda path: published_file(path, changed(encoder__shared__weight=torch.zeros(*TABLE, dtype=torch.int8))),
+        (f"  {SHARED}: I8\n", "BF16"),
+    ),
+    "metadata that lies": (lying, ("distilled_t5.projection = 'none'", "a projection")),
+    "other data than its hash says": (damaged, ("changed or damaged", "Expected 1212", "Found")),
+}
+
+
+@pytest.mark.parametrize(("make", "parts"), FILES.values(), ids=FILES)
+def test_loader_refuses_the_file_and_says_what_to_do(models, make, parts):
+    make(models / NAME)
+    message = refusal(lambda: load(NAME))
+    assert NAME in message.splitlines()[0]
+    for part in parts:
+        assert part in message
+
+
+def test_folder_full_of_bad_files_still_makes_a_list_with_the_students_first(models):
+    for number, (make, _) in enumerate(FILES.values()):
+        make(models / f"a{number:02}.safetensors")
+    (models / "folder.safetensors").mkdir()
+    (models / "dangling.safetensors").symlink_to(models / "nothing")
+    names = text_encoder_names()
+    # These two look right until their numbers are read, which a list does not do.
+    plausible = {f"a{list(FILES).index(kind):02}.safetensors" for kind in ("NaN", "other data than its hash says")}
+    assert set(names[:3]) == {"good.safetensors", *plausible}
+    assert len(names) == len(FILES) + 2
+    assert set(clip_l_names()) == {*names, "none"}
+
+
+def test_torch_file_that_carries_code_is_refused_and_nothing_runs(models, tmp_path):
+    class RunsCode:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "the code ran"),)
+
+    torch.save(STUDENT | {"hook": RunsCode()}, models / "bad.pth")
+    assert "carries code, which is never run" in refusal(lambda: load("bad.pth"))
+    assert not (tmp_path / "the code ran").exists()
+
+
+def test_torch_file_of_the_authors_is_loaded(models):
+    torch.save(STUDENT, models / "authors.pth")
+    assert load("authors.pth").cond_stage_model.layout == FULL_VOCABULARY
+
+
+def test_file_that_vanished_after_the_list_was_made(models):
+    assert "good.safetensors" in text_encoder_names()
+    (models / "good.safetensors").unlink()
+    message = refusal(lambda: load("good.safetensors"))
+    assert "good.safetensors is not in the text encoder folders" in message
+    assert str(models) in message
+    assert "refresh" in message
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "../../secret.safetensors", "a/../../secret.safetensors", "/secret.safetensors"])
+def test_loader_never_leaves_the_folders(models, name):
+    published_file(models.parent / "secret.safetensors", STUDENT)
+    assert "is not in the text encoder folders" in refusal(lambda: path_of(name))
+    assert "is not in the text encoder folders" in refusal(lambda: load(name))
+
+
+def test_folder_with_the_name_of_a_file(models):
+    (models / "folder.safetensors").mkdir()
+    assert "folder.safetensors" in refusal(lambda: load("folder.safetensors"))
+
+
+def clip_l_without(path: Path, part: str) -> Path:
+    return sparse_file(path, {name: shape for name, shape in clip_l_shapes().items() if part not in name}, "F16")
+
+
+def clip_l_reshaped(path: Path) -> Path:
+    name = "text_model.encoder.layers.3.self_attn.q_proj.weight"
+    return sparse_file(path, clip_l_shapes() | {name: (768, 700), "text_model.final_layer_norm.bias": (12,)}, "F16")
+
+
+def clip_l_with_a_nan(path: Path) -> Path:
+    sparse_file(path, clip_l_shapes(), "F16")
+    with path.open("r+b") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        file.write(b"\x00\x7e")
+    return path
+
+
+def clip_g(path: Path) -> Path:
+    return sparse_file(path, {"text_model.encoder.layers.0.mlp.fc1.weight": (5120, 1280)}, "F16")
+
+
+CLIP_L_FILES: dict[str, tuple[Maker, tuple[str, ...]]] = {
+    "student": (published_file, ("is not a CLIP-L text encoder", "clip_l.safetensors in clip_name1, or none")),
+    "CLIP-G": (clip_g, ("is not a CLIP-L text encoder", "It holds 1 tensors")),
+    "missing tensors": (
+        lambda path: clip_l_without(path, "layers.11.mlp"),
+        ("4 tensors of CLIP-L are missing", "  text_model.encoder.layers.11.mlp.fc2.bias\n"),
+    ),
+    "wrong shapes": (
+        clip_l_reshaped,
+        ("2 tensors of CLIP-L have a wrong shape", "q_proj.weight: expected [768, 768], found [768, 700]", "final_layer_norm.bias"),
+    ),
+    "NaN": (clip_l_with_a_nan, ("not finite", "  text_model.embeddings.token_embedding.weight\n")),
+    "empty": (lambda path: path.touch(), ("is empty (0 bytes)",)),
+    "truncated": (truncated, ("no whole safetensors file",)),
+}
+
+
+@pytest.mark.parametrize(("make", "parts"), CLIP_L_FILES.values(), ids=CLIP_L_FILES)
+def test_what_is_no_whole_clip_l_is_refused_too(models, make, parts):
+    make(models / NAME)
+    message = refusal(lambda: load("good.safetensors", clip_name1=NAME))
+    assert NAME in message.splitlines()[0]
+    for part in parts:
+        assert part in message
+
+
+def test_clip_l_picked_twice(models):
+    sparse_file(models / "clip_l.safetensors", clip_l_shapes(), "F16")
+    assert "it belongs into clip_name1" in refusal(lambda: load("clip_l.safetensors", clip_name1="clip_l.safetensors"))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", ""])
+def test_device_that_is_not_there(models, device):
+    message = refusal(lambda: load("good.safetensors", device=device), ValueError)
+    assert "default, cpu" in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        " ",
+        ".",
+        "..",
+        "../up",
+        "a/../../up",
+        "/absolute",
+        "//host/share",
+        "C:/windows",
+        "C:windows",
+        "back\\slash",
+        "..\\up",
+        "a//b",
+        "a/",
+        "/",
+        "what?",
+        "star*",
+        "<tag>",
+        "pipe|",
+        'quote"',
+        "new\nline",
+        "null\x00",
+        "tab\t",
+        "dot.",
+        "a./b",
+        ".safetensors",
+        "x" * 201,
+        "\u6587" * 100,
+        "\ud800lone",
+        "CON",
+        "nul",
+        "aux.safetensors",
+        "Com1",
+        "LPT9.x",
+        "prn/mine",
+        "mine/con",
+    ],
+    ids=lambda name: ascii(name)[1:20],
+)
+def test_names_that_cannot_be_saved_are_refused_before_anything_is_written(models, name):
+    before = sorted(models.parent.rglob("*"))
+    clip = load("good.safetensors")
+    message = refusal(lambda: DistilledT5Save.execute(clip, name, "as loaded"), ValueError)
+    assert "cannot be the name" in message
+    assert "mine/t5_base" in message
+    assert sorted(models.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("mine", "mine.safetensors"),
+        (" mine ", "mine.safetensors"),
+        ("mine.safetensors", "mine.safetensors"),
+        ("sub/folder/mine", "sub/folder/mine.safetensors"),
+        ("v1.2", "v1.2.safetensors"),
+        ("\u5c0f T5 \u00e9", "\u5c0f T5 \u00e9.safetensors"),
+        ("console", "console.safetensors"),
+        ("com10", "com10.safetensors"),
+        ("good", "good_00002.safetensors"),
+        ("x" * 200, "x" * 200 + ".safetensors"),
+    ],
+)
+def test_names_that_can_be_saved(models, name, file):
+    assert new_file(name) == models.resolve() / file
+    DistilledT5Save.execute(load("good.safetensors"), name, "as loaded")
+    assert (models / file).is_file()
+
+
+def test_link_in_the_folder_that_leads_out_of_it_is_not_followed(models, tmp_path):
+    (tmp_path / "outside").mkdir()
+    (models / "link").symlink_to(tmp_path / "outside")
+    clip = load("good.safetensors")
+    message = refusal(lambda: DistilledT5Save.execute(clip, "link/mine", "as loaded"), ValueError)
+    assert "leads out of" in message
+    assert not list((tmp_path / "outside").iterdir())
+
+
+def test_file_where_the_folder_should_be(models):
+    clip = load("good.safetensors")
+    message = refusal(lambda: DistilledT5Save.execute(clip, "good.safetensors/mine", "as loaded"), ValueError)
+    assert "good.safetensors is a file" in message
+
+
+def test_weights_that_broke_in_the_graph_are_not_saved(models):
+    clip = load("good.safetensors")
+    with torch.no_grad():
+        clip.cond_stage_model.t5base.transformer.shared.weight.fill_(torch.nan)
+    message = refusal(lambda: DistilledT5Save.execute(clip, "mine", "bf16"))
+    assert "not finite" in message
+    assert sorted(path.name for path in models.iterdir()) == ["good.safetensors"]
+
+
+def test_number_format_that_cannot_hold_the_weights_is_refused_and_not_saved_as_infinity(models):
+    big = tiny_tensors(FULL_VOCABULARY, torch.float32)
+    big[SHARED] *= 1e9
+    published_file(models / "big.safetensors", big)
+    clip = load("big.safetensors", dtype="fp32")
+    assert "not finite" in refusal(lambda: DistilledT5Save.execute(clip, "mine", "fp16"))
+    assert not (models / "mine.safetensors").exists()
+
+
+class OtherClip:
+    """A CLIP of something else."""
+
+    cond_stage_model = torch.nn.Identity()
+
+    def tokenize(self, text: str) -> dict[str, list]:
+        return {"g": [[(49406, 1.0)]]}
+
+
+def test_clip_of_another_kind_is_told_apart(models):
+    message = refusal(lambda: DistilledT5Save.execute(OtherClip(), "mine", "as loaded"), ValueError)
+    assert "is not a distilled T5" in message
+    assert "Distilled T5 Loader" in message
+    assert "no T5" in refusal(lambda: DistilledT5TextEncode.execute(OtherClip(), "a prompt", 3.5), ValueError)
+
+
+@pytest.mark.parametrize("node", [DistilledT5TextEncode, DistilledT5Save])
+def test_no_clip_at_all(models, node):
+    arguments = ("a prompt", 3.5) if node is DistilledT5TextEncode else ("mine", "as loaded")
+    assert "CLIP" in refusal(lambda: node.execute(None, *arguments), ValueError)

@@ -1,0 +1,282 @@
+"""The method, held against its definition: Algorithm 1 and Eq. 5 of arXiv:2503.19897, on a real Flux of ComfyUI."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comfy.sample
+import comfy.sd
+import pytest
+import torch
+from distilled_t5.devtools.small_encoders import TINY, student_file
+from distilled_t5.encoder.layout import StudentLayout
+from distilled_t5.train.distill import Learner, NotFinite, follow, linear_schedule, make_optimizer, train_step
+from distilled_t5.train.objectives import OBJECTIVES
+from distilled_t5.train.student_start import make_student
+from distilled_t5.train.teacher import Teacher, TeacherText, load_teacher
+from distilled_t5.train.trajectory import Position, advance, draw, gap_at, walk
+from distilled_t5.train.velocity import FrozenFlow, differentiable
+from torch import Tensor
+
+LENGTH, SIDE_PX, STEPS = 12, 64, 4
+ANIMALS = ["cat", "dog", "fox", "owl", "cow", "pig", "hen", "bee", "ant", "bat", "elk", "emu", "gnu", "yak", "koi", "cod"]
+PROMPTS = [f"a {animal} on a sign" for animal in ANIMALS]
+BATCHED = ("x_BCHW", "text_BLD", "pooled_BP", "guidance_B", "token_ids_BL")
+OTHER = StudentLayout(d_model=32, d_ff=64, num_layers=2, num_heads=2, d_kv=16, hidden_width=64, projected_width=4096)
+
+
+@pytest.fixture(scope="module")
+def patcher(stand_ins: Path) -> Any:
+    path = stand_ins / "models" / "diffusion_models" / "flux1-dev.safetensors"
+    return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32})
+
+
+@pytest.fixture(scope="module")
+def flow(patcher: Any) -> Iterator[FrozenFlow]:
+    flow = FrozenFlow(patcher)
+    flow.load()
+    with differentiable(flow.model.diffusion_model, checkpoint_blocks=False):
+        yield flow
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return student_file(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_file: Path) -> Teacher:
+    return load_teacher(teacher_file, None)
+
+
+@pytest.fixture(scope="module")
+def text(teacher: Teacher) -> TeacherText:
+    return teacher.encode(PROMPTS, LENGTH)
+
+
+def position(flow: FrozenFlow, text: TeacherText, index: int = 0, batch: int = 16) -> Position:
+    drawn = draw(0, index, batch, SIDE_PX, (2.0, 3.5, 5.0), (LENGTH,))
+    side = drawn.noise_BCHW.shape[-1]
+    sigmas = flow.sigmas(STEPS, side, side)
+    return Position(0, drawn.noise_BCHW, sigmas, text.text_BLD[:batch], text.pooled_BP[:batch], drawn.guidance_B, text.token_ids_BL[:batch])
+
+
+def learner(student: torch.nn.Module, rate: float = 1e-3, steps: int = 100, max_norm: float = 1.0, optimizer: Any = None) -> Learner:
+    optimizer = optimizer or make_optimizer(student, rate, (0.9, 0.999), 0.0)
+    return Learner(
+        student, optimizer, linear_schedule(rate, 1, steps), max_norm, None, torch.device("cpu"), lambda mean: mean, contextlib.nullcontext
+    )
+
+
+def test_gradient_to_the_text_equals_the_numeric_derivative_with_and_without_checkpointing(patcher):
+    """A checkpoint that recomputes on overwritten tensors is off by one or two percent, without any error."""
+    flow = FrozenFlow(patcher)
+    flow.load()
+    generator = torch.Generator().manual_seed(0)
+    x, text = (torch.randn(shape, generator=generator) for shape in [(2, 16, 8, 8), (2, 20, 4096)])
+    pooled, readout = torch.randn(2, 768, generator=generator), torch.randn(x.shape, generator=generator)
+    sigma, guidance = torch.tensor([0.7, 0.3]), torch.tensor([2.0, 4.0])
+
+    def measured(text_BLD: Tensor) -> Tensor:
+        return (flow.velocity(x, sigma, text_BLD, pooled, guidance) * readout).sum()
+
+    gradients = []
+    for checkpoint_blocks in (False, True):
+        with differentiable(flow.model.diffusion_model, checkpoint_blocks):
+            gradients += torch.autograd.grad(measured(leaf := text.clone().requires_grad_(True)), leaf)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
+    steepest = gradients[1] / gradients[1].norm()
+    with torch.no_grad():
+        numeric = float(measured(text + steepest) - measured(text - steepest)) / 2
+    assert float(gradients[1].norm()) == pytest.approx(numeric, rel=2e-3)
+
+
+def test_the_diffusion_model_is_left_as_it_was(patcher):
+    model = patcher.model.diffusion_model
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with differentiable(model, checkpoint_blocks=True):
+        assert "forward" in vars(model.double_blocks[0])
+    assert not any("forward" in vars(block) for block in [*model.double_blocks, *model.single_blocks])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_student_equal_to_the_teacher_has_no_loss_and_no_gradient(flow, text, teacher_file):
+    student = make_student(TINY, str(teacher_file), dropout=0.1, seed=1)
+    student.train(False)
+    # Both halves in one arithmetic: the teacher's text is computed by the student itself.
+    with torch.no_grad():
+        same = TeacherText(text.token_ids_BL, student(text.token_ids_BL), text.pooled_BP)
+    torch.testing.assert_close(same.text_BLD, text.text_BLD, atol=1e-2, rtol=1e-2)
+    loss_B, _ = gap_at(position(flow, same), flow, student, OBJECTIVES["velocity"])
+    loss_B.sum().backward()
+    # The host's attention rounds differently with gradients on: 1e-7 of a velocity of about 1, squared.
+    assert loss_B.max() < 1e-12
+    assert torch.stack([weight.grad.norm() for weight in student.parameters() if weight.grad is not None]).norm() < 1e-5
+
+
+def test_the_trajectory_ignores_the_student(flow, text):
+    ends = []
+    for seed in (1, 2):
+        student, place = make_student(OTHER, "random", 0.0, seed), position(flow, text, batch=4)
+        while not place.done:
+            _, velocity = gap_at(place, flow, student, OBJECTIVES["velocity"])
+            place = advance(place, velocity)
+        ends.append(place.x_BCHW)
+    assert torch.equal(ends[0], ends[1])
+
+
+def test_the_teachers_trajectory_ends_in_the_latent_of_the_hosts_own_sampler(patcher, flow, text):
+    from comfy_extras.nodes_model_advanced import ModelSamplingFlux
+
+    place = position(flow, text, batch=1)
+    start = place.x_BCHW
+    conditioning = [[place.text_BLD, {"pooled_output": place.pooled_BP, "guidance": float(place.guidance_B)}]]
+    shifted = ModelSamplingFlux().patch(patcher, max_shift=1.15, base_shift=0.5, width=SIDE_PX, height=SIDE_PX)[0]
+    with torch.inference_mode():
+        expected = comfy.sample.sample(
+            shifted, start, STEPS, 1.0, "euler", "simple", conditioning, conditioning, torch.zeros_like(start), disable_pbar=True, seed=0
+        )
+    while not place.done:
+        _, velocity = gap_at(place, flow, lambda _ids, place=place: place.text_BLD, OBJECTIVES["velocity"])
+        place = advance(place, velocity)
+    ours = patcher.model.process_latent_out(place.x_BCHW)
+    torch.testing.assert_close(ours, expected.clone(), atol=1e-4, rtol=1e-4)
+
+
+def test_only_the_student_changes(patcher, flow, text, teacher):
+    frozen = [*patcher.model.parameters(), *teacher.clip.cond_stage_model.parameters()]
+    before = [weight.clone() for weight in frozen]
+    student = make_student(OTHER, "random", 0.0, 1)
+    started = {name: tensor.clone() for name, tensor in student.tensors().items()}
+    train_step([position(flow, text, batch=4)], flow, learner(student), OBJECTIVES["velocity"])
+    assert all(torch.equal(now, then) for now, then in zip(frozen, before, strict=True))
+    assert all(weight.grad is None for weight in frozen)
+    changed = {name for name, tensor in student.tensors().items() if not torch.equal(tensor, started[name])}
+    assert changed == set(started)
+
+
+def test_the_students_gradients_are_the_ones_that_are_clipped(flow, text):
+    student = make_student(OTHER, "random", 0.0, 1)
+    before = [weight.detach().clone() for weight in student.parameters()]
+    descent = torch.optim.SGD(student.parameters())
+    report, _ = train_step(
+        [position(flow, text, batch=4)], flow, learner(student, rate=1.0, max_norm=1e-3, optimizer=descent), OBJECTIVES["velocity"]
+    )
+    moved = torch.stack([(now - then).norm() for now, then in zip(student.parameters(), before, strict=True)]).norm()
+    assert report.gradient_norm > 1e-2
+    assert moved.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+class LinearFlow:
+    """Velocity that is linear in the text: simple enough to differentiate by hand."""
+
+    def __init__(self, matrix_DC: Tensor) -> None:
+        self.matrix_DC = matrix_DC
+
+    def velocity(self, x_BCHW: Tensor, sigma_B: Tensor, text_BLD: Tensor, pooled_BP: Tensor, guidance_B: Tensor | None) -> Tensor:
+        assert guidance_B is not None
+        push_BC = text_BLD.mean(1) @ self.matrix_DC * guidance_B[:, None]
+        return sigma_B.view(-1, 1, 1, 1) * x_BCHW + push_BC[:, :, None, None]
+
+
+def test_one_step_equals_a_reference_written_by_hand_in_float64():
+    generator = torch.Generator().manual_seed(3)
+    matrix, student_text, teacher_text = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in [(6, 16), (2, 5, 6), (2, 5, 6)]
+    )
+    x = torch.randn(2, 16, 4, 4, generator=generator, dtype=torch.float64)
+    guidance, sigmas = torch.tensor([2.0, 5.0], dtype=torch.float64), torch.tensor([1.0, 0.25, 0.0], dtype=torch.float64)
+    place = Position(0, x, sigmas, teacher_text, torch.zeros(2, 768), guidance, torch.zeros(2, 5, dtype=torch.long))
+    leaf = student_text.clone().requires_grad_(True)
+    loss_B, velocity = gap_at(place, LinearFlow(matrix), lambda _ids: leaf, OBJECTIVES["velocity"])
+    loss_B.mean().backward()
+
+    gap_BC = (student_text - teacher_text).mean(1) @ matrix * guidance[:, None]
+    expected_loss_B = gap_BC.square().mean(1)
+    # d/d text of mean over B of mean over C of (guidance * mean over L of text @ matrix)^2
+    expected_gradient = (2 * gap_BC / 16 * guidance[:, None] / 2) @ matrix.T / 5
+    torch.testing.assert_close(loss_B.double(), expected_loss_B, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(leaf.grad, expected_gradient[:, None].expand(2, 5, 6), atol=1e-6, rtol=1e-6)
+    teacher_velocity = x + (teacher_text.mean(1) @ matrix * guidance[:, None])[:, :, None, None]
+    torch.testing.assert_close(advance(place, velocity).x_BCHW, x - 0.75 * teacher_velocity)
+
+
+def test_the_two_objectives_differ_as_they_should(flow, text):
+    student, place = make_student(OTHER, "random", 0.0, 1), position(flow, text, batch=4)
+    naive_B, velocity = gap_at(place, flow, student, OBJECTIVES["embedding"])
+    assert velocity is None
+    expected = (student(place.token_ids_BL) - place.text_BLD).square().mean(dim=(1, 2))
+    torch.testing.assert_close(naive_B, expected)
+    followed_B, velocity = gap_at(place, flow, student, OBJECTIVES["velocity"])
+    assert velocity is not None
+    assert not torch.allclose(followed_B, naive_B, rtol=0.1)
+    moved, stayed = advance(place, velocity), advance(place, None)
+    assert torch.equal(stayed.x_BCHW, place.x_BCHW) and not torch.equal(moved.x_BCHW, place.x_BCHW)
+
+
+def test_micro_batches_give_the_step_of_the_whole_batch(flow, text):
+    whole = position(flow, text, batch=8)
+    halves = [replace(whole, **{name: getattr(whole, name)[part] for name in BATCHED}) for part in (slice(0, 4), slice(4, 8))]
+    results = []
+    for places in ([whole], halves):
+        student = make_student(OTHER, "random", 0.0, 1)
+        report, _ = train_step(places, flow, learner(student), OBJECTIVES["velocity"])
+        results.append((report, student.tensors()))
+    assert results[0][0].loss == pytest.approx(results[1][0].loss, rel=1e-5)
+    assert results[0][0].gradient_norm == pytest.approx(results[1][0].gradient_norm, rel=1e-4)
+
+
+def test_overfitting_sixteen_prompts_lowers_the_loss_on_unseen_noise_twentyfold(flow, text):
+    student = make_student(TINY, "random", 0.0, 1)
+    trained = learner(student, rate=3e-3, steps=160)
+
+    def unseen() -> float:
+        student.train(False)
+        losses = [
+            float(loss_B.mean()) for _, loss_B in walk(position(flow, text, index=10_000), flow, trained.embed, OBJECTIVES["velocity"])
+        ]
+        student.train(True)
+        return sum(losses) / len(losses)
+
+    before = unseen()
+    trajectories = ((index, [position(flow, text, index)]) for index in range(160 // STEPS))
+    reports = [report for report, _, _ in follow(trajectories, flow, trained, OBJECTIVES["velocity"])]
+    assert len(reports) == 160
+    assert unseen() <= before / 20
+
+
+def test_a_loss_that_is_not_finite_drops_the_step_and_ten_in_a_row_stop_the_run(flow, text):
+    student = make_student(OTHER, "random", 0.0, 1)
+    trained = learner(student)
+    before = {name: tensor.clone() for name, tensor in student.tensors().items()}
+    broken = position(flow, TeacherText(text.token_ids_BL, text.text_BLD * float("nan"), text.pooled_BP), batch=2)
+    reports = [train_step([broken], flow, trained, OBJECTIVES["embedding"])[0] for _ in range(9)]
+    assert all(report.dropped for report in reports)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.tensors().items())
+    with pytest.raises(NotFinite, match="What to do"):
+        train_step([broken], flow, trained, OBJECTIVES["embedding"])
+    assert trained.skipped == 10
+
+
+def test_draws_are_a_pure_function_of_seed_and_index():
+    first, again, other = (draw(7, index, 8, 64, (2.0, 5.0), (77, 128)) for index in (3, 3, 4))
+    assert torch.equal(first.noise_BCHW, again.noise_BCHW)
+    assert first.guidance_B is not None and again.guidance_B is not None
+    assert torch.equal(first.guidance_B, again.guidance_B)
+    assert not torch.equal(first.noise_BCHW, other.noise_BCHW)
+    lengths = {draw(7, index, 1, 64, (2.0,), (77, 128)).token_length for index in range(20)}
+    assert lengths == {77, 128}
+    assert draw(7, 0, 1, 64, (), (77,)).guidance_B is None
+
+
+def test_prompts_are_literal_and_cut_with_the_end_token_last(teacher):
+    ids = teacher.token_ids(["a (cat:1.3)", "word " * 50], LENGTH)
+    assert ids.shape == (2, LENGTH)
+    assert ids[1, -1] == 1 and (ids[1] != 0).all()
+    pieces = teacher.clip.tokenizer.t5xxl.tokenizer("a (cat:1.3)")["input_ids"]
+    assert ids[0, : len(pieces)].tolist() == pieces

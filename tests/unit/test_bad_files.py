@@ -1,0 +1,276 @@
+"""Files that are no distilled T5: each refused, with what was expected, what was found, and what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from distilled_t5.devtools.tiny_students import TINY, published_file, sparse_file, tiny_tensors
+from distilled_t5.encoder.errors import StudentFileError
+from distilled_t5.encoder.files import open_student
+from distilled_t5.encoder.layout import SHARED, Shape, StudentLayout
+
+TESTS = Path(__file__).resolve().parent.parent
+Shapes = dict[str, Shape]
+
+
+def refusal(path: Path) -> str:
+    """The message with which a file is refused; its first line names the file and its last says what to do."""
+    with pytest.raises(StudentFileError) as caught:
+        open_student(path).load()
+    message = str(caught.value)
+    assert path.name in message.splitlines()[0]
+    assert message.splitlines()[-1].startswith("What to do: ")
+    return message
+
+
+def prefixless(layout: StudentLayout) -> Shapes:
+    """The tensors under the names that they have in a file of Hugging Face."""
+    return {name.removeprefix("encoder."): shape for name, shape in layout.tensors().items()}
+
+
+def t5(d_model: int, vocab_size: int = 32128) -> Shapes:
+    """A T5 encoder without projection."""
+    return prefixless(StudentLayout(d_model, d_model * 2, num_layers=4, num_heads=4, vocab_size=vocab_size))
+
+
+def t5xxl() -> Shapes:
+    return prefixless(StudentLayout.named("xxl", output_width=None))
+
+
+def scaled_fp8(shapes: Shapes) -> Shapes:
+    """As in t5xxl_fp8_e4m3fn_scaled.safetensors."""
+    scales: Shapes = {f"{name.removesuffix('weight')}scale_weight": () for name in shapes if "SelfAttention" in name or "Dense" in name}
+    return shapes | scales | {"scaled_fp8": (0,)}
+
+
+def every_block_biased(shapes: Shapes) -> Shapes:
+    blocks = {name.partition("block.")[2].partition(".")[0] for name in shapes if "block." in name}
+    return shapes | {f"encoder.block.{block}.layer.0.SelfAttention.relative_attention_bias.weight": (32, 4) for block in blocks}
+
+
+FOREIGN: dict[str, tuple[Shapes, str, str]] = {
+    "CLIP-L": ({"text_model.encoder.layers.0.mlp.fc1.weight": (3072, 768), "logit_scale": ()}, "a CLIP text encoder", "clip_name1"),
+    "open_clip": ({"transformer.resblocks.0.mlp.c_fc.weight": (5120, 1280)}, "a CLIP text encoder", "clip_name1"),
+    "CLIP vision": ({"vision_model.encoder.layers.0.mlp.fc1.weight": (8, 8)}, "a CLIP vision model", "pick the distilled T5"),
+    "Flux": ({"double_blocks.0.img_attn.qkv.weight": (9216, 3072)}, "a Flux diffusion model", "Load Diffusion Model"),
+    "Flux in a checkpoint": ({"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": (9216, 3072)}, "diffusion model", "Load"),
+    "Flux of diffusers": ({"single_transformer_blocks.0.attn.to_q.weight": (3072, 3072)}, "a Flux diffusion model", "Load Diffusion Model"),
+    "SD checkpoint": ({"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)}, "a checkpoint", "Load Checkpoint"),
+    "LoRA of kohya": ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 3072)}, "a LoRA", "LoraLoader"),
+    "LoRA of diffusers": ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (4, 3072)}, "a LoRA", "LoraLoader"),
+    "LoRA of old diffusers": ({"unet.up_blocks.0.attn.processor.to_q_lora.down.weight": (4, 3072)}, "a LoRA", "LoraLoader"),
+    "LoHa": ({"lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a": (4, 3072)}, "a LoRA", "LoraLoader"),
+    "LoKr": ({"lora_unet_double_blocks_0_img_attn_qkv.lokr_w1": (4, 3072)}, "a LoRA", "LoraLoader"),
+    "VAE": ({"decoder.conv_in.weight": (512, 16, 3, 3)}, "a VAE", "Load VAE"),
+    "TAESD": ({"taesd_decoder.1.weight": (64, 16, 3, 3)}, "a VAE", "Load VAE"),
+    "Llama": ({"model.layers.0.self_attn.q_proj.weight": (64, 64)}, "a language model", "pick the distilled T5"),
+    "T5-XXL": (t5xxl(), "a plain T5-XXL", "DualCLIPLoader"),
+    "T5-XXL with its twin": (t5xxl() | {"encoder.embed_tokens.weight": (32128, 4096)}, "a plain T5-XXL", "DualCLIPLoader"),
+    "T5-XXL in scaled fp8": (scaled_fp8(t5xxl()), "a plain T5-XXL", "DualCLIPLoader"),
+    "plain T5-Base": (t5(768), "a T5 of width 768 without its projection", "distilled_t5.projection = none"),
+    "plain T5-XL": (t5(2048), "a T5 of width 2048 without its projection", "was never taught this diffusion model"),
+    "T5 with its decoder": (
+        t5(64) | {"decoder.block.0.layer.0.SelfAttention.q.weight": (64, 64)},
+        "a whole T5 with its decoder",
+        "encoder",
+    ),
+    "umT5": (every_block_biased(t5(4096, vocab_size=256384)), "a umT5", "pick the distilled T5"),
+    "mT5": (t5(4096, vocab_size=250112), "an mT5 (a vocabulary of 250,112 pieces)", "pick the distilled T5"),
+    "ByT5": (t5(1472, vocab_size=384), "a ByT5", "pick the distilled T5"),
+    "something else": ({f"layer.{number}.weight": (3, 3) for number in range(12)}, "It holds 12 tensors", "  layer.0.weight\n"),
+}
+
+
+@pytest.mark.parametrize(("shapes", "found", "advice"), FOREIGN.values(), ids=FOREIGN)
+def test_file_of_another_kind_is_named_for_what_it_is(shapes, found, advice, tmp_path):
+    message = refusal(sparse_file(tmp_path / "other.safetensors", shapes))
+    assert found in message
+    assert advice in message
+
+
+def test_t5xxl_of_9_5_gigabytes_is_refused_without_being_read(tmp_path):
+    path = sparse_file(tmp_path / "t5xxl_fp16.safetensors", t5xxl(), "F16")
+    assert path.stat().st_size > 9_500_000_000
+    start = time.process_time()
+    refusal(path)
+    assert time.process_time() - start < 5
+
+
+def test_student_whose_projection_was_stripped(tmp_path):
+    bare = {name: tensor for name, tensor in tiny_tensors().items() if not name.startswith("final_projection")}
+    message = refusal(published_file(tmp_path / "stripped.safetensors", bare))
+    assert "without its projection (final_projection.0 and .3)" in message
+
+
+def test_student_whose_prefixes_were_stripped_twice(tmp_path):
+    bare = {name.replace("encoder.encoder.", ""): tensor for name, tensor in tiny_tensors().items()}
+    message = refusal(published_file(tmp_path / "stripped.safetensors", bare))
+    assert "block.0.layer.0.SelfAttention.q.weight" in message
+
+
+@pytest.mark.parametrize("width", [64, 768, 4095, 10240])
+def test_projection_of_a_width_that_flux_does_not_take(width, tmp_path):
+    layout = StudentLayout(8, 12, 1, 2, 4, vocab_size=40, hidden_width=10, projected_width=width)
+    message = refusal(published_file(tmp_path / "wide.safetensors", tiny_tensors(layout)))
+    assert f"width {width}" in message
+    assert "4096" in message
+
+
+def test_missing_and_extra_tensors_of_a_real_size_are_all_listed(tmp_path):
+    shapes = StudentLayout.named("large").tensors()
+    missing = [name for name in shapes if "wo.weight" in name or "SelfAttention.o" in name]
+    extra: Shapes = {f"optimizer.state.{number}": (4,) for number in range(64)}
+    message = refusal(sparse_file(tmp_path / "part.safetensors", {n: s for n, s in shapes.items() if n not in missing} | extra))
+    assert f"{len(missing)} tensors missing, {len(extra)} too many" in message
+    assert all(f"  {name}\n" in message for name in [*missing, *extra])
+
+
+@pytest.mark.parametrize("dtype", ["I64", "I32", "I8", "F64"])
+@pytest.mark.parametrize("names", [[SHARED], list(TINY.tensors())], ids=["one", "all"])
+def test_tensors_that_are_no_floating_point_numbers_to_serve_are_listed(dtype, names, tmp_path):
+    kinds = {"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "F64": torch.float64}
+    tensors = {name: tensor.to(kinds[dtype]) if name in names else tensor for name, tensor in tiny_tensors().items()}
+    message = refusal(published_file(tmp_path / "integers.safetensors", tensors))
+    assert all(f"  {name}: {dtype}\n" in message for name in names)
+    assert "BF16" in message
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".sft", ".pth", ".pt", ".gguf", ".bin"])
+def test_empty_file(ending, tmp_path):
+    path = tmp_path / f"file{ending}"
+    path.touch()
+    assert "is empty (0 bytes)" in refusal(path)
+
+
+def test_gguf_file_by_ending_or_by_content(tmp_path):
+    for name in ("model.gguf", "model.GGUF", "renamed.safetensors"):
+        (tmp_path / name).write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(5000))
+        message = refusal(tmp_path / name)
+        assert "GGUF" in message
+        assert ".safetensors" in message
+        assert "ComfyUI-GGUF" in message
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "model", "model.onnx", "model.safetensors.index.json"])
+def test_ending_that_cannot_be_an_encoder(name, tmp_path):
+    (tmp_path / name).write_bytes(b"something")
+    assert "expected .safetensors" in refusal(tmp_path / name)
+
+
+def whole_bytes(folder: Path, ending: str) -> bytes:
+    path = folder / f"whole{ending}"
+    if ending == ".pth":
+        torch.save(tiny_tensors(), path)
+    else:
+        published_file(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
+@pytest.mark.parametrize("kept", [1, 7, 8, 9, 100, 0.5, 0.99, -1])
+def test_truncated_file_says_that_it_is_not_whole(ending, kept, tmp_path):
+    content = whole_bytes(tmp_path, ending)
+    path = tmp_path / f"cut{ending}"
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    message = refusal(path)
+    assert "cut off" in message or "torch.save" in message
+    if ending == ".safetensors":
+        assert f"({path.stat().st_size:,} bytes)" in message
+
+
+def test_web_page_saved_as_a_model(tmp_path):
+    path = tmp_path / "page.safetensors"
+    path.write_bytes(b"<!DOCTYPE html><html><body>Access to model is restricted</body></html>")
+    assert "no whole safetensors file" in refusal(path)
+
+
+def test_file_that_is_not_there(tmp_path):
+    message = refusal(tmp_path / "gone.safetensors")
+    assert "is not there" in message
+    assert "refresh" in message
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
+def test_file_that_vanishes_between_looking_and_loading(ending, tmp_path):
+    path = tmp_path / f"file{ending}"
+    path.write_bytes(whole_bytes(tmp_path, ending))
+    student = open_student(path)
+    path.unlink()
+    with pytest.raises(StudentFileError, match=r"(?s)is not there.*What to do: "):
+        student.load()
+
+
+def test_file_that_becomes_another_one_between_looking_and_loading(tmp_path):
+    path = published_file(tmp_path / "file.safetensors")
+    student = open_student(path)
+    other = StudentLayout(8, 12, 1, 3, 4, vocab_size=41, hidden_width=10, projected_width=4096)
+    published_file(path, tiny_tensors(other))
+    with pytest.raises(StudentFileError, match=r"(?s)file.safetensors was changed.*What to do: "):
+        student.load()
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pth", ".gguf"])
+def test_folder_with_the_name_of_a_file(ending, tmp_path):
+    path = tmp_path / f"folder{ending}"
+    path.mkdir()
+    message = refusal(path)
+    assert "is a folder" in message
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
+def test_links_that_lead_nowhere_or_in_a_circle(ending, tmp_path):
+    (tmp_path / f"dangling{ending}").symlink_to(tmp_path / "nothing")
+    (tmp_path / f"circle{ending}").symlink_to(tmp_path / f"circle{ending}")
+    for name in ("dangling", "circle"):
+        assert "is not there" in refusal(tmp_path / f"{name}{ending}")
+
+
+def test_names_that_no_file_can_have(tmp_path):
+    for name in ("x" * 300 + ".safetensors", "null\x00byte.safetensors"):
+        with pytest.raises(StudentFileError, match="What to do: "):
+            open_student(tmp_path / name)
+
+
+FORBIDDEN = """
+import os
+from distilled_t5.encoder.errors import StudentFileError
+from distilled_t5.encoder.files import open_student
+if os.geteuid() == 0:
+    os.seteuid(65534)
+for path in sys.argv[1:]:
+    try:
+        open_student(path)
+    except StudentFileError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
+def test_file_or_folder_that_may_not_be_read():
+    # Root reads everything, so the process gives its rights up; then it cannot reach pytest's own folder either.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        locked = folder / "locked"
+        locked.mkdir()
+        paths = [published_file(folder / "secret.safetensors"), published_file(locked / "inside.safetensors"), folder / "secret.pth"]
+        paths[2].write_bytes(whole_bytes(folder, ".pth"))
+        for path in (paths[0], paths[2], locked):
+            path.chmod(0)
+        done = run_without_rights(paths)
+        locked.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    for path in paths:
+        assert f"{path.name} could not be read: Permission denied" in done.stdout
+    assert done.stdout.count("What to do: ") == len(paths)
+
+
+def run_without_rights(paths: list[Path]) -> subprocess.CompletedProcess[str]:
+    start = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import conftest\n"
+    return subprocess.run([sys.executable, "-c", start + FORBIDDEN, *map(str, paths)], capture_output=True, text=True, check=False)

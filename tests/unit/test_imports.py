@@ -1,0 +1,90 @@
+"""What importing costs: the root costs nothing, the files' half of the encoder needs torch and safetensors alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent.parent
+ROOT = TESTS.parent
+HALF_FOR_FILES = ("dialects", "errors", "families", "files", "foreign", "layout", "lora_log", "metadata", "prompt_length", "torch_zip")
+HALF_FOR_COMFYUI = ("clip_l", "served")
+HALF_FOR_TRAINING = ("student",)
+HEAVY = {
+    "torch",
+    "numpy",
+    "safetensors",
+    "transformers",
+    "comfy",
+    "comfy_api",
+    "folder_paths",
+    "PIL",
+    "scipy",
+    "matplotlib",
+    "sklearn",
+    "easyocr",
+}
+
+ROOT_ALONE = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("distilled_t5", sys.argv[1] + "/__init__.py", submodule_search_locations=[sys.argv[1]])
+module = importlib.util.module_from_spec(spec)
+sys.modules["distilled_t5"] = module
+before = set(sys.modules)
+spec.loader.exec_module(module)
+"""
+WITHOUT_PACKAGE = """
+import json, sys
+before = set(sys.modules)
+exec(compile(open(sys.argv[1] + "/__init__.py").read(), "__init__.py", "exec"), {"__name__": "__init__", "__package__": ""})
+"""
+ONE_MODULE = (
+    ROOT_ALONE + "import torch, safetensors.torch\nbefore = set(sys.modules)\nimport importlib\nimportlib.import_module(sys.argv[2])\n"
+)
+TELL = "print(json.dumps(sorted(set(sys.modules) - before)))\n"
+
+
+def new_modules(code: str, *arguments: str) -> set[str]:
+    """Names of the modules that code imports after its line `before = ...`, in a fresh interpreter without ComfyUI."""
+    done = subprocess.run([sys.executable, "-I", "-c", code + TELL, str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout))
+
+
+def tops(modules: set[str]) -> set[str]:
+    return {module.partition(".")[0] for module in modules}
+
+
+def test_every_module_of_the_encoder_belongs_to_one_half():
+    found = {path.stem for path in (ROOT / "encoder").glob("*.py")} - {"__init__"}
+    assert found == {*HALF_FOR_FILES, *HALF_FOR_COMFYUI, *HALF_FOR_TRAINING}
+
+
+@pytest.mark.parametrize("code", [ROOT_ALONE, WITHOUT_PACKAGE], ids=["as a package", "as pytest may"])
+def test_root_imports_nothing(code):
+    assert new_modules(code) <= {"__future__"}
+
+
+def test_importing_the_encoder_package_imports_none_of_its_modules():
+    code = ROOT_ALONE + "import importlib\nbefore = set(sys.modules)\nimportlib.import_module(sys.argv[2])\n"
+    assert new_modules(code, "distilled_t5.encoder") == {"distilled_t5.encoder"}
+
+
+def test_half_for_files_needs_neither_comfyui_nor_transformers():
+    names = [f"distilled_t5.encoder.{module}" for module in HALF_FOR_FILES]
+    every = ONE_MODULE + "".join(f"importlib.import_module({name!r})\n" for name in names)
+    new = new_modules(every, "distilled_t5.encoder")
+    assert set(names) <= new
+    assert tops(new) & HEAVY <= {"safetensors", "torch"}
+    foreign = tops(new) - {"distilled_t5"} - sys.stdlib_module_names
+    assert foreign <= {"safetensors", "torch"}
+
+
+@pytest.mark.parametrize("module", ["dialects", "errors", "families", "layout", "lora_log", "metadata", "foreign", "prompt_length"])
+def test_modules_that_touch_no_tensor_need_no_torch(module):
+    new = new_modules(ROOT_ALONE + "import importlib\nimportlib.import_module(sys.argv[2])\n", f"distilled_t5.encoder.{module}")
+    assert not tops(new) & HEAVY

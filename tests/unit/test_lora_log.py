@@ -1,0 +1,112 @@
+"""Hundreds of log lines about T5-XXL's LoRA keys become one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+from distilled_t5.encoder import lora_log
+from distilled_t5.encoder.lora_log import NOTICE, FoldT5xxlLines, fold_t5xxl_lora_lines
+
+T5_KEYS = [
+    "lora_te2_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight",
+    "lora_te3_encoder_block_23_layer_1_DenseReluDense_wi_1.lora_up.weight",
+    "lora_te2_shared_.alpha",
+    "text_encoders.t5xxl.transformer.encoder.block.3.layer.0.SelfAttention.k.lora_A.weight",
+    "text_encoder_2.encoder.block.1.layer.0.SelfAttention.o.lora_B.weight",
+    "text_encoder_3.encoder.block.1.layer.0.SelfAttention.o.lora_B.weight",
+    "t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.v.diff",
+]
+OTHER_KEYS = [
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+    "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
+    "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds as the filter sees it; assign to [0]."""
+    now = [100.0]
+    monkeypatch.setattr(lora_log.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def host_log(clock: list[float]) -> Iterator[tuple[logging.Logger, list[str]]]:
+    """A logger with the filter, and what comes out of it."""
+    lines: list[str] = []
+    logger = logging.Logger("host")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # pyright: ignore[reportAttributeAccessIssue]
+    logger.addHandler(handler)
+    logger.addFilter(FoldT5xxlLines())
+    yield logger, lines
+    logger.handlers.clear()
+
+
+def load_lora(logger: logging.Logger, keys: list[str]) -> None:
+    """Log keys without a place as ComfyUI's comfy.lora.load_lora does."""
+    for key in keys:
+        logger.warning("lora key not loaded: {}".format(key))  # noqa: UP032 (as in the host)
+
+
+def test_hundreds_of_t5xxl_keys_give_one_line(host_log):
+    logger, lines = host_log
+    load_lora(logger, [f"lora_te2_encoder_block_{i // 10}_layer_0_SelfAttention_q.lora_{i}" for i in range(500)])
+    assert lines == [NOTICE]
+    assert len(NOTICE.splitlines()) == 1
+
+
+@pytest.mark.parametrize("key", T5_KEYS)
+def test_every_spelling_of_a_t5xxl_key_is_known(host_log, key):
+    logger, lines = host_log
+    load_lora(logger, [key])
+    assert lines == [NOTICE]
+
+
+@pytest.mark.parametrize("key", OTHER_KEYS)
+def test_keys_of_other_models_are_still_logged(host_log, key):
+    logger, lines = host_log
+    load_lora(logger, [*T5_KEYS, key, *T5_KEYS[1:]])
+    assert f"lora key not loaded: {key}" in lines
+
+
+def test_every_lora_has_its_line(host_log, clock):
+    logger, lines = host_log
+    load_lora(logger, T5_KEYS)
+    load_lora(logger, T5_KEYS)
+    assert lines == [NOTICE, NOTICE]
+    clock[0] += lora_log.SAME_LORA_S + 0.1
+    load_lora(logger, [key + "_of_another_lora" for key in T5_KEYS])
+    assert lines == [NOTICE] * 3
+
+
+def test_slow_logging_of_one_lora_is_still_one_row(host_log, clock):
+    logger, lines = host_log
+    for key in T5_KEYS:
+        load_lora(logger, [key])
+        clock[0] += lora_log.SAME_LORA_S * 0.9
+    assert lines == [NOTICE]
+
+
+def test_other_records_pass_untouched(host_log):
+    logger, lines = host_log
+    logger.info("%s of %d", "7", 9)
+    logger.warning(ValueError("an object, no text"))
+    logger.warning("shared lora key not loaded: lora_te2_encoder_block_0")
+    assert lines == ["7 of 9", "an object, no text", "shared lora key not loaded: lora_te2_encoder_block_0"]
+
+
+def test_filter_is_put_on_the_root_logger_once():
+    root = logging.getLogger()
+    before = list(root.filters)
+    try:
+        fold_t5xxl_lora_lines()
+        fold_t5xxl_lora_lines()
+        assert sum(isinstance(present, FoldT5xxlLines) for present in root.filters) == 1
+    finally:
+        root.filters[:] = before

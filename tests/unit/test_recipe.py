@@ -1,0 +1,400 @@
+"""Recipes: written and read back, refused with the line of every problem, changed by settings, found by name."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from distilled_t5.encoder.layout import StudentLayout
+from distilled_t5.train.recipe import Recipe, load_recipe
+from distilled_t5.train.recipe_file import SHIPPED, RecipeError, options
+from distilled_t5.train.toml_text import toml_value, write_toml
+from pydantic import ValidationError
+
+NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
+TABLES = {key.rpartition(".")[0] for key in options(Recipe)}
+OPTIONS = sorted(set(options(Recipe)) - TABLES)
+PAPER = (SHIPPED / "flux-dev-paper.toml").read_text(encoding="utf-8")
+SMOKE = (SHIPPED / "smoke.toml").read_text(encoding="utf-8")
+
+
+def recipe_of(folder: Path, text: str, *overrides: str) -> Recipe:
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8", newline="\n")
+    return load_recipe(str(path), overrides)
+
+
+def refusal(folder: Path, text: str, *overrides: str) -> list[str]:
+    """The lines of the error about a recipe's text, between its head and its remedy."""
+    with pytest.raises(RecipeError) as caught:
+        recipe_of(folder, text, *overrides)
+    head, *details, remedy = str(caught.value).splitlines()
+    assert "mine.toml" in head
+    assert remedy.startswith("What to do: ")
+    assert [line.strip() for line in details] == caught.value.details
+    return caught.value.details
+
+
+def line_of(text: str, start: str) -> int:
+    """The number of the first line that begins so."""
+    return 1 + next(number for number, line in enumerate(text.splitlines()) if line.startswith(start))
+
+
+def test_windows_line_ends_count_once(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(SMOKE.replace("seed = 0", 'seed = "0"').replace("\n", "\r\n").encode())
+    with pytest.raises(RecipeError, match=f"line {line_of(SMOKE, 'seed')}: seed: "):
+        load_recipe(str(path))
+
+
+# --- writing ---
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_recipes_round_trip_exactly(name, tmp_path):
+    recipe = load_recipe(name)
+    text = recipe.to_toml()
+    again = recipe_of(tmp_path, text)
+    assert again == recipe
+    assert again.to_toml() == text
+    assert again.differences(recipe) == []
+
+
+def test_hash_is_that_of_the_written_file_and_forgets_comments_and_order(tmp_path):
+    recipe = load_recipe("smoke")
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8", newline="\n")
+    assert hashlib.sha256((tmp_path / "recipe.toml").read_bytes()).hexdigest() == recipe.sha256
+    data = tomllib.loads(SMOKE)
+    shuffled = write_toml(dict(reversed(data.items())))
+    assert recipe_of(tmp_path, shuffled).sha256 == recipe.sha256
+    assert load_recipe("smoke", ["seed=1"]).sha256 != recipe.sha256
+
+
+def test_prompts_of_any_letters_round_trip_in_a_recipe(tmp_path):
+    prompt = 'a sign: "C:\\new" \'\'\' """ # \u00fc \u732b\n\ttwo lines'
+    recipe = recipe_of(tmp_path, SMOKE.replace('"a red cube left of a blue ball"', toml_value(prompt)))
+    assert recipe.preview.prompts == (prompt,)
+    assert recipe_of(tmp_path, recipe.to_toml()) == recipe
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_misspelt_key_is_refused_with_its_line_and_the_key_that_was_meant(option, tmp_path):
+    base = SMOKE if "layout" in option else PAPER
+    text = recipe_of(tmp_path, base).to_toml()
+    *tables, key = option.split(".")
+    misspelt = key[:-1] + "_" + key[-1]
+    start = {0: 0, 1: text.find(f"[{tables[0]}]") if tables else 0, 2: text.find("layout =" if "layout" in option else "corpora =")}[
+        len(tables)
+    ]
+    before, after = text[:start], text[start:]
+    changed = before + re.sub(rf"\b{key} = ", f"{misspelt} = ", after, count=1)
+    line = 1 + next(number for number, row in enumerate(changed.splitlines()) if re.search(rf"\b{misspelt} = ", row))
+    (found,) = [detail for detail in refusal(tmp_path, changed) if "is no key" in detail]
+    assert found.startswith(f"line {line}: ")
+    assert misspelt in found
+    assert found.endswith(f"the nearest is {option}")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("learning_rate", "optimizer.learning_rate"),
+        ("optimiser", "optimizer"),
+        ("stages", "stage"),
+        ("checkpoint_blocks", "diffusion_model.checkpoint_blocks"),
+    ],
+)
+def test_key_in_the_wrong_place_is_sent_home(key, nearest, tmp_path):
+    (found,) = refusal(tmp_path, f"{key} = 1\n{SMOKE}")
+    assert found == f"line 1: {key} is no key of a recipe; the nearest is {nearest}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("seed = 0", 'seed = "0"', 'seed: expected a valid integer, found "0"'),
+        ("seed = 0", "seed = 0.0", "seed: expected a valid integer, found 0.0"),
+        ("seed = 0", "seed = true", "seed: expected a valid integer, found true"),
+        ("seed = 0", "seed = -1", "seed: expected greater than or equal to 0, found -1"),
+        ("seed = 0", "seed = 2147483648", "seed: expected less than 2147483648"),
+        ("chunk_prompts = 32", "chunk_prompts = 0", "teacher.chunk_prompts: expected greater than or equal to 1, found 0"),
+        ("checkpoint_blocks = true", "checkpoint_blocks = 1", "diffusion_model.checkpoint_blocks: expected a valid boolean, found 1"),
+        ('dtype = "fp32"', 'dtype = "fp8"', "dtype: expected 'auto', 'fp32', 'bf16', 'fp16' or 'fp8_e4m3fn', found \"fp8\""),
+        ('file = "stand-in"', 'file = ""', 'diffusion_model.file: String should have at least 1 character, found ""'),
+        ("layout = {", "layout = 5 # {", "student.layout: expected a table, found 5"),
+        ("d_model = 64", 'd_model = "64"', 'student.layout.d_model: expected a valid integer, found "64"'),
+        ("dropout = 0.0", "dropout = 1.0", "student.dropout: expected less than 1, found 1.0"),
+        ("learning_rate = 1e-3", "learning_rate = 0", "optimizer.learning_rate: expected greater than 0, found 0"),
+        ("learning_rate = 1e-3", "learning_rate = nan", "optimizer.learning_rate: expected a finite number, found nan"),
+        ("learning_rate = 1e-3", 'learning_rate = "1e-3"', 'optimizer.learning_rate: expected a valid number, found "1e-3"'),
+        ("guidance = [2.0", 'guidance = ["x"', 'sampling.guidance.0: expected a valid number, found "x"'),
+        ("guidance = [2.0, 3.5, 5.0]", "guidance = 3.5", "sampling.guidance: expected a list, found 3.5"),
+        ("token_lengths = [16, 32]", "token_lengths = []", "sampling.token_lengths: expected at least one entry, found []"),
+        ("token_lengths = [16, 32]", "token_lengths = [16, 5000]", "token_lengths.1: expected less than or equal to 4096, found 5000"),
+        ("token_lengths = [16, 32]", "token_lengths = [16, 2024-01-01]", "token_lengths.1: expected a valid integer, found 2024-01-01"),
+        ('name = "distilled_t5_smoke"', 'name = "../smoke"', "output.name: expected a file name of letters"),
+        ('name = "distilled_t5_smoke"', 'name = "smoke.safetensors"', 'without folder and ending, found "smoke.safetensors"'),
+        ("resolution_px = 64", "resolution_px = 100", "stage.0.resolution_px: expected a multiple of 16, found 100"),
+        ('objective = "embedding"', 'objective = "velocty"', "stage.0.objective: expected one of velocity, embedding, found \"velocty\""),
+        ('kind = "common_text"', 'kind = "lines"', "stage.0.corpora.0: a corpus of kind lines needs a path"),
+        ('kind = "common_text"', 'kind = "csv", path = "x"', "a corpus of kind csv needs the column that holds the prompt"),
+        ('kind = "common_text"', 'kind = "common_text", path = "x"', "stage.0.corpora.0: common_text is made here: expected no path"),
+        ('kind = "common_text"', 'kind = "lines", path = "x", column = "y"', "stage.0.corpora.0: a corpus of kind lines has no columns"),
+        ("start = ", 'size = "base"\nstart = ', "student: expected either size or layout, found both"),
+        ("layout = {", "# {", "student: expected either size or layout, found neither"),
+        ('name = "follow-the-steps"', 'name = "embedding-first"', "two stages have one name"),
+    ],
+)  # fmt: skip
+def test_wrong_value_is_refused_with_what_was_expected_and_found(old, new, expected, tmp_path):
+    assert old in SMOKE
+    text = SMOKE.replace(old, new, 1)
+    (found,) = refusal(tmp_path, text)
+    assert expected in found
+    place, colon, _ = found.partition(": ")
+    assert colon
+    # Rules about a whole table name the line of the table.
+    if place.startswith("line ") and "either size or layout" not in expected and "corpus" not in expected:
+        assert new.split("\n")[0] in text.splitlines()[int(place.removeprefix("line ")) - 1]
+
+
+def test_missing_keys_and_tables_are_named_with_their_meaning(tmp_path):
+    text = SMOKE.replace("beta1 = ", "# ").replace("[output]", "# [output]").replace('name = "distilled_t5_smoke"', "# ")
+    details = refusal(tmp_path, text)
+    assert details == [
+        f"line {line_of(text, '[optimizer]')}: optimizer.beta1 is missing (decay of the mean of gradients, per step)",
+        "output is missing (the trained encoder)",
+    ]
+
+
+def test_all_problems_are_listed_at_once_in_the_order_of_their_lines(tmp_path):
+    text = SMOKE
+    for old, new in [
+        ("seed = 0", "sead = 0"),
+        ("dropout = 0.0", 'dropout = "x"'),
+        ("steps = 40", "steps = 0"),
+        ("gated", "gatd"),
+        ("beta2", "# "),
+    ]:
+        text = text.replace(old, new, 1)
+    details = refusal(tmp_path, text, "validation.prompts=none", "stage.7.steps=5", "nonsense")
+    assert len(details) == 3 + 5 + 2, "a misspelt key is also missing under its right name"
+    lines = [int(detail.split()[1].rstrip(":")) for detail in details if detail.startswith("line ")]
+    assert lines == sorted(lines)
+    assert len(lines) == 6
+    for part in (
+        "sead",
+        "student.dropout",
+        "stage.1.steps",
+        "gatd",
+        "beta2",
+        "validation.prompts",
+        "stage has 2 entries",
+        "expected part.key=value",
+    ):
+        assert any(part in detail for detail in details), part
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'name = "x"\nseed = = 1\n', "line 2"),
+        (b'name = "x"\nname = "y"\n', "line 2"),
+        (b"name = smoke\n", "line 1"),
+        (b"seed = 1\n\xff\xfe\n", "no text in UTF-8"),
+        (b"a = " + b"[" * 5000 + b"]" * 5000, "no TOML"),
+        (b"", "name is missing"),
+        (b"\x00\x01", "no TOML"),
+    ],
+)
+def test_files_that_are_no_recipe_are_refused(content, expected, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(path))
+    assert str(path) in str(caught.value)
+    assert expected in str(caught.value)
+    assert str(caught.value).splitlines()[-1].startswith("What to do: ")
+
+
+def test_file_of_a_windows_editor_with_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + SMOKE.encode())
+    assert load_recipe(str(path)) == load_recipe("smoke")
+
+
+# --- settings on the command line ---
+
+
+def test_settings_change_single_values_of_any_type():
+    recipe = load_recipe(
+        "smoke",
+        [
+            "stage.0.steps=5",
+            "optimizer.learning_rate = 2e-4",
+            "diffusion_model.checkpoint_blocks=false",
+            "sampling.guidance=[]",
+            "sampling.token_lengths.1=64",
+            "teacher.t5=models with spaces/t5=xxl.safetensors",
+            "preview.vae=",
+            'stage.1.corpora=[{ kind = "lines", path = "my prompts.txt", repeat = 3 }]',
+            "student.layout.num_heads=3",
+            'output.name="1e5"',
+            "seed=1",
+            "seed=2",
+        ],
+    )
+    assert (recipe.stages[0].steps, recipe.stages[1].steps) == (5, 40)
+    assert recipe.optimizer.learning_rate == 2e-4
+    assert recipe.diffusion_model.checkpoint_blocks is False
+    assert recipe.sampling.guidance == ()
+    assert recipe.sampling.token_lengths == (16, 64)
+    assert recipe.teacher.t5 == "models with spaces/t5=xxl.safetensors"
+    assert recipe.preview.vae == ""
+    assert (recipe.stages[1].corpora[0].path, recipe.stages[1].corpora[0].repeat) == ("my prompts.txt", 3)
+    assert recipe.student.layout is not None and recipe.student.layout.num_heads == 3
+    assert recipe.output.name == "1e5"
+    assert recipe.seed == 2
+
+
+def test_key_that_the_file_leaves_out_can_be_set():
+    assert load_recipe("flux-dev-paper", ["stage.0.corpora.0.limit=10"]).stages[0].corpora[0].limit == 10
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("optimizer.learning_rat=1", "optimizer.learning_rat is no key of a recipe; the nearest is optimizer.learning_rate"),
+        ("optimiser.beta1=0.5", "optimiser is no key of a recipe; the nearest is optimizer"),
+        ("optimizer.beta1=half", 'optimizer.beta1: expected a valid number, found "half"'),
+        ("seed=5\nname='x'", "seed: expected a valid integer"),
+        ("seed=2024-01-01", "seed: expected a valid integer, found 2024-01-01"),
+        ("seed", "expected part.key=value"),
+        ("=5", "expected part.key=value"),
+        ("stage..steps=5", "expected part.key=value"),
+        ("stage.2.steps=5", "stage has 2 entries: expected a number from 0 to 1, found 2"),
+        ("stage.steps=5", "stage has 2 entries: expected a number from 0 to 1, found steps"),
+        ("seed.x=5", "seed is a value, not a table"),
+        ("optimizer.0=5", "optimizer is a table, not a list: it has no entry 0"),
+        ("0.name=x", "a recipe is a table, not a list"),
+        ("sampling.token_lengths.0=x", 'sampling.token_lengths.0: expected a valid integer, found "x"'),
+        ("student.layout={ d_model = 1 }", "student.layout.gated is missing"),
+        ("output.name=5", "output.name: expected a valid string, found 5"),
+        ("output.name=\udce9", "output.name: "),
+    ],
+)
+def test_wrong_setting_is_refused_and_quoted(setting, expected, tmp_path):
+    details = refusal(tmp_path, SMOKE, setting)
+    assert details
+    shown = setting if setting.isprintable() else repr(setting)[1:-1]
+    assert all(detail.startswith(f"--set {shown}: ") for detail in details)
+    assert any(expected in detail for detail in details)
+
+
+# --- finding a recipe ---
+
+
+@pytest.mark.parametrize("name", ["smoke", "smoke.toml", "recipes/smoke.toml", "recipes/smoke"])
+def test_shipped_recipe_is_found_by_name_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smoke").mkdir()
+    assert load_recipe(name).name == "smoke"
+
+
+def test_file_in_the_folder_goes_before_a_shipped_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smoke.toml").write_text(SMOKE.replace("seed = 0", "seed = 7"), encoding="utf-8")
+    assert load_recipe("smoke.toml").seed == 7
+    assert load_recipe("smoke").seed == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("smok", "did you mean smoke?"),
+        ("schnell-24", "did you mean schnell-24gb?"),
+        ("no/such/file.toml", "it is not there"),
+        ("elsewhere/smoke.toml", "it is not there"),
+        (".", "it is a folder"),
+        ("", "it is a folder"),
+    ],
+)
+def test_unknown_recipe_is_refused_with_the_shipped_names(name, expected):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name)
+    assert expected in str(caught.value)
+    assert all(shipped in str(caught.value) for shipped in NAMES)
+
+
+# --- what a recipe does ---
+
+
+def test_differences_name_key_old_and_new():
+    recipe = load_recipe("smoke")
+    changed = load_recipe(
+        "smoke",
+        [
+            "optimizer.learning_rate=0.002",
+            "sampling.guidance=[1]",
+            "stage.1.steps=4",
+            'student={ size = "base", start = "flan-t5-base", projection_width = 128, dropout = 0.0 }',
+        ],
+    )
+    assert set(recipe.differences(changed)) == {
+        "optimizer.learning_rate: 0.001 -> 0.002",
+        "sampling.guidance: [2.0, 3.5, 5.0] -> [1.0]",
+        "stage.1.steps: 40 -> 4",
+        'student.size: not there -> "base"',
+        'student.start: "random" -> "flan-t5-base"',
+        "student.layout.d_model: 64 -> not there",
+        "student.layout.d_ff: 128 -> not there",
+        "student.layout.num_layers: 2 -> not there",
+        "student.layout.num_heads: 2 -> not there",
+        "student.layout.d_kv: 32 -> not there",
+        "student.layout.gated: true -> not there",
+    }
+
+
+def test_dropped_stage_is_a_difference(tmp_path):
+    shorter = recipe_of(tmp_path, SMOKE[: SMOKE.rindex("# The method itself")])
+    lines = load_recipe("smoke").differences(shorter)
+    assert 'stage.1.name: "follow-the-steps" -> not there' in lines
+    assert all(line.startswith("stage.1.") for line in lines)
+
+
+def test_recipe_cannot_be_changed():
+    recipe = load_recipe("smoke")
+    with pytest.raises(ValidationError):
+        recipe.seed = 1
+    with pytest.raises(ValidationError):
+        recipe.stages[0].steps = 1
+    assert hash(recipe) == hash(load_recipe("smoke"))
+
+
+def test_layout_of_named_and_free_sizes():
+    assert load_recipe("flux-dev-xl").student.student_layout(4096) == StudentLayout.named("xl")
+    layout = load_recipe("smoke").student.student_layout(256)
+    assert layout == StudentLayout(64, 128, 2, 2, 32, True, hidden_width=128, projected_width=256)
+
+
+def test_batches_of_a_step_are_shared_out_among_gpus():
+    stage = load_recipe("flux-dev-paper").stages[0]
+    assert [stage.batches_per_rank(ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    with pytest.raises(RecipeError, match=r"8 batches .* among 3 GPUs\.\nWhat to do: set accumulate to a multiple of 3"):
+        stage.batches_per_rank(3)
+
+
+def test_importing_a_recipe_brings_no_torch_and_no_comfyui():
+    root = Path(__file__).resolve().parent.parent
+    code = (
+        "import sys, conftest; import distilled_t5.train.recipe; print([m for m in ('torch', 'comfy', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,140 @@
+"""The shipped recipes: what they promise, and that no option is without one."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import Any
+
+import pytest
+from distilled_t5.train.objectives import OBJECTIVES
+from distilled_t5.train.recipe import Recipe, load_recipe
+from distilled_t5.train.recipe_file import SHIPPED, options
+
+NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
+SCHNELL = [name for name in NAMES if name.startswith("schnell")]
+DEV = [name for name in NAMES if name.startswith("flux-dev")]
+KEYS = {
+    "": ["name", "seed"],
+    "teacher.": ["t5", "clip_l", "chunk_prompts"],
+    "diffusion_model.": ["file", "dtype", "checkpoint_blocks", "family"],
+    "student.": ["size", "start", "projection_width", "dropout"],
+    "student.layout.": ["d_model", "d_ff", "num_layers", "num_heads", "d_kv", "gated"],
+    "optimizer.": ["learning_rate", "weight_decay", "beta1", "beta2", "warmup_steps", "max_gradient_norm", "autocast"],
+    "sampling.": ["steps", "guidance", "token_lengths"],
+    "validation.": ["prompts", "every_steps", "sigma_bands"],
+    "checkpoints.": ["every_steps", "keep_last"],
+    "preview.": ["every_steps", "prompts", "vae", "columns"],
+    "output.": ["name"],
+    "stage.": ["name", "resolution_px", "steps", "batch", "accumulate", "objective"],
+    "stage.corpora.": ["kind", "path", "column", "repeat", "limit"],
+}
+OPTIONS = [part + key for part, keys in KEYS.items() for key in keys]
+
+
+def keys_used(value: Any, prefix: str = "") -> set[str]:
+    """Dotted names, without positions, of all that parsed TOML sets, tables included."""
+    if isinstance(value, list):
+        return set().union(*(keys_used(item, prefix) for item in value))
+    if not isinstance(value, dict):
+        return set()
+    return {prefix + key for key in value}.union(*(keys_used(item, f"{prefix}{key}.") for key, item in value.items()))
+
+
+def test_list_of_options_is_frozen():
+    found = options(Recipe)
+    tables = {key.rpartition(".")[0] for key in found}
+    assert sorted(set(found) - tables) == sorted(OPTIONS)
+    assert all(field.description for field in found.values())
+
+
+def test_every_option_is_used_by_a_shipped_recipe():
+    used = set().union(*(keys_used(tomllib.loads(path.read_text(encoding="utf-8"))) for path in SHIPPED.glob("*.toml")))
+    assert used == set(options(Recipe))
+
+
+def test_shipped_recipes_are_those_promised():
+    promised = [
+        "flux-dev-paper",
+        "flux-dev-small",
+        "flux-dev-large",
+        "flux-dev-xl",
+        "schnell-24gb",
+        "schnell-16gb",
+        "schnell-12gb",
+        "smoke",
+    ]
+    assert sorted(promised) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_recipe_says_its_own_name_and_explains_every_key(name):
+    text = (SHIPPED / f"{name}.toml").read_text(encoding="ascii")
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    for number, line in enumerate(text.splitlines(), start=1):
+        assert len(line) <= 140, f"line {number}"
+    first_stage = text.split("[[stage]]")[1].partition("\n\n")[0]
+    for part in (text.split("[[stage]]")[0].partition("[teacher]")[2], first_stage):
+        for line in part.splitlines():
+            if re.match(r"[a-z]\w* = ", line):
+                assert "  # " in line, line
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_recipe_trains_whole_trajectories_with_known_objectives(name):
+    recipe = load_recipe(name)
+    for stage in recipe.stages:
+        assert stage.steps % recipe.sampling.steps == 0
+        assert stage.objective in OBJECTIVES
+        assert recipe.teacher.chunk_prompts >= stage.batch * stage.accumulate
+    assert recipe.optimizer.warmup_steps < sum(stage.steps for stage in recipe.stages)
+
+
+@pytest.mark.parametrize("name", DEV)
+def test_flux_dev_recipes_are_the_papers_three_stages(name):
+    recipe = load_recipe(name)
+    assert recipe.sampling.steps == 20
+    assert recipe.sampling.guidance == (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
+    assert recipe.optimizer.learning_rate == 1e-4
+    assert [(stage.steps, stage.resolution_px) for stage in recipe.stages] == [(50_000, 512), (70_000, 1024), (200_000, 512)]
+    assert {stage.batch * stage.accumulate for stage in recipe.stages} == {32}
+    assert {stage.objective for stage in recipe.stages} == {"velocity"}
+    mixes = [[(corpus.kind, corpus.repeat, corpus.limit) for corpus in stage.corpora] for stage in recipe.stages]
+    assert mixes == [
+        [("compbench", 1, 0)],
+        [("common_text", 1, 50_000)],
+        [("parquet", 1, 100_000), ("compbench", 10, 0), ("common_text", 1, 50_000)],
+    ]
+    others = {line.split(":")[0] for line in load_recipe("flux-dev-paper").differences(recipe)}
+    assert others <= {"name", "student.size", "student.start", "output.name"}
+    assert "non-commercial" in (SHIPPED / f"{name}.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", SCHNELL)
+def test_schnell_recipes_take_four_steps_without_guidance_and_hold_the_model_in_fp8(name):
+    recipe = load_recipe(name)
+    assert (recipe.sampling.steps, recipe.sampling.guidance) == (4, ())
+    assert (recipe.diffusion_model.dtype, recipe.diffusion_model.checkpoint_blocks) == ("fp8_e4m3fn", True)
+    assert max(recipe.sampling.token_lengths) <= 256, "FLUX.1-schnell was trained with 256 tokens at most"
+    assert 256 in recipe.sampling.token_lengths, "ComfyUI pads to 256"
+    text = (SHIPPED / f"{name}.toml").read_text(encoding="utf-8")
+    assert "not measured" in text
+    assert ("--lowvram" in text) == (name != "schnell-24gb")
+
+
+def test_less_memory_means_fewer_tokens_at_once():
+    def most(name: str) -> int:
+        return max(stage.batch * (stage.resolution_px // 16) ** 2 for stage in load_recipe(name).stages)
+
+    assert most("schnell-24gb") > most("schnell-16gb") > most("schnell-12gb")
+
+
+def test_smoke_needs_no_file_and_is_small():
+    recipe = load_recipe("smoke")
+    assert (recipe.teacher.t5, recipe.diffusion_model.file) == ("stand-in", "stand-in")
+    assert (recipe.teacher.clip_l, recipe.preview.vae, recipe.student.start) == ("none", "", "random")
+    assert {corpus.kind for stage in recipe.stages for corpus in stage.corpora} == {"common_text"}
+    assert {stage.objective for stage in recipe.stages} == set(OBJECTIVES)
+    assert recipe.student.student_layout(4096).parameters < 4_000_000
+    assert sum(stage.steps for stage in recipe.stages) <= 100

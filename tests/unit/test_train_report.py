@@ -1,0 +1,207 @@
+"""What a run tells about itself: every step once, trouble said, nothing left installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from distilled_t5.train.contact_sheet import PAPER, contact_sheet, picture_difference
+from distilled_t5.train.report import Reporter, cut_metrics
+from distilled_t5.train.run_directory import RunDirectory
+from PIL import Image
+
+log = logging.getLogger("distilled_t5.train.test")
+
+
+@pytest.fixture
+def run(tmp_path):
+    with RunDirectory(tmp_path / "run").start("") as run:
+        yield run
+
+
+def rows(run: RunDirectory) -> list[dict]:
+    return [json.loads(line, parse_constant=pytest.fail) for line in run.metrics.read_text().splitlines()]
+
+
+def square(colour: str, side: int = 8) -> Image.Image:
+    return Image.new("RGB", (side, side), colour)
+
+
+def test_a_step_is_one_line_of_metrics_that_is_there_at_once(run):
+    with Reporter(run, True, 10) as reporter:
+        reporter.step(1, 0.5, 4, learning_rate=1e-4)
+        [row] = rows(run)
+        assert row.pop("samples_per_s") > 0
+        assert row.pop("ram_mb" if "ram_mb" in row else "gpu_peak_mb") > 1
+        assert row == {"step": 1, "loss": 0.5, "learning_rate": 1e-4}
+
+
+def test_bar_shows_loss_speed_and_memory_and_counts_from_the_resumed_step(run, capsys):
+    with Reporter(run, True, 10, start_step=7) as reporter:
+        reporter.step(8, 0.12345, 4)
+        reporter.step(9, 0.5, 4)
+    shown = capsys.readouterr().err.split("\r")[-1]
+    assert "9/10" in shown
+    assert "loss=0.5" in shown
+    assert "samples/s=" in shown
+    assert "_mb=" in shown
+
+
+def test_numbers_that_are_not_finite_are_null(run):
+    with Reporter(run, True, 10) as reporter:
+        reporter.step(1, math.nan, 4, gradient_norm=math.inf)
+        reporter.held_out({"low": math.nan, "high": 1.0}, 3)
+    train, held_out = rows(run)
+    assert train["loss"] is None
+    assert train["gradient_norm"] is None
+    assert held_out["held_out_by_band"] == {"low": None, "high": 1.0}
+
+
+def test_held_out_loss_is_reported_per_band_with_its_sample_count(run):
+    with Reporter(run, True, 10) as reporter:
+        reporter.step(5, 0.5, 4)
+        assert reporter.held_out({"0.0-0.5": 1.0, "0.5-1.0": 2.0}, 16) == 1.5
+    expected = {"step": 5, "held_out_loss": 1.5, "held_out_samples": 16, "held_out_by_band": {"0.0-0.5": 1.0, "0.5-1.0": 2.0}}
+    assert rows(run)[-1] == expected
+
+
+def test_after_a_resume_no_step_stands_twice(run):
+    with Reporter(run, True, 10) as reporter:
+        for step in range(1, 6):
+            reporter.step(step, 0.5, 4)
+    with run.metrics.open("a") as file:
+        file.write('{"step": 6, "lo')  # a kill in the middle of a line
+    with Reporter(run, True, 10, start_step=3) as reporter:
+        for step in range(4, 7):
+            reporter.step(step, 0.25, 4)
+    assert [(row["step"], row["loss"]) for row in rows(run)] == [(1, 0.5), (2, 0.5), (3, 0.5), (4, 0.25), (5, 0.25), (6, 0.25)]
+    assert "Removed 3 lines of metrics beyond step 3" in run.log.read_text()
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", b"[1]\n", b'{"step": 2}', b'{"step": "x', b"\xff\n", b'{"loss": 1}\n'])
+def test_torn_lines_of_metrics_are_cut_off_and_whole_ones_kept(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + torn)
+    assert cut_metrics(path, 3) == bool(torn)
+    assert path.read_bytes() == b'{"step": 1}\n'
+    assert cut_metrics(tmp_path / "none", 3) == 0
+
+
+def test_a_picture_is_written_under_its_step(run):
+    with Reporter(run, True, 10, start_step=120) as reporter:
+        path = reporter.picture("contact-sheet", lambda: square("red"))
+        assert path == run.samples / "step-000120-contact-sheet.jpg"
+        with Image.open(path) as picture:
+            assert picture.size == (8, 8)
+    assert [path.name for path in run.samples.iterdir()] == ["step-000120-contact-sheet.jpg"]
+
+
+def test_trouble_in_a_picture_is_logged_with_its_traceback_counted_and_ends_nothing(run, capsys):
+    def broken() -> Image.Image:
+        raise RuntimeError("the VAE is upside down")
+
+    with Reporter(run, True, 10) as reporter:
+        assert reporter.picture("first", broken) is None
+        assert reporter.picture("second", broken) is None
+        assert reporter.preview_troubles == 2
+        reporter.step(1, 0.5, 4)
+    text = run.log.read_text()
+    assert text.count("RuntimeError: the VAE is upside down") == 2
+    assert text.count("in broken") == 2
+    assert "2 pictures could not be made" in text
+    assert "the picture first could not be made" in capsys.readouterr().err
+    assert list(run.samples.iterdir()) == []
+    assert len(rows(run)) == 1
+
+
+def test_ctrl_c_in_a_picture_is_no_trouble_of_the_picture(run):
+    def interrupted() -> Image.Image:
+        raise KeyboardInterrupt
+
+    with Reporter(run, True, 10) as reporter, pytest.raises(KeyboardInterrupt):
+        reporter.picture("first", interrupted)
+    assert reporter.preview_troubles == 0
+
+
+def test_log_holds_our_lines_and_those_of_the_host_and_its_handlers_are_taken_off_again(run, capsys):
+    ours, root = logging.getLogger("distilled_t5"), logging.getLogger()
+    before = list(ours.handlers), list(root.handlers), ours.level, ours.propagate
+    with Reporter(run, True, 10) as reporter:
+        log.info("from the trainer, \u4f60\u597d")
+        root.warning("from the host")
+        reporter.saved(run.checkpoints / "step-000000")
+    assert (list(ours.handlers), list(root.handlers), ours.level, ours.propagate) == before
+    log.warning("after the end")
+    text = run.log.read_text(encoding="utf-8")
+    for line in ("from the trainer, \u4f60\u597d", "from the host", "saved step-000000"):
+        assert text.count(line) == 1
+    assert "after the end" not in text
+    assert capsys.readouterr().err.count("from the trainer") == 1
+
+
+def test_a_run_that_cannot_be_reported_leaves_no_handler(run):
+    run.metrics.mkdir()
+    before = list(logging.getLogger().handlers)
+    with pytest.raises(OSError, match="directory"):
+        Reporter(run, True, 10)
+    assert logging.getLogger().handlers == before
+
+
+def test_other_ranks_write_and_print_nothing_and_make_no_pictures(capsys):
+    with Reporter(None, False, 10) as reporter:
+        reporter.step(1, 0.5, 4)
+        assert reporter.held_out({"all": 2.0}, 4) == 2.0
+        assert reporter.picture("first", pytest.fail) is None
+    assert capsys.readouterr() == ("", "")
+
+
+def test_curves_for_tensorboard_where_it_is_installed_and_else_a_line_that_says_how_to_get_it(run):
+    with Reporter(run, True, 10) as reporter:
+        reporter.step(1, 0.5, 4)
+        reporter.held_out({"0.0-1.0": 1.0}, 4)
+    curves = list(run.path.glob("tensorboard/events.out.tfevents.*"))
+    installed = importlib.util.find_spec("tensorboard") is not None
+    assert len(curves) == installed
+    assert ("pip install tensorboard" in run.log.read_text()) is not installed
+    assert installed or "torch.utils.tensorboard.writer" not in sys.modules
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a file that is always full")
+def test_metrics_that_cannot_be_written_are_a_clear_error(run):
+    run.metrics.symlink_to("/dev/full")
+    with Reporter(run, True, 10) as reporter, pytest.raises(OSError, match=r"cannot be written to: No space left on device.\nWhat to do"):
+        reporter.step(1, 0.5, 4)
+
+
+def test_contact_sheet_shows_teacher_student_and_difference_in_a_row_per_prompt():
+    teacher, student = [square("red", 64), square("blue", 64)], [square("red", 64), square("yellow", 64)]
+    difference = [picture_difference(*pair) for pair in zip(teacher, student, strict=True)]
+    sheet = contact_sheet(teacher, student, difference, ["a red square", "a caption that is much longer than the sheet is wide " * 9])
+    pixels = np.asarray(sheet)
+    colours = {colour: int((pixels == colour).all(axis=-1).sum()) for colour in [(255, 0, 0), (0, 0, 255), (255, 255, 0)]}
+    assert colours == {(255, 0, 0): 2 * 64 * 64, (0, 0, 255): 64 * 64, (255, 255, 0): 64 * 64}
+    assert difference[0].getpixel((0, 0)) == (0, 0, 0)
+    assert difference[1].getpixel((0, 0)) == (255, 255, 255)
+    row = next(y for y in range(sheet.height) if sheet.getpixel((8, y)) == (255, 0, 0))
+    assert [sheet.getpixel((x, row + 5)) for x in (9, 9 + 72, 9 + 144)] == [(255, 0, 0), (255, 0, 0), (0, 0, 0)]
+    assert any(sheet.getpixel((x, row - 10)) != PAPER for x in range(sheet.width)), "the caption stands above its row"
+
+
+def test_contact_sheet_takes_any_text_and_pictures_of_several_sizes():
+    sheet = contact_sheet([square("red", 16)], [square("red", 32)], [square("black", 16)], ["\u4f60\u597d caf\u00e9 " + "x" * 500])
+    assert sheet.width == 4 * 8 + 3 * 32
+    assert contact_sheet([square("red")], [square("red")], [square("black")], [""]).height > 8
+
+
+@pytest.mark.parametrize(
+    "arguments", [([], [], [], []), ([square("red")], [], [], ["a"]), ([square("red")], [square("red")], [square("red")], [])], ids=len
+)
+def test_contact_sheet_refuses_rows_that_do_not_match(arguments):
+    with pytest.raises(ValueError, match=r"contact sheet|shorter|longer"):
+        contact_sheet(*arguments)

@@ -1,0 +1,368 @@
+"""Checkpoints: what comes back is what was saved, to the last bit, and a whole one is there whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from distilled_t5.devtools.exact import same
+from distilled_t5.devtools.tiny_students import tiny_tensors
+from distilled_t5.encoder.files import open_student, write_student
+from distilled_t5.train.randomness import random_states, restore_random_states
+from distilled_t5.train.state import CheckpointNotSaved, Checkpoints, NoCheckpoint, TrainerState, read_checkpoint
+from torch import Tensor
+from torch.nn import Dropout, Linear, Module, Sequential
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+# Scripts of this file see the pack as the tests do.
+BOOTSTRAP = f"import runpy; runpy.run_path({str(Path(__file__).resolve().parent.parent / 'conftest.py')!r})\n"
+posix = pytest.mark.skipif(os.name != "posix", reason="kill -9, fork and file size limits are POSIX")
+
+
+def write_plain(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    safetensors.torch.save_file(dict(tensors), path)
+
+
+def some_state(step: int, best: float | None = None) -> TrainerState:
+    """A state in which every number tells the step."""
+    return TrainerState(
+        step=step,
+        stage=step % 3,
+        prompt_index=7 * step,
+        skipped_steps=step // 2,
+        student={"weight": torch.full((5, 3), float(step))},
+        optimizer={
+            "state": {0: {"exp_avg": torch.full((4,), float(step))}},
+            "param_groups": [{"lr": 1 / (step + 3), "betas": (0.9, 0.999)}],
+        },
+        schedule={"last_epoch": step},
+        rng=random_states({}),
+        recipe_sha256="ab",
+        best=best,
+        position={"latent": torch.full((2,), float(step))},
+    )
+
+
+def checkpoints(folder: Path, keep_last: int = 3) -> Checkpoints:
+    return Checkpoints(folder / "checkpoints", write_plain, keep_last)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def make_learner() -> tuple[Module, Optimizer, LambdaLR, torch.Generator]:
+    torch.manual_seed(3)
+    model = Sequential(Linear(6, 8), Dropout(0.5), Linear(8, 2, bias=False))
+    optimizer = AdamW([{"params": model[0].parameters(), "lr": 1e-2 / 3}, {"params": model[2].parameters()}], lr=1e-3, weight_decay=0.1)
+    return model, optimizer, LambdaLR(optimizer, lambda step: 1 / (step + 1.7)), torch.Generator().manual_seed(5)
+
+
+def train(learner: tuple[Module, Optimizer, LambdaLR, torch.Generator], steps: int) -> None:
+    model, optimizer, schedule, generator = learner
+    for _ in range(steps):
+        optimizer.zero_grad()
+        scale = random.random() + float(np.random.standard_normal())  # noqa: NPY002 (the global generator is what is tested)
+        (model(torch.randn(4, 6, generator=generator)).square().mean() * scale).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_been_interrupted(tmp_path):
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    learner = make_learner()
+    train(learner, 3)
+    model, optimizer, schedule, generator = learner
+    state = some_state(3)
+    state.student, state.optimizer, state.schedule = model.state_dict(), optimizer.state_dict(), schedule.state_dict()
+    state.rng = {"0": random_states({"noise": generator})}
+    checkpoints(tmp_path).save(state)
+    train(learner, 4)
+    expected = (model.state_dict(), optimizer.state_dict(), schedule.state_dict(), generator.get_state(), torch.get_rng_state())
+
+    loaded, notes = checkpoints(tmp_path).load_latest()
+    assert notes == []
+    model, optimizer, schedule, generator = other = make_learner()
+    model.load_state_dict(loaded.student)
+    optimizer.load_state_dict(loaded.optimizer)
+    schedule.load_state_dict(loaded.schedule)
+    assert restore_random_states(loaded.rng["0"], {"noise": generator}) == []
+    train(other, 4)
+    found = (model.state_dict(), optimizer.state_dict(), schedule.state_dict(), generator.get_state(), torch.get_rng_state())
+    assert [same(*pair) for pair in zip(found, expected, strict=True)] == [True] * 5
+
+
+def test_every_field_comes_back_bit_for_bit(tmp_path):
+    state = some_state(12, best=0.1 + 0.2)
+    checkpoints(tmp_path).save(state)
+    loaded, _ = checkpoints(tmp_path).load_latest()
+    assert same(vars(loaded), vars(state))
+
+
+def test_tensors_that_share_memory_are_stored_each_for_itself(tmp_path):
+    shared = torch.arange(4.0)
+    state = some_state(1)
+    state.optimizer = {"state": {0: shared, 1: shared, 2: shared[1:]}}
+    checkpoints(tmp_path).save(state)
+    assert same(checkpoints(tmp_path).load_latest()[0].optimizer, state.optimizer)
+
+
+def test_student_of_a_checkpoint_is_a_file_that_the_node_opens(tmp_path):
+    tensors = tiny_tensors(dtype=torch.float32)
+    state = some_state(100)
+    state.student = tensors
+    folder = Checkpoints(tmp_path, write_student, keep_last=1).save(state)
+    assert folder.name == "step-000100"
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "state.json", "state.safetensors", "student.safetensors"]
+    assert same(dict(sorted(open_student(folder / "student.safetensors").load().items())), dict(sorted(tensors.items())))
+    assert same(dict(sorted(read_checkpoint(folder).student.items())), dict(sorted(tensors.items())))
+
+
+def test_last_ones_and_the_best_are_kept(tmp_path):
+    store = checkpoints(tmp_path, keep_last=2)
+    for step, best in [(1, None), (2, 0.9), (3, 0.5), (4, 0.5), (5, 0.5), (6, 0.5)]:
+        store.save(some_state(step, best))
+    assert names(tmp_path) == ["step-000003", "step-000005", "step-000006"]
+    best = store.best()
+    assert best is not None and best.name == "step-000003"
+    store.save(some_state(7, 0.4))
+    store.save(some_state(8, 0.4))
+    store.save(some_state(1_000_000, 0.4))
+    assert names(tmp_path) == ["step-000007", "step-000008", "step-1000000"]
+    assert store.load_latest()[0].step == 1_000_000
+
+
+def test_a_damaged_checkpoint_does_not_count_among_the_last_ones(tmp_path):
+    store = checkpoints(tmp_path, keep_last=2)
+    store.save(some_state(1))
+    store.save(some_state(2))
+    (tmp_path / "checkpoints" / "step-000002" / "state.json").unlink()
+    store.save(some_state(3))
+    assert store.load_latest()[0].step == 3
+    assert "step-000001" in names(tmp_path)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [cut_off, flip, Path.unlink, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"[1]")])
+@pytest.mark.parametrize("name", ["student.safetensors", "state.safetensors", "state.json", "manifest.json"])
+def test_damaged_newest_is_set_aside_and_the_one_before_is_used(tmp_path, harm, name):
+    store = checkpoints(tmp_path)
+    for step in (100, 200):
+        store.save(some_state(step))
+    harm(tmp_path / "checkpoints" / "step-000200" / name)
+    state, notes = store.load_latest()
+    assert same(vars(state), vars(some_state(100)) | {"rng": state.rng})
+    assert len(notes) == 2
+    assert name in notes[0] and "step-000200.broken" in notes[0]
+    assert "step-000100" in notes[1]
+    assert names(tmp_path) == ["step-000100", "step-000200.broken"]
+    store.save(some_state(200))
+    assert store.load_latest()[0].step == 200
+
+
+def test_an_empty_folder_is_no_checkpoint_and_a_second_broken_one_gets_its_own_name(tmp_path):
+    store = checkpoints(tmp_path)
+    store.save(some_state(1))
+    for _ in range(2):
+        (tmp_path / "checkpoints" / "step-000002").mkdir()
+        assert store.load_latest()[0].step == 1
+    assert names(tmp_path) == ["step-000001", "step-000002.broken", "step-000002.broken2"]
+
+
+def test_without_a_whole_checkpoint_the_error_says_what_was_found(tmp_path):
+    store = checkpoints(tmp_path)
+    with pytest.raises(NoCheckpoint, match=r"None was saved yet.*\nWhat to do"):
+        store.load_latest()
+    cut_off(store.save(some_state(5)) / "state.safetensors")
+    with pytest.raises(NoCheckpoint, match=r"step-000005 is damaged \(state.safetensors has [\d,]+ bytes instead of"):
+        store.load_latest()
+
+
+def test_a_checkpoint_of_a_later_version_is_refused_and_left_alone(tmp_path, monkeypatch):
+    store = checkpoints(tmp_path)
+    with monkeypatch.context() as later:
+        later.setattr("distilled_t5.train.state.FORMAT", 2)
+        store.save(some_state(5))
+    with pytest.raises(ValueError, match=r"format 2.*format 1"):
+        store.load_latest()
+    assert names(tmp_path) == ["step-000005"]
+
+
+def test_the_same_step_saved_again_replaces_the_checkpoint(tmp_path):
+    store = checkpoints(tmp_path)
+    store.save(some_state(5, best=0.5))
+    store.save(some_state(5, best=0.4))
+    assert names(tmp_path) == ["step-000005"]
+    assert store.load_latest()[0].best == 0.4
+
+
+def test_a_kill_between_taking_away_the_old_and_putting_the_new_leaves_the_old(tmp_path):
+    store = checkpoints(tmp_path)
+    store.save(some_state(5))
+    path = tmp_path / "checkpoints" / "step-000005"
+    shutil.copytree(path, path.with_name(".step-000005.part"))
+    path.rename(path.with_name("step-000005.replaced"))
+    assert store.load_latest()[0].step == 5
+    assert names(tmp_path) == ["step-000005"]
+
+
+def test_a_writer_that_fails_leaves_nothing_and_the_last_checkpoint_untouched(tmp_path):
+    store = checkpoints(tmp_path)
+    store.save(some_state(1))
+
+    def refuse(path: Path, tensors: Mapping[str, Tensor]) -> None:
+        path.write_bytes(b"half of it")
+        raise ValueError("weights are not finite")
+
+    store.write_student = refuse
+    with pytest.raises(ValueError, match="weights are not finite"):
+        store.save(some_state(2))
+    assert names(tmp_path) == ["step-000001"]
+    assert store.load_latest()[0].step == 1
+
+
+def test_keeping_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="keep_last is 0"):
+        checkpoints(tmp_path, keep_last=0)
+
+
+def test_an_unwritable_folder_is_a_clear_error(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(CheckpointNotSaved, match=r"step 3 could not be saved.*\nWhat to do"):
+        checkpoints(tmp_path).save(some_state(3))
+
+
+def run_script(code: str, *arguments: object) -> list[Any]:
+    """What a script prints as JSON, one value per line; it sees the pack as tests do, and this file's helpers as `helpers`."""
+    helpers = f"import json, sys\nfrom types import SimpleNamespace\nhelpers = SimpleNamespace(**runpy.run_path({__file__!r}))\n"
+    command = [sys.executable, "-c", BOOTSTRAP + helpers + code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+# A limit on the size of a file is what a full disk looks like to one process. Each case lets the files written before one pass.
+FULL_DISK = """
+import resource, torch
+from pathlib import Path
+big, small = helpers.tiny_tensors(dtype=torch.float32), {"weight": torch.zeros(1)}
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+for name, writer, student in [
+    ("student.safetensors", helpers.write_student, big),
+    ("student.safetensors", helpers.write_plain, big),
+    ("state.safetensors", helpers.write_plain, small),
+    ("state.json", helpers.write_plain, small),
+]:
+    store = helpers.Checkpoints(Path(sys.argv[1]), writer, 1)
+    state = helpers.some_state(1)
+    state.student, state.position = student, {"text": "x" * 100_000}
+    first = store.save(state)
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[name]) - 1, hard))
+    state.step = 2
+    try:
+        store.save(state)
+        error = None
+    except OSError as caught:
+        error = [type(caught).__name__, str(caught)]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    untouched = before == {path.name: path.read_bytes() for path in first.iterdir()}
+    print(json.dumps([name, error, [path.name for path in store.folder.iterdir()], untouched, store.load_latest()[0].step]))
+"""
+
+
+@posix
+def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_alone(tmp_path):
+    results = run_script(FULL_DISK, tmp_path)
+    assert [name for name, *_ in results] == ["student.safetensors", "student.safetensors", "state.safetensors", "state.json"]
+    for _name, error, left, untouched, step in results:
+        assert error is not None
+        assert error[0] == "CheckpointNotSaved"
+        assert "The checkpoint of step 2 could not be saved" in error[1] and "File too large" in error[1]
+        assert error[1].count("What to do: see that the disk has room") == 1
+        assert (left, untouched, step) == (["step-000001"], True, 1)
+
+
+# The parent has imported torch once; each child is killed at a moment of its own, mostly in the middle of a save.
+KILLS = """
+import os, random, select, signal, time
+from pathlib import Path
+from distilled_t5.train.run_directory import RunDirectory, RunError
+run_path = Path(sys.argv[1])
+RunDirectory(run_path).start('name = "x"').close()
+
+def child(tell):
+    with RunDirectory(run_path).resume() as run:
+        store = helpers.Checkpoints(run.checkpoints, helpers.write_plain, 2)
+        step = store.load_latest()[0].step if run.has_checkpoints else 0
+        while True:
+            step += 1
+            store.save(helpers.some_state(step, best=1 / step if step < 5 else 0.25))
+            os.write(tell, b".")
+
+chance = random.Random()
+for _ in range(30):
+    hear, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        child(tell)
+    os.close(tell)
+    os.read(hear, 1)
+    refused = False
+    try:
+        RunDirectory(run_path).resume().close()
+    except RunError:
+        refused = True
+    time.sleep(chance.uniform(0, 0.05))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    saves = 1 + len(os.read(hear, 100000))
+    os.close(hear)
+    with RunDirectory(run_path).resume() as run:
+        unfinished = [path.name for path in run.checkpoints.iterdir() if path.name.startswith(".")]
+        store = helpers.Checkpoints(run.checkpoints, helpers.write_plain, 2)
+        state, notes = store.load_latest()
+        expected = vars(helpers.some_state(state.step, state.best)) | {"rng": state.rng}
+        good = helpers.same(vars(state), expected)
+        left = [path.name for path in run.checkpoints.iterdir()]
+        print(json.dumps([state.step, notes, good, refused, saves, unfinished, sorted(left)]))
+"""
+
+
+@posix
+def test_after_a_kill_at_any_moment_a_whole_checkpoint_is_there_and_the_lock_is_free(tmp_path):
+    results = run_script(KILLS, tmp_path / "run")
+    assert len(results) == 30
+    done = 0
+    for step, notes, good, refused, saves, _unfinished, left in results:
+        assert good
+        assert refused, "while a process writes to the run, another one is refused"
+        assert notes == []
+        # What was reported as saved is there; one more may have been whole when the kill came.
+        assert step - done in (saves, saves + 1)
+        assert all(name.startswith("step-") and len(name) == 11 for name in left)
+        done = step
+    assert any(unfinished for *_, unfinished, _left in results), "no kill came in the middle of a save"
+    assert "step-000004" in results[-1][-1], "the best one was removed"

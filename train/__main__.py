@@ -1,0 +1,74 @@
+"""The command: `python <pack>/train RECIPE [--set part.key=value ...] [--run DIR] [--resume] [--comfyui DIR] [-- COMFYUI FLAGS]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def register_pack() -> None:
+    """Import the pack's root as package `distilled_t5`, whatever its folder is called and wherever the command was started.
+
+    The root must not lie on sys.path, where its `nodes` would hide ComfyUI's; neither must this folder, which Python puts there.
+    """
+    root = Path(__file__).resolve().parent.parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in (root, root / "train")]
+    spec = importlib.util.spec_from_file_location("distilled_t5", root / "__init__.py", submodule_search_locations=[str(root)])
+    assert spec is not None and spec.loader is not None
+    sys.modules["distilled_t5"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["distilled_t5"])
+
+
+def command_line() -> argparse.ArgumentParser:
+    """What the command takes."""
+    parser = argparse.ArgumentParser(
+        prog="train", description="Distil a text encoder. What follows -- goes to ComfyUI (--lowvram, --cpu, --reserve-vram ...)."
+    )
+    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one, such as smoke")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="part.key=value", help="change one value of the recipe; may be given often"
+    )
+    parser.add_argument("--run", metavar="DIR", help="folder of the run (default: runs/NAME-OF-RECIPE)")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one whose custom_nodes this pack lies in)")
+    return parser
+
+
+def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Our arguments, and those for ComfyUI behind `--`."""
+    return (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; an expected failure is a sentence on the terminal and exit status 1, a stop by signal 130."""
+    ours, flags = split_flags(argv)
+    options = command_line().parse_args(ours)
+    from distilled_t5.train.host import find_comfyui, start_comfyui
+    from distilled_t5.train.recipe import load_recipe
+
+    try:
+        recipe = load_recipe(options.recipe, options.set)
+        start_comfyui(find_comfyui(options.comfyui), flags)
+        import torch
+        from distilled_t5.train.ranks import Ranks
+        from distilled_t5.train.run import train
+
+        with Ranks.open("cuda" if torch.cuda.is_available() and "--cpu" not in flags else "cpu") as ranks:
+            path = train(recipe, Path(options.run or Path("runs", recipe.name)), options.resume, ranks)
+            main_rank = ranks.is_main
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    if path is None and main_rank:
+        print("Stopped; go on with --resume.")
+        return 130
+    if path is not None:
+        print(f"Done: {path}\nDistilled T5 Loader lists it after a refresh (key R).")
+    return 0
+
+
+if __name__ == "__main__":
+    register_pack()
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,86 @@
+"""Which prompts, noise and guidance each process works on at which step: a pure function of recipe and step number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .prompts import Prompt, PromptMix, hold_out, read_corpus
+from .recipe import Recipe, Stage
+from .trajectory import Draw, draw
+
+# Batches of one stage are numbered below this, so that no two stages draw the same noise.
+STAGE_SPAN = 1 << 24
+# Held-out batches are drawn from numbers that no stage reaches.
+HELD_OUT_BASE = 1 << 31
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts, and what chance decides about them."""
+
+    prompts: tuple[str, ...]
+    drawn: Draw
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is: stage, trajectory in it, denoising step on it."""
+
+    stage: int
+    trajectory: int
+    step: int
+
+
+class Schedule:
+    """The whole run laid out: optimizer step to place, place to batches of this process."""
+
+    def __init__(self, recipe: Recipe, rank: int = 0, ranks: int = 1) -> None:
+        self.recipe, self.rank, self.ranks = recipe, rank, ranks
+        for stage in recipe.stages:
+            stage.batches_per_rank(ranks)
+        corpora = [[(read_corpus(corpus, seed=recipe.seed), corpus.repeat) for corpus in stage.corpora] for stage in recipe.stages]
+        every = [pair for stage in corpora for pair in stage]
+        self.held_out: list[Prompt] = hold_out(every, recipe.validation.prompts, recipe.seed)
+        self.mixes = [PromptMix(stage, recipe.seed, self.held_out) for stage in corpora]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.recipe.stages)
+
+    def place(self, step: int) -> Place:
+        """Where optimizer step `step` (from 0) takes place."""
+        assert 0 <= step < self.total_steps
+        for number, stage in enumerate(self.recipe.stages):
+            if step < stage.steps:
+                return Place(number, *divmod(step, self.recipe.sampling.steps))
+            step -= stage.steps
+        raise AssertionError(step)
+
+    def steps_left_in_stage(self, step: int) -> int:
+        """Optimizer steps from `step` on to the end of its stage."""
+        end = 0
+        for stage in self.recipe.stages:
+            end += stage.steps
+            if step < end:
+                return end - step
+        raise AssertionError(step)
+
+    def batches(self, stage: int, trajectory: int) -> list[Batch]:
+        """The batches of this process on one trajectory: of those of all processes every `ranks`-th."""
+        part = self.recipe.stages[stage]
+        numbers = [trajectory * part.accumulate + number for number in range(self.rank, part.accumulate, self.ranks)]
+        return [self._batch(self.mixes[stage].batch(number, part.batch), part, stage * STAGE_SPAN + number) for number in numbers]
+
+    def held_out_batches(self) -> list[Batch]:
+        """This process's share of the held-out prompts, at the last stage's size, always drawn alike."""
+        part = self.recipe.stages[-1]
+        groups = [self.held_out[start : start + part.batch] for start in range(0, len(self.held_out), part.batch)]
+        numbered = list(enumerate(groups))[self.rank :: self.ranks]
+        return [self._batch(group, part, HELD_OUT_BASE + number) for number, group in numbered]
+
+    def _batch(self, prompts: Sequence[Prompt], stage: Stage, number: int) -> Batch:
+        sampling = self.recipe.sampling
+        drawn = draw(self.recipe.seed, number, len(prompts), stage.resolution_px, sampling.guidance, sampling.token_lengths)
+        return Batch(tuple(prompt.text for prompt in prompts), drawn)

@@ -1,0 +1,56 @@
+"""Pictures side by side: what the teacher, the student and their difference look like on the same prompts and seeds."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+COLUMNS = ("teacher", "student", "difference")
+GAP_PX, TEXT_PX, LINE_PX = 8, 16, 20
+MOST_LINES = 3
+PAPER, INK = (255, 255, 255), (32, 32, 32)
+
+
+def contact_sheet(
+    teacher: Sequence[Image.Image], student: Sequence[Image.Image], difference: Sequence[Image.Image], captions: Sequence[str]
+) -> Image.Image:
+    """One row per prompt, headed by its caption: teacher, student, difference. Raises ValueError if there are not as many of each."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    rows = list(zip(teacher, student, difference, strict=True))
+    if not rows or len(captions) != len(rows):
+        raise ValueError(f"A contact sheet needs a caption for each row; {len(captions)} captions came for {len(rows)} rows.")
+    pictures = [picture for row in rows for picture in row]
+    width, height = max(picture.width for picture in pictures), max(picture.height for picture in pictures)
+    sheet_width = GAP_PX + len(COLUMNS) * (width + GAP_PX)
+    font = ImageFont.load_default(TEXT_PX)
+    texts = [_wrapped(caption, round((sheet_width - 2 * GAP_PX) / font.getlength("n"))) for caption in captions]
+    row_heights = [LINE_PX * len(lines) + height + 2 * GAP_PX for lines in texts]
+    sheet = Image.new("RGB", (sheet_width, GAP_PX + LINE_PX + sum(row_heights)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    lefts = [GAP_PX + column * (width + GAP_PX) for column in range(len(COLUMNS))]
+    for left, name in zip(lefts, COLUMNS, strict=True):
+        draw.text((left, GAP_PX), name, fill=INK, font=font)
+    top = GAP_PX + LINE_PX
+    for row, lines, row_height in zip(rows, texts, row_heights, strict=True):
+        for number, line in enumerate(lines):
+            draw.text((GAP_PX, top + GAP_PX // 2 + number * LINE_PX), line, fill=INK, font=font)
+        for left, picture in zip(lefts, row, strict=True):
+            sheet.paste(picture.convert("RGB"), (left, top + GAP_PX + len(lines) * LINE_PX))
+        top += row_height
+    return sheet
+
+
+def picture_difference(teacher: Image.Image, student: Image.Image) -> Image.Image:
+    """The absolute difference of two pictures of one size: black where they are equal."""
+    from PIL import ImageChops
+
+    return ImageChops.difference(teacher.convert("RGB"), student.convert("RGB"))
+
+
+def _wrapped(caption: str, width: int) -> list[str]:
+    return textwrap.wrap(caption, max(8, width), max_lines=MOST_LINES, placeholder=" ...") or [""]

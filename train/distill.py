@@ -1,0 +1,124 @@
+"""The training loop: embed once, walk the teacher's trajectory, and at every step move the student towards it."""
+
+# B batch, C H W latent, L text tokens, D text width
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, autocast
+from torch.nn import Module
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW, Optimizer
+
+from .objectives import Objective
+from .trajectory import Flow, Position, advance, gap_at
+
+SKIPS_IN_A_ROW = 10
+
+
+class NotFinite(RuntimeError):
+    """Ten losses in a row were not finite: the run has gone wrong and stops, with everything saved."""
+
+
+@dataclass
+class Learner:
+    """The trained half: student, optimizer, learning rate by step, and how they are run. `step` counts optimizer steps taken."""
+
+    student: Module
+    optimizer: Optimizer
+    learning_rate: Callable[[int], float]
+    max_gradient_norm: float
+    autocast_dtype: torch.dtype | None
+    device: torch.device
+    mean_over_ranks: Callable[[Tensor], Tensor]
+    without_sync: Callable[[], contextlib.AbstractContextManager[Any]]
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+    def embed(self, token_ids_BL: Tensor) -> Tensor:
+        """Text embeddings [B, L, D] in the recipe's precision; weights stay float32."""
+        with autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            return self.student(token_ids_BL.to(self.device))
+
+
+def make_optimizer(student: Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> AdamW:
+    """AdamW over the student's parameters, which alone are trained."""
+    return AdamW(student.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+
+
+def linear_schedule(peak: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """Learning rate of each step: up linearly over `warmup_steps` to `peak`, then down linearly towards 0 at `total_steps`."""
+
+    def learning_rate(step: int) -> float:
+        if step < warmup_steps:
+            return peak * (step + 1) / warmup_steps
+        return peak * max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+
+    return learning_rate
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step: mean loss over ranks, noise level, gradient norm before clipping, whether the step was dropped."""
+
+    loss: float
+    sigma: float
+    gradient_norm: float
+    learning_rate: float
+    dropped: bool
+
+
+def train_step(positions: Sequence[Position], flow: Flow, learner: Learner, objective: Objective) -> tuple[StepReport, list[Position]]:
+    """One optimizer step over the micro-batches at `positions`; returns where the teacher's velocity takes them.
+
+    A loss that is not finite on any rank drops the step on all. Raises NotFinite at the tenth in a row.
+    """
+    moved, total = [], torch.zeros((), device=learner.device)
+    for number, position in enumerate(positions, start=1):
+        last = number == len(positions)
+        with contextlib.nullcontext() if last else learner.without_sync():
+            loss_B, velocity = gap_at(position, flow, learner.embed, objective)
+            loss = loss_B.mean() / len(positions)
+            loss.backward()
+        total = total + loss.detach()
+        moved.append(advance(position, velocity))
+    loss_value = float(learner.mean_over_ranks(total))
+    norm = float(clip_grad_norm_(learner.student.parameters(), learner.max_gradient_norm))
+    dropped = not (math.isfinite(loss_value) and math.isfinite(norm))
+    learning_rate = learner.learning_rate(learner.step)
+    if not dropped:
+        for group in learner.optimizer.param_groups:
+            group["lr"] = learning_rate
+        learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+    _count(learner, dropped)
+    sigma = float(positions[0].sigmas_T[positions[0].step])
+    return StepReport(loss_value, sigma, norm, learning_rate, dropped), moved
+
+
+def _count(learner: Learner, dropped: bool) -> None:
+    learner.step += 1
+    learner.skipped += dropped
+    learner.skipped_in_a_row = learner.skipped_in_a_row + 1 if dropped else 0
+    if learner.skipped_in_a_row >= SKIPS_IN_A_ROW:
+        raise NotFinite(
+            f"{SKIPS_IN_A_ROW} losses in a row were not finite.\n"
+            'What to do: go on from the last checkpoint with a lower optimizer.learning_rate, or optimizer.autocast = "none".'
+        )
+
+
+def follow(
+    trajectories: Iterable[tuple[int, list[Position]]], flow: Flow, learner: Learner, objective: Objective
+) -> Iterator[tuple[StepReport, int, list[Position]]]:
+    """Train along one trajectory after another; yields after every optimizer step: report, trajectory index, positions."""
+    for index, positions in trajectories:
+        while not positions[0].done:
+            report, positions = train_step(positions, flow, learner, objective)
+            yield report, index, positions

@@ -1,0 +1,76 @@
+"""ComfyUI under the trainer: found, started without a server, with its own command-line flags and model folders."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def find_comfyui(given: str | None = None) -> Path:
+    """The folder of ComfyUI's main.py: the given one, else the one whose custom_nodes this pack lies in, else the developer's copy.
+
+    Raises ValueError that says where was looked.
+    """
+    # absolute(), not resolve(): a pack that is linked into custom_nodes belongs to that ComfyUI.
+    around = Path(__file__).absolute().parent.parent.parent
+    places = [Path(given).expanduser()] if given else [around.parent] if around.name == "custom_nodes" else [ROOT / ".dev" / "comfyui"]
+    for place in places:
+        if (place / "main.py").is_file() and (place / "comfy").is_dir():
+            return place.resolve()
+    looked = ", ".join(map(str, places))
+    raise ValueError(
+        f"No ComfyUI found: expected main.py and comfy/ in {looked}.\n"
+        "What to do: give its folder with --comfyui, or put this pack into ComfyUI/custom_nodes."
+    )
+
+
+def start_comfyui(folder: Path, flags: Sequence[str]) -> None:
+    """Make `comfy` importable with these flags, as ComfyUI's main.py does: arguments first, then model paths. Once per process.
+
+    `--cpu` is added where torch sees no accelerator, since the host would stop there.
+    """
+    import torch
+
+    flags = list(flags)
+    if not torch.accelerator.is_available() and "--cpu" not in flags:
+        flags.append("--cpu")
+    sys.path.insert(0, str(folder))
+    importlib.import_module("comfy.options").enable_args_parsing()
+    before, sys.argv = sys.argv, [sys.argv[0], *flags]
+    try:
+        arguments = importlib.import_module("comfy.cli_args").args
+    finally:
+        sys.argv = before
+    importlib.import_module("folder_paths")
+    _add_model_paths(folder, arguments.extra_model_paths_config)
+
+
+def _add_model_paths(folder: Path, configs: list[list[str]] | None) -> None:
+    load = importlib.import_module("utils.extra_config").load_extra_path_config
+    own = folder / "extra_model_paths.yaml"
+    for config in [*([str(own)] if own.is_file() else []), *(path for group in configs or [] for path in group)]:
+        load(config)
+
+
+def model_file(name: str, kind: str) -> Path:
+    """A model file by the name that ComfyUI lists it under (`kind` is a folder of `models`), or by its path.
+
+    Raises ValueError that says where was looked.
+    """
+    import folder_paths
+
+    folders = folder_paths.get_folder_paths(kind)
+    found = folder_paths.get_full_path(kind, name)
+    # Hugging Face models are folders, which ComfyUI's own lists leave out.
+    places = [Path(found)] if found else [*(Path(folder, name) for folder in folders), Path(name).expanduser()]
+    for place in places:
+        if place.exists():
+            return place.resolve()
+    raise ValueError(
+        f"{name} was not found, neither as a path nor in {', '.join(folders)}.\n"
+        f"What to do: put it into ComfyUI's models/{kind}, or give its path in the recipe."
+    )

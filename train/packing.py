@@ -1,0 +1,60 @@
+"""Nested Python values with tensors in them, taken apart into JSON and named tensors, and put together again exactly.
+
+What comes back has the same types, the same floats to the last bit and the same dtypes; nothing read is ever executed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+Json = Any
+# Lists, strings, whole numbers, finite floats, booleans and None stand in the JSON as they are; all else is an object of one key.
+TENSOR, TUPLE, DICT, FLOAT = "tensor", "tuple", "dict", "float"
+
+
+def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Json:
+    """The JSON form of `value`; its tensors are added to `tensors`, as copies on the CPU, under names that begin with `name`.
+
+    Raises TypeError for a value of a type that cannot be brought back.
+    """
+    if isinstance(value, Tensor):
+        while name in tensors:  # the keys 0 and "0" of one dict
+            name += "'"
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {TENSOR: name}
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if isinstance(value, float):  # NumPy's float64 is one
+        return float(value) if math.isfinite(value) else {FLOAT: str(float(value))}
+    if type(value) is list:
+        return [pack(part, tensors, f"{name}.{index}") for index, part in enumerate(value)]
+    if type(value) is tuple:
+        return {TUPLE: [pack(part, tensors, f"{name}.{index}") for index, part in enumerate(value)]}
+    if isinstance(value, dict):
+        return {DICT: [[_key(key, name), pack(part, tensors, f"{name}.{key}")] for key, part in value.items()]}
+    raise TypeError(f"{name} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings, lists, tuples and dicts of them.")
+
+
+def unpack(packed: Json, tensors: dict[str, Tensor]) -> Any:
+    """What `pack` took apart."""
+    if isinstance(packed, list):
+        return [unpack(part, tensors) for part in packed]
+    if not isinstance(packed, dict):
+        return packed
+    [(kind, content)] = packed.items()
+    if kind == TENSOR:
+        return tensors[content]
+    if kind == FLOAT:
+        return float(content)
+    parts = content if kind == TUPLE else [part for _key, part in content]
+    unpacked = [unpack(part, tensors) for part in parts]
+    return tuple(unpacked) if kind == TUPLE else dict(zip([key for key, _part in content], unpacked, strict=True))
+
+
+def _key(key: Any, name: str) -> str | int:
+    if type(key) not in (str, int):
+        raise TypeError(f"{name} has the key {key!r}; keys in a checkpoint are strings or whole numbers.")
+    return key

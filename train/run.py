@@ -1,0 +1,231 @@
+"""A run from its recipe to its file: set up, train, validate, preview, save, go on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..encoder.files import unused_path, write_student
+from ..encoder.student import DistilledT5
+from .batches import Batch, Schedule
+from .distill import Learner, NotFinite, linear_schedule, make_optimizer, train_step
+from .models import load_flow, load_teacher_of, make_student_of, metadata_of
+from .objectives import OBJECTIVES
+from .preview import Previewer
+from .randomness import random_states, restore_random_states
+from .ranks import Ranks
+from .recipe import Recipe
+from .report import Reporter
+from .run_directory import RunDirectory
+from .state import Checkpoints, TrainerState
+from .stop import StopRequest
+from .teacher import Teacher, TeacherText
+from .trajectory import Position
+from .validation import held_out_loss
+from .velocity import FrozenFlow, differentiable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Workshop:
+    """Everything a process of a run works with."""
+
+    recipe: Recipe
+    ranks: Ranks
+    schedule: Schedule
+    flow: FrozenFlow
+    teacher: Teacher
+    student: DistilledT5
+    learner: Learner
+
+    def position(self, batch: Batch, text: TeacherText, stage_steps: int | None = None) -> Position:
+        """The start of a batch's trajectory, on the diffusion model's device."""
+        device = self.flow.device
+        height, width = batch.drawn.noise_BCHW.shape[-2:]
+        guidance_B = batch.drawn.guidance_B
+        return Position(
+            step=0,
+            x_BCHW=batch.drawn.noise_BCHW.to(device),
+            sigmas_T=self.flow.sigmas(stage_steps or self.recipe.sampling.steps, height, width),
+            text_BLD=text.text_BLD.to(device),
+            pooled_BP=text.pooled_BP.to(device),
+            guidance_B=None if guidance_B is None else guidance_B.to(device),
+            token_ids_BL=text.token_ids_BL.to(device),
+        )
+
+    def starts(self, batches: list[Batch]) -> list[Position]:
+        """Encode the prompts of some batches, once each, and put them at the start of their trajectories."""
+        texts = [self.teacher.encode(batch.prompts, batch.drawn.token_length) for batch in batches]
+        self.flow.load()
+        return [self.position(batch, text) for batch, text in zip(batches, texts, strict=True)]
+
+
+def open_workshop(recipe: Recipe, ranks: Ranks) -> Workshop:
+    """Read prompts, load models, make the student. Raises ValueError for whatever does not fit together."""
+    schedule = Schedule(recipe, ranks.rank, ranks.world)
+    flow = load_flow(recipe)
+    teacher = load_teacher_of(recipe, flow)
+    student = make_student_of(recipe, flow)
+    wrapped = ranks.wrap(student)
+    part = recipe.optimizer
+    learner = Learner(
+        student=wrapped,
+        optimizer=make_optimizer(student, part.learning_rate, (part.beta1, part.beta2), part.weight_decay),
+        learning_rate=linear_schedule(part.learning_rate, part.warmup_steps, schedule.total_steps),
+        max_gradient_norm=part.max_gradient_norm,
+        autocast_dtype=torch.bfloat16 if part.autocast == "bf16" else None,
+        device=flow.device,
+        mean_over_ranks=ranks.mean,
+        without_sync=functools.partial(ranks.no_sync, wrapped),
+    )
+    return Workshop(recipe, ranks, schedule, flow, teacher, student, learner)
+
+
+def train(recipe: Recipe, run_path: Path, resume: bool, ranks: Ranks) -> Path | None:
+    """Run a recipe to its end; returns the encoder's file, or None when a signal asked to stop (all is saved then).
+
+    Raises ValueError, OSError or NotFinite with a sentence for the person who started it.
+    """
+    with contextlib.ExitStack() as open_things:
+        run = open_things.enter_context(_open_run(recipe, run_path, resume)) if ranks.is_main else None
+        stop = open_things.enter_context(StopRequest())
+        workshop = open_workshop(recipe, ranks)
+        checkpoints = Checkpoints(
+            run_path / "checkpoints", functools.partial(_write_checkpointed, recipe, workshop), recipe.checkpoints.keep_last
+        )
+        best, positions = _restore(workshop, checkpoints) if resume else (None, [])
+        reporter = open_things.enter_context(Reporter(run, ranks.is_main, workshop.schedule.total_steps, start_step=workshop.learner.step))
+        open_things.enter_context(differentiable(workshop.flow.model.diffusion_model, recipe.diffusion_model.checkpoint_blocks))
+        finished = _loop(workshop, checkpoints, reporter, stop, best, positions)
+        return _finish(workshop, recipe) if finished and ranks.is_main else None
+
+
+def _open_run(recipe: Recipe, path: Path, resume: bool) -> RunDirectory:
+    run = RunDirectory(path)
+    if not resume:
+        return run.start(recipe.to_toml())
+    from .recipe import load_recipe
+
+    run.resume()
+    run.refuse_other_recipe(load_recipe(str(run.recipe)).differences(recipe))
+    return run
+
+
+def _loop(
+    workshop: Workshop, checkpoints: Checkpoints, reporter: Reporter, stop: StopRequest, best: float | None, positions: list[Position]
+) -> bool:
+    """Train from the learner's step to the last one; whether the last one was reached."""
+    recipe, learner, total = workshop.recipe, workshop.learner, workshop.schedule.total_steps
+    previewer = Previewer(recipe, workshop)
+    while learner.step < total:
+        place = workshop.schedule.place(learner.step)
+        if place.step == 0:
+            positions = workshop.starts(workshop.schedule.batches(place.stage, place.trajectory))
+        objective = OBJECTIVES[recipe.stages[place.stage].objective]
+        try:
+            report, positions = train_step(positions, workshop.flow, learner, objective)
+        except NotFinite:
+            _save(workshop, checkpoints, reporter, best, positions)
+            raise
+        samples = recipe.stages[place.stage].batch * recipe.stages[place.stage].accumulate
+        reporter.step(
+            learner.step,
+            report.loss,
+            samples,
+            sigma=report.sigma,
+            gradient_norm=report.gradient_norm,
+            learning_rate=report.learning_rate,
+            stage=place.stage,
+            skipped_steps=learner.skipped,
+        )
+        if _due(learner.step, recipe.validation.every_steps, total):
+            by_band, count = held_out_loss(workshop)
+            reached = reporter.held_out(by_band, count)
+            best = reached if best is None else min(best, reached)
+        if _due(learner.step, recipe.preview.every_steps, total):
+            previewer.show(reporter)
+        stopping = workshop.ranks.any_of(stop.requested)
+        if stopping or _due(learner.step, recipe.checkpoints.every_steps, total):
+            _save(workshop, checkpoints, reporter, best, positions)
+        if stopping:
+            return False
+    return True
+
+
+def _due(step: int, every: int, total: int) -> bool:
+    return step % every == 0 or step == total
+
+
+def _save(workshop: Workshop, checkpoints: Checkpoints, reporter: Reporter, best: float | None, positions: list[Position]) -> None:
+    learner, ranks = workshop.learner, workshop.ranks
+    rng = ranks.gather(random_states({}))
+    latents = ranks.gather([position.x_BCHW.cpu() for position in positions])
+    if not ranks.is_main:
+        return
+    place = workshop.schedule.place(min(learner.step, workshop.schedule.total_steps - 1))
+    state = TrainerState(
+        step=learner.step,
+        stage=place.stage,
+        prompt_index=place.trajectory,
+        skipped_steps=learner.skipped,
+        student=workshop.student.tensors(),
+        optimizer=learner.optimizer.state_dict(),
+        schedule={"skipped_in_a_row": learner.skipped_in_a_row},
+        rng={str(rank): states for rank, states in enumerate(rng)},
+        recipe_sha256=workshop.recipe.sha256,
+        best=best,
+        position={str(rank): {str(number): x for number, x in enumerate(xs)} for rank, xs in enumerate(latents)},
+    )
+    reporter.saved(checkpoints.save(state))
+
+
+def _restore(workshop: Workshop, checkpoints: Checkpoints) -> tuple[float | None, list[Position]]:
+    """Put the newest whole checkpoint back into every process; the best held-out loss so far, and the positions on the trajectory."""
+    state, notes = workshop.ranks.share(checkpoints.load_latest() if workshop.ranks.is_main else None) or (None, [])
+    assert state is not None
+    learner, rank = workshop.learner, str(workshop.ranks.rank)
+    workshop.student.load_tensors(state.student)
+    learner.optimizer.load_state_dict(state.optimizer)
+    learner.step, learner.skipped = state.step, state.skipped_steps
+    learner.skipped_in_a_row = state.schedule["skipped_in_a_row"]
+    if rank not in state.rng or len(state.rng) != workshop.ranks.world:
+        raise ValueError(
+            f"This run was saved by {len(state.rng)} processes and is resumed with {workshop.ranks.world}.\n"
+            f"What to do: resume it with --nproc-per-node {len(state.rng)}."
+        )
+    for note in [*notes, *restore_random_states(state.rng[rank], {})]:
+        log.warning(note)
+    if state.step >= workshop.schedule.total_steps:
+        return state.best, []
+    place = workshop.schedule.place(state.step)
+    if place.step == 0:
+        return state.best, []
+    positions = workshop.starts(workshop.schedule.batches(place.stage, place.trajectory))
+    saved = [state.position[rank][str(number)] for number in range(len(positions))]
+    return state.best, [_moved(position, place.step, x) for position, x in zip(positions, saved, strict=True)]
+
+
+def _moved(position: Position, step: int, x_BCHW: Tensor) -> Position:
+    return replace(position, step=step, x_BCHW=x_BCHW.to(position.x_BCHW))
+
+
+def _write_checkpointed(recipe: Recipe, workshop: Workshop, path: Path, tensors: Any) -> None:
+    write_student(path, tensors, metadata_of(recipe, workshop.learner.step))
+
+
+def _finish(workshop: Workshop, recipe: Recipe) -> Path:
+    """Write the encoder where ComfyUI's loader finds it; an older file of that name stays."""
+    import folder_paths
+
+    folder = Path(folder_paths.get_folder_paths("text_encoders")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = unused_path(folder / f"{recipe.output.name}.safetensors")
+    return write_student(path, workshop.student.tensors(), metadata_of(recipe, workshop.learner.step))

@@ -1,0 +1,274 @@
+"""Everything that a run needs to go on bit for bit, saved so that after a kill at any moment a whole checkpoint is there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .disk import UNFINISHED, replace_file, sha256, sync_file, sync_folder
+from .packing import pack, unpack
+
+FORMAT = 1
+CHECKPOINT = re.compile(r"step-(\d{6,})$")
+# An older checkpoint of the same step, while the newer one takes its place.
+REPLACED = ".replaced"
+BROKEN = ".broken"
+STUDENT, TENSORS, VALUES, MANIFEST = "student.safetensors", "state.safetensors", "state.json", "manifest.json"
+# What the system says about a file that is lost or cannot be read off the disk any more.
+LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+
+StudentWriter = Callable[[Path, Mapping[str, Tensor]], object]
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands after `step` optimizer steps.
+
+    student: tensors by published name. optimizer, schedule: their state_dict(). rng: what `random_states` gave, by whatever the caller
+    likes (ranks). position: whatever else the loop needs. best: the lowest held-out loss so far.
+    """
+
+    step: int
+    stage: int
+    prompt_index: int
+    skipped_steps: int
+    student: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    rng: dict[str, Any]
+    recipe_sha256: str
+    best: float | None = None
+    position: dict[str, Any] = field(default_factory=dict)
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not what was written; the text names the file and what is wrong with it."""
+
+
+class NoCheckpoint(ValueError):
+    """There is nothing to go on from."""
+
+
+class CheckpointNotSaved(OSError):
+    """The disk did not take a checkpoint; those before it are as they were."""
+
+
+class Checkpoints:
+    """The checkpoints folder of a run: step-000100/ and so on, each whole or not there. The holder of the run's lock writes here.
+
+    write_student(path, tensors) writes the student's part in the form that the node loads. Kept are the last `keep_last` and the best.
+    """
+
+    def __init__(self, folder: Path, write_student: StudentWriter, keep_last: int) -> None:
+        if keep_last < 1:
+            raise ValueError(f"At least one checkpoint must be kept, and keep_last is {keep_last}.")
+        self.folder = folder
+        self.write_student = write_student
+        self.keep_last = keep_last
+
+    def save(self, state: TrainerState) -> Path:
+        """Write a checkpoint, then remove those that need not be kept; returns its folder.
+
+        Raises CheckpointNotSaved when the disk does not take it: nothing of it is left behind, the others are untouched. What
+        `write_student` raises otherwise passes through, with the same promise.
+        """
+        name = f"step-{state.step:06d}"
+        aside = self.folder / f".{name}{UNFINISHED}"
+        try:
+            self.tidy()
+            aside.mkdir(parents=True)
+            write_checkpoint(aside, state, self.write_student)
+            self._publish(aside, name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointNotSaved(
+                f"The checkpoint of step {state.step} could not be saved in {self.folder}: {str(error).splitlines()[0]}\n"
+                "What to do: see that the disk has room and may be written to, then go on with --resume; earlier checkpoints are untouched."
+            ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                self.tidy()
+        self._drop_old()
+        return self.folder / name
+
+    def load_latest(self) -> tuple[TrainerState, list[str]]:
+        """The newest whole checkpoint, and sentences about damaged ones, which are set aside under the ending .broken.
+
+        Raises NoCheckpoint if none is whole, OSError if one may not be read.
+        """
+        self.tidy()
+        notes: list[str] = []
+        for path in reversed(self.paths()):
+            try:
+                state = read_checkpoint(path)
+            except DamagedCheckpoint as damage:
+                notes.append(f"{path.name} is damaged ({damage}) and was set aside as {_set_aside(path).name}.")
+                continue
+            if notes:
+                notes.append(f"The run goes on from {path.name}.")
+            return state, notes
+        found = "\n".join(notes) if notes else "None was saved yet."
+        raise NoCheckpoint(f"There is no whole checkpoint in {self.folder}.\n{found}\nWhat to do: start the run anew, without --resume.")
+
+    def paths(self) -> list[Path]:
+        """Folders of all checkpoints, the oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((path for path in self.folder.iterdir() if CHECKPOINT.match(path.name)), key=_step)
+
+    def best(self) -> Path | None:
+        """The oldest of the checkpoints with the lowest held-out loss so far: the one that was saved when it was reached."""
+        manifests = {path: _peek(path) for path in self.paths()}
+        rated = [path for path, manifest in manifests.items() if manifest.get("best") is not None]
+        return min(rated, key=lambda path: manifests[path]["best"], default=None)
+
+    def tidy(self) -> None:
+        """Finish or remove what a killed process left half done."""
+        for path in self.folder.glob("step-*" + REPLACED):
+            target = path.with_name(path.name.removesuffix(REPLACED))
+            if target.exists():
+                _remove(path)
+            else:
+                path.rename(target)
+        for path in self.folder.glob(f".step-*{UNFINISHED}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _publish(self, aside: Path, name: str) -> None:
+        """Give a complete checkpoint its name. One that has the name already stays findable until the new one has it."""
+        target = self.folder / name
+        if target.exists():
+            target.rename(target.with_name(name + REPLACED))
+        aside.rename(target)
+        sync_folder(self.folder)
+
+    def _drop_old(self) -> None:
+        whole = [path for path in self.paths() if _peek(path)]
+        for path in set(whole) - {*whole[-self.keep_last :], self.best()}:
+            _remove_if_possible(path)
+
+
+def write_checkpoint(folder: Path, state: TrainerState, write_student: StudentWriter) -> None:
+    """Write all files of a checkpoint and bring them to the disk, the manifest last."""
+    tensors: dict[str, Tensor] = {}
+    values = {name: pack(value, tensors, name) for name, value in vars(state).items() if name != "student"}
+    write_student(folder / STUDENT, state.student)
+    safetensors.torch.save_file(tensors, folder / TENSORS)
+    (folder / VALUES).write_text(_json(values), encoding="utf-8")
+    files = {}
+    for name in (STUDENT, TENSORS, VALUES):
+        sync_file(folder / name)
+        files[name] = {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    best = state.best if state.best is not None and math.isfinite(state.best) else None
+    content = {"format": FORMAT, "step": state.step, "best": best, "files": files}
+    replace_file(folder / MANIFEST, _json({"sha256": _digest(content), "content": content}).encode())
+
+
+def read_checkpoint(folder: Path) -> TrainerState:
+    """Load a checkpoint after checking every byte of it against its manifest; tensors are on the CPU and independent of the files.
+
+    Raises DamagedCheckpoint, ValueError for one of a later version of this trainer, OSError if it may not be read.
+    """
+    try:
+        _check_files(folder, _manifest(folder))
+        values = json.loads((folder / VALUES).read_bytes())
+        student, tensors = (_load(folder / name) for name in (STUDENT, TENSORS))
+    except OSError as error:
+        if error.errno not in LOST:
+            raise
+        raise DamagedCheckpoint(f"{Path(error.filename or folder).name}: {error.strerror}") from error
+    except SafetensorError as error:
+        raise DamagedCheckpoint(f"tensors cannot be read: {error}") from error
+    return TrainerState(student=student, **{name: unpack(value, tensors) for name, value in values.items()})
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    # Clones, because what is loaded is a view of the file, which is deleted one day.
+    return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        content, intact = manifest["content"], manifest["sha256"] == _digest(manifest["content"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedCheckpoint(f"{MANIFEST} cannot be understood") from error
+    if not intact:
+        raise DamagedCheckpoint(f"{MANIFEST} was changed")
+    if content["format"] != FORMAT:
+        raise ValueError(
+            f"{folder} was written in format {content['format']}; this version of the trainer reads format {FORMAT}.\n"
+            "What to do: go on with the version that wrote it."
+        )
+    return content
+
+
+def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    for name in (STUDENT, TENSORS, VALUES):
+        said = manifest["files"][name]
+        size = (folder / name).stat().st_size
+        if size != said["size"]:
+            raise DamagedCheckpoint(f"{name} has {size:,} bytes instead of {said['size']:,}")
+        if sha256(folder / name) != said["sha256"]:
+            raise DamagedCheckpoint(f"{name} does not have the SHA-256 that {MANIFEST} names")
+
+
+def _peek(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files have the right sizes, else an empty one: a look that costs no reading of gigabytes."""
+    try:
+        manifest = _manifest(folder)
+        whole = all((folder / name).stat().st_size == said["size"] for name, said in manifest["files"].items())
+    except (OSError, ValueError):
+        return {}
+    return manifest if whole else {}
+
+
+def _set_aside(folder: Path) -> Path:
+    taken = 1
+    while (target := folder.with_name(f"{folder.name}{BROKEN}{'' if taken == 1 else taken}")).exists():
+        taken += 1
+    folder.rename(target)
+    return target
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; under a name that says so first, so that a kill leaves no half one that looks whole."""
+    aside = folder.with_name(f".{folder.name}.old{UNFINISHED}")
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_if_possible(folder: Path) -> None:
+    try:
+        _remove(folder)
+    except OSError as error:
+        # Windows does not move a folder out of which ComfyUI holds a file open; the next save tries again.
+        log.warning("%s could not be removed (%s) and stays for now.", folder, error)
+
+
+def _step(path: Path) -> int:
+    match = CHECKPOINT.match(path.name)
+    assert match, f"{path} is no checkpoint"
+    return int(match[1])
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _json(values: Any) -> str:
+    # JSON has no NaN; `pack` writes those as text.
+    return json.dumps(values, indent=1, allow_nan=False)

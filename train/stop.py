@@ -1,0 +1,51 @@
+"""Stopping by Ctrl-C or `kill`: the first signal is a request, the second one ends the process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# `timeout`, terminals and job managers signal a process and its group: the second of two such signals is no impatience.
+SAME_REQUEST_S = 0.5
+NOTICE = "\nStopping: the run is saved after this step. A second signal ends it at once, without saving.\n"
+
+
+class StopRequest:
+    """While open, the first SIGINT or SIGTERM sets `signal_name`, which the loop looks at; a later one ends the process at once.
+
+    torchrun hands a signal to every rank once, and kills those that are still there 30 s later: a save that takes longer is lost then,
+    the checkpoint before it is not. Signals can be caught in the main thread only: elsewhere entering raises ValueError.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._asked_at_s = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether the loop should save and leave."""
+        return self.signal_name is not None
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_name is None:
+            self.signal_name, self._asked_at_s = signal.Signals(number).name, time.monotonic()
+            # A handler may run in the middle of a print, which must not be entered twice.
+            with contextlib.suppress(OSError):
+                os.write(2, NOTICE.encode())
+        elif time.monotonic() - self._asked_at_s > SAME_REQUEST_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)

@@ -1,0 +1,127 @@
+"""The frozen diffusion model as a function: latents, noise level and text in, velocity out, differentiable with respect to the text."""
+
+# B batch, C H W latent, L text tokens, D text width, P pooled width, T steps
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from torch import Tensor
+from torch.nn import LayerNorm, Module
+from torch.utils.checkpoint import checkpoint
+
+# Flux's resolution-dependent shift: mu is linear in the number of image tokens (black-forest-labs/flux, sampling.get_schedule).
+FEWEST_TOKENS, MOST_TOKENS = 256, 4096
+SHIFT_AT_FEWEST, SHIFT_AT_MOST = 0.5, 1.15
+PATCH = 2
+
+
+class FrozenFlow:
+    """A diffusion model of ComfyUI that predicts velocity, frozen, on whatever device its patcher puts it."""
+
+    def __init__(self, patcher: Any) -> None:
+        self.patcher = patcher
+        self.model = patcher.model
+        self.model.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.patcher.load_device
+
+    @property
+    def text_width(self) -> int:
+        """Width of the text embedding that the model takes."""
+        return self.model.diffusion_model.params.context_in_dim
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model takes guidance (dev) or not (schnell)."""
+        return bool(self.model.diffusion_model.params.guidance_embed)
+
+    def load(self, memory_required: float = 0) -> None:
+        """Bring the model to its device, the host's way; other models make room as the host decides."""
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=memory_required)
+
+    def velocity(self, x_BCHW: Tensor, sigma_B: Tensor, text_BLD: Tensor, pooled_BP: Tensor, guidance_B: Tensor | None) -> Tensor:
+        """Velocity [B, C, H, W], float32, of the latent `x` at noise level `sigma` in (0, 1].
+
+        The host's model gives the denoised latent x - sigma * velocity; the velocity is read back from it.
+        """
+        extras = {"y": pooled_BP} if guidance_B is None else {"y": pooled_BP, "guidance": guidance_B}
+        x_BCHW = x_BCHW.float()
+        denoised_BCHW = self.model.apply_model(x_BCHW, sigma_B, c_crossattn=text_BLD, transformer_options={}, **extras)
+        return (x_BCHW - denoised_BCHW) / sigma_B.view(-1, 1, 1, 1)
+
+    def sigmas(self, steps: int, height: int, width: int) -> Tensor:
+        """Noise levels [T + 1] from 1 to 0 as the host's `simple` scheduler gives them for a latent of this size.
+
+        Guided models (dev) are shifted by resolution, as ModelSamplingFlux does; schnell is not.
+        """
+        sampling = self.model.model_sampling
+        if not self.guided:
+            return comfy.samplers.calculate_sigmas(sampling, "simple", steps)
+        shifted = type(sampling)(self.model.model_config)
+        shifted.set_parameters(shift=resolution_shift(height, width))
+        return comfy.samplers.calculate_sigmas(shifted, "simple", steps)
+
+
+def resolution_shift(height: int, width: int) -> float:
+    """Flux's shift mu for a latent of height x width: 0.5 at 256 image tokens, 1.15 at 4096, linear between and beyond."""
+    tokens = (height // PATCH) * (width // PATCH)
+    return SHIFT_AT_FEWEST + (SHIFT_AT_MOST - SHIFT_AT_FEWEST) * (tokens - FEWEST_TOKENS) / (MOST_TOKENS - FEWEST_TOKENS)
+
+
+@contextlib.contextmanager
+def differentiable(model: Module, checkpoint_blocks: bool) -> Iterator[None]:
+    """Make gradients with respect to the model's inputs right while the context is open, with block checkpointing or without.
+
+    The host's blocks add their residuals in place, onto tensors that a LayerNorm has saved for its gradient: so every LayerNorm gets a
+    clone. A recomputed block gets clones of its inputs as well, since it would start from overwritten ones the second time. Cloning the
+    block's inputs alone is not enough: inside a checkpoint autograd does not notice what was overwritten, and gradients come out
+    wrong by a percent or so without any error.
+    """
+    blocks = [block for name in ("double_blocks", "single_blocks") for block in getattr(model, name, [])]
+    assert blocks, "the diffusion model has no blocks that are known here"
+    with contextlib.ExitStack() as stack:
+        if checkpoint_blocks:
+            for block in blocks:
+                stack.enter_context(_replaced_forward(block, functools.partial(_recomputed, block.forward)))
+        for norm in (module for module in model.modules() if isinstance(module, LayerNorm)):
+            stack.callback(norm.register_forward_pre_hook(_clone_input).remove)
+        stack.callback(setattr, comfy.model_management, "in_training", comfy.model_management.in_training)
+        # The host's fused rotary embedding has no backward; this is the switch it offers.
+        comfy.model_management.in_training = True
+        yield
+
+
+def _clone_input(_module: Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    return (inputs[0].clone(), *inputs[1:]) if torch.is_grad_enabled() else None
+
+
+@contextlib.contextmanager
+def _replaced_forward(block: Module, forward: Callable[..., Any]) -> Iterator[None]:
+    block.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del block.forward  # the class's own shows again
+
+
+def _recomputed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named)
+
+    def on_clones(*inputs: Any, **named: Any) -> Any:
+        return forward(*(_cloned(value) for value in inputs), **{name: _cloned(value) for name, value in named.items()})
+
+    return checkpoint(on_clones, *inputs, use_reentrant=False, **named)
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3 else value
