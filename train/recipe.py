@@ -197,7 +197,6 @@ class PreviewPart(Part):
     every_steps: Count = Field(description="optimizer steps between previews")
     prompts: Annotated[tuple[Text, ...], FROM_LIST, NOT_EMPTY] = Field(description="what is painted, always from the same seeds")
     vae: str = Field(description='a file in models/vae, or a path; "" for no previews')
-    columns: Count = Field(description="prompts side by side on the contact sheet")
 
 
 class OutputPart(Part):

@@ -24,7 +24,7 @@ KEYS = {
     "sampling.": ["steps", "guidance", "token_lengths"],
     "validation.": ["prompts", "every_steps", "sigma_bands"],
     "checkpoints.": ["every_steps", "keep_last"],
-    "preview.": ["every_steps", "prompts", "vae", "columns"],
+    "preview.": ["every_steps", "prompts", "vae"],
     "output.": ["name"],
     "stage.": ["name", "resolution_px", "steps", "batch", "accumulate", "objective"],
     "stage.corpora.": ["kind", "path", "column", "repeat", "limit"],
@@ -134,7 +134,7 @@ def test_smoke_needs_no_file_and_is_small():
     recipe = load_recipe("smoke")
     assert (recipe.teacher.t5, recipe.diffusion_model.file) == ("stand-in", "stand-in")
     assert (recipe.teacher.clip_l, recipe.preview.vae, recipe.student.start) == ("none", "", "random")
-    assert {corpus.kind for stage in recipe.stages for corpus in stage.corpora} == {"common_text"}
+    assert {corpus.kind for stage in recipe.stages for corpus in stage.corpora} == {"lines"}
     assert {stage.objective for stage in recipe.stages} == set(OBJECTIVES)
     assert recipe.student.student_layout(4096).parameters < 4_000_000
     assert sum(stage.steps for stage in recipe.stages) <= 100

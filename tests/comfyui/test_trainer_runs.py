@@ -1,0 +1,156 @@
+"""Whole runs of the command, as a user starts it: ends in a file for the node, stops when asked, goes on exactly, explains itself."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distilled_t5.devtools.exact import same
+from distilled_t5.devtools.small_encoders import embedding, serve
+from distilled_t5.encoder.files import open_student
+from distilled_t5.encoder.student import DistilledT5
+from distilled_t5.train.state import read_checkpoint
+
+QUICK = [
+    "stage.0.steps=2",
+    "stage.1.steps=6",
+    "sampling.steps=4",
+    "sampling.token_lengths=[16]",
+    "validation.every_steps=4",
+    "validation.prompts=2",
+    "checkpoints.every_steps=4",
+    "checkpoints.keep_last=9",
+    "student.dropout=0.1",
+]
+
+
+def command(comfyui: Path, base: Path, run: Path, *extra: str, settings: list[str] | None = None) -> list[str]:
+    pack = Path(__file__).resolve().parent.parent.parent
+    sets = [part for setting in settings or QUICK for part in ("--set", setting)]
+    ours = [str(pack / "train"), "smoke", "--run", str(run), "--comfyui", str(comfyui), *sets, *extra]
+    return [*ours, "--", "--base-directory", str(base), "--cpu"]
+
+
+def finish(arguments: list[str], folder: Path, code: int = 0, launcher: list[str] | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, *(launcher or []), *arguments], cwd=folder, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run of eight steps without interruption: its folder, and ComfyUI's base folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(command(comfyui_path, folder / "base", folder / "run"), folder)
+    return folder / "run", folder / "base"
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_run_directory_explains_itself(whole):
+    run, _ = whole
+    assert {"recipe.toml", "metrics.jsonl", "train.log", "checkpoints", "samples"} <= {path.name for path in run.iterdir()}
+    losses = [line for line in metrics(run) if "loss" in line]
+    assert [line["step"] for line in losses] == list(range(1, 9))
+    assert {"sigma", "gradient_norm", "learning_rate", "samples_per_s"} <= losses[0].keys()
+    held_out = [line for line in metrics(run) if "held_out_loss" in line]
+    assert [line["step"] for line in held_out] == [4, 8]
+    assert held_out[0]["held_out_samples"] == 2
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000004", "step-000008"]
+
+
+def test_the_file_loads_in_the_loader_and_gives_the_embedding_that_the_trainer_computes(whole):
+    run, base = whole
+    path = base / "models" / "text_encoders" / "distilled_t5_smoke.safetensors"
+    file = open_student(path)
+    assert file.metadata.facts["distilled_t5.steps"] == "8"
+    assert (file.metadata.token_length, file.metadata.pooled) == (16, "zero")
+    assert open_student(run / "checkpoints" / "step-000008" / "student.safetensors").layout == file.layout
+    student = DistilledT5(file.layout)
+    student.load_tensors(read_checkpoint(run / "checkpoints" / "step-000008").student)
+    clip = serve(path).clip
+    token_ids = torch.tensor([[token for token, _ in clip.tokenize("a cat on a sign")["t5xxl"][0]]])
+    with torch.no_grad():
+        expected = student.train(False)(token_ids)
+    assert (embedding(clip, "a cat on a sign") - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("stopped_after", [3, 4], ids=["within a trajectory", "between trajectories"])
+def test_stopping_and_going_on_gives_the_run_without_interruption_bit_for_bit(whole, comfyui_path, tmp_path, stopped_after):
+    run = tmp_path / "run"
+    arguments = command(comfyui_path, tmp_path / "base", run)
+    process = subprocess.Popen([sys.executable, *arguments], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not _has_step(run, stopped_after):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=120)[0] is None and process.returncode in (0, 130)
+    finish(command(comfyui_path, tmp_path / "base", run, "--resume"), tmp_path)
+    ours, theirs = (read_checkpoint(folder / "checkpoints" / "step-000008") for folder in (run, whole[0]))
+    assert same(ours.student, theirs.student)
+    assert same(ours.optimizer, theirs.optimizer)
+    losses = [[(line["step"], line["loss"]) for line in metrics(folder) if "loss" in line] for folder in (run, whole[0])]
+    assert losses[0] == losses[1]
+
+
+def _has_step(run: Path, step: int) -> bool:
+    path = run / "metrics.jsonl"
+    return path.exists() and f'"step": {step},' in path.read_text(encoding="utf-8")
+
+
+def test_two_processes_do_what_one_does(whole, comfyui_path, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # Each process draws its own dropout.
+    quiet = [*QUICK[:-1], "student.dropout=0.0"]
+    runs = []
+    for name, how in (("one", None), ("two", launcher)):
+        finish(command(comfyui_path, tmp_path / name, tmp_path / f"run-{name}", settings=quiet), tmp_path, launcher=how)
+        runs.append(tmp_path / f"run-{name}")
+    one, two = ([line["loss"] for line in metrics(run) if "loss" in line] for run in runs)
+    assert one == pytest.approx(two, rel=1e-4)
+    ours, theirs = (read_checkpoint(run / "checkpoints" / "step-000008").student for run in runs)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-4, rtol=1e-3)
+
+
+def test_another_recipe_is_not_resumed_and_the_differences_are_listed(whole, comfyui_path, tmp_path):
+    said = finish(command(comfyui_path, tmp_path, whole[0], "--resume", "--set", "optimizer.learning_rate=0.5"), tmp_path, code=1)
+    assert "optimizer.learning_rate: 0.001 -> 0.5" in said
+    assert "What to do" in said
+
+
+def test_a_run_that_is_there_is_not_started_over(whole, comfyui_path, tmp_path):
+    said = finish(command(comfyui_path, tmp_path, whole[0]), tmp_path, code=1)
+    assert "go on with --resume" in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optimizer.learning_rat=1", "learning_rate"),
+        ("stage.0.resolution_px=100", "multiple of 16"),
+        ("diffusion_model.file=no_such.safetensors", "no_such.safetensors was not found"),
+        ("teacher.t5=no_such.safetensors", "no_such.safetensors was not found"),
+        ("student.start=no_such_folder", "no_such_folder was not found"),
+        ("sampling.guidance=[]", "needs guidance"),
+        ("preview.vae=1", "preview.vae"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_trained(comfyui_path, tmp_path, setting, message):
+    said = finish(command(comfyui_path, tmp_path, tmp_path / "run", "--set", setting), tmp_path, code=1)
+    assert message in said
+    assert "What to do" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "checkpoints" / "step-000004").exists()
