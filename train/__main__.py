@@ -32,6 +32,9 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--run", metavar="DIR", help="folder of the run (default: runs/NAME-OF-RECIPE)")
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    parser.add_argument(
+        "--estimate", action="store_true", help="measure three steps of each stage, say what the run will take, train nothing"
+    )
     parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one whose custom_nodes this pack lies in)")
     return parser
 
@@ -52,10 +55,14 @@ def main(argv: list[str]) -> int:
         recipe = load_recipe(options.recipe, options.set)
         start_comfyui(find_comfyui(options.comfyui), flags)
         import torch
+        from distilled_t5.train.estimate import estimate
         from distilled_t5.train.ranks import Ranks
         from distilled_t5.train.run import train
 
         with Ranks.open("cuda" if torch.cuda.is_available() and "--cpu" not in flags else "cpu") as ranks:
+            if options.estimate:
+                print(estimate(recipe, ranks))
+                return 0
             path = train(recipe, Path(options.run or Path("runs", recipe.name)), options.resume, ranks)
             main_rank = ranks.is_main
     except (ValueError, OSError, RuntimeError) as error:

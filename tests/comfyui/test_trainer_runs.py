@@ -154,3 +154,11 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(comfyui_path, tmp_
     assert "What to do" in said
     assert "Traceback" not in said
     assert not (tmp_path / "run" / "checkpoints" / "step-000004").exists()
+
+
+def test_estimate_says_what_a_run_will_take_and_trains_nothing(comfyui_path, tmp_path):
+    said = finish(command(comfyui_path, tmp_path, tmp_path / "run", "--estimate"), tmp_path)
+    for part in ("diffusion model, frozen", "student, gradients and AdamW", "embedding-first", "follow-the-steps", "s/step", "Disk:"):
+        assert part in said
+    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.rglob("distilled_t5_smoke*"))

@@ -1,0 +1,143 @@
+"""What the notes in the example workflows say, and where every model file named there comes from."""
+
+from dataclasses import dataclass
+
+HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """Where a model file is to be had, the folder below models/ it belongs into, and a remark for the reader."""
+
+    url: str
+    folder: str
+    remark: str
+
+
+FILES: dict[str, ModelFile] = {
+    "distilled_t5_base.safetensors": ModelFile(
+        f"{HUB}/LifuWang/DistillT5/resolve/main/model.safetensors", "text_encoders", "0.26 GB; comes as model.safetensors: **rename it**"
+    ),
+    "clip_l.safetensors": ModelFile(f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/clip_l.safetensors", "text_encoders", "0.25 GB"),
+    "t5xxl_fp16.safetensors": ModelFile(
+        f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp16.safetensors", "text_encoders", "9.8 GB; only for this comparison"
+    ),
+    "flux1-dev.safetensors": ModelFile(
+        f"{HUB}/Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors", "diffusion_models", "23.8 GB; non-commercial licence"
+    ),
+    "flux1-schnell.safetensors": ModelFile(
+        f"{HUB}/Comfy-Org/flux1-schnell/resolve/main/flux1-schnell.safetensors", "diffusion_models", "23.8 GB; Apache-2.0"
+    ),
+    "ae.safetensors": ModelFile(
+        f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors", "vae", "0.34 GB"
+    ),
+    "FLUX-dev-lora-add_details.safetensors": ModelFile(
+        f"{HUB}/Shakker-Labs/FLUX.1-dev-LoRA-add-details/resolve/main/FLUX-dev-lora-add_details.safetensors",
+        "loras",
+        "0.69 GB; any Flux LoRA will do",
+    ),
+    "flux-canny-controlnet-v3.safetensors": ModelFile(
+        f"{HUB}/XLabs-AI/flux-controlnet-collections/resolve/main/flux-canny-controlnet-v3.safetensors", "controlnet", "1.5 GB"
+    ),
+}
+
+FOX = "A red fox in a blue scarf sits on a park bench and reads a newspaper, morning light, autumn leaves, 35 mm photograph"
+LIGHTHOUSE = "A white lighthouse on a cliff above a stormy green sea, a small red boat below, oil painting with visible brush strokes"
+WATCHMAKER = "An old watchmaker at his bench, brass gears and tiny screws under a warm lamp, macro photograph, shallow depth of field"
+CABIN = "A cosy brick house with a red roof in a snowy forest at dusk, light in the window, the moon behind it, watercolour"
+CAFE = "A yellow bicycle leans against a turquoise door, to its left two terracotta pots with lavender, Mediterranean noon light"
+
+
+def file_table(*names: str) -> str:
+    """Which file goes where, as a list with links."""
+    lines = [f"- [{name}]({FILES[name].url}) into models/{FILES[name].folder} ({FILES[name].remark})" for name in names]
+    return "### Files\n" + "\n".join(lines)
+
+
+ENCODERS = ("distilled_t5_base.safetensors", "clip_l.safetensors")
+DEV_FILES = (*ENCODERS, "flux1-dev.safetensors", "ae.safetensors")
+
+DEV = f"""
+## Flux dev with a distilled T5
+
+**Distilled T5 Loader** stands where DualCLIPLoader used to stand. All other nodes are stock nodes: what it gives is an ordinary CLIP.
+
+{file_table(*DEV_FILES)}
+
+### What to expect
+The content of T5-XXL's pictures from a text encoder of 0.26 GB instead of 9.5 GB; a new prompt is encoded in about half a second even
+on a CPU. Words to be written in the picture are what a small encoder does worst.
+
+Flux.1-dev's licence is non-commercial.
+"""
+
+SCHNELL = f"""
+## Flux schnell with a distilled T5
+
+Four steps, no guidance: schnell takes none, so there is no FluxGuidance node. The encoder was distilled with Flux dev and works with
+schnell unchanged.
+
+{file_table(*ENCODERS, "flux1-schnell.safetensors", "ae.safetensors")}
+
+### What to expect
+A fifth of the time of Flux dev with 20 steps, and a little less detail. Flux.1-schnell is under Apache-2.0.
+"""
+
+LORA = f"""
+## Flux dev, a LoRA and a distilled T5
+
+A LoRA changes Flux and CLIP-L as always. Layers that it brings for T5-XXL do not fit a smaller T5 and are left out; the log says so in
+one line.
+
+{file_table(*DEV_FILES, "FLUX-dev-lora-add_details.safetensors")}
+
+### What to expect
+The LoRA's effect as with T5-XXL. Set *strength_model* to 0 to see the picture without it.
+"""
+
+CONTROLNET = f"""
+## Flux dev, a ControlNet and a distilled T5
+
+Edges are taken from a picture (choose your own in **Load Image**) and the new picture keeps them. The ControlNet reads the same text
+embedding as Flux does, so it needs no change either.
+
+{file_table(*DEV_FILES, "flux-canny-controlnet-v3.safetensors")}
+
+### What to expect
+The shapes of your picture in the style of the prompt. Lower *strength* or *end_percent* if the edges hold too fast.
+"""
+
+VERSUS = f"""
+## T5-XXL and the distilled T5, side by side
+
+One prompt, one seed, one size; the only difference is the text encoder. Left: the distilled T5. Right: T5-XXL.
+
+{file_table(*DEV_FILES, "t5xxl_fp16.safetensors")}
+
+### What to expect
+Two different pictures of the same content. Look at objects, colours and places; then try a prompt with written words, where the small
+encoder falls behind first. T5-XXL needs 9.5 GB of memory and takes its time to load; watch the progress of both.
+"""
+
+SAVE = f"""
+## Look into an encoder, and save a copy
+
+Needs no diffusion model.
+
+{file_table(*ENCODERS)}
+
+### What to expect
+**What was loaded** names size, number format, memory and trained token length. **Does my prompt fit?** counts its tokens.
+**Distilled T5 Save** writes models/text_encoders/my_distilled_t5.safetensors, here in fp8: half the size, a little precision lost.
+Choose *as loaded* for an exact copy. Press R afterwards and the new file is in the loader's list.
+"""
+
+APP = f"""
+## Flux dev with a distilled T5, as an app
+
+Opened in app mode, this workflow shows a prompt, five numbers and the picture. Leave app mode to see the graph.
+
+{file_table(*DEV_FILES)}
+
+Flux.1-dev's licence is non-commercial.
+"""

@@ -1,0 +1,45 @@
+"""A ComfyUI with the pack and stand-in models in the foreground: `python -m distilled_t5.devtools.serve --comfyui FOLDER [--port N]`."""
+
+import argparse
+import contextlib
+import signal
+import sys
+from pathlib import Path
+
+from .server import ComfyServer
+from .stand_ins import ensure_all, link_into
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / ".dev"
+
+
+def serve(comfyui: Path, port: int) -> None:
+    """Serve until Ctrl-C; pictures, settings and saved workflows stay in .dev/serve."""
+    base = WORK / "serve"
+    link_into(ensure_all(WORK / "stand-ins"), base)
+    print("Starting ComfyUI ...", flush=True)
+    with ComfyServer(comfyui, base, ROOT, port=port) as server:
+        print(f"Ready: {server.url}", flush=True)
+        print("Open it in a browser; the example workflows are under Templates. The models are stand-ins with random weights (noise).")
+        print(f"Put real models into {base / 'models'}, log in {server.log_path}. Ctrl-C stops it.", flush=True)
+        server.wait_for_end()
+
+
+def main() -> None:
+    """Read the command line and serve."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--comfyui", type=Path, required=True, help="folder of ComfyUI's main.py")
+    parser.add_argument("--port", type=int, default=8188, help="port to serve on (default: 8188)")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill stops the server too
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            serve(arguments.comfyui, arguments.port)
+            return
+    except (RuntimeError, ValueError) as error:
+        sys.exit(str(error))
+    print("Stopped.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""One ComfyUI with the pack on stand-in models, one Chromium, and a fresh tab for each test."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from distilled_t5.devtools.browser import ComfyPage, chromium, find_chromium, pack_server
+from distilled_t5.devtools.server import ComfyServer
+from distilled_t5.devtools.stand_ins import ensure_all, link_into
+from playwright.sync_api import BrowserContext, expect
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PICTURES = ROOT / ".dev" / "screenshots"
+
+# A machine that runs a server, a browser and more besides may take its time; a condition that holds ends the wait at once.
+expect.set_options(timeout=30_000)
+
+
+@pytest.fixture(scope="session")
+def comfyui_path() -> Path:
+    """The folder of the ComfyUI under test: COMFYUI_PATH (dev.py sets it), else the one that dev.py unpacked."""
+    path = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "comfyui").resolve()
+    if not (path / "main.py").is_file():
+        pytest.fail(f"These tests need a ComfyUI, and {path} is none: run `python dev.py test`, or set COMFYUI_PATH.", pytrace=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def browser_context() -> Iterator[BrowserContext]:
+    """The system's Chromium; a machine without one fails the tier."""
+    try:
+        find_chromium()
+    except RuntimeError as error:
+        pytest.fail(str(error), pytrace=False)
+    with chromium() as context:
+        yield context
+
+
+@pytest.fixture(scope="session")
+def server(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A running ComfyUI with the pack and every model that the example workflows name."""
+    base = tmp_path_factory.mktemp("browser")
+    link_into(ensure_all(ROOT / ".dev" / "stand-ins"), base)
+    with pack_server(comfyui_path, base, ROOT) as running:
+        yield running
+
+
+@pytest.fixture(params=["canvas", "nodes-2"])
+def nodes_2(request: pytest.FixtureRequest) -> bool:
+    """Each of the page's two renderers: False is the canvas, True is Nodes 2.0."""
+    return request.param == "nodes-2"
+
+
+@pytest.fixture
+def comfy(request: pytest.FixtureRequest, browser_context: BrowserContext, server: ComfyServer) -> Iterator[ComfyPage]:
+    """A tab that the test opens; afterwards it is photographed, and an error on it fails the test."""
+    yield from photographed(ComfyPage(browser_context, server), request.node.name)
+
+
+def photographed(tab: ComfyPage, test_name: str) -> Iterator[ComfyPage]:
+    """Lend a tab to a test; at the end keep a picture of it, close it, and raise if errors were seen."""
+    yield tab
+    name = re.sub(r"[^a-z0-9]+", "-", test_name.removeprefix("test_").lower()).strip("-")
+    tab.screenshot(PICTURES / f"{name}.png")
+    tab.close()
+    assert not tab.errors, "the page reported errors:\n" + "\n".join(tab.errors)
+
+
+@pytest.fixture(scope="module")
+def server_without_pack(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A running ComfyUI of a user who has switched the pack off."""
+    base = tmp_path_factory.mktemp("off")
+    link_into(ensure_all(ROOT / ".dev" / "stand-ins"), base)
+    with pack_server(comfyui_path, base, ROOT, ("--whitelist-custom-nodes", "nothing")) as running:
+        yield running
+
+
+@pytest.fixture
+def comfy_without_pack(
+    request: pytest.FixtureRequest, browser_context: BrowserContext, server_without_pack: ComfyServer
+) -> Iterator[ComfyPage]:
+    """A tab on the ComfyUI without the pack."""
+    yield from photographed(ComfyPage(browser_context, server_without_pack), request.node.name)

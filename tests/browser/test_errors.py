@@ -1,0 +1,42 @@
+"""A file that is no distilled T5: the message that a person needs reaches the screen."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from distilled_t5.devtools.browser import ComfyPage
+from distilled_t5.devtools.server import ComfyServer
+from playwright.sync_api import expect
+
+CASES = {
+    "vae": "is a VAE, not a distilled T5",
+    "truncated": "is no whole safetensors file",
+    "clip_l": "is a CLIP text encoder, not a distilled T5",
+}
+
+
+@pytest.fixture(scope="module")
+def broken_files(server: ComfyServer) -> Iterator[None]:
+    """A VAE and a download that broke off, in text_encoders."""
+    folder = server.base / "models" / "text_encoders"
+    vae, truncated = folder / "vae.safetensors", folder / "truncated.safetensors"
+    shutil.copyfile(server.base / "models" / "vae" / "ae.safetensors", vae)
+    with (folder / "distilled_t5_base.safetensors").open("rb") as whole:
+        truncated.write_bytes(whole.read(1_000_000))
+    yield
+    vae.unlink()
+    truncated.unlink()
+
+
+@pytest.mark.usefixtures("broken_files")
+@pytest.mark.parametrize(("case", "nodes_2"), [("vae", False), ("vae", True), ("truncated", False), ("clip_l", False)])
+def test_a_wrong_file_is_explained_under_view_details(comfy: ComfyPage, case: str, nodes_2: bool) -> None:
+    comfy.open_template("flux-dev", nodes_2=nodes_2)
+    comfy.set_widgets("DistilledT5Loader", clip_name2=f"{case}.safetensors")
+    assert comfy.run() == "execution_error"
+    expect(comfy.page.get_by_test_id("error-overlay")).to_contain_text("Distilled T5 Loader")
+    panel = comfy.error_details()
+    expect(panel).to_contain_text(f"{case}.safetensors {CASES[case]}")
+    expect(panel).to_contain_text("What to do: ")

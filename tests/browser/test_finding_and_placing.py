@@ -1,0 +1,70 @@
+"""A person finds the nodes, places them and reads about them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from distilled_t5.devtools.browser import ComfyPage
+from playwright.sync_api import expect
+
+NODES = {
+    "DistilledT5Loader": "Distilled T5 Loader",
+    "DistilledT5TextEncode": "Distilled T5 Text Encode",
+    "DistilledT5Save": "Distilled T5 Save",
+}
+BLUEPRINT = "Flux text with Distilled T5"
+
+
+def headings_of(page: Path) -> list[str]:
+    """The headings of a help page, of which there are several."""
+    headings = [line.lstrip("# ") for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert len(headings) > 2
+    return headings
+
+
+@pytest.mark.parametrize("query", ["Distilled T5", "small T5"])
+def test_the_loader_is_found_by_name_and_by_alias_and_placed(comfy: ComfyPage, nodes_2: bool, query: str) -> None:
+    comfy.open(nodes_2=nodes_2, empty=True)
+    comfy.place_from_search(query, "Distilled T5 Loader")
+    comfy.wait_for_node("DistilledT5Loader")
+    [node] = comfy.graph()["nodes"]
+    assert node["widgets_values"] == ["clip_l.safetensors", "distilled_t5_base.safetensors", "flux", "default", "auto", 0]
+
+
+def test_all_names_under_which_people_know_it_are_found(comfy: ComfyPage) -> None:
+    comfy.open(empty=True)
+    for query in ("DistillT5", "DistilT5", "T5-Base dual clip", "DualCLIPLoaderT5Base"):
+        expect(comfy.search(query).filter(has_text="Distilled T5 Loader")).to_be_visible()
+    results = comfy.search("Distilled T5")
+    for title in (*NODES.values(), BLUEPRINT):
+        expect(results.filter(has_text=title)).to_be_visible()
+
+
+def test_a_node_is_dragged_from_the_library(comfy: ComfyPage, nodes_2: bool) -> None:
+    comfy.open(nodes_2=nodes_2, empty=True)
+    comfy.drag_from_library("Distilled T5 Loader", at=(900, 400))
+    comfy.wait_for_node("DistilledT5Loader")
+
+
+def test_the_blueprint_becomes_a_subgraph_with_our_nodes(comfy: ComfyPage, nodes_2: bool) -> None:
+    comfy.open(nodes_2=nodes_2, empty=True)
+    comfy.place_from_search(BLUEPRINT, BLUEPRINT)
+    comfy.wait_for("() => app.graph.nodes.length === 1 && app.graph.nodes[0].isSubgraphNode()")
+    [inner] = comfy.graph()["definitions"]["subgraphs"]
+    assert {"DistilledT5Loader", "DistilledT5TextEncode"} <= {node["type"] for node in inner["nodes"]}
+
+
+@pytest.mark.parametrize("locale", ["en", "zh"])
+def test_names_and_help_pages_are_ours(comfy: ComfyPage, pack_root: Path, nodes_2: bool, locale: str) -> None:
+    names = json.loads((pack_root / "locales" / locale / "nodeDefs.json").read_text(encoding="utf-8"))
+    comfy.open(nodes_2=nodes_2, locale=locale, empty=True)
+    for place, (node_type, english) in enumerate(NODES.items()):
+        comfy.add(node_type, at=(50 + 350 * place, 300))
+        [title] = comfy.page.evaluate("(type) => app.graph.nodes.filter(node => node.type === type).map(node => node.title)", node_type)
+        assert title == names[node_type]["display_name"]
+        assert (title == english) == (locale == "en")
+        shown = comfy.open_help(node_type)
+        for heading in headings_of(pack_root / "web" / "docs" / node_type / f"{locale}.md"):
+            expect(shown.get_by_role("heading", name=heading, exact=True)).to_be_visible()

@@ -1,0 +1,60 @@
+"""Workflows made with the authors' DualCLIPLoaderT5Base open, are replaced by the page's own means, and run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distilled_t5.devtools.browser import ComfyPage
+from distilled_t5.devtools.server import ComfyServer
+from playwright.sync_api import expect
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "example_workflows"
+OLD = {
+    "type": "DualCLIPLoaderT5Base",
+    # The authors' own workflow names the T5 first.
+    "widgets_values": ["t5base_fp16.safetensors", "clip_l.safetensors", "flux_t5base"],
+    "properties": {"Node name for S&R": "DualCLIPLoaderT5Base"},
+    "inputs": [],
+}
+
+
+def old_workflow() -> dict[str, Any]:
+    """The Flux dev example as it was before there was this pack: the old loader, and no text output of it."""
+    workflow = json.loads((FOLDER / "flux-dev.json").read_text(encoding="utf-8"))
+    [loader] = [node for node in workflow["nodes"] if node["type"] == "DistilledT5Loader"]
+    loader.update(OLD, outputs=loader["outputs"][:1])
+    workflow["links"] = [link for link in workflow["links"] if link[1:3] != [loader["id"], 1]]
+    workflow["nodes"] = [node for node in workflow["nodes"] if node["type"] != "PreviewAny"]
+    return workflow
+
+
+@pytest.fixture
+def old_file(server: ComfyServer) -> Iterator[None]:
+    """The distilled T5 under the name that the authors' workflow gives it."""
+    folder = server.base / "models" / "text_encoders"
+    old = folder / "t5base_fp16.safetensors"
+    shutil.copyfile(folder / "distilled_t5_base.safetensors", old)
+    yield
+    old.unlink()
+
+
+@pytest.mark.usefixtures("old_file")
+def test_the_old_loader_is_swapped_and_the_workflow_runs(comfy: ComfyPage, nodes_2: bool) -> None:
+    comfy.open(nodes_2=nodes_2)
+    comfy.drop("authors", json.dumps(old_workflow()))
+    assert comfy.missing_nodes() == ["DualCLIPLoaderT5Base"]
+    panel = comfy.error_details()
+    expect(panel).to_contain_text("DualCLIPLoaderT5Base")
+    panel.get_by_role("button", name="Replace Node", exact=True).click()
+    comfy.wait_for_node("DistilledT5Loader")
+    [loader] = [node for node in comfy.graph()["nodes"] if node["type"] == "DistilledT5Loader"]
+    assert loader["widgets_values"] == ["t5base_fp16.safetensors", "clip_l.safetensors", "flux", "default", "auto", 0]
+    assert comfy.missing_nodes() == []
+    comfy.make_small(seed=31 + nodes_2)
+    assert comfy.run() == "execution_success"
+    comfy.wait_for_picture("SaveImage", 256)

@@ -1,0 +1,65 @@
+"""A workflow is dropped, run, saved, closed and opened again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distilled_t5.devtools.browser import ComfyPage
+from distilled_t5.devtools.server import ComfyServer
+from playwright.sync_api import expect
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "example_workflows"
+SIDE_PX = 256
+IN_DRAFT = "(text) => Object.values(localStorage).some(draft => draft.includes(text))"
+
+
+def substance(graph: dict[str, Any]) -> dict[str, Any]:
+    """What may not get lost: everything but the view and the order in which nodes run."""
+    nodes = {node["id"]: {key: value for key, value in node.items() if key != "order"} for node in graph["nodes"]}
+    kept = {key: graph[key] for key in ("id", "last_node_id", "last_link_id", "links", "groups", "version")}
+    return {"nodes": nodes} | kept
+
+
+def test_a_dropped_workflow_runs_to_its_picture(comfy: ComfyPage, server: ComfyServer, nodes_2: bool) -> None:
+    comfy.open(nodes_2=nodes_2)
+    comfy.drop("my-fox", (FOLDER / "flux-dev.json").read_text(encoding="utf-8"))
+    comfy.make_small(SIDE_PX, seed=21 + nodes_2)
+    assert comfy.run() == "execution_success"
+    comfy.wait_for_picture("SaveImage", SIDE_PX)
+    shown = comfy.page.evaluate("() => Object.values(app.nodeOutputs).flatMap(output => output.text ?? []).join()")
+    assert "T5-Base from distilled_t5_base.safetensors" in shown
+    entry = next(iter(server.get_json("/history?max_items=1").values()))
+    [picture] = server.images(entry)
+    assert picture.size == (SIDE_PX, SIDE_PX)
+    comfy.page.get_by_role("button", name="Assets").click()
+    [image] = [image for output in entry["outputs"].values() for image in output.get("images", [])]
+    expect(comfy.page.locator(f"img[src*='{image['filename']}']").first).to_be_visible()
+
+
+def test_nothing_is_lost_on_the_way_through_a_file(comfy: ComfyPage, nodes_2: bool) -> None:
+    comfy.open(nodes_2=nodes_2)
+    for path in sorted(FOLDER.glob("*.json")):
+        comfy.page.evaluate("(graph) => app.loadGraphData(graph)", json.loads(path.read_text(encoding="utf-8")))
+        before = comfy.graph()
+        comfy.page.evaluate("(graph) => app.loadGraphData(graph)", before)
+        assert substance(comfy.graph()) == substance(before), path.name
+
+
+def test_nothing_is_lost_by_a_reload_or_by_saving(comfy: ComfyPage, server: ComfyServer, nodes_2: bool) -> None:
+    name = f"mine-{'new' if nodes_2 else 'old'}"
+    comfy.open_template("flux-dev-lora", nodes_2=nodes_2)
+    comfy.set_widgets("DistilledT5TextEncode", text="two blue cubes", guidance=2.5)
+    comfy.set_widgets("DistilledT5Loader", dtype="fp16", token_length=77)
+    comfy.select("DistilledT5Loader")  # the page notes a change when the mouse is released
+    comfy.wait_for(IN_DRAFT, "two blue cubes")
+    before = substance(comfy.graph())
+    comfy.reload()
+    assert substance(comfy.graph()) == before
+    comfy.save_as(name)
+    saved = server.get_json(f"/userdata/workflows%2F{name}.json")
+    assert substance(saved) == before
+    comfy.open(nodes_2=nodes_2)
+    comfy.open_saved(name)
+    assert substance(comfy.graph()) == before

@@ -1,0 +1,101 @@
+"""The example workflows as a person meets them: in the template browser, with and without their models."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distilled_t5.devtools.browser import PACK, ComfyPage
+from distilled_t5.devtools.server import ComfyServer
+from playwright.sync_api import expect
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "example_workflows"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def example(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def widget_values(workflow: dict[str, Any]) -> dict[int, Any]:
+    return {node["id"]: node.get("widgets_values") or [] for node in workflow["nodes"]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_opens_whole_from_the_template_browser(comfy: ComfyPage, name: str) -> None:
+    comfy.open()
+    comfy.load_template(name)
+    assert_whole(comfy, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_opens_whole_from_its_link_in_nodes_2(comfy: ComfyPage, name: str) -> None:
+    comfy.open_template(name, nodes_2=True)
+    assert_whole(comfy, name)
+
+
+def assert_whole(comfy: ComfyPage, name: str) -> None:
+    """All nodes, widgets and links are there and nothing is missing."""
+    assert comfy.missing_nodes() == []
+    assert comfy.missing_models() == []
+    expect(comfy.page.get_by_test_id("error-overlay")).to_be_hidden()
+    saved, shown = example(name), comfy.graph()
+    assert widget_values(shown) == widget_values(saved)
+    assert shown["links"] == saved["links"]
+    assert {node["id"]: node["size"] for node in shown["nodes"]} == {node["id"]: node["size"] for node in saved["nodes"]}
+
+
+def test_the_template_browser_shows_each_with_its_picture(comfy: ComfyPage) -> None:
+    comfy.open()
+    dialog = comfy.browse_templates()
+    for name in NAMES:
+        picture = dialog.get_by_test_id(f"template-workflow-{name}").get_by_role("img", name=name)
+        picture.scroll_into_view_if_needed()
+        expect(picture).to_have_js_property("naturalWidth", 600)
+
+
+def test_the_links_in_the_readme_lead_to_templates(server: ComfyServer, pack_root: Path) -> None:
+    links = re.findall(r"http://127\.0\.0\.1:8188/\?template=([\w.-]+)&source=([\w.-]+)", (pack_root / "README.md").read_text("utf-8"))
+    assert len(links) > 2
+    for name, source in links:
+        assert server.get_json(f"/api/workflow_templates/{source}/{name}.json") == example(name)
+
+
+def test_the_app_runs_and_shows_its_picture(comfy: ComfyPage) -> None:
+    comfy.open_template("flux-dev-app", nodes_2=True)
+    expect(comfy.page.get_by_test_id("linear-widgets").get_by_role("textbox").first).to_be_visible()
+    comfy.make_small(seed=11)
+    assert comfy.run() == "execution_success"
+    expect(comfy.page.get_by_test_id("linear-center-panel").locator("img[src*='flux-dev-app']").first).to_be_visible()
+
+
+@pytest.fixture
+def without_the_student(server: ComfyServer, tmp_path: Path) -> Iterator[None]:
+    """A ComfyUI whose user has not downloaded the distilled T5 yet."""
+    file, aside = server.base / "models" / "text_encoders" / "distilled_t5_base.safetensors", tmp_path / "aside"
+    file.rename(aside)
+    yield
+    aside.rename(file)
+
+
+@pytest.mark.usefixtures("without_the_student")
+def test_a_missing_model_is_named_with_its_folder_and_offered(comfy: ComfyPage, nodes_2: bool) -> None:
+    comfy.open_template("flux-dev", nodes_2=nodes_2)
+    expect(comfy.page.get_by_test_id("error-overlay")).to_contain_text("distilled_t5_base.safetensors")
+    panel = comfy.error_details()
+    expect(panel).to_contain_text("distilled_t5_base.safetensors")
+    expect(panel).to_contain_text("text_encoders")
+    expect(panel.get_by_test_id("missing-model-download")).to_be_enabled()
+
+
+def test_with_the_pack_off_a_template_opens_and_names_the_missing_node(comfy_without_pack: ComfyPage) -> None:
+    comfy_without_pack.open()
+    comfy_without_pack.drop("flux-dev", json.dumps(example("flux-dev")))
+    assert comfy_without_pack.missing_nodes() == ["DistilledT5Loader"]
+    assert len(comfy_without_pack.graph()["nodes"]) == len(example("flux-dev")["nodes"])
+    expect(comfy_without_pack.page.get_by_test_id("error-overlay")).to_contain_text("Distilled T5 Loader")
+    expect(comfy_without_pack.error_details()).to_contain_text(PACK)

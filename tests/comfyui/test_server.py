@@ -1,0 +1,159 @@
+"""The pack in a real server, installed as a user would: it loads without a warning and everything a user sees is there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.error
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distilled_t5.devtools.build_workflows import BLUEPRINT_NAME, WORKFLOWS
+from distilled_t5.devtools.server import ComfyServer, PromptFailed, end_process_group
+from distilled_t5.devtools.stand_ins import link_into
+
+OUR_NODES = ("DistilledT5Loader", "DistilledT5TextEncode", "DistilledT5Save")
+OLD_NODE = "DualCLIPLoaderT5Base"
+
+
+@pytest.fixture(scope="module")
+def host(server: ComfyServer, stand_ins: Path) -> Iterator[ComfyServer]:
+    link_into(stand_ins, server.base)
+    yield server
+    server.free()
+
+
+def pack_lines(host: ComfyServer) -> list[str]:
+    """The lines of the log that name the pack's folder or the pack."""
+    names = (str(host.base / "custom_nodes" / host.pack.name), "distilled_t5", "DistilledT5", "Distilled T5")
+    return [line for line in host.log().splitlines() if any(name in line for name in names)]
+
+
+def node_info(host: ComfyServer, name: str) -> dict[str, Any]:
+    return host.get_json(f"/object_info/{name}")[name]
+
+
+def visible_inputs(info: dict[str, Any]) -> dict[str, Any]:
+    """The inputs that a user sees: not the hidden ones of output nodes."""
+    return info["input"].get("required", {}) | info["input"].get("optional", {})
+
+
+def load_only(class_type: str, **inputs: Any) -> dict[str, Any]:
+    """A prompt that loads an encoder, encodes with a stock node and shows something, so that the host runs it."""
+    return {
+        "1": {"class_type": class_type, "inputs": inputs},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 0], "text": "a red fox"}},
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}},
+    }
+
+
+def test_the_pack_loads_without_a_warning(host: ComfyServer) -> None:
+    log = host.log()
+    assert "Error while calling comfy_entrypoint" not in log
+    imported = [line for line in pack_lines(host) if "seconds" in line]
+    assert len(imported) == 1
+    assert "IMPORT FAILED" not in imported[0]
+    before_ready = log.split("To see the GUI go to")[0]
+    folder = str(host.base / "custom_nodes" / host.pack.name)
+    blamed = [line for line in before_ready.splitlines() if folder in line and "seconds" not in line]
+    assert blamed == [], "the host complained about the pack while it started"
+
+
+@pytest.mark.parametrize("name", OUR_NODES)
+def test_a_node_explains_itself(name: str, host: ComfyServer) -> None:
+    info = node_info(host, name)
+    assert info["display_name"].startswith("Distilled T5")
+    assert info["category"] == "Distilled T5"
+    assert len(info["description"]) > 40
+    assert len(info["search_aliases"]) >= 3
+    assert len(info["output_tooltips"]) == len(info["output"])
+    assert all(info["output_tooltips"])
+    for input_name, spec in visible_inputs(info).items():
+        assert spec[1].get("tooltip"), f"{name}.{input_name} has no tooltip"
+
+
+def test_distilled_files_come_first_in_the_list(host: ComfyServer) -> None:
+    required = node_info(host, "DistilledT5Loader")["input"]["required"]
+    assert required["clip_name2"][1]["options"][0].startswith("distilled_t5")
+    assert required["clip_name1"][1]["options"][0] == "clip_l.safetensors"
+    assert set(required["clip_name2"][1]["options"]) >= {"clip_l.safetensors", "t5xxl_fp16.safetensors"}
+
+
+def test_the_authors_old_node_is_offered_for_replacement(host: ComfyServer) -> None:
+    [replacement] = host.get_json("/node_replacements")[OLD_NODE]
+    assert replacement["new_node_id"] == "DistilledT5Loader"
+    mapped = {mapping["new_id"] for mapping in replacement["input_mapping"]}
+    assert mapped >= set(node_info(host, "DistilledT5Loader")["input"]["required"])
+
+
+def test_a_prompt_with_the_authors_old_node_runs(host: ComfyServer) -> None:
+    names = {"clip_name1": "distilled_t5_base.safetensors", "clip_name2": "clip_l.safetensors"}
+    prompt = load_only(OLD_NODE, **names, type="flux")
+    prompt["1"]["_meta"] = {"title": "Dual CLIP"}  # which browsers always send, and which ComfyUI 0.16's replacement needs
+    assert host.run(prompt)["status"]["status_str"] == "success"
+
+
+def test_an_error_of_the_loader_reaches_the_user(host: ComfyServer) -> None:
+    names = {"clip_name1": "clip_l.safetensors", "clip_name2": "clip_l.safetensors"}
+    with pytest.raises(PromptFailed, match=r"clip_l.safetensors(?s:.*)What to do: ") as failure:
+        host.run(load_only("DistilledT5Loader", **names, type="flux"))
+    assert failure.value.node_id == "1"
+
+
+def test_a_file_that_does_not_exist_is_refused_with_the_list_of_those_that_do(host: ComfyServer) -> None:
+    with pytest.raises(PromptFailed, match="distilled_t5_base") as failure:
+        host.run(load_only("DistilledT5Loader", clip_name1="none", clip_name2="no_such.safetensors", type="flux"))
+    assert failure.value.node_id == "1"
+
+
+@pytest.mark.parametrize("name", OUR_NODES)
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_help_pages_are_served(name: str, language: str, host: ComfyServer) -> None:
+    page = host.get(f"/extensions/{urllib.parse.quote(host.pack.name)}/docs/{name}/{language}.md").decode()
+    assert len(page) > 200
+
+
+def test_translations_are_served(host: ComfyServer) -> None:
+    chinese = host.get_json("/i18n")["zh"]["nodeDefs"]
+    for name in OUR_NODES:
+        info = node_info(host, name)
+        assert chinese[name]["display_name"] != info["display_name"]
+        assert set(chinese[name]["inputs"]) == set(visible_inputs(info))
+
+
+def test_templates_are_listed_and_served(host: ComfyServer) -> None:
+    assert set(host.get_json("/workflow_templates")[host.pack.name]) >= set(WORKFLOWS)
+    for name in WORKFLOWS:
+        served = host.get_json(f"/api/workflow_templates/{urllib.parse.quote(host.pack.name)}/{name}.json")
+        assert served == json.loads((host.pack / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_blueprint_is_listed_and_served(host: ComfyServer) -> None:
+    [found] = [key for key, entry in host.get_json("/global_subgraphs").items() if entry["name"] == BLUEPRINT_NAME]
+    data = json.loads(host.get_json(f"/global_subgraphs/{found}")["data"])
+    assert data["definitions"]["subgraphs"][0]["name"] == BLUEPRINT_NAME
+
+
+def test_an_unknown_page_is_an_error(host: ComfyServer) -> None:
+    with pytest.raises(urllib.error.HTTPError):
+        host.get("/extensions/no-such-pack/docs/x.md")
+
+
+def test_a_server_that_cannot_start_says_why(comfyui_path: Path, pack_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)ended with code.*unrecognized arguments: --no-such-flag"):
+        ComfyServer(comfyui_path, tmp_path, pack_root, flags=("--no-such-flag",)).__enter__()
+
+
+def test_a_port_in_use_is_refused(host: ComfyServer, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"port {host.port} is in use"):
+        ComfyServer(host.comfyui, tmp_path, host.pack, port=host.port).__enter__()
+
+
+def test_stopping_ends_the_process() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    end_process_group(process)
+    assert process.poll() is not None
