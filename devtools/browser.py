@@ -24,6 +24,7 @@ SETTINGS: Json = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
+    "Comfy.RightSidePanel.IsOpen": False,
     "Comfy.Pointer.DoubleClickTime": 1000,  # ms; a busy machine delivers the second click late
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # text stays readable when zoomed out
 }
@@ -159,10 +160,6 @@ class ComfyPage:
         """Put a node on the canvas without the mouse."""
         self.page.evaluate(ADD_NODE, [node_type, at])
 
-    def types(self) -> list[str]:
-        """Types of the nodes on the canvas, sorted."""
-        return sorted(node["type"] for node in self.graph()["nodes"])
-
     def wait_for_node(self, node_type: str, count: int = 1) -> None:
         """Wait until the canvas holds that many nodes of a type."""
         self.wait_for("([type, count]) => app.graph.nodes.filter(node => node.type === type).length === count", [node_type, count])
@@ -180,7 +177,7 @@ class ComfyPage:
         """Type into the node search, which a double click on the canvas opens; returns the results."""
         box = self.page.get_by_role("combobox", name="Add a node...")
         if not box.is_visible():
-            self.page.mouse.dblclick(800, 780)
+            self.page.mouse.dblclick(800, 780, delay=30)  # two clicks at one moment are none to the page
         box.fill(query)
         return self.page.get_by_role("search").get_by_test_id("result-item")
 
@@ -200,7 +197,10 @@ class ComfyPage:
 
     def select(self, node_type: str) -> None:
         """Click on the title of the first node of a type."""
+        self.wait_for("(type) => app.canvas.visible_nodes.some(node => node.type === type)", node_type)
+        self.settle()
         self.page.mouse.click(*self.page.evaluate(TITLE_POINT, node_type))
+        self.wait_for("(type) => [...app.canvas.selectedItems].some(item => item.type === type)", node_type)
 
     def open_help(self, node_type: str) -> Locator:
         """Select a node and open its help page."""

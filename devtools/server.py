@@ -182,7 +182,7 @@ class ComfyServer:
         self.post_json("/interrupt", {})
 
     def free(self) -> None:
-        """Ask for all models to be unloaded and all cached results to be dropped, before the next prompt runs."""
+        """Ask for all models to be unloaded and all cached results to be dropped; the host does so when it is idle."""
         self.post_json("/free", {"unload_models": True, "free_memory": True})
 
 

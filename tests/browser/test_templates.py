@@ -97,5 +97,5 @@ def test_with_the_pack_off_a_template_opens_and_names_the_missing_node(comfy_wit
     comfy_without_pack.drop("flux-dev", json.dumps(example("flux-dev")))
     assert comfy_without_pack.missing_nodes() == ["DistilledT5Loader"]
     assert len(comfy_without_pack.graph()["nodes"]) == len(example("flux-dev")["nodes"])
-    expect(comfy_without_pack.page.get_by_test_id("error-overlay")).to_contain_text("Distilled T5 Loader")
+    expect(comfy_without_pack.page.get_by_test_id("error-overlay")).to_contain_text("DistilledT5Loader")
     expect(comfy_without_pack.error_details()).to_contain_text(PACK)
