@@ -119,6 +119,7 @@ def works(path: str) -> bool:
 
 def run_in_foreground(command: list[str], **extra: str) -> int:
     """Run a command that talks to the person itself; Ctrl-C and a termination reach it, and it may clean up."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that Ctrl-C is ignored
     child = subprocess.Popen(command, cwd=ROOT, env=environment(**extra), stdin=subprocess.DEVNULL)
     interrupt = signal.SIGTERM if os.name == "nt" else signal.SIGINT
     before = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(interrupt))
@@ -285,8 +286,7 @@ def run_step(step: str, *command: str, **extra: str) -> Outcome:
     options = [f"--junitxml={report}"] if command[0] == "pytest" else []
     code = run_in_foreground([str(program(VENV, "python")), "-m", *command, *options], **extra)
     outcome = Outcome(step, *count_cases(report)) if report.is_file() else Outcome(step)
-    nothing_selected = code == 5 and "-k" in command
-    if code and not outcome.failed and not nothing_selected:
+    if code and not outcome.failed and not (code == 5 and "-k" in command):
         outcome.failed, outcome.note = 1, f"exit status {code}"
     return outcome
 
@@ -303,7 +303,7 @@ def print_summary(outcomes: list[Outcome]) -> None:
 
 def steps_of_test(options: argparse.Namespace, host: Path) -> dict[str, Callable[[str], Outcome]]:
     """The steps that the command line asks for: name, and what runs it."""
-    only = ["-k", options.k] if options.k else []
+    only = (["-k", options.k] if options.k else []) + (["-m", "not slow"] if options.fast else [])
     version = host_version(host)
     steps = {
         "ruff check": lambda step: run_step(step, "ruff", "check", "."),
