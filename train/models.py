@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import comfy.sd
 import torch
@@ -36,7 +37,7 @@ def load_flow(recipe: Recipe) -> FrozenFlow:
                 f"{path.name} is no diffusion model that ComfyUI knows.\n{error}\n"
                 "What to do: name a Flux file of models/diffusion_models in diffusion_model.file."
             ) from error
-    parameters = getattr(patcher.model.diffusion_model, "params", None)
+    parameters: Any = getattr(patcher.model.diffusion_model, "params", None)
     if not hasattr(parameters, "context_in_dim") or not hasattr(parameters, "guidance_embed"):
         raise ValueError(
             f"{path.name} is a {type(patcher.model).__name__}, not a Flux.\nWhat to do: name a Flux file in diffusion_model.file."

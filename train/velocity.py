@@ -44,7 +44,7 @@ class FrozenFlow:
         """Whether the model takes guidance (dev) or not (schnell)."""
         return bool(self.model.diffusion_model.params.guidance_embed)
 
-    def load(self, memory_required: float = 0) -> None:
+    def load(self, memory_required: int = 0) -> None:
         """Bring the model to its device, the host's way; other models make room as the host decides."""
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory_required)
 

@@ -35,7 +35,7 @@ def browser_context() -> Iterator[BrowserContext]:
     try:
         find_chromium()
     except RuntimeError as error:
-        pytest.fail(str(error), pytrace=False)
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
     with chromium() as context:
         yield context
 

@@ -33,7 +33,7 @@ def old_workflow() -> dict[str, Any]:
     return workflow
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def old_file(server: ComfyServer) -> Iterator[None]:
     """The distilled T5 under the name that the authors' workflow gives it."""
     folder = server.base / "models" / "text_encoders"

@@ -66,10 +66,9 @@ def position(flow: FrozenFlow, text: TeacherText, index: int = 0, batch: int = 1
 
 
 def learner(student: torch.nn.Module, rate: float = 1e-3, steps: int = 100, max_norm: float = 1.0, optimizer: Any = None) -> Learner:
-    optimizer = optimizer or make_optimizer(student, rate, (0.9, 0.999), 0.0)
-    return Learner(
-        student, optimizer, linear_schedule(rate, 1, steps), max_norm, None, torch.device("cpu"), lambda mean: mean, contextlib.nullcontext
-    )
+    chosen = make_optimizer(student, rate, (0.9, 0.999), 0.0) if optimizer is None else optimizer
+    schedule = linear_schedule(rate, 1, steps)
+    return Learner(student, chosen, schedule, max_norm, None, torch.device("cpu"), lambda mean: mean, contextlib.nullcontext)
 
 
 def test_gradient_to_the_text_equals_the_numeric_derivative_with_and_without_checkpointing(patcher):
