@@ -123,7 +123,7 @@ def machine(comfyui: Path, gpu: bool, note: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": torch.cuda.get_device_name(0) if gpu else None,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
@@ -142,10 +142,13 @@ def processor_name() -> str:
 
 
 def save_result(result: dict[str, Any], kind: str, options: argparse.Namespace) -> Path:
-    """Write a result as `<date>-<kind>.json`; returns the path."""
+    """Write a result as `<date>-<kind>.json`, or `<date>-<kind>-2.json` and so on if there is one; returns the path."""
     folder = options.out or (ROOT / ".dev" / "benchmarks" if options.quick else ROOT / "benchmarks" / "results")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result['machine']['date'][:10]}-{kind}.json"
+    stem = f"{result['machine']['date'][:10]}-{kind}"
+    path, number = folder / f"{stem}.json", 2
+    while path.exists():
+        path, number = folder / f"{stem}-{number}.json", number + 1
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return path
 

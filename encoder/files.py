@@ -62,7 +62,7 @@ class StudentFile:
 
     def checked(self, loaded: Mapping[str, Tensor], progress: Progress | None = None) -> dict[str, Tensor]:
         """The loaded tensors of the file by published name, after the checks that need their numbers."""
-        check_hash(self)
+        check_hash(self, progress)
         shapes = self.layout.tensors()
         if any(source not in loaded or tuple(loaded[source].shape) != shapes[name] for name, source in self.names.items()):
             raise StudentFileError(f"{self.path.name} was changed while it was being read.", "wait until it is written, then run again.")
@@ -205,15 +205,7 @@ def _float_type(dtypes: Mapping[str, str], where: str) -> torch.dtype:
 
 def check_finite(tensors: Mapping[str, Tensor], where: str, progress: Progress | None = None) -> None:
     """Raise StudentFileError that lists every tensor with a NaN or an infinity."""
-    broken = []
-    for done, (name, tensor) in enumerate(tensors.items(), start=1):
-        # torch has no isfinite for 8-bit floats; as 16-bit floats their NaN and infinity stay what they are.
-        numbers = tensor.to(torch.float16) if tensor.element_size() == 1 else tensor
-        # One NaN or infinity makes the sum of all magnitudes' maximum not finite; amax needs no copy of the tensor.
-        if not torch.isfinite(torch.stack(torch.aminmax(numbers))).all():
-            broken.append(name)
-        if progress is not None:
-            progress(done, len(tensors))
+    broken = not_finite(tensors, progress)
     if broken:
         raise StudentFileError(
             f"{where}: {len(broken)} tensors hold numbers that are not finite (NaN or infinity).",
@@ -222,9 +214,34 @@ def check_finite(tensors: Mapping[str, Tensor], where: str, progress: Progress |
         )
 
 
-def check_hash(file: StudentFile) -> None:
-    """Raise StudentFileError if the file names the SHA-256 of its data or of its header, and it has another one."""
-    told = {"data": (file.metadata.sha256, data_sha256), "header": (file.metadata.header_sha256, header_sha256)}
+def not_finite(tensors: Mapping[str, Tensor], progress: Progress | None = None) -> list[str]:
+    """Names of the tensors with a NaN or an infinity."""
+    broken = []
+    for done, (name, tensor) in enumerate(tensors.items(), start=1):
+        # torch has no isfinite for 8-bit floats; as 16-bit floats their NaN and infinity stay what they are.
+        numbers = tensor.to(torch.float16) if tensor.element_size() == 1 else tensor
+        # aminmax passes NaN on, and needs no copy of the tensor.
+        if not torch.isfinite(torch.stack(torch.aminmax(numbers))).all():
+            broken.append(name)
+        if progress is not None:
+            progress(done, len(tensors))
+    return broken
+
+
+def check_hash(file: StudentFile, progress: Progress | None = None) -> None:
+    """Raise StudentFileError if the file names the SHA-256 of its data or of its header, and it has another one.
+
+    `progress` is called between chunks with nothing done yet: it may raise to cancel.
+    """
+
+    def between_chunks() -> None:
+        if progress is not None:
+            progress(0, len(file.names))
+
+    told = {
+        "data": (file.metadata.sha256, lambda path: data_sha256(path, between_chunks)),
+        "header": (file.metadata.header_sha256, header_sha256),
+    }
     for part, (expected, sha256) in told.items():
         if expected is None:
             continue
@@ -238,13 +255,14 @@ def check_hash(file: StudentFile) -> None:
             )
 
 
-def data_sha256(path: Path) -> str:
+def data_sha256(path: Path, between_chunks: Callable[[], None] = lambda: None) -> str:
     """SHA-256 of what follows the header of a safetensors file, in hexadecimal digits (ModelSpec's hash_sha256)."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
         while chunk := file.read(1 << 22):
             digest.update(chunk)
+            between_chunks()
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ HOST_LINE = "lora key not loaded: "
 T5XXL_KEY = re.compile(
     r"(lora_te\d_(encoder_block|shared)_|text_encoders\.t5xxl\.|text_encoder_[23]\.encoder\.block\.|t5xxl\.transformer\.)"
 )
-NOTICE = "Distilled T5: this LoRA also has weights for a T5-XXL text encoder. A smaller T5 cannot take them, so they are left out."
+NOTICE = "This LoRA also has weights for a T5-XXL text encoder. None is loaded (a distilled T5 cannot take them): they are left out."
 # Lines of one LoRA come within milliseconds of each other.
 SAME_LORA_S = 2.0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 from .errors import StudentFileError, printable
@@ -119,11 +119,6 @@ def described(metadata: StudentMetadata, layout: StudentLayout, dtype: str) -> d
         HASH_KEY: NO_HASH,
     }
     return {**metadata.facts, **spec, **ours, "format": "pt"}
-
-
-def with_facts(metadata: StudentMetadata, facts: Mapping[str, str]) -> StudentMetadata:
-    """The same metadata with more strings for the header (teacher, recipe, licence ...)."""
-    return replace(metadata, facts={**metadata.facts, **facts})
 
 
 # Written anew each time, so never carried over from the file that was loaded.

@@ -23,9 +23,9 @@ from comfy.text_encoders.t5 import T5
 from torch import Tensor, nn
 
 from .clip_l import open_clip_l
-from .errors import StudentFileError
+from .errors import StudentFileError, listed
 from .families import FAMILIES
-from .files import FLOAT_NAMES, SAFETENSORS, Progress, StudentFile, load_tensors, open_student
+from .files import FLOAT_NAMES, SAFETENSORS, Progress, StudentFile, load_tensors, not_finite, open_student
 from .layout import StudentLayout
 from .lora_log import fold_t5xxl_lora_lines
 from .metadata import MAX_TOKENS, StudentMetadata
@@ -127,16 +127,14 @@ class DistilledFluxTextEncoder(nn.Module):
         layout: StudentLayout,
         metadata: StudentMetadata,
         token_length: int,
-        student_dtype: torch.dtype | None,
+        student_dtype: torch.dtype,
         has_clip_l: bool,
-        stored_dtype: torch.dtype,
         device: Any = "cpu",
         dtype: torch.dtype | None = None,
         model_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         model_options = model_options or {}
-        student_dtype = student_dtype or comfy.model_management.pick_weight_dtype(stored_dtype, dtype, device)
         self.layout, self.metadata, self.token_length = layout, metadata, token_length
         self.clip_l = None
         if has_clip_l:
@@ -228,7 +226,8 @@ def _build(
     progress: Progress | None,
     disable_dynamic: bool = False,
 ) -> comfy.sd.CLIP:
-    tensors = host_tensors(student, options.dtype, progress)
+    dtype = options.dtype or usual_dtype(student.dtype, options.device)
+    tensors = host_tensors(student, dtype, progress)
     state_dicts = [tensors] if clip_l is None else [clip_l, tensors]
     token_length = options.token_length or student.metadata.token_length
     tokenizer_data: dict[str, Any] = {"t5xxl_min_length": token_length}
@@ -247,9 +246,8 @@ def _build(
             layout=student.layout,
             metadata=student.metadata,
             token_length=token_length,
-            student_dtype=options.dtype,
+            student_dtype=dtype,
             has_clip_l=clip_l is not None,
-            stored_dtype=student.dtype,
         ),
     )
     return comfy.sd.CLIP(
@@ -263,15 +261,31 @@ def _build(
     )
 
 
-def host_tensors(student: StudentFile, dtype: torch.dtype | None, progress: Progress | None) -> dict[str, Tensor]:
-    """The student's checked tensors under the names of ComfyUI's T5, read by the host so that it can keep them in the file."""
+def usual_dtype(stored: torch.dtype, device: torch.device | None) -> torch.dtype:
+    """The dtype in which the host would hold weights that are stored as `stored`: its flags for text encoders decide."""
+    device = device or comfy.model_management.text_encoder_device()
+    return comfy.model_management.pick_weight_dtype(stored, comfy.model_management.text_encoder_dtype(device), device)
+
+
+def host_tensors(student: StudentFile, dtype: torch.dtype, progress: Progress | None) -> dict[str, Tensor]:
+    """The student's checked tensors under the names of ComfyUI's T5, read by the host so that it can keep them in the file.
+
+    Raises StudentFileError if a number is too large for `dtype`.
+    """
     if student.path.suffix.lower() in SAFETENSORS:
         loaded = comfy.utils.load_torch_file(str(student.path), safe_load=True)
     else:
         loaded = load_tensors(student.path)
     tensors = student.checked(loaded, progress)
-    if dtype is not None:
+    if dtype != student.dtype:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        overflowed = not_finite(tensors)
+        if overflowed:
+            raise StudentFileError(
+                f"{student.path.name}: {len(overflowed)} tensors hold numbers that are too large for {FLOAT_NAMES[dtype]}.",
+                "set dtype to bf16 or fp32.",
+                listed(overflowed),
+            )
     return {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()}
 
 
@@ -297,7 +311,9 @@ def student_tensors(clip: Any) -> dict[str, Tensor]:
         comfy.model_management.load_models_gpu([clip.load_model()], force_patch_weights=True)
         weights = clip.get_sd()
     names = {name: name.removeprefix(prefix) for name in weights if name.startswith(prefix)}
-    return {bare if bare.startswith("final_projection.") else "encoder." + bare: weights[name] for name, bare in names.items()}
+    # Weights that the host keeps elsewhere are stand-ins that only `.to("cpu")`, and nothing else, turns into patched numbers.
+    numbers = {bare: weights[name].to("cpu").detach() for name, bare in names.items()}
+    return {bare if bare.startswith("final_projection.") else "encoder." + bare: tensor for bare, tensor in numbers.items()}
 
 
 def describe(clip: Any, student_name: str, clip_l_name: str | None) -> str:

@@ -15,6 +15,7 @@ from .progress import progress_bar
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3fn": torch.float8_e4m3fn}
 MAX_TOKEN_LENGTH = 1024
+COUNTED_DEVICES = ("cuda", "xpu", "npu", "mlu")
 
 
 class DistilledT5Loader(io.ComfyNode):
@@ -113,8 +114,9 @@ class DistilledT5Loader(io.ComfyNode):
 def accelerators() -> list[str]:
     """Names such as cuda:0 of the accelerators that torch sees; none when ComfyUI runs with --cpu."""
     device = comfy.model_management.get_torch_device()
-    if device.type in ("cpu", "mps"):
-        return [] if device.type == "cpu" else ["mps"]
+    # Others (mps, DirectML) have one device, which is the default anyway.
+    if device.type not in COUNTED_DEVICES:
+        return []
     count = torch.get_device_module(device).device_count()
     return [f"{device.type}:{index}" for index in range(count)]
 

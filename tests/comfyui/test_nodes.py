@@ -12,7 +12,7 @@ import torch
 from comfy.cli_args import args
 from comfy_extras.nodes_flux import CLIPTextEncodeFlux
 from distilled_t5.devtools.small_encoders import PROMPT, TINY, embedding, pooled, random_tensors, student_file
-from distilled_t5.encoder.files import open_student
+from distilled_t5.encoder.files import FLOAT_NAMES, open_student
 from distilled_t5.encoder.layout import StudentLayout
 from distilled_t5.nodes import DistilledT5Extension, DistilledT5Loader, DistilledT5Save, DistilledT5TextEncode
 from safetensors.torch import load_file, save_file
@@ -82,13 +82,27 @@ def test_dtype_is_that_of_the_students_weights(models, dtype, torch_dtype):
     assert cosine.min() > (0.9 if dtype == "fp8_e4m3fn" else 0.999)
 
 
-@pytest.mark.parametrize("flag", ["fp8_e4m3fn_text_enc", "bf16_text_enc", "fp32_text_enc", "lowvram", "novram"])
-def test_the_hosts_flags_for_text_encoders_work(models, monkeypatch, flag):
+@pytest.mark.parametrize(
+    "flag, expected",
+    [("fp8_e4m3fn_text_enc", torch.float8_e4m3fn), ("bf16_text_enc", torch.bfloat16), ("fp32_text_enc", torch.float32)],
+)
+def test_the_hosts_flags_for_text_encoders_decide_the_dtype(models, monkeypatch, flag, expected):
     monkeypatch.setattr(args, flag, True)
-    clip, _ = load()
+    clip, info = load()
     assert torch.isfinite(embedding(clip)).all()
-    dtypes = {weight.dtype for weight in clip.cond_stage_model.t5base.transformer.parameters()}
-    assert flag != "fp8_e4m3fn_text_enc" or dtypes == {torch.float8_e4m3fn}
+    assert {weight.dtype for weight in clip.cond_stage_model.t5base.transformer.parameters()} == {expected}
+    assert FLOAT_NAMES[expected] in info
+
+
+@pytest.mark.parametrize("dtype, largest", [("fp16", 70000.0), ("fp8_e4m3fn", 500.0), ("auto", 70000.0)])
+def test_numbers_too_large_for_the_chosen_dtype_are_refused(models, dtype, largest):
+    tensors = random_tensors(TINY)
+    tensors["final_projection.3.weight"][0, 0] = largest
+    save_file(tensors, models / "large.safetensors")
+    with pytest.raises(ValueError, match=r"too large for[\s\S]*final_projection.3.weight[\s\S]*What to do: set dtype"):
+        load("none", "large.safetensors", dtype=dtype)
+    clip, _ = load("none", "large.safetensors", dtype="fp32")
+    assert torch.isfinite(embedding(clip)).all()
 
 
 def test_cpu_device_keeps_the_encoder_there(models):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from distilled_t5.encoder.metadata import (
     StudentMetadata,
     described,
     read_metadata,
-    with_facts,
 )
 
 NARROW = StudentLayout(d_model=8, d_ff=12, num_layers=1, num_heads=2, d_kv=4, vocab_size=40, hidden_width=10, projected_width=16)
@@ -94,9 +94,8 @@ def test_written_header_follows_modelspec(tmp_path):
 def test_saving_again_carries_the_facts_and_rewrites_the_rest(tmp_path):
     first = StudentMetadata(token_length=99, facts={"distilled_t5.steps": "70000", "modelspec.author": "me", "modelspec.date": "1999"})
     once = open_student(write_student(tmp_path / "once.safetensors", tiny_tensors(), first))
-    again = open_student(
-        write_student(tmp_path / "again.safetensors", once.load(), with_facts(once.metadata, {"distilled_t5.merged": "yes"}))
-    )
+    merged = replace(once.metadata, facts={**once.metadata.facts, "distilled_t5.merged": "yes"})
+    again = open_student(write_student(tmp_path / "again.safetensors", once.load(), merged))
     assert again.metadata.token_length == 99
     kept = {"distilled_t5.steps": "70000", "modelspec.author": "me", "distilled_t5.merged": "yes"}
     assert again.metadata.facts == kept
