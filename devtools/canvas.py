@@ -117,7 +117,7 @@ class Canvas:
 
     def to_json(self, **extra: Any) -> Json:
         """The workflow as the browser saves it; `extra` goes into its field of that name."""
-        view = {"ds": {"scale": 0.55, "offset": [80, 160]}, "frontendVersion": "1.47.12", "workflowRendererVersion": "LG"}
+        view = {"ds": {"scale": 0.55, "offset": [620, 200]}, "frontendVersion": "1.47.12", "workflowRendererVersion": "LG"}
         return {
             "id": stable_uuid(self.name),
             "revision": 0,
