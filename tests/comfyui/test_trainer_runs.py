@@ -111,7 +111,7 @@ def _has_step(run: Path, step: int) -> bool:
 
 
 def test_two_processes_do_what_one_does(whole, comfyui_path, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
     # Each process draws its own dropout.
     quiet = [*QUICK[:-1], "student.dropout=0.0"]
     runs = []

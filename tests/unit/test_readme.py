@@ -11,7 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = {"small": "T5-Small, bf16", "base": "T5-Base, bf16", "large": "T5-Large, bf16", "xxl-fp8": "T5-XXL, fp8", "xxl-bf16": "T5-XXL, bf16"}
+NAMES = {
+    "small": "T5-Small, bf16",
+    "base": "T5-Base, bf16",
+    "large": "T5-Large, bf16",
+    "xxl-fp8": "T5-XXL, fp8",
+    "xxl-bf16": "T5-XXL, bf16",
+}
 
 
 def read(name: str) -> dict[str, Any]:
