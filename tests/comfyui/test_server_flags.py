@@ -15,7 +15,8 @@ LOADER = {"clip_name1": "clip_l.safetensors", "clip_name2": "distilled_t5_base.s
     "flags, dtype",
     [
         (("--fp8_e4m3fn-text-enc", "--force-fp32"), "fp8_e4m3fn"),
-        (("--fp32-text-enc", "--disable-dynamic-vram"), "fp32"),
+        # Weights are never held wider than the file has them.
+        (("--fp32-text-enc", "--disable-dynamic-vram"), "bf16"),
     ],
 )
 def test_loads_and_encodes_under_the_hosts_flags(comfyui_path, pack_root, stand_ins, tmp_path, flags, dtype):
