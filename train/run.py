@@ -63,7 +63,7 @@ class Workshop:
 
     def starts(self, batches: list[Batch]) -> list[Position]:
         """Encode the prompts of some batches, once each, and put them at the start of their trajectories."""
-        texts = [self.teacher.encode(batch.prompts, batch.drawn.token_length) for batch in batches]
+        texts = [self.teacher.encode(batch.prompts, batch.drawn.token_length, self.recipe.teacher.chunk_prompts) for batch in batches]
         self.flow.load()
         return [self.position(batch, text) for batch, text in zip(batches, texts, strict=True)]
 

@@ -45,9 +45,18 @@ class Teacher:
         tokenizer = self.clip.tokenizer.t5xxl.tokenizer
         return torch.tensor([fit(tokenizer(prompt)["input_ids"], length) for prompt in prompts])
 
+    def encode(self, prompts: Sequence[str], length: int, at_once: int | None = None) -> TeacherText:
+        """Encode prompts at one padded length, `at_once` of them at a time (all, if None), which bounds the memory it takes."""
+        size = at_once or len(prompts)
+        parts = [self._encode_chunk(prompts[start : start + size], length) for start in range(0, len(prompts), size)]
+        return TeacherText(
+            torch.cat([part.token_ids_BL for part in parts]),
+            torch.cat([part.text_BLD for part in parts]),
+            torch.cat([part.pooled_BP for part in parts]),
+        )
+
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], length: int) -> TeacherText:
-        """Encode a chunk of prompts at one padded length."""
+    def _encode_chunk(self, prompts: Sequence[str], length: int) -> TeacherText:
         token_ids_BL = self.token_ids(prompts, length)
         self.clip.load_model()
         model = self.clip.cond_stage_model
