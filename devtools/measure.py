@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import platform
 import re
@@ -23,11 +22,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from ..encoder.files import FLOATS
 from ..encoder.layout import Shape, StudentLayout
+from ..encoder.stream import write_stream
 from .host import ROOT
-
-SAFETENSORS_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 def command_line(description: str) -> argparse.ArgumentParser:
@@ -79,19 +76,7 @@ def initial_weight(layout: StudentLayout, generator: torch.Generator) -> Callabl
 
 def write_streamed(path: Path, shapes: dict[str, Shape], dtype: torch.dtype, draw: Callable[[str, Shape], Tensor]) -> None:
     """Write a safetensors file one tensor at a time, so that it may be larger than the memory, and get it onto the disk."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            file.write(draw(name, shape).to(dtype).contiguous().view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_stream(path, {name: (dtype, shape) for name, shape in shapes.items()}, lambda name: draw(name, shapes[name]).to(dtype))
 
 
 def evict(path: Path) -> bool:

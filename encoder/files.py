@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -23,11 +22,12 @@ from .errors import StudentFileError, listed, printable
 from .foreign import refuse_foreign, refuse_unprojected
 from .layout import SHARED, Shape, StudentLayout, read_layout
 from .metadata import HASH_KEY, HEADER_HASH_KEY, KEY, NO_HASH, StudentMetadata, check_against_layout, described, read_metadata
+from .stream import SAFETENSORS_NAMES, write_stream
 from .torch_zip import load_torch_zip
 
 SAFETENSORS = (".safetensors", ".sft")
 TORCH_ZIPS = (".pth", ".pt", ".bin", ".ckpt")
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+FLOATS = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 FLOAT_NAMES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -125,9 +125,8 @@ def read_header(path: Path) -> tuple[dict[str, Shape], dict[str, str], dict[str,
             return shapes, {name: part.get_dtype() for name, part in slices.items()}, file.metadata()
     with _reading(path):
         tensors = load_torch_zip(path)
-    names = {dtype: name for name, dtype in FLOATS.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return shapes, {name: names.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()}, None
+    return shapes, {name: _dtype_name(tensor) for name, tensor in tensors.items()}, None
 
 
 def check_readable(path: Path) -> None:
@@ -281,26 +280,32 @@ def header_sha256(path: Path) -> str:
     return hashlib.sha256("\n".join(sorted(said)).encode()).hexdigest()
 
 
-def write_student(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: StudentMetadata | None = None) -> Path:
+def write_student(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: StudentMetadata | None = None,
+    progress: Progress = lambda _done, _total: None,
+) -> Path:
     """Write an encoder file in the published dialect, with metadata, whole or not at all; returns its path.
 
-    The tensors (published names) are checked as on loading. Raises StudentFileError for tensors that are no distilled T5, OSError when the
-    disk does not take the file; in both cases nothing is left behind and an existing file stays as it was.
+    The tensors (published names) are checked as on loading. `progress(bytes written, bytes in all)` may raise to cancel. Raises
+    StudentFileError for tensors that are no distilled T5, OSError when the disk does not take the file; whatever is raised, nothing is
+    left behind and an existing file stays as it was.
     """
     path = Path(path)
     metadata = metadata or StudentMetadata()
     layout = read_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()}, path.name)
-    dtype = _float_type({name: _safetensors_name(tensor.dtype) for name, tensor in tensors.items()}, path.name)
-    check_finite(tensors, path.name)
+    dtype = _float_type({name: _dtype_name(tensor) for name, tensor in tensors.items()}, path.name)
+    check_finite(tensors, path.name, lambda _done, total: progress(0, total))
     header = described(metadata, layout, FLOAT_NAMES[dtype])
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    sizes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     aside = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
-        safetensors.torch.save_file(ready, aside, metadata=header)
-        _fill_in_hashes(aside)
+        sha256 = write_stream(aside, sizes, tensors.__getitem__, header, progress)
+        _fill_in_hashes(aside, sha256)
         os.replace(aside, path)
         _sync(path.parent)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise OSError(
             f"{path.name} could not be written to {path.parent}: {error}.\n"
             "What to do: see that the folder is there and may be written to, and that the disk has room."
@@ -312,6 +317,10 @@ def write_student(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     return path
 
 
+def _dtype_name(tensor: Tensor) -> str:
+    return SAFETENSORS_NAMES.get(tensor.dtype, str(tensor.dtype))
+
+
 def _remove_abandoned(folder: Path) -> None:
     """Remove what processes that were killed while they wrote have left behind."""
     for left in folder.glob(f".*{UNFINISHED}"):
@@ -320,13 +329,9 @@ def _remove_abandoned(folder: Path) -> None:
                 left.unlink()
 
 
-def _safetensors_name(dtype: torch.dtype) -> str:
-    return {value: name for name, value in FLOATS.items()}.get(dtype, str(dtype))
-
-
-def _fill_in_hashes(path: Path) -> None:
+def _fill_in_hashes(path: Path, data_sha256: str) -> None:
     """Put the hashes into the header, in the places of the same length that were left for them, and the file onto the disk."""
-    digests = {HASH_KEY: data_sha256(path), HEADER_HASH_KEY: header_sha256(path)}
+    digests = {HASH_KEY: data_sha256, HEADER_HASH_KEY: header_sha256(path)}
     with open(path, "r+b") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
         for key, digest in digests.items():

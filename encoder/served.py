@@ -299,8 +299,11 @@ def student_of(clip: Any) -> DistilledFluxTextEncoder:
     return model
 
 
-def student_tensors(clip: Any) -> dict[str, Tensor]:
-    """The student's weights by published name as they are in use, LoRAs and merges included."""
+def student_tensors(clip: Any, dtype: torch.dtype | None = None, progress: Progress = lambda _done, _total: None) -> dict[str, Tensor]:
+    """The student's weights by published name as they are in use, LoRAs and merges included; in `dtype` if it is given.
+
+    `progress` is called between tensors with nothing done yet: it may raise to cancel.
+    """
     student_of(clip)
     prefix = "t5base.transformer."
     # Hosts since 0.24 un-patch what they keep in another form (fp8, files) by state_dict_for_saving; before, patches had to be forced in.
@@ -312,8 +315,12 @@ def student_tensors(clip: Any) -> dict[str, Tensor]:
         weights = clip.get_sd()
     names = {name: name.removeprefix(prefix) for name in weights if name.startswith(prefix)}
     # Weights that the host keeps elsewhere are stand-ins that only `.to("cpu")`, and nothing else, turns into patched numbers.
-    numbers = {bare: weights[name].to("cpu").detach() for name, bare in names.items()}
-    return {bare if bare.startswith("final_projection.") else "encoder." + bare: tensor for bare, tensor in numbers.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, bare in names.items():
+        progress(0, len(names))
+        tensor = weights[name].to("cpu").detach()
+        tensors[bare if bare.startswith("final_projection.") else "encoder." + bare] = tensor if dtype is None else tensor.to(dtype)
+    return tensors
 
 
 def describe(clip: Any, student_name: str, clip_l_name: str | None) -> str:

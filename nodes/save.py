@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from ..encoder.files import write_student
 from ..encoder.served import student_of, student_tensors
 from .model_files import listed_name, new_file
+from .progress import progress_bar
 
 DTYPES = {"as loaded": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3fn": torch.float8_e4m3fn}
 
@@ -54,10 +55,10 @@ class DistilledT5Save(io.ComfyNode):
     def execute(cls, clip: Any, filename: str, dtype: str) -> io.NodeOutput:
         student = student_of(clip)
         path = new_file(filename)
-        wanted = DTYPES[dtype]
-        tensors = {name: tensor if wanted is None else tensor.to(wanted) for name, tensor in student_tensors(clip).items()}
+        show = progress_bar()
+        tensors = student_tensors(clip, DTYPES[dtype], show)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_student(path, tensors, student.metadata)
+        write_student(path, tensors, student.metadata, show)
         listed = listed_name(path)
         report = f"Saved {listed} ({path.stat().st_size / 1e6:.0f} MB) in {path.parent}"
         return io.NodeOutput(listed, ui=ui.PreviewText(report))

@@ -11,7 +11,19 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
-HALF_FOR_FILES = ("dialects", "errors", "families", "files", "foreign", "layout", "lora_log", "metadata", "prompt_length", "torch_zip")
+HALF_FOR_FILES = (
+    "dialects",
+    "errors",
+    "families",
+    "files",
+    "foreign",
+    "layout",
+    "lora_log",
+    "metadata",
+    "prompt_length",
+    "stream",
+    "torch_zip",
+)
 HALF_FOR_COMFYUI = ("clip_l", "served")
 HALF_FOR_TRAINING = ("student",)
 HEAVY = {
