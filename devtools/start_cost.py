@@ -1,0 +1,53 @@
+"""What the pack adds to ComfyUI's start: `python -m distilled_t5.devtools.start_cost COMFYUI PACK BASE` prints it as one line of JSON.
+
+ComfyUI's own nodes are imported first, as its main.py does; what comes after that is the pack's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def measured(comfyui: Path, pack: Path, base: Path) -> dict[str, Any]:
+    """Import the pack in a fresh ComfyUI: `host_s` and `pack_s` seconds, the pack's node ids, and new modules with the files they are of.
+
+    RuntimeError with the process's last lines if ComfyUI does not take the pack.
+    """
+    command = [sys.executable, str(Path(__file__).resolve()), str(comfyui), str(pack), str(base)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=comfyui)
+    if done.returncode:
+        raise RuntimeError(f"the pack could not be imported:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+async def import_pack(comfyui: Path, pack: Path, base: Path) -> dict[str, Any]:
+    """Do in this process what `measured` reports."""
+    start = time.perf_counter()
+    sys.path.insert(0, str(comfyui))
+    importlib.import_module("utils.extra_config")
+    arguments: Any = importlib.import_module("comfy.cli_args").args
+    arguments.cpu, arguments.base_directory = True, str(base)
+    nodes: Any = importlib.import_module("nodes")
+    importlib.import_module("server").PromptServer(asyncio.get_running_loop())
+    await nodes.init_builtin_extra_nodes()
+    host_s, modules, known = time.perf_counter() - start, set(sys.modules), set(nodes.NODE_CLASS_MAPPINGS)
+    start = time.perf_counter()
+    taken = await nodes.load_custom_node(str(pack))
+    pack_s = time.perf_counter() - start
+    if not taken:
+        raise RuntimeError(f"ComfyUI did not take {pack}")
+    new = {name: getattr(sys.modules[name], "__file__", None) for name in sorted(set(sys.modules) - modules)}
+    return {"host_s": host_s, "pack_s": pack_s, "nodes": sorted(set(nodes.NODE_CLASS_MAPPINGS) - known), "modules": new}
+
+
+if __name__ == "__main__":
+    # This file's own folder must not hide anything of the host's.
+    sys.path.pop(0)
+    print(json.dumps(asyncio.run(import_pack(*map(Path, sys.argv[1:4])))))
