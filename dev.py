@@ -295,8 +295,7 @@ def print_summary(outcomes: list[Outcome]) -> None:
     """One table; the last line holds the sums alone."""
     say(f"\n{'step':<18}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}")
     for outcome in outcomes:
-        numbers = f"{outcome.passed:>8}{outcome.failed:>8}{outcome.skipped:>9}{outcome.seconds:>9.1f}"
-        say(f"{outcome.step:<18}{numbers}  {outcome.note}".rstrip())
+        say(f"{outcome.step:<18}{outcome.passed:>8}{outcome.failed:>8}{outcome.skipped:>9}{outcome.seconds:>9.1f}  {outcome.note}".rstrip())
     passed, failed, skipped = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("passed", "failed", "skipped"))
     say(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
 

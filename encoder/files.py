@@ -22,7 +22,7 @@ from .errors import StudentFileError, listed, printable
 from .foreign import refuse_foreign, refuse_unprojected
 from .layout import SHARED, Shape, StudentLayout, read_layout
 from .metadata import HASH_KEY, HEADER_HASH_KEY, KEY, NO_HASH, StudentMetadata, check_against_layout, described, read_metadata
-from .stream import SAFETENSORS_NAMES, write_stream
+from .stream import SAFETENSORS_NAMES, sync_folder, write_stream
 from .torch_zip import load_torch_zip
 
 SAFETENSORS = (".safetensors", ".sft")
@@ -30,11 +30,13 @@ TORCH_ZIPS = (".pth", ".pt", ".bin", ".ckpt")
 FLOATS = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 FLOAT_NAMES = {
     torch.float32: "fp32",
-    torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.float16: "fp16",
     torch.float8_e4m3fn: "fp8_e4m3fn",
     torch.float8_e5m2: "fp8_e5m2",
 }
+# What a person may choose for weights.
+CHOICES = {name: dtype for dtype, name in FLOAT_NAMES.items() if dtype != torch.float8_e5m2}
 GGUF = b"GGUF"
 # The ending of a file that is being written; one that has not changed for an hour belongs to a process that was killed.
 UNFINISHED = ".distilled-t5-part"
@@ -304,7 +306,7 @@ def write_student(
         sha256 = write_stream(aside, sizes, tensors.__getitem__, header, progress)
         _fill_in_hashes(aside, sha256)
         os.replace(aside, path)
-        _sync(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise OSError(
             f"{path.name} could not be written to {path.parent}: {error}.\n"
@@ -340,18 +342,6 @@ def _fill_in_hashes(path: Path, data_sha256: str) -> None:
             file.write(digest.encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the rename last through a power cut, where the system can (POSIX)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            # Some network file systems take no fsync of a folder; the file itself is on the disk already.
-            with contextlib.suppress(OSError):
-                os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def unused_path(path: Path) -> Path:

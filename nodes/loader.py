@@ -9,11 +9,12 @@ from comfy_api.latest import io, ui
 
 from ..encoder.clip_l import in_order
 from ..encoder.families import FAMILIES
+from ..encoder.files import CHOICES
 from ..encoder.served import ServingOptions, load_encoder
 from .model_files import FOLDER, NO_FILE, clip_l_names, fingerprint, path_of, text_encoder_names
 from .progress import progress_bar
 
-DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3fn": torch.float8_e4m3fn}
+DTYPES = {"auto": None, **CHOICES}
 MAX_TOKEN_LENGTH = 1024
 COUNTED_DEVICES = ("cuda", "xpu", "npu", "mlu")
 

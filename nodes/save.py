@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from comfy_api.latest import io, ui
 
-from ..encoder.files import write_student
+from ..encoder.files import CHOICES, write_student
 from ..encoder.served import student_of, student_tensors
 from .model_files import listed_name, new_file
 from .progress import progress_bar
 
-DTYPES = {"as loaded": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3fn": torch.float8_e4m3fn}
+DTYPES = {"as loaded": None, **CHOICES}
 
 
 class DistilledT5Save(io.ComfyNode):
