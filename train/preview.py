@@ -72,7 +72,7 @@ class Previewer:
         with undisturbed():
             reporter.picture("preview", self.sheet)
         # The VAE, which is gone by now, may have pushed it off its device.
-        self.workshop.flow.load()
+        self.workshop.load_flow()
 
     @torch.no_grad()
     def sheet(self) -> Image.Image:

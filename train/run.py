@@ -26,6 +26,7 @@ from .recipe import Recipe
 from .report import Reporter
 from .run_directory import RunDirectory
 from .state import Checkpoints, TrainerState
+from .step_memory import step_memory_bytes
 from .stop import StopRequest
 from .teacher import Teacher, TeacherText
 from .teacher_chunks import TeacherChunks
@@ -68,9 +69,16 @@ class Workshop:
         """The student's embeddings [B, L, D] on this process alone: DistributedDataParallel's forward may wait for the others."""
         return replace(self.learner, student=self.student).embed(token_ids_BL)
 
+    def load_flow(self) -> None:
+        """Bring the diffusion model to its device with as much room beside it as an optimizer step takes, the host's way."""
+        model = self.flow.model.diffusion_model
+        blocks, weights = len(model.double_blocks) + len(model.single_blocks), sum(map(Tensor.numel, self.student.parameters()))
+        moments = bool(self.learner.optimizer.state)
+        self.flow.load(step_memory_bytes(self.recipe, blocks, model.params.hidden_size, weights, moments))
+
     def starts(self, batches: Sequence[Batch], texts: Sequence[TeacherText]) -> list[Position]:
         """The starts of some batches' trajectories, with the diffusion model brought back to its device."""
-        self.flow.load()
+        self.load_flow()
         return [self.position(batch, text) for batch, text in zip(batches, texts, strict=True)]
 
 

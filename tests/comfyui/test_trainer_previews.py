@@ -143,13 +143,23 @@ def test_the_difference_is_black_for_a_student_that_equals_the_teacher(vae, tmp_
     assert difference.max() <= 1
 
 
-def test_after_a_preview_the_diffusion_model_is_loaded_and_the_vae_is_gone(workshop, tmp_path):
+def test_after_a_preview_the_diffusion_model_is_brought_back_and_the_vae_is_gone(workshop, tmp_path, monkeypatch):
+    turns, load = [], comfy.model_management.load_models_gpu
+
+    def watched_load(models: Any, *more: Any, **named: Any) -> Any:
+        name = type(models[0].model).__name__
+        turns.extend([name] if turns[-1:] != [name] else [])
+        return load(models, *more, **named)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", watched_load)
     with RunDirectory(tmp_path / "run").start("") as run, Reporter(run, True, 1) as reporter:
-        Previewer(workshop).show(reporter)
+        previewer = Previewer(workshop)
+        previewer.show(reporter)
+        previewer.show(reporter)
         assert reporter.preview_troubles == 0
-    models = [loaded.real_model() for loaded in comfy.model_management.current_loaded_models]
-    assert any(model is workshop.flow.model for model in models)
-    assert not any(type(model).__name__ == "TAESD" for model in models)
+    # The teacher is needed once; both times all is sampled before anything is decoded.
+    assert turns == ["DistilledFluxTextEncoder", "Flux", "TAESD", "Flux", "TAESD", "Flux"]
+    assert "TAESD" not in [type(loaded.real_model()).__name__ for loaded in comfy.model_management.current_loaded_models]
 
 
 class Trouble(RuntimeError):

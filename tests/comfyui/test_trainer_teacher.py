@@ -68,12 +68,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_teacher_and_diffusion_model_change_places_once_per_chunk(tmp_path, monkeypatch):
-    turns, prompts = [], []
+    turns, prompts, room = [], [], []
     load, encode_batch = comfy.model_management.load_models_gpu, Teacher.encode
 
     def watched_load(models: Any, *more: Any, **named: Any) -> Any:
         kind = "diffusion" if hasattr(models[0].model, "diffusion_model") else "teacher"
         turns.extend([kind] if turns[-1:] != [kind] else [])
+        room.extend([named["memory_required"]] if kind == "diffusion" else [])
         return load(models, *more, **named)
 
     def watched_encode(self: Teacher, texts: Any, length: int) -> Any:
@@ -86,6 +87,7 @@ def test_teacher_and_diffusion_model_change_places_once_per_chunk(tmp_path, monk
     turns.clear()
     prompts.clear()
     train(recipe(), tmp_path / "run", False, Ranks())
+    assert min(room) > 1e9, "and the host is told to leave room for training"
     # One prompt tells the teacher's width before training; the held-out ones are read once, for three validations.
     assert turns == ["teacher", "diffusion"] * (CHUNKS + 1)
     trained = [batch for stage, count in ((0, 1), (1, 5)) for number in range(count) for batch in workshop.schedule.batches(stage, number)]
