@@ -14,6 +14,8 @@ import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 from distilled_t5.devtools.exact import same
+from distilled_t5.devtools.small_encoders import pooled, student_file
+from distilled_t5.encoder.layout import StudentLayout
 from distilled_t5.train.contact_sheet import GAP_PX, LINE_PX
 from distilled_t5.train.preview import Previewer, preview_batches, usual_guidance
 from distilled_t5.train.ranks import Ranks
@@ -45,8 +47,9 @@ def vae(stand_ins: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def workshop(vae: Path) -> Workshop:
-    return open_workshop(load_recipe("smoke", [*SETTINGS, f"preview.vae={vae}"]), Ranks())
+def workshop(vae: Path, stand_ins: Path) -> Workshop:
+    clip_l = stand_ins / "models" / "text_encoders" / "clip_l.safetensors"
+    return open_workshop(load_recipe("smoke", [*SETTINGS, f"preview.vae={vae}", f"teacher.clip_l={clip_l}"]), Ranks())
 
 
 def trained(folder: Path, vae: object = "") -> TrainerState:
@@ -107,7 +110,9 @@ def test_the_teachers_picture_is_the_one_that_the_hosts_sampler_and_vae_give(wor
     recipe, patcher = workshop.recipe, workshop.flow.patcher
     [batch, _] = preview_batches(recipe)
     text = workshop.teacher.encode(batch.prompts, batch.drawn.token_length)
-    conditioning = [[text.text_BLD, {"pooled_output": text.pooled_BP, "guidance": 3.5}]]
+    pooled_BP = pooled(workshop.teacher.clip, batch.prompts[0])
+    assert pooled_BP.std() > 0.1
+    conditioning = [[text.text_BLD, {"pooled_output": pooled_BP, "guidance": 3.5}]]
     noise = batch.drawn.noise_BCHW
     shifted = ModelSamplingFlux().patch(patcher, max_shift=1.15, base_shift=0.5, width=SIDE_PX, height=SIDE_PX)[0]
     with torch.inference_mode():
@@ -132,9 +137,6 @@ def test_the_teachers_picture_is_the_one_that_the_hosts_sampler_and_vae_give(wor
 
 
 def test_the_difference_is_black_for_a_student_that_equals_the_teacher(vae, tmp_path):
-    from distilled_t5.devtools.small_encoders import student_file
-    from distilled_t5.encoder.layout import StudentLayout
-
     layout = StudentLayout(d_model=64, d_ff=128, num_layers=2, num_heads=2, d_kv=32, hidden_width=128, projected_width=4096)
     path = student_file(tmp_path, layout)
     settings = [f"teacher.t5={path}", f"student.start={path}", f"preview.vae={vae}"]

@@ -19,6 +19,7 @@ from distilled_t5.train.report import Reporter
 from distilled_t5.train.run import open_workshop, train
 from distilled_t5.train.state import TrainerState, read_checkpoint
 from distilled_t5.train.teacher import Teacher, load_teacher
+from distilled_t5.train.teacher_chunks import TeacherChunks
 from distilled_t5.train.validation import HeldOut
 
 # Trajectories of 2 steps and 4 prompts: one of stage 0, and five of stage 1, of which the last is cut short.
@@ -67,9 +68,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_teacher_and_diffusion_model_change_places_once_per_chunk(tmp_path, monkeypatch):
-    turns, prompts, room = [], [], []
-    load, encode_batch = comfy.model_management.load_models_gpu, Teacher.encode
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, ...], int]]:
+    """What the teacher is given while a test runs: prompts that are encoded together, and their token length."""
+    calls: list[tuple[tuple[str, ...], int]] = []
+    encode_batch = Teacher.encode
+
+    def watched_encode(self: Teacher, prompts: tuple[str, ...], length: int) -> Any:
+        calls.append((tuple(prompts), length))
+        return encode_batch(self, prompts, length)
+
+    monkeypatch.setattr(Teacher, "encode", watched_encode)
+    return calls
+
+
+def test_teacher_and_diffusion_model_change_places_once_per_chunk(tmp_path, monkeypatch, encoded):
+    turns, room, load = [], [], comfy.model_management.load_models_gpu
 
     def watched_load(models: Any, *more: Any, **named: Any) -> Any:
         kind = "diffusion" if hasattr(models[0].model, "diffusion_model") else "teacher"
@@ -77,23 +91,33 @@ def test_teacher_and_diffusion_model_change_places_once_per_chunk(tmp_path, monk
         room.extend([named["memory_required"]] if kind == "diffusion" else [])
         return load(models, *more, **named)
 
-    def watched_encode(self: Teacher, texts: Any, length: int) -> Any:
-        prompts.extend(texts)
-        return encode_batch(self, texts, length)
-
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", watched_load)
-    monkeypatch.setattr(Teacher, "encode", watched_encode)
     workshop = open_workshop(recipe(), Ranks())
     turns.clear()
-    prompts.clear()
+    encoded.clear()
     train(recipe(), tmp_path / "run", False, Ranks())
     assert min(room) > 1e9, "and the host is told to leave room for training"
     # One prompt tells the teacher's width before training; the held-out ones are read once, for three validations.
     assert turns == ["teacher", "diffusion"] * (CHUNKS + 1)
     trained = [batch for stage, count in ((0, 1), (1, 5)) for number in range(count) for batch in workshop.schedule.batches(stage, number)]
-    read = [prompt for batch in [*trained, *workshop.schedule.held_out_batches()] for prompt in batch.prompts]
-    assert len(read) == 6 * 4 + 3
-    assert sorted(prompts) == sorted([*read, "a"])
+    batches = [(batch.prompts, batch.drawn.token_length) for batch in [*trained, *workshop.schedule.held_out_batches()]]
+    assert sum(len(prompts) for prompts, _ in batches) == 6 * 4 + 3
+    assert sorted(encoded) == sorted([(("a",), 2), *batches])
+
+
+def test_after_a_resume_every_batch_is_encoded_in_the_company_it_had(encoded):
+    """Otherwise its last bits might differ on a GPU, which a small model on a CPU does not show."""
+    workshop = open_workshop(recipe(), Ranks())
+    calls = []
+    for first in (0, 1):
+        encoded.clear()
+        chunks = TeacherChunks(workshop.teacher, workshop.schedule, 8)
+        texts = [chunks.take(1, number) for number in range(first, 5)]
+        calls.append(list(encoded))
+    assert calls[1] == calls[0][2:]
+    assert len({length for _, length in calls[0]}) == 2
+    for text, batch in zip(texts[-1], workshop.schedule.batches(1, 4), strict=True):
+        assert torch.equal(text.token_ids_BL, workshop.teacher.token_ids(batch.prompts, batch.drawn.token_length))
 
 
 @pytest.mark.parametrize(
