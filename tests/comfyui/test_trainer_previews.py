@@ -26,6 +26,7 @@ from distilled_t5.train.run_directory import RunDirectory
 from distilled_t5.train.state import TrainerState, read_checkpoint
 from distilled_t5.train.validation import HeldOut
 from PIL import Image
+from safetensors.torch import save
 
 SIDE_PX = 64
 SETTINGS = [
@@ -89,7 +90,9 @@ def test_previews_leave_contact_sheets_and_no_other_trace_in_the_run(plain, vae,
     assert np.abs(difference - np.abs(teacher - student)).mean() < 8
 
 
-@pytest.mark.parametrize("content", [b"", b"\x10" * 1000], ids=["empty", "no safetensors"])
+@pytest.mark.parametrize(
+    "content", [b"\x10" * 1000, save({"weight": torch.zeros(4, 4)})], ids=["broken file", "no VAE, which decoding finds"]
+)
 def test_a_broken_vae_is_reported_and_changes_nothing(plain, tmp_path, content):
     (tmp_path / "broken.safetensors").write_bytes(content)
     assert_same_end(trained(tmp_path / "run", tmp_path / "broken.safetensors"), plain)
