@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,6 +67,15 @@ class Schedule:
             if step < end:
                 return end - step
         raise AssertionError(step)
+
+    def trajectories(self, stage: int) -> int:
+        """Trajectories of a stage; its end may cut the last one short."""
+        return math.ceil(self.recipe.stages[stage].steps / self.recipe.sampling.steps)
+
+    def prompts_per_trajectory(self, stage: int) -> int:
+        """Prompts that this process has on one trajectory."""
+        part = self.recipe.stages[stage]
+        return part.batch * part.batches_per_rank(self.ranks)
 
     def batches(self, stage: int, trajectory: int) -> list[Batch]:
         """The batches of this process on one trajectory: of those of all processes every `ranks`-th."""

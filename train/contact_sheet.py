@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -25,9 +26,10 @@ def contact_sheet(
     if not rows or len(captions) != len(rows):
         raise ValueError(f"A contact sheet needs a caption for each row; {len(captions)} captions came for {len(rows)} rows.")
     pictures = [picture for row in rows for picture in row]
-    width, height = max(picture.width for picture in pictures), max(picture.height for picture in pictures)
-    sheet_width = GAP_PX + len(COLUMNS) * (width + GAP_PX)
     font = ImageFont.load_default(TEXT_PX)
+    headings = [math.ceil(font.getlength(name)) for name in COLUMNS]
+    width, height = max(*headings, *(picture.width for picture in pictures)), max(picture.height for picture in pictures)
+    sheet_width = GAP_PX + len(COLUMNS) * (width + GAP_PX)
     texts = [_wrapped(caption, round((sheet_width - 2 * GAP_PX) / font.getlength("n"))) for caption in captions]
     row_heights = [LINE_PX * len(lines) + height + 2 * GAP_PX for lines in texts]
     sheet = Image.new("RGB", (sheet_width, GAP_PX + LINE_PX + sum(row_heights)), PAPER)

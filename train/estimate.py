@@ -48,7 +48,8 @@ def estimate(recipe: Recipe, ranks: Ranks) -> str:
 def _measure(workshop: Workshop, number: int) -> StageEstimate:
     stage = workshop.recipe.stages[number]
     start = time.perf_counter()
-    positions = workshop.starts(workshop.schedule.batches(number, 0))
+    batches = workshop.schedule.batches(number, 0)
+    positions = workshop.starts(batches, workshop.teacher.texts(batches))
     start_s, seconds = time.perf_counter() - start, []
     for _ in range(min(MEASURED_STEPS, len(positions[0].sigmas_T) - 1)):
         begin = time.perf_counter()

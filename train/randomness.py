@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,16 @@ def restore_random_states(states: Mapping[str, Any], generators: Mapping[str, to
     elif states["mps"]:
         torch.mps.set_rng_state(states["mps"][0])
     return notes
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Whatever is drawn while the context is open, afterwards the generators of this process stand where they stood before."""
+    before = random_states({})
+    try:
+        yield
+    finally:
+        restore_random_states(before, {})
 
 
 def _elsewhere(before: int, now: int, what: str) -> str:

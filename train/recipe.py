@@ -60,7 +60,10 @@ class TeacherPart(Part):
 
     t5: Text = Field(description='T5-XXL or an encoder of ours: a file in models/text_encoders, a path, or "stand-in"')
     clip_l: Text = Field(description='CLIP-L for the pooled vector: a file in models/text_encoders, a path, or "none" for zeros')
-    chunk_prompts: Count = Field(description="prompts encoded at once and held in RAM, up to 8.4 MB each (512 tokens x 4096, float32)")
+    chunk_prompts: Count = Field(
+        description="prompts that the teacher encodes in a row, of as many whole trajectories as they make up, at least one; each process "
+        "holds their text in RAM: tokens x text width x 4 bytes a prompt, 4.2 MB at 256 tokens, 8.4 MB at 512"
+    )
 
 
 class DiffusionModelPart(Part):
@@ -179,7 +182,9 @@ class Stage(Part):
 class ValidationPart(Part):
     """The held-out loss."""
 
-    prompts: Count = Field(description="prompts held out of training and validated on")
+    prompts: Count = Field(
+        description="prompts held out of training and validated on; the teacher encodes them once, their text stays in RAM as a chunk's"
+    )
     every_steps: Count = Field(description="optimizer steps between validations")
     sigma_bands: Count = Field(description="bands of equal width, of noise levels from 0 to 1, in which the loss is reported")
 
@@ -192,10 +197,16 @@ class CheckpointsPart(Part):
 
 
 class PreviewPart(Part):
-    """Pictures of teacher, student and their difference while training."""
+    """Pictures of teacher, student and their difference while training.
+
+    At the last stage's resolution, at 256 tokens and guidance 3.5 if the student is trained at them, else at the longest length and the
+    middle guidance that it is trained at. The first process makes them while the others wait, half an hour at most (ranks.TIMEOUT_S).
+    """
 
     every_steps: Count = Field(description="optimizer steps between previews")
-    prompts: Annotated[tuple[Text, ...], FROM_LIST, NOT_EMPTY] = Field(description="what is painted, always from the same seeds")
+    prompts: Annotated[tuple[Text, ...], FROM_LIST, NOT_EMPTY] = Field(
+        description="what is painted, always from the same seeds; each takes two whole samplings"
+    )
     vae: str = Field(description='a file in models/vae, or a path; "" for no previews')
 
 

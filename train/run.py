@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,23 @@ from torch import Tensor
 
 from ..encoder.files import unused_path, write_student
 from ..encoder.student import DistilledT5
-from .batches import Batch, Schedule
+from .batches import Batch, Place, Schedule
 from .distill import Learner, NotFinite, linear_schedule, make_optimizer, train_step
 from .models import load_flow, load_teacher_of, make_student_of, metadata_of
 from .objectives import OBJECTIVES
-from .preview import Previewer
+from .preview import Previewer, vae_file
 from .randomness import random_states, restore_random_states
 from .ranks import Ranks
 from .recipe import Recipe
 from .report import Reporter
 from .run_directory import RunDirectory
 from .state import Checkpoints, TrainerState
+from .step_memory import step_memory_bytes
 from .stop import StopRequest
 from .teacher import Teacher, TeacherText
+from .teacher_chunks import TeacherChunks
 from .trajectory import Position
-from .validation import held_out_loss
+from .validation import HeldOut
 from .velocity import FrozenFlow, differentiable
 
 log = logging.getLogger(__name__)
@@ -43,10 +46,11 @@ class Workshop:
     schedule: Schedule
     flow: FrozenFlow
     teacher: Teacher
+    chunks: TeacherChunks
     student: DistilledT5
     learner: Learner
 
-    def position(self, batch: Batch, text: TeacherText, stage_steps: int | None = None) -> Position:
+    def position(self, batch: Batch, text: TeacherText) -> Position:
         """The start of a batch's trajectory, on the diffusion model's device."""
         device = self.flow.device
         height, width = batch.drawn.noise_BCHW.shape[-2:]
@@ -54,23 +58,35 @@ class Workshop:
         return Position(
             step=0,
             x_BCHW=batch.drawn.noise_BCHW.to(device),
-            sigmas_T=self.flow.sigmas(stage_steps or self.recipe.sampling.steps, height, width),
+            sigmas_T=self.flow.sigmas(self.recipe.sampling.steps, height, width),
             text_BLD=text.text_BLD.to(device),
             pooled_BP=text.pooled_BP.to(device),
             guidance_B=None if guidance_B is None else guidance_B.to(device),
             token_ids_BL=text.token_ids_BL.to(device),
         )
 
-    def starts(self, batches: list[Batch]) -> list[Position]:
-        """Encode the prompts of some batches, once each, and put them at the start of their trajectories."""
-        texts = [self.teacher.encode(batch.prompts, batch.drawn.token_length, self.recipe.teacher.chunk_prompts) for batch in batches]
-        self.flow.load()
+    def embed(self, token_ids_BL: Tensor) -> Tensor:
+        """The student's embeddings [B, L, D] on this process alone: DistributedDataParallel's forward may wait for the others."""
+        return replace(self.learner, student=self.student).embed(token_ids_BL)
+
+    def load_flow(self) -> None:
+        """Bring the diffusion model to its device with as much room beside it as an optimizer step takes, the host's way."""
+        model = self.flow.model.diffusion_model
+        blocks, weights = len(model.double_blocks) + len(model.single_blocks), sum(map(Tensor.numel, self.student.parameters()))
+        moments = bool(self.learner.optimizer.state)
+        self.flow.load(step_memory_bytes(self.recipe, blocks, model.params.hidden_size, weights, moments))
+
+    def starts(self, batches: Sequence[Batch], texts: Sequence[TeacherText]) -> list[Position]:
+        """The starts of some batches' trajectories, with the diffusion model brought back to its device."""
+        self.load_flow()
         return [self.position(batch, text) for batch, text in zip(batches, texts, strict=True)]
 
 
 def open_workshop(recipe: Recipe, ranks: Ranks) -> Workshop:
     """Read prompts, load models, make the student. Raises ValueError for whatever does not fit together."""
     schedule = Schedule(recipe, ranks.rank, ranks.world)
+    # One that is missing is said now and not at the first preview.
+    vae_file(recipe)
     flow = load_flow(recipe)
     teacher = load_teacher_of(recipe, flow)
     student = make_student_of(recipe, flow)
@@ -86,7 +102,8 @@ def open_workshop(recipe: Recipe, ranks: Ranks) -> Workshop:
         mean_over_ranks=ranks.mean,
         without_sync=functools.partial(ranks.no_sync, wrapped),
     )
-    return Workshop(recipe, ranks, schedule, flow, teacher, student, learner)
+    chunks = TeacherChunks(teacher, schedule, recipe.teacher.chunk_prompts)
+    return Workshop(recipe, ranks, schedule, flow, teacher, chunks, student, learner)
 
 
 def train(recipe: Recipe, run_path: Path, resume: bool, ranks: Ranks) -> Path | None:
@@ -126,11 +143,11 @@ def _loop(
 ) -> bool:
     """Train from the learner's step to the last one; whether the last one was reached."""
     recipe, learner, total = workshop.recipe, workshop.learner, workshop.schedule.total_steps
-    previewer = Previewer(recipe, workshop)
+    held_out, previewer = HeldOut(workshop), Previewer(workshop)
     while learner.step < total:
         place = workshop.schedule.place(learner.step)
         if place.step == 0:
-            positions = workshop.starts(workshop.schedule.batches(place.stage, place.trajectory))
+            positions = _starts(workshop, place)
         objective = OBJECTIVES[recipe.stages[place.stage].objective]
         try:
             report, positions = train_step(positions, workshop.flow, learner, objective)
@@ -149,7 +166,7 @@ def _loop(
             skipped_steps=learner.skipped,
         )
         if _due(learner.step, recipe.validation.every_steps, total):
-            by_band, count = held_out_loss(workshop)
+            by_band, count = held_out.loss()
             reached = reporter.held_out(by_band, count)
             best = reached if best is None else min(best, reached)
         if _due(learner.step, recipe.preview.every_steps, total):
@@ -160,6 +177,11 @@ def _loop(
         if stopping:
             return False
     return True
+
+
+def _starts(workshop: Workshop, place: Place) -> list[Position]:
+    texts = workshop.chunks.take(place.stage, place.trajectory)
+    return workshop.starts(workshop.schedule.batches(place.stage, place.trajectory), texts)
 
 
 def _due(step: int, every: int, total: int) -> bool:
@@ -210,7 +232,7 @@ def _restore(workshop: Workshop, checkpoints: Checkpoints) -> tuple[float | None
     place = workshop.schedule.place(state.step)
     if place.step == 0:
         return state.best, []
-    positions = workshop.starts(workshop.schedule.batches(place.stage, place.trajectory))
+    positions = _starts(workshop, place)
     saved = [state.position[rank][str(number)] for number in range(len(positions))]
     return state.best, [_moved(position, place.step, x) for position, x in zip(positions, saved, strict=True)]
 

@@ -1,13 +1,13 @@
-"""The teacher: text embeddings and pooled vectors of whole chunks of prompts, once per trajectory, kept in bounded RAM."""
+"""The teacher: text embeddings and pooled vectors of prompts, on the CPU."""
 
 # B batch, L text tokens, D text width, P pooled width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.sd
 import torch
@@ -17,6 +17,9 @@ from ..encoder.errors import StudentFileError
 from ..encoder.families import FAMILIES
 from ..encoder.files import open_student
 from ..encoder.served import ServingOptions, load_encoder
+
+if TYPE_CHECKING:
+    from .batches import Batch
 
 END, PAD = 1, 0
 
@@ -45,18 +48,13 @@ class Teacher:
         tokenizer = self.clip.tokenizer.t5xxl.tokenizer
         return torch.tensor([fit(tokenizer(prompt)["input_ids"], length) for prompt in prompts])
 
-    def encode(self, prompts: Sequence[str], length: int, at_once: int | None = None) -> TeacherText:
-        """Encode prompts at one padded length, `at_once` of them at a time (all, if None), which bounds the memory it takes."""
-        size = at_once or len(prompts)
-        parts = [self._encode_chunk(prompts[start : start + size], length) for start in range(0, len(prompts), size)]
-        return TeacherText(
-            torch.cat([part.token_ids_BL for part in parts]),
-            torch.cat([part.text_BLD for part in parts]),
-            torch.cat([part.pooled_BP for part in parts]),
-        )
+    def texts(self, batches: Iterable[Batch]) -> list[TeacherText]:
+        """Encode batches, each by itself at its own length: the company that prompts are encoded in decides their last bits."""
+        return [self.encode(batch.prompts, batch.drawn.token_length) for batch in batches]
 
     @torch.no_grad()
-    def _encode_chunk(self, prompts: Sequence[str], length: int) -> TeacherText:
+    def encode(self, prompts: Sequence[str], length: int) -> TeacherText:
+        """Encode prompts together at one padded length."""
         token_ids_BL = self.token_ids(prompts, length)
         self.clip.load_model()
         model = self.clip.cond_stage_model

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import Module
 
 from .objectives import OBJECTIVES
 from .trajectory import walk
 
 if TYPE_CHECKING:
     from .run import Workshop
+    from .teacher import TeacherText
 
 
 def band_name(sigma: float, bands: int) -> str:
@@ -19,19 +23,42 @@ def band_name(sigma: float, bands: int) -> str:
     return f"{number / bands:.2f}-{(number + 1) / bands:.2f}"
 
 
-@torch.no_grad()
-def held_out_loss(workshop: Workshop) -> tuple[dict[str, float], int]:
-    """Mean velocity gap by band over all processes, and the number of prompts. The student's dropout is off meanwhile."""
-    bands = workshop.recipe.validation.sigma_bands
-    sums: dict[str, tuple[float, int]] = {}
-    workshop.learner.student.train(False)
-    for batch in workshop.schedule.held_out_batches():
-        [position] = workshop.starts([batch])
-        for sigma, loss_B in walk(position, workshop.flow, workshop.learner.embed, OBJECTIVES["velocity"]):
-            total, count = sums.get(band_name(sigma, bands), (0.0, 0))
-            sums[band_name(sigma, bands)] = (total + float(loss_B.double().sum()), count + len(loss_B))
-    workshop.learner.student.train(True)
-    return _mean_over_ranks(workshop.ranks.gather(sums)), len(workshop.schedule.held_out)
+@contextlib.contextmanager
+def without_dropout(student: Module) -> Iterator[None]:
+    """Dropout is off while the context is open, and afterwards, whatever happens inside, as it was."""
+    training = student.training
+    student.train(False)
+    try:
+        yield
+    finally:
+        student.train(training)
+
+
+class HeldOut:
+    """The held-out prompts of this process.
+
+    The teacher encodes them once; its texts stay in RAM: prompts x tokens x text width x 4 bytes.
+    """
+
+    def __init__(self, workshop: Workshop) -> None:
+        self.workshop = workshop
+        self._texts: list[TeacherText] | None = None
+
+    @torch.no_grad()
+    def loss(self) -> tuple[dict[str, float], int]:
+        """Mean velocity gap by band over all processes, and the number of prompts. The student's dropout is off meanwhile."""
+        workshop, bands = self.workshop, self.workshop.recipe.validation.sigma_bands
+        batches = workshop.schedule.held_out_batches()
+        if self._texts is None:
+            self._texts = workshop.teacher.texts(batches)
+        sums: dict[str, tuple[float, int]] = {}
+        with without_dropout(workshop.student):
+            for batch, text in zip(batches, self._texts, strict=True):
+                [position] = workshop.starts([batch], [text])
+                for sigma, loss_B in walk(position, workshop.flow, workshop.embed, OBJECTIVES["velocity"]):
+                    total, count = sums.get(band_name(sigma, bands), (0.0, 0))
+                    sums[band_name(sigma, bands)] = (total + float(loss_B.double().sum()), count + len(loss_B))
+        return _mean_over_ranks(workshop.ranks.gather(sums)), len(workshop.schedule.held_out)
 
 
 def _mean_over_ranks(gathered: list[dict[str, tuple[float, int]]]) -> dict[str, float]:

@@ -273,13 +273,6 @@ def test_draws_are_a_pure_function_of_seed_and_index():
     assert draw(7, 0, 1, 64, (), (77,)).guidance_B is None
 
 
-def test_encoding_in_chunks_gives_what_encoding_at_once_gives(teacher, text):
-    in_chunks = teacher.encode(PROMPTS, LENGTH, at_once=5)
-    assert torch.equal(in_chunks.token_ids_BL, text.token_ids_BL)
-    assert torch.equal(in_chunks.pooled_BP, text.pooled_BP)
-    torch.testing.assert_close(in_chunks.text_BLD, text.text_BLD, atol=1e-5, rtol=1e-5)
-
-
 def test_prompts_are_literal_and_cut_with_the_end_token_last(teacher):
     ids = teacher.token_ids(["a (cat:1.3)", "word " * 50], LENGTH)
     assert ids.shape == (2, LENGTH)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import random
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from distilled_t5.devtools.exact import same
 from distilled_t5.train.packing import pack, unpack
-from distilled_t5.train.randomness import random_states, restore_random_states
+from distilled_t5.train.randomness import random_states, restore_random_states, undisturbed
 from torch import Tensor
 
 
@@ -70,3 +72,21 @@ def test_random_states_of_a_gpu_that_is_not_here_are_named_and_the_others_restor
     [note] = restore_random_states(states, {})
     assert "99 CUDA devices" in note
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_what_is_drawn_aside_changes_no_generator_even_if_it_fails():
+    before = random_states({})
+    drawn: list[dict[str, object]] = []
+
+    @undisturbed()
+    def draw_and_fail() -> None:
+        torch.rand(3)
+        random.random()
+        np.random.rand()  # noqa: NPY002 (the global generator is what is meant)
+        drawn.append(random_states({}))
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        draw_and_fail()
+    assert not any(same(drawn[0][name], before[name]) for name in ("python", "numpy", "torch"))
+    assert same(random_states({}), before)

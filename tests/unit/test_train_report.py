@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from distilled_t5.train.contact_sheet import PAPER, contact_sheet, picture_difference
+from distilled_t5.train.contact_sheet import GAP_PX, LINE_PX, PAPER, contact_sheet, picture_difference
 from distilled_t5.train.report import Reporter, cut_metrics
 from distilled_t5.train.run_directory import RunDirectory
 from PIL import Image
@@ -189,14 +189,23 @@ def test_contact_sheet_shows_teacher_student_and_difference_in_a_row_per_prompt(
     assert difference[0].getpixel((0, 0)) == (0, 0, 0)
     assert difference[1].getpixel((0, 0)) == (255, 255, 255)
     row = next(y for y in range(sheet.height) if sheet.getpixel((8, y)) == (255, 0, 0))
-    assert [sheet.getpixel((x, row + 5)) for x in (9, 9 + 72, 9 + 144)] == [(255, 0, 0), (255, 0, 0), (0, 0, 0)]
+    column = (sheet.width - GAP_PX) // 3
+    assert [sheet.getpixel((x, row + 5)) for x in (9, 9 + column, 9 + 2 * column)] == [(255, 0, 0), (255, 0, 0), (0, 0, 0)]
     assert any(sheet.getpixel((x, row - 10)) != PAPER for x in range(sheet.width)), "the caption stands above its row"
 
 
 def test_contact_sheet_takes_any_text_and_pictures_of_several_sizes():
-    sheet = contact_sheet([square("red", 16)], [square("red", 32)], [square("black", 16)], ["\u4f60\u597d caf\u00e9 " + "x" * 500])
-    assert sheet.width == 4 * 8 + 3 * 32
+    sheet = contact_sheet([square("red", 16)], [square("red", 320)], [square("black", 16)], ["\u4f60\u597d caf\u00e9 " + "x" * 500])
+    assert sheet.width == 4 * GAP_PX + 3 * 320
     assert contact_sheet([square("red")], [square("red")], [square("black")], [""]).height > 8
+
+
+def test_contact_sheet_of_small_pictures_is_wide_enough_for_its_headings():
+    headings = np.asarray(contact_sheet([square("red")], [square("red")], [square("black")], [""]))[: GAP_PX + LINE_PX]
+    empty = (headings == PAPER).all(axis=(0, 2))
+    assert empty[-GAP_PX:].all(), "the last one is not cut off"
+    between = "".join("." if column else "#" for column in empty).split("." * GAP_PX)
+    assert len([part for part in between if "#" in part]) == 3, "and none runs into the next"
 
 
 @pytest.mark.parametrize(
