@@ -31,9 +31,9 @@ async def import_pack(comfyui: Path, pack: Path, base: Path) -> dict[str, Any]:
     """Do in this process what `measured` reports."""
     start = time.perf_counter()
     sys.path.insert(0, str(comfyui))
-    importlib.import_module("utils.extra_config")
     arguments: Any = importlib.import_module("comfy.cli_args").args
     arguments.cpu, arguments.base_directory = True, str(base)
+    importlib.import_module("utils.extra_config")
     nodes: Any = importlib.import_module("nodes")
     importlib.import_module("server").PromptServer(asyncio.get_running_loop())
     await nodes.init_builtin_extra_nodes()

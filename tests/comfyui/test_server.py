@@ -157,3 +157,11 @@ def test_stopping_ends_the_process() -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     end_process_group(process)
     assert process.poll() is not None
+
+
+def test_this_tier_leaves_the_hosts_own_model_folders_alone(comfyui_path: Path) -> None:
+    import folder_paths
+
+    folders = [folder for kind in ("text_encoders", "vae", "diffusion_models") for folder in folder_paths.get_folder_paths(kind)]
+    assert folders
+    assert not [folder for folder in folders if Path(folder).is_relative_to(comfyui_path)]
