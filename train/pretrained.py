@@ -151,6 +151,12 @@ def _check_kind(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def _check_fit(tensors: Mapping[str, Tensor], layout: StudentLayout, where: str) -> None:
+    width = tensors[SHARED].shape[-1] if SHARED in tensors else layout.d_model
+    if width != layout.d_model:
+        raise ValueError(
+            f"{where} is a T5 of width {width}, the recipe's student ({layout.size_name}) one of width {layout.d_model}.\n"
+            f"What to do: {NAME_ANOTHER} Are teacher.t5 and student.start exchanged?"
+        )
     wanted = {name: shape for name, shape in layout.tensors().items() if not name.startswith("final_projection.")}
     problems = [f"{name}: missing" for name in wanted if name not in tensors]
     problems += [f"{name}: not part of it" for name in tensors if name not in wanted]
