@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from distilled_t5.devtools.exact import same
 from distilled_t5.devtools.small_encoders import embedding, serve
+from distilled_t5.devtools.trainer import QUICK, TWO_PROCESSES, command, finish, metrics, start, wait_for_step
 from distilled_t5.encoder.files import open_student
 from distilled_t5.encoder.student import DistilledT5
 from distilled_t5.train.state import read_checkpoint
-
-QUICK = [
-    "stage.0.steps=2",
-    "stage.1.steps=6",
-    "sampling.steps=4",
-    "sampling.token_lengths=[16]",
-    "validation.every_steps=4",
-    "validation.prompts=2",
-    "checkpoints.every_steps=4",
-    "checkpoints.keep_last=9",
-    "student.dropout=0.1",
-]
-
-
-def command(comfyui: Path, base: Path, run: Path, *extra: str, settings: list[str] | None = None) -> list[str]:
-    pack = Path(__file__).resolve().parent.parent.parent
-    sets = [part for setting in settings or QUICK for part in ("--set", setting)]
-    ours = [str(pack / "train"), "smoke", "--run", str(run), "--comfyui", str(comfyui), *sets, *extra]
-    return [*ours, "--", "--base-directory", str(base), "--cpu"]
-
-
-def finish(arguments: list[str], folder: Path, code: int = 0, launcher: list[str] | None = None) -> str:
-    done = subprocess.run(
-        [sys.executable, *(launcher or []), *arguments], cwd=folder, capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +21,6 @@ def whole(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     folder = tmp_path_factory.mktemp("whole")
     finish(command(comfyui_path, folder / "base", folder / "run"), folder)
     return folder / "run", folder / "base"
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_a_run_directory_explains_itself(whole):
@@ -89,14 +54,11 @@ def test_the_file_loads_in_the_loader_and_gives_the_embedding_that_the_trainer_c
 @pytest.mark.parametrize("stopped_after", [3, 4], ids=["within a trajectory", "between trajectories"])
 def test_stopping_and_going_on_gives_the_run_without_interruption_bit_for_bit(whole, comfyui_path, tmp_path, stopped_after):
     run = tmp_path / "run"
-    arguments = command(comfyui_path, tmp_path / "base", run)
-    process = subprocess.Popen([sys.executable, *arguments], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 300
-    while not _has_step(run, stopped_after):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.01)
+    process = start(command(comfyui_path, tmp_path / "base", run), tmp_path)
+    wait_for_step(process, run, stopped_after)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=120)[0] is None and process.returncode in (0, 130)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode in (0, 130), said
     finish(command(comfyui_path, tmp_path / "base", run, "--resume"), tmp_path)
     ours, theirs = (read_checkpoint(folder / "checkpoints" / "step-000008") for folder in (run, whole[0]))
     assert same(ours.student, theirs.student)
@@ -105,17 +67,11 @@ def test_stopping_and_going_on_gives_the_run_without_interruption_bit_for_bit(wh
     assert losses[0] == losses[1]
 
 
-def _has_step(run: Path, step: int) -> bool:
-    path = run / "metrics.jsonl"
-    return path.exists() and f'"step": {step},' in path.read_text(encoding="utf-8")
-
-
 def test_two_processes_do_what_one_does(whole, comfyui_path, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
     # Each process draws its own dropout.
     quiet = [*QUICK[:-1], "student.dropout=0.0"]
     runs = []
-    for name, how in (("one", None), ("two", launcher)):
+    for name, how in (("one", ()), ("two", TWO_PROCESSES)):
         finish(command(comfyui_path, tmp_path / name, tmp_path / f"run-{name}", settings=quiet), tmp_path, launcher=how)
         runs.append(tmp_path / f"run-{name}")
     one, two = ([line["loss"] for line in metrics(run) if "loss" in line] for run in runs)
