@@ -1,10 +1,15 @@
-"""What the command says when it fails: a sentence for what the user can mend, and the whole story of what only we can."""
+"""What the command says when it fails: a sentence for what the user can mend, and the whole story of what only we can.
+
+Nothing is imported here but what every Python has: this is also for a Python that lacks the rest.
+"""
 
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-from .recipe import Recipe
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 ADVICE = "What to do: "
 ISSUES = "https://github.com/distilled-t5/distilled-t5/issues"
@@ -12,15 +17,17 @@ BUG = (
     f"\nThis is a fault of the trainer, not of what you gave it. The last checkpoint is whole.\n{ADVICE}report it at {ISSUES} with the "
     "command and the lines below."
 )
-# torch's exception for a GPU is a class of its own; of these beginnings and ends of messages the first is a driver's, the second a CPU's.
+# torch says the first of a GPU, by its own class or the driver's words, and the second of a CPU.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+# What these lack no package brings.
+OURS_OR_THE_HOSTS = ("distilled_t5", "comfy", "folder_paths", "utils")
 
 
 def explained(error: Exception, recipe: Recipe | None) -> str | None:
     """A sentence with advice about an expected failure; None for a bug, whose traceback is wanted."""
     if is_out_of_memory(error):
         return _out_of_memory(error, recipe)
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS_OR_THE_HOSTS:
         return (
             f"This Python ({sys.executable}) has no package {error.name}.\n"
             f"{ADVICE}run the command with the Python that runs ComfyUI, or install ComfyUI's requirements.txt into this one."

@@ -146,7 +146,7 @@ def advice(recipe: Recipe, total_bytes: int, on_gpu: bool) -> str:
     """What makes a run smaller, the shipped recipe for a device of this memory among it."""
     ways = []
     if any(stage.batch > 1 for stage in recipe.stages):
-        ways.append("lower batch and raise accumulate by as much, which trains the same")
+        ways.append("lower batch and raise accumulate by as much, which leaves the prompts per step as they are")
     if not recipe.diffusion_model.checkpoint_blocks:
         ways.append("set diffusion_model.checkpoint_blocks = true")
     ways.append("lower resolution_px or the longest of sampling.token_lengths, or take a smaller student")

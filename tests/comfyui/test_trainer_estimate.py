@@ -11,7 +11,9 @@ from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.recipe_file import SHIPPED
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
-SMALL_STUDENT = '{layout={d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8, gated=true}, start="random", projection_width=16, dropout=0.1}'
+SMALL_STUDENT = (
+    '{layout={d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8, gated=true}, start="random", projection_width=16, dropout=0.1}'
+)
 STAND_INS = [
     "teacher.t5=stand-in",
     "teacher.clip_l=none",
