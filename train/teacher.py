@@ -107,7 +107,7 @@ def load_teacher(t5: Path, clip_l: Path | None) -> Teacher:
         return Teacher(load_encoder(str(t5), None if clip_l is None else str(clip_l), ServingOptions()).clip, _pooled_kind(clip_l))
     if clip_l is None:
         raise ValueError("A T5-XXL teacher is loaded together with CLIP-L.\nWhat to do: name a CLIP-L file in teacher.clip_l.")
-    _check_t5xxl(t5)
+    check_t5xxl(t5)
     return Teacher(comfy.sd.load_clip([str(clip_l), str(t5)], clip_type=comfy.sd.CLIPType.FLUX))
 
 
@@ -118,8 +118,11 @@ def _check_clip_l(path: Path) -> None:
         raise ValueError(f'{error.problem}\nWhat to do: name a whole CLIP-L file in teacher.clip_l, or "none" for zeros.') from error
 
 
-def _check_t5xxl(path: Path) -> None:
-    """ComfyUI only warns of weights that a T5-XXL file lacks, and teaches with whatever lies in their memory."""
+def check_t5xxl(path: Path) -> None:
+    """Raise ValueError unless every tensor of a T5-XXL is in the file, whatever else is (scales of fp8, a tokenizer).
+
+    ComfyUI only warns of weights that a file lacks, and would teach with whatever lies in their memory.
+    """
     shapes, _, _ = read_header(path)
     names = published_names(shapes)
     wanted = StudentLayout.named("xxl", None).tensors()

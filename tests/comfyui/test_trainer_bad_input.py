@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from distilled_t5.devtools.small_encoders import student_file
+from distilled_t5.devtools.tiny_students import sparse_file
 from distilled_t5.devtools.trainer import PACK, QUICK, TWO_PROCESSES, command, finish, has_step, metrics, start, wait_for_step
 from distilled_t5.encoder.files import open_student
 from distilled_t5.encoder.layout import StudentLayout
@@ -30,6 +31,7 @@ from distilled_t5.train.run import open_workshop
 from distilled_t5.train.run_directory import RunDirectory
 from distilled_t5.train.stand_ins import drawn, flux_shapes
 from distilled_t5.train.state import read_checkpoint
+from distilled_t5.train.teacher import check_t5xxl
 
 # Long enough to be killed in the middle, with a checkpoint every other step.
 LONGER = [
@@ -144,6 +146,18 @@ def test_a_teacher_that_is_not_whole_is_refused(models, broken):
     t5xxl, clip_l = (f"{models}/text_encoders/{name}.safetensors" for name in ("t5xxl_fp16", "clip_l"))
     said = refusal(f"teacher.t5={t5xxl}", f"teacher.clip_l={clip_l}")
     assert "t5xxl_fp16.safetensors is no whole T5-XXL: 167 of 219 tensors are missing" in said
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F8_E4M3"])
+def test_a_whole_t5xxl_passes_with_whatever_else_its_file_holds(tmp_path, dtype):
+    shapes = {name.removeprefix("encoder."): shape for name, shape in StudentLayout.named("xxl", None).tensors().items()}
+    extras = {"scaled_fp8": (2,), "encoder.block.0.layer.0.SelfAttention.q.scale_weight": (1,), "spiece_model": (790_000,)}
+    check_t5xxl(sparse_file(tmp_path / "whole.safetensors", shapes | extras, dtype))
+    packed = shapes | {"encoder.block.7.layer.1.DenseReluDense.wo.weight": (20_971_520, 1)}
+    with pytest.raises(
+        ValueError, match=r"1 of 219 tensors .*\n  encoder\.encoder\.block\.7\.layer\.1\.DenseReluDense\.wo\.weight\nWhat to do"
+    ):
+        check_t5xxl(sparse_file(tmp_path / "packed.safetensors", packed, dtype))
 
 
 def test_a_clip_l_that_is_none_is_refused_for_either_kind_of_teacher(models):
