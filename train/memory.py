@@ -33,8 +33,11 @@ SHOWN_BYTES_PER_GB = 0.97 * 2**30
 
 @dataclass(frozen=True)
 class FlowSize:
-    """What counts of a frozen diffusion model: bytes of its weights as they are held, weights in all and in the largest block, blocks,
-    channels, and the bytes of a number while it computes."""
+    """What counts of a frozen diffusion model.
+
+    held_bytes: its weights as they lie in memory. weights, largest_block: how many there are, in all and in one block. blocks; width: their
+    channels. compute_bytes: of a number while it computes.
+    """
 
     held_bytes: int
     weights: int
