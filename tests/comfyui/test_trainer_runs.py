@@ -5,14 +5,19 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import folder_paths
 import pytest
 import torch
 from distilled_t5.devtools.exact import same
 from distilled_t5.devtools.small_encoders import embedding, serve
 from distilled_t5.devtools.trainer import QUICK, TWO_PROCESSES, command, finish, metrics, start, wait_for_step
 from distilled_t5.encoder.files import open_student
-from distilled_t5.encoder.student import DistilledT5
+from distilled_t5.encoder.student import DistilledT5, transformers_config
+from distilled_t5.train.ranks import Ranks
+from distilled_t5.train.recipe import load_recipe
+from distilled_t5.train.run import open_workshop
 from distilled_t5.train.state import read_checkpoint
+from transformers import T5EncoderModel
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +115,14 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(comfyui_path, tmp_
     assert "What to do" in said
     assert "Traceback" not in said
     assert not (tmp_path / "run" / "checkpoints" / "step-000004").exists()
+
+
+def test_a_student_starts_from_a_hugging_face_folder_in_shards_that_lies_among_the_text_encoders():
+    recipe = load_recipe("smoke", ["student.start=flan-t5-tiny"])
+    pretrained = T5EncoderModel(transformers_config(recipe.student.student_layout(4096)))
+    pretrained.save_pretrained(Path(folder_paths.get_folder_paths("text_encoders")[0]) / "flan-t5-tiny", max_shard_size="5MB")
+    student = open_workshop(recipe, Ranks()).student
+    assert same(dict(student.encoder.state_dict()), dict(pretrained.state_dict()))
 
 
 def test_estimate_says_what_a_run_will_take_and_trains_nothing(comfyui_path, tmp_path):
