@@ -168,3 +168,20 @@ def test_a_rank_that_is_killed_ends_the_run_with_a_message_and_leaves_whole_chec
     assert "then run the same command with --resume" in said
     newest = checkpoints(run)[-1]
     assert read_checkpoint(newest).step == int(newest.name[5:]) >= 4
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux limits the memory of a process that runs")
+def test_memory_that_runs_out_in_the_middle_ends_the_run_with_advice_and_leaves_whole_checkpoints(comfyui_path, tmp_path):
+    run = tmp_path / "run"
+    growing = [*LONGER, "stage.0.steps=40", "stage.1.resolution_px=2048"]
+    process = start(command(comfyui_path, tmp_path / "base", run, settings=growing), tmp_path)
+    wait_for_step(process, run, 5)
+    room = psutil.Process(process.pid).memory_info().vms + 100_000_000
+    psutil.Process(process.pid).rlimit(psutil.RLIMIT_AS, (room, room))
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 1
+    assert "The memory was not enough: " in said
+    assert said.strip().splitlines()[-1].startswith("What to do: go on with --resume")
+    assert "Traceback" not in said
+    # The held-out loss is taken at the last stage's size, for the first time after step 20.
+    assert read_checkpoint(checkpoints(run)[-1]).step == 18
