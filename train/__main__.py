@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def register_pack() -> None:
@@ -24,7 +25,7 @@ def register_pack() -> None:
 def command_line() -> argparse.ArgumentParser:
     """What the command takes."""
     parser = argparse.ArgumentParser(
-        prog="train", description="Distil a text encoder. What follows -- goes to ComfyUI (--lowvram, --cpu, --reserve-vram ...)."
+        prog="train", description="Distil a text encoder. What follows -- goes to ComfyUI (--reserve-vram, --cpu ...)."
     )
     parser.add_argument("recipe", help="a recipe file, or the name of a shipped one, such as smoke")
     parser.add_argument(
@@ -45,34 +46,53 @@ def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; an expected failure is a sentence on the terminal and exit status 1, a stop by signal 130."""
+    """Run the command: 0 when it is done, 130 after a stop by signal, 1 after a failure.
+
+    An expected failure is a sentence with advice on the terminal; a fault of ours keeps its traceback.
+    """
     ours, flags = split_flags(argv)
     options = command_line().parse_args(ours)
-    from distilled_t5.train.host import find_comfyui, start_comfyui
-    from distilled_t5.train.recipe import load_recipe
-
+    recipe: Any = None
     try:
-        recipe = load_recipe(options.recipe, options.set)
-        start_comfyui(find_comfyui(options.comfyui), flags)
-        import torch
-        from distilled_t5.train.estimate import estimate
-        from distilled_t5.train.ranks import Ranks
-        from distilled_t5.train.run import train
+        from distilled_t5.train.recipe import load_recipe
 
-        with Ranks.open("cuda" if torch.cuda.is_available() and "--cpu" not in flags else "cpu") as ranks:
-            if options.estimate:
-                print(estimate(recipe, ranks))
-                return 0
-            path = train(recipe, Path(options.run or Path("runs", recipe.name)), options.resume, ranks)
-            main_rank = ranks.is_main
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
-    if path is None and main_rank:
-        print("Stopped; go on with --resume.")
+        recipe = load_recipe(options.recipe, options.set)
+        return run(recipe, options, flags)
+    except KeyboardInterrupt:
+        print("\nStopped before training began.", file=sys.stderr)
         return 130
+    except Exception as error:
+        from distilled_t5.train.failure import BUG, explained
+
+        sentence = explained(error, recipe)
+        print(f"\n{sentence or BUG}", file=sys.stderr, flush=True)
+        if sentence is None:
+            raise
+        return 1
+
+
+def run(recipe: Any, options: argparse.Namespace, flags: list[str]) -> int:
+    """Train or estimate a recipe under ComfyUI started with these flags; the exit status."""
+    from distilled_t5.train.host import check_output_folder, find_comfyui, start_comfyui
+
+    start_comfyui(find_comfyui(options.comfyui), flags)
+    import torch
+    from distilled_t5.train.estimate import estimate
+    from distilled_t5.train.ranks import Ranks
+    from distilled_t5.train.run import train
+
+    with Ranks.open("cuda" if torch.cuda.is_available() and "--cpu" not in flags else "cpu") as ranks:
+        if options.estimate:
+            print(estimate(recipe, ranks))
+            return 0
+        if ranks.is_main:
+            check_output_folder()
+        path = train(recipe, Path(options.run or Path("runs", recipe.name)), options.resume, ranks)
     if path is not None:
         print(f"Done: {path}\nDistilled T5 Loader lists it after a refresh (key R).")
+    elif ranks.is_main:
+        print("Stopped; go on with --resume.")
+        return 130
     return 0
 
 

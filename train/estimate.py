@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+import comfy.model_management
 import torch
-from torch import Tensor
 
 from .distill import train_step
+from .memory import GB, part_lines
 from .objectives import OBJECTIVES
 from .ranks import Ranks
 from .recipe import Recipe
 from .report import memory_mb
 from .run import Workshop, open_workshop
-from .velocity import differentiable
+from .velocity import differentiable, held_bytes
 
 MEASURED_STEPS = 3
-# AdamW keeps two numbers per weight; a checkpoint holds them and the weight, in float32.
-BYTES_PER_TRAINED_WEIGHT, BYTES_PER_SAVED_WEIGHT = 4 + 4 + 8, 4 + 8
+# A checkpoint holds each weight and the two numbers that AdamW keeps of it, in float32.
+BYTES_PER_SAVED_WEIGHT = 4 + 8
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,17 @@ def _measure(workshop: Workshop, number: int) -> StageEstimate:
     return StageEstimate(stage.name, stage.steps, sum(settled) / len(settled) + shared_s, start_s, memory_mb())
 
 
-def _megabytes(tensors: Iterable[Tensor]) -> float:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
-
-
 def _memory_lines(workshop: Workshop) -> list[str]:
-    recipe, weights = workshop.recipe, sum(weight.numel() for weight in workshop.student.parameters())
-    longest, widest = max(recipe.sampling.token_lengths), max(stage.batch * stage.accumulate for stage in recipe.stages)
-    parts = {
-        "diffusion model, frozen": _megabytes(workshop.flow.model.parameters()),
-        "teacher and CLIP-L, only while prompts are encoded": _megabytes(workshop.teacher.clip.cond_stage_model.parameters()),
-        f"student, gradients and AdamW ({weights / 1e6:.1f} M weights)": weights * BYTES_PER_TRAINED_WEIGHT / 1e6,
-        "teacher's embeddings of one trajectory": widest * longest * workshop.flow.text_width * 4 / 1e6,
-    }
-    return [f"Memory by part ({workshop.flow.device}):", *(f"  {name:<60}{size:>10,.0f} MB" for name, size in parts.items())]
+    need, device = workshop.need, workshop.flow.device
+    total = comfy.model_management.get_total_memory(device)
+    sums = [f"{need.whole / GB:.2f} GB in all, {total / GB:.2f} GB are there."]
+    if need.offload:
+        teacher = held_bytes(workshop.teacher.clip.cond_stage_model)
+        sums.append(
+            f"{need.least / GB:.2f} GB with all that ComfyUI can leave in RAM left there, "
+            f"where the diffusion model takes {need.held / GB:.2f} GB and teacher and CLIP-L {teacher / GB:.2f} GB."
+        )
+    return [f"Memory on {device} by part, reckoned for stage {need.stage}:", *part_lines(need.parts), *(f"  {line}" for line in sums)]
 
 
 def _stage_lines(recipe: Recipe, stages: list[StageEstimate]) -> list[str]:

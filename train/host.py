@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,3 +77,40 @@ def model_file(name: str, kind: str) -> Path:
         f"{name} was not found, neither as a path nor in {', '.join(folders)}.\n"
         f"What to do: put it into ComfyUI's models/{kind}, or give its path in the recipe."
     )
+
+
+@contextlib.contextmanager
+def lines_of_host(beginning: str) -> Iterator[list[str]]:
+    """What ComfyUI logs while the context is open and that begins so. Its loaders tell nobody else that weights were missing."""
+    listener = _Listener(beginning)
+    logging.getLogger().addHandler(listener)
+    try:
+        yield listener.lines
+    finally:
+        logging.getLogger().removeHandler(listener)
+
+
+class _Listener(logging.Handler):
+    def __init__(self, beginning: str) -> None:
+        super().__init__(logging.WARNING)
+        self.beginning = beginning
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith(self.beginning):
+            self.lines.append(record.getMessage())
+
+
+def check_output_folder() -> None:
+    """Make the folder that finished encoders go to, and see that it takes files, before days are spent on one. Raises OSError."""
+    import folder_paths
+
+    folder = Path(folder_paths.get_folder_paths("text_encoders")[0])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(
+            f"The finished encoder is to go into {folder}, which cannot be written to: {error.strerror or error}.\n"
+            "What to do: see that ComfyUI's models/text_encoders may be written to, or name another folder with -- --base-directory."
+        ) from error

@@ -11,8 +11,10 @@ import math
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import psutil
@@ -114,8 +116,12 @@ class Reporter:
     def __enter__(self) -> Reporter:
         return self
 
-    def __exit__(self, *_exception: object) -> None:
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
         self.close()
+        if error is not None and self.run is not None:
+            # The terminal of a long run may be gone by the time that somebody asks; a full disk is no further trouble.
+            with contextlib.suppress(OSError), self.run.log.open("a", encoding="utf-8") as file:
+                file.writelines(traceback.format_exception(error))
 
     def _open(self, run: RunDirectory, total_steps: int, opened: contextlib.ExitStack) -> None:
         opened.enter_context(logging_to(run.log))

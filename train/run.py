@@ -17,7 +17,8 @@ from ..encoder.files import unused_path, write_student
 from ..encoder.student import DistilledT5
 from .batches import Batch, Place, Schedule
 from .distill import Learner, NotFinite, linear_schedule, make_optimizer, train_step
-from .models import load_flow, load_teacher_of, make_student_of, metadata_of
+from .memory import MemoryNeed
+from .models import load_flow, load_teacher_of, make_student_of, memory_need_of, metadata_of
 from .objectives import OBJECTIVES
 from .preview import Previewer, vae_file
 from .randomness import random_states, restore_random_states
@@ -26,7 +27,6 @@ from .recipe import Recipe
 from .report import Reporter
 from .run_directory import RunDirectory
 from .state import Checkpoints, TrainerState
-from .step_memory import step_memory_bytes
 from .stop import StopRequest
 from .teacher import Teacher, TeacherText
 from .teacher_chunks import TeacherChunks
@@ -47,6 +47,7 @@ class Workshop:
     flow: FrozenFlow
     teacher: Teacher
     chunks: TeacherChunks
+    need: MemoryNeed
     student: DistilledT5
     learner: Learner
 
@@ -71,10 +72,7 @@ class Workshop:
 
     def load_flow(self) -> None:
         """Bring the diffusion model to its device with as much room beside it as an optimizer step takes, the host's way."""
-        model = self.flow.model.diffusion_model
-        blocks, weights = len(model.double_blocks) + len(model.single_blocks), sum(map(Tensor.numel, self.student.parameters()))
-        moments = bool(self.learner.optimizer.state)
-        self.flow.load(step_memory_bytes(self.recipe, blocks, model.params.hidden_size, weights, moments))
+        self.flow.load(self.need.room(sum(map(Tensor.numel, self.student.parameters())), bool(self.learner.optimizer.state)))
 
     def starts(self, batches: Sequence[Batch], texts: Sequence[TeacherText]) -> list[Position]:
         """The starts of some batches' trajectories, with the diffusion model brought back to its device."""
@@ -103,7 +101,7 @@ def open_workshop(recipe: Recipe, ranks: Ranks) -> Workshop:
         without_sync=functools.partial(ranks.no_sync, wrapped),
     )
     chunks = TeacherChunks(teacher, schedule, recipe.teacher.chunk_prompts)
-    return Workshop(recipe, ranks, schedule, flow, teacher, chunks, student, learner)
+    return Workshop(recipe, ranks, schedule, flow, teacher, chunks, memory_need_of(recipe, flow, teacher), student, learner)
 
 
 def train(recipe: Recipe, run_path: Path, resume: bool, ranks: Ranks) -> Path | None:

@@ -13,9 +13,12 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ..encoder.errors import StudentFileError
+from ..encoder.clip_l import open_clip_l
+from ..encoder.dialects import published_names
+from ..encoder.errors import StudentFileError, listed
 from ..encoder.families import FAMILIES
-from ..encoder.files import open_student
+from ..encoder.files import open_student, read_header
+from ..encoder.layout import StudentLayout
 from ..encoder.served import ServingOptions, load_encoder
 
 if TYPE_CHECKING:
@@ -86,18 +89,47 @@ def literal(prompt: str) -> str:
 def load_teacher(t5: Path, clip_l: Path | None) -> Teacher:
     """T5-XXL (any form the host loads) or an encoder file of ours, with CLIP-L or without.
 
-    Raises ValueError for a file that is neither.
+    Raises ValueError for a file that is neither, or not whole.
     """
+    if clip_l is not None:
+        _check_clip_l(clip_l)
     try:
         open_student(t5)
     except StudentFileError as error:
         if "DualCLIPLoader" not in error.remedy:
-            raise ValueError(f"The teacher must be a T5-XXL or a distilled T5.\n{error}") from error
+            raise ValueError(
+                f"{error.problem}\nThe teacher must be a T5-XXL or a distilled T5, in one whole file.\n"
+                "What to do: name such a .safetensors of models/text_encoders in teacher.t5."
+            ) from error
     else:
         return Teacher(load_encoder(str(t5), None if clip_l is None else str(clip_l), ServingOptions()).clip, _pooled_kind(clip_l))
     if clip_l is None:
-        raise ValueError("A T5-XXL teacher is loaded together with CLIP-L.\nWhat to do: name a clip_l file in the recipe's teacher part.")
+        raise ValueError("A T5-XXL teacher is loaded together with CLIP-L.\nWhat to do: name a CLIP-L file in teacher.clip_l.")
+    check_t5xxl(t5)
     return Teacher(comfy.sd.load_clip([str(clip_l), str(t5)], clip_type=comfy.sd.CLIPType.FLUX))
+
+
+def _check_clip_l(path: Path) -> None:
+    try:
+        open_clip_l(path)
+    except StudentFileError as error:
+        raise ValueError(f'{error.problem}\nWhat to do: name a whole CLIP-L file in teacher.clip_l, or "none" for zeros.') from error
+
+
+def check_t5xxl(path: Path) -> None:
+    """Raise ValueError unless every tensor of a T5-XXL is in the file, whatever else is (scales of fp8, a tokenizer).
+
+    ComfyUI only warns of weights that a file lacks, and would teach with whatever lies in their memory.
+    """
+    shapes, _, _ = read_header(path)
+    names = published_names(shapes)
+    wanted = StudentLayout.named("xxl", None).tensors()
+    wrong = [name for name, shape in wanted.items() if name not in names or tuple(shapes[names[name]]) != shape]
+    if wrong:
+        raise ValueError(
+            f"{path.name} is no whole T5-XXL: {len(wrong)} of {len(wanted)} tensors are missing or of another shape.\n{listed(wrong, 10)}\n"
+            "What to do: name a whole T5-XXL (fp16, bf16 or fp8, not packed in 4 bits) in teacher.t5."
+        )
 
 
 def _pooled_kind(clip_l: Path | None) -> str:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import LayerNorm, Module
 from torch.utils.checkpoint import checkpoint
 
+from .memory import FlowSize
+
 # Flux's resolution-dependent shift: mu is linear in the number of image tokens (black-forest-labs/flux, sampling.get_schedule).
 FEWEST_TOKENS, MOST_TOKENS = 256, 4096
 SHIFT_AT_FEWEST, SHIFT_AT_MOST = 0.5, 1.15
@@ -43,6 +45,18 @@ class FrozenFlow:
     def guided(self) -> bool:
         """Whether the model takes guidance (dev) or not (schnell)."""
         return bool(self.model.diffusion_model.params.guidance_embed)
+
+    def size(self) -> FlowSize:
+        """What it takes of memory, for `memory_need`."""
+        model = self.model.diffusion_model
+        return FlowSize(
+            held_bytes=held_bytes(model),
+            weights=_weights(model),
+            largest_block=max(map(_weights, blocks_of(model))),
+            blocks=len(blocks_of(model)),
+            width=model.params.hidden_size,
+            compute_bytes=self.model.get_dtype_inference().itemsize,
+        )
 
     def load(self, memory_required: int = 0) -> None:
         """Bring the model to its device, the host's way; other models make room as the host decides."""
@@ -77,6 +91,22 @@ def resolution_shift(height: int, width: int) -> float:
     return SHIFT_AT_FEWEST + (SHIFT_AT_MOST - SHIFT_AT_FEWEST) * (tokens - FEWEST_TOKENS) / (MOST_TOKENS - FEWEST_TOKENS)
 
 
+def blocks_of(model: Module) -> list[Module]:
+    """The transformer blocks of a Flux, double and single ones."""
+    blocks = [block for name in ("double_blocks", "single_blocks") for block in getattr(model, name, [])]
+    assert blocks, "the diffusion model has no blocks that are known here"
+    return blocks
+
+
+def held_bytes(model: Module) -> int:
+    """Bytes of a model's weights as they are held."""
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def _weights(model: Module) -> int:
+    return sum(weight.numel() for weight in model.parameters())
+
+
 @contextlib.contextmanager
 def differentiable(model: Module, checkpoint_blocks: bool) -> Iterator[None]:
     """Make gradients with respect to the model's inputs right while the context is open, with block checkpointing or without.
@@ -86,8 +116,7 @@ def differentiable(model: Module, checkpoint_blocks: bool) -> Iterator[None]:
     block's inputs alone is not enough: inside a checkpoint autograd does not notice what was overwritten, and gradients come out
     wrong by a percent or so without any error.
     """
-    blocks = [block for name in ("double_blocks", "single_blocks") for block in getattr(model, name, [])]
-    assert blocks, "the diffusion model has no blocks that are known here"
+    blocks = blocks_of(model)
     with contextlib.ExitStack() as stack:
         if checkpoint_blocks:
             for block in blocks:

@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
+import folder_paths
 import pytest
 import torch
 from distilled_t5.devtools.exact import same
 from distilled_t5.devtools.small_encoders import embedding, serve
+from distilled_t5.devtools.trainer import QUICK, TWO_PROCESSES, command, finish, metrics, start, wait_for_step
 from distilled_t5.encoder.files import open_student
-from distilled_t5.encoder.student import DistilledT5
+from distilled_t5.encoder.student import DistilledT5, transformers_config
+from distilled_t5.train.ranks import Ranks
+from distilled_t5.train.recipe import load_recipe
+from distilled_t5.train.run import open_workshop
 from distilled_t5.train.state import read_checkpoint
-
-QUICK = [
-    "stage.0.steps=2",
-    "stage.1.steps=6",
-    "sampling.steps=4",
-    "sampling.token_lengths=[16]",
-    "validation.every_steps=4",
-    "validation.prompts=2",
-    "checkpoints.every_steps=4",
-    "checkpoints.keep_last=9",
-    "teacher.chunk_prompts=8",
-    "student.dropout=0.1",
-]
-
-
-def command(comfyui: Path, base: Path, run: Path, *extra: str, settings: list[str] | None = None) -> list[str]:
-    pack = Path(__file__).resolve().parent.parent.parent
-    sets = [part for setting in settings or QUICK for part in ("--set", setting)]
-    ours = [str(pack / "train"), "smoke", "--run", str(run), "--comfyui", str(comfyui), *sets, *extra]
-    return [*ours, "--", "--base-directory", str(base), "--cpu"]
-
-
-def finish(arguments: list[str], folder: Path, code: int = 0, launcher: list[str] | None = None) -> str:
-    done = subprocess.run(
-        [sys.executable, *(launcher or []), *arguments], cwd=folder, capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+from transformers import T5EncoderModel
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +26,6 @@ def whole(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     folder = tmp_path_factory.mktemp("whole")
     finish(command(comfyui_path, folder / "base", folder / "run"), folder)
     return folder / "run", folder / "base"
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_a_run_directory_explains_itself(whole):
@@ -89,14 +58,11 @@ def test_the_file_loads_in_the_loader_and_gives_the_embedding_that_the_trainer_c
 
 def test_stopping_and_going_on_gives_the_run_without_interruption_bit_for_bit(whole, comfyui_path, tmp_path):
     run = tmp_path / "run"
-    arguments = command(comfyui_path, tmp_path / "base", run)
-    process = subprocess.Popen([sys.executable, *arguments], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 300
-    while not _has_step(run, 4):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.01)
+    process = start(command(comfyui_path, tmp_path / "base", run), tmp_path)
+    wait_for_step(process, run, 4)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=120)[0] is None and process.returncode in (0, 130)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode in (0, 130), said
     finish(command(comfyui_path, tmp_path / "base", run, "--resume"), tmp_path)
     ours, theirs = (read_checkpoint(folder / "checkpoints" / "step-000008") for folder in (run, whole[0]))
     assert same(ours.student, theirs.student)
@@ -105,17 +71,11 @@ def test_stopping_and_going_on_gives_the_run_without_interruption_bit_for_bit(wh
     assert losses[0] == losses[1]
 
 
-def _has_step(run: Path, step: int) -> bool:
-    path = run / "metrics.jsonl"
-    return path.exists() and f'"step": {step},' in path.read_text(encoding="utf-8")
-
-
 def test_two_processes_do_what_one_does(comfyui_path, tmp_path, stand_ins):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
     # Each process draws its own dropout.
     quiet = [*QUICK[:-1], "student.dropout=0.0", f"preview.vae={stand_ins / 'models' / 'vae' / 'ae.safetensors'}", "preview.every_steps=5"]
     runs = []
-    for name, how in (("one", None), ("two", launcher)):
+    for name, how in (("one", ()), ("two", TWO_PROCESSES)):
         finish(command(comfyui_path, tmp_path / name, tmp_path / f"run-{name}", settings=quiet), tmp_path, launcher=how)
         runs.append(tmp_path / f"run-{name}")
     one, two = ([line["loss"] for line in metrics(run) if "loss" in line] for run in runs)
@@ -156,6 +116,14 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(comfyui_path, tmp_
     assert "What to do" in said
     assert "Traceback" not in said
     assert not (tmp_path / "run" / "checkpoints" / "step-000004").exists()
+
+
+def test_a_student_starts_from_a_hugging_face_folder_in_shards_that_lies_among_the_text_encoders():
+    recipe = load_recipe("smoke", ["student.start=flan-t5-tiny"])
+    pretrained = T5EncoderModel(transformers_config(recipe.student.student_layout(4096)))
+    pretrained.save_pretrained(Path(folder_paths.get_folder_paths("text_encoders")[0]) / "flan-t5-tiny", max_shard_size="5MB")
+    student = open_workshop(recipe, Ranks()).student
+    assert same(dict(student.encoder.state_dict()), dict(pretrained.state_dict()))
 
 
 def test_estimate_says_what_a_run_will_take_and_trains_nothing(comfyui_path, tmp_path):

@@ -96,7 +96,9 @@ def test_teacher_and_diffusion_model_change_places_once_per_chunk(tmp_path, monk
     turns.clear()
     encoded.clear()
     train(recipe(), tmp_path / "run", False, Ranks())
-    assert min(room) > 1e9, "and the host is told to leave room for training"
+    weights = sum(weight.numel() for weight in workshop.student.parameters())
+    asked = {workshop.need.room(weights, has_moments) for has_moments in (False, True)}
+    assert set(room) == asked, "the host is told to leave room for training, with AdamW's moments from the first step on"
     # One prompt tells the teacher's width before training; the held-out ones are read once, for three validations.
     assert turns == ["teacher", "diffusion"] * (CHUNKS + 1)
     trained = [batch for stage, count in ((0, 1), (1, 5)) for number in range(count) for batch in workshop.schedule.batches(stage, number)]

@@ -120,7 +120,7 @@ def test_schnell_recipes_take_four_steps_without_guidance_and_hold_the_model_in_
     assert 256 in recipe.sampling.token_lengths, "ComfyUI pads to 256"
     text = (SHIPPED / f"{name}.toml").read_text(encoding="utf-8")
     assert "not measured" in text
-    assert ("--lowvram" in text) == (name != "schnell-24gb")
+    assert ("in RAM what does not fit" in text) == (name != "schnell-24gb")
 
 
 def test_less_memory_means_fewer_tokens_at_once():

@@ -1,0 +1,266 @@
+"""What can go wrong with a run: each is a sentence that says what was expected, what came and what to do, and no work is lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import folder_paths
+import pytest
+import safetensors.torch
+import torch
+from distilled_t5.devtools.small_encoders import student_file
+from distilled_t5.devtools.tiny_students import sparse_file
+from distilled_t5.devtools.trainer import command, finish, start
+from distilled_t5.encoder.layout import StudentLayout
+from distilled_t5.train.failure import explained, is_out_of_memory
+from distilled_t5.train.host import check_output_folder
+from distilled_t5.train.ranks import Ranks
+from distilled_t5.train.recipe import load_recipe
+from distilled_t5.train.run import open_workshop
+from distilled_t5.train.stand_ins import drawn, flux_shapes
+from distilled_t5.train.teacher import check_t5xxl
+
+NARROW = StudentLayout(d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16, hidden_width=32, projected_width=512)
+THIN = StudentLayout(d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8, hidden_width=8, projected_width=4096)
+posix = pytest.mark.skipif(os.name != "posix", reason="kill -9 and limits on the size of a file are POSIX")
+
+
+def refusal(*settings: str) -> str:
+    """What the command says about the smoke recipe with these settings, when it has read and loaded all that a run begins with."""
+    recipe = load_recipe("smoke", settings)
+    with pytest.raises(ValueError, match="What to do: ") as caught:
+        open_workshop(recipe, Ranks())
+    message = str(caught.value)
+    assert explained(caught.value, recipe) == message
+    assert message.splitlines()[-1].startswith("What to do: ")
+    return message
+
+
+@pytest.fixture(scope="module")
+def models(stand_ins: Path) -> Path:
+    return stand_ins / "models"
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
+    """A folder of files that are no models, or no whole ones."""
+    folder = tmp_path_factory.mktemp("broken")
+    flux = drawn(flux_shapes(), seed=2)
+    safetensors.torch.save_file(
+        {name: tensor for name, tensor in flux.items() if "double_blocks.0.txt_mlp" not in name}, folder / "lacking.safetensors"
+    )
+    safetensors.torch.save_file({name: tensor for name, tensor in flux.items() if "_in." not in name}, folder / "headless.safetensors")
+    safetensors.torch.save_file(flux | {"img_in.weight": torch.zeros(128, 384)}, folder / "fill.safetensors")
+    whole = safetensors.torch.save(flux)
+    (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "garbage.safetensors").write_bytes(random.Random(1).randbytes(5000))
+    (folder / "garbage.ckpt").write_bytes(random.Random(2).randbytes(5000))
+    (folder / "empty.safetensors").write_bytes(b"")
+    (folder / "flux.gguf").write_bytes(b"GGUF" + bytes(100))
+    (folder / "folder").mkdir()
+    (folder / "empty.txt").write_text("\n \n")
+    (folder / "binary.txt").write_bytes(bytes(range(256)))
+    student_file(folder, NARROW, "narrow.safetensors")
+    student_file(folder, THIN, "thin.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("vae/ae.safetensors", "ae.safetensors is no diffusion model that ComfyUI knows"),
+        ("text_encoders/clip_l.safetensors", "clip_l.safetensors is no diffusion model"),
+        ("text_encoders/t5xxl_fp16.safetensors", "t5xxl_fp16.safetensors is no diffusion model"),
+        ("text_encoders/distilled_t5_base.safetensors", "distilled_t5_base.safetensors is no diffusion model"),
+        ("loras/FLUX-dev-lora-add_details.safetensors", "seems to be a Lora"),
+        ("controlnet/flux-canny-controlnet-v3.safetensors", "unet missing: ['final_layer"),
+    ],
+)
+def test_a_file_of_another_kind_is_no_diffusion_model(models, file, message):
+    said = refusal(f"diffusion_model.file={models / file}")
+    assert message in said
+    assert said.endswith("name a whole Flux file (.safetensors) of models/diffusion_models in diffusion_model.file.")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("garbage.safetensors", "no whole safetensors file (5,000 bytes)"),
+        ("cut.safetensors", "no whole safetensors file"),
+        ("empty.safetensors", "empty (0 bytes)"),
+        ("garbage.ckpt", "no whole file that torch.save wrote"),
+        ("flux.gguf", "a GGUF file, which ComfyUI itself does not load"),
+        ("folder", "is a folder"),
+        ("binary.txt", "has the ending '.txt'"),
+        ("lacking.safetensors", "unet missing: ['double_blocks.0.txt_mlp.0.weight'"),
+        ("headless.safetensors", "headless.safetensors is no diffusion model"),
+        ("fill.safetensors", "takes 96 channels, expected the 16 of a latent"),
+    ],
+)
+def test_a_diffusion_model_that_is_not_whole_or_wants_more_than_a_latent_is_refused(broken, file, message):
+    assert message in refusal(f"diffusion_model.file={broken / file}")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("text_encoders/clip_l.safetensors", "clip_l.safetensors is a CLIP text encoder"),
+        ("diffusion_models/flux1-dev.safetensors", "flux1-dev.safetensors is a Flux diffusion model"),
+        ("vae/ae.safetensors", "ae.safetensors is a VAE"),
+    ],
+)
+def test_a_teacher_that_is_no_t5_is_called_by_its_name(models, file, message):
+    said = refusal(f"teacher.t5={models / file}")
+    assert message in said
+    assert "The teacher must be a T5-XXL or a distilled T5" in said
+    assert said.endswith("in teacher.t5.")
+
+
+def test_a_teacher_that_is_not_whole_is_refused(models, broken):
+    for file in ("garbage", "cut", "empty"):
+        assert f"{file}.safetensors is " in refusal(f"teacher.t5={broken / file}.safetensors")
+    # The stand-in has the embedding and the norms of a T5-XXL, and nothing between.
+    t5xxl, clip_l = (f"{models}/text_encoders/{name}.safetensors" for name in ("t5xxl_fp16", "clip_l"))
+    said = refusal(f"teacher.t5={t5xxl}", f"teacher.clip_l={clip_l}")
+    assert "t5xxl_fp16.safetensors is no whole T5-XXL: 167 of 219 tensors are missing" in said
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F8_E4M3"])
+def test_a_whole_t5xxl_passes_with_whatever_else_its_file_holds(tmp_path, dtype):
+    shapes = {name.removeprefix("encoder."): shape for name, shape in StudentLayout.named("xxl", None).tensors().items()}
+    extras = {"scaled_fp8": (2,), "encoder.block.0.layer.0.SelfAttention.q.scale_weight": (1,), "spiece_model": (790_000,)}
+    check_t5xxl(sparse_file(tmp_path / "whole.safetensors", shapes | extras, dtype))
+    packed = shapes | {"encoder.block.7.layer.1.DenseReluDense.wo.weight": (20_971_520, 1)}
+    with pytest.raises(
+        ValueError, match=r"1 of 219 tensors .*\n  encoder\.encoder\.block\.7\.layer\.1\.DenseReluDense\.wo\.weight\nWhat to do"
+    ):
+        check_t5xxl(sparse_file(tmp_path / "packed.safetensors", packed, dtype))
+
+
+def test_a_clip_l_that_is_none_is_refused_for_either_kind_of_teacher(models):
+    t5xxl = models / "text_encoders" / "t5xxl_fp16.safetensors"
+    for teacher in ("stand-in", str(t5xxl)):
+        said = refusal(f"teacher.t5={teacher}", f"teacher.clip_l={t5xxl}")
+        assert "t5xxl_fp16.safetensors is not a CLIP-L text encoder" in said
+        assert said.endswith('in teacher.clip_l, or "none" for zeros.')
+    assert "loaded together with CLIP-L" in refusal(f"teacher.t5={t5xxl}")
+
+
+def test_a_teacher_of_another_width_than_the_diffusion_models_is_refused(broken):
+    assert "gives text of width 512, but stand-in takes 4096" in refusal(f"teacher.t5={broken / 'narrow.safetensors'}")
+
+
+def test_teacher_and_student_exchanged_are_noticed_at_either_end(models, broken):
+    text_encoders = models / "text_encoders"
+    exchanged = (
+        f"teacher.t5={text_encoders / 'distilled_t5_base.safetensors'}",
+        f"student.start={text_encoders / 't5xxl_fp16.safetensors'}",
+    )
+    said = refusal(*exchanged)
+    assert "t5xxl_fp16.safetensors is a T5 of width 4096, the recipe's student (T5 of width 64, 2 layers) one of width 64" in said
+    assert "Are teacher.t5 and student.start exchanged?" in said
+    said = refusal(f"teacher.t5={broken / 'thin.safetensors'}")
+    assert "0.3 million weights, the student (T5 of width 64, 2 layers) 2.7 million" in said
+    assert "exchange teacher.t5 and student" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["stage.0.corpora.0.path={broken}/empty.txt"], "empty.txt holds no prompts"),
+        (["stage.1.corpora.0.path={broken}/binary.txt"], "binary.txt, line 1, is not text in UTF-8"),
+        (["stage.0.corpora.0.path={broken}/folder"], "is a folder"),
+        (["stage.0.corpora.0.path={broken}/none.txt"], "to read prompts from"),
+        (["validation.prompts=9000"], "9000 prompts are to be held out"),
+        (["student.start={broken}/binary.txt"], "binary.txt has the ending '.txt'"),
+        (["student.start={broken}/folder"], "holds no weights"),
+    ],
+)
+def test_prompts_and_first_weights_that_are_none_are_refused(broken, settings, message):
+    assert message in refusal(*(setting.format(broken=broken) for setting in settings))
+
+
+def test_an_output_name_with_a_folder_and_a_resolution_that_does_not_divide_are_refused_with_the_recipe():
+    with pytest.raises(ValueError, match="without folder and ending, found") as caught:
+        load_recipe("smoke", ["output.name=elsewhere/student", "stage.1.resolution_px=100"])
+    assert "stage.1.resolution_px: expected a multiple of 16, found 100" in str(caught.value)
+    assert explained(caught.value, None) == str(caught.value)
+
+
+def test_the_folder_of_finished_encoders_is_made_and_tried_before_training(tmp_path, monkeypatch):
+    table, endings = folder_paths.folder_names_and_paths, folder_paths.folder_names_and_paths["text_encoders"][1]
+    monkeypatch.setitem(table, "text_encoders", ([str(tmp_path / "models" / "text_encoders")], endings))
+    check_output_folder()
+    assert list((tmp_path / "models" / "text_encoders").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    monkeypatch.setitem(table, "text_encoders", ([str(tmp_path / "file" / "text_encoders")], endings))
+    with pytest.raises(OSError, match=r"cannot be written to: .+\nWhat to do"):
+        check_output_folder()
+
+
+def test_memory_that_runs_out_in_a_run_is_explained_with_what_makes_it_smaller():
+    recipe = load_recipe("smoke", ["diffusion_model.checkpoint_blocks=false"])
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    for error in (caught.value, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), MemoryError()):
+        said = explained(error, recipe)
+        assert said is not None and said.startswith("The memory was not enough: ")
+        assert "go on with --resume (on a GPU with -- --reserve-vram 2" in said
+        assert "lower batch and raise accumulate" in said
+        assert "diffusion_model.checkpoint_blocks = true" in said
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_a_fault_of_ours_is_no_sentence():
+    lacking = ModuleNotFoundError("No module named 'comfy.new'", name="comfy.new")
+    for error in (RuntimeError("shapes do not match"), ValueError("expected 3, got 4"), KeyError("weight"), AssertionError(), lacking):
+        assert explained(error, None) is None
+    said = explained(PermissionError(13, "Permission denied", "checkpoints"), None)
+    assert said is not None and "'checkpoints'\nWhat to do: " in said
+
+
+def a_comfyui_that_starts_with(code: str, folder: Path) -> None:
+    """A folder that looks like ComfyUI's and runs `code` when it is started."""
+    (folder / "comfy").mkdir()
+    (folder / "main.py").write_text("")
+    (folder / "comfy" / "options.py").write_text(f"def enable_args_parsing():\n    {code}\n")
+
+
+def test_a_fault_of_the_host_keeps_its_traceback_and_says_where_to_report_it(tmp_path):
+    a_comfyui_that_starts_with("raise RuntimeError('no such option')", tmp_path)
+    said = finish(command(tmp_path, tmp_path, tmp_path / "run"), tmp_path, code=1)
+    assert "What to do: report it at https://" in said
+    assert "in enable_args_parsing" in said
+    assert said.rstrip().endswith("RuntimeError: no such option")
+
+
+@posix
+def test_an_interrupt_while_everything_starts_is_no_fault(tmp_path):
+    a_comfyui_that_starts_with("print('starting', flush=True); import time; time.sleep(100)", tmp_path)
+    process = start(command(tmp_path, tmp_path, tmp_path / "run"), tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "starting\n"
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert (process.returncode, said.strip()) == (130, "Stopped before training began.")
+
+
+def test_a_python_without_comfyuis_packages_is_named(tmp_path):
+    said = finish(command(tmp_path, tmp_path, tmp_path / "run"), tmp_path, code=1, launcher=["-I", "-S"])
+    assert f"This Python ({sys.executable}) has no package pydantic" in said
+    assert "run the command with the Python that runs ComfyUI" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_an_output_folder_that_cannot_be_written_is_said_before_training(comfyui_path, tmp_path):
+    (tmp_path / "base" / "models").mkdir(parents=True)
+    (tmp_path / "base" / "models" / "text_encoders").write_text("a file in the folder's place")
+    said = finish(command(comfyui_path, tmp_path / "base", tmp_path / "run"), tmp_path, code=1)
+    assert "The finished encoder is to go into" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()

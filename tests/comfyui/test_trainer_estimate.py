@@ -1,0 +1,47 @@
+"""--estimate on small stand-ins, for every recipe that is shipped."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from distilled_t5.train.estimate import estimate
+from distilled_t5.train.ranks import Ranks
+from distilled_t5.train.recipe import Recipe, load_recipe
+from distilled_t5.train.recipe_file import SHIPPED
+
+NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
+SMALL_STUDENT = (
+    '{layout={d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8, gated=true}, start="random", projection_width=16, dropout=0.1}'
+)
+STAND_INS = [
+    "teacher.t5=stand-in",
+    "teacher.clip_l=none",
+    "diffusion_model.file=stand-in",
+    f"student={SMALL_STUDENT}",
+    "sampling.guidance=[3.5]",
+    "sampling.token_lengths=[16]",
+    "validation.prompts=2",
+]
+SMALL_STAGE = ['corpora=[{kind="lines", path="train/words/sentences.txt"}]', "resolution_px=32", "batch=1", "accumulate=2"]
+
+
+def on_stand_ins(name: str) -> Recipe:
+    """A shipped recipe with small models and pictures; its stages, steps, dtypes and optimizer are its own."""
+    stages = [f"stage.{number}.{setting}" for number in range(len(load_recipe(name).stages)) for setting in SMALL_STAGE]
+    return load_recipe(name, STAND_INS + stages)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_shipped_recipe_is_estimated_stage_by_stage(name):
+    recipe = on_stand_ins(name)
+    assert [(stage.name, stage.steps) for stage in recipe.stages] == [(stage.name, stage.steps) for stage in load_recipe(name).stages]
+    said = estimate(recipe, Ranks())
+    measured = dict(re.findall(r"^(\S+) +([\d,]+) +(?:\d+\.\d\d)? +\d+\.\d\d   ", said, re.MULTILINE))
+    stages = {stage.name: f"{stage.steps:,}" for stage in recipe.stages}
+    assert measured == stages | {"all": f"{sum(stage.steps for stage in recipe.stages):,}"}
+    for part in ("diffusion model, frozen", "student, gradients and AdamW", "student's activations", "teacher and CLIP-L"):
+        assert re.search(rf"^  {part} +\d+\.\d+ GB$", said, re.MULTILINE), part
+    assert re.search(r"reckoned for stage \S+:$", said, re.MULTILINE)
+    assert re.search(r"[\d.]+ GB in all, [\d.]+ GB are there\.$", said, re.MULTILINE)
+    assert re.search(r"^Disk: [\d.]+ GB for at most \d+ checkpoints", said, re.MULTILINE)

@@ -1,0 +1,131 @@
+"""What a run needs of memory: numbers worked out by hand for models of full size, and what is said when a device has less."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from distilled_t5.encoder.layout import StudentLayout
+from distilled_t5.train.memory import FlowSize, MemoryNeed, check_memory, memory_need, shipped_for
+from distilled_t5.train.recipe import Recipe, load_recipe
+from distilled_t5.train.recipe_file import SHIPPED
+
+GIB = 2**30
+# H = 3072. A double block: 2 x (18 H^2 + 15 H + 256). 19 of them, 38 single ones of 15 H^2 + 11 H + 256, and the ends.
+DOUBLE_BLOCK = 339_831_296
+DEV_WEIGHTS = 11_901_408_320
+SCHNELL_WEIGHTS = DEV_WEIGHTS - 10_229_760
+DEV_BF16 = FlowSize(2 * DEV_WEIGHTS, DEV_WEIGHTS, DOUBLE_BLOCK, blocks=57, width=3072, compute_bytes=2)
+SCHNELL_FP8 = FlowSize(SCHNELL_WEIGHTS, SCHNELL_WEIGHTS, DOUBLE_BLOCK, blocks=57, width=3072, compute_bytes=2)
+T5_XXL_FP16 = 9_524_621_312
+NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def need_of(recipe: Recipe, flow: FlowSize, on_gpu: bool = True) -> MemoryNeed:
+    return memory_need(recipe, recipe.student.student_layout(4096), flow, T5_XXL_FP16, on_gpu)
+
+
+def test_the_sizes_that_the_numbers_start_from():
+    double, single = 2 * (18 * 3072**2 + 15 * 3072 + 256), 15 * 3072**2 + 11 * 3072 + 256
+    assert double == DOUBLE_BLOCK
+    assert 19 * double + 38 * single + 64_124_992 == DEV_WEIGHTS
+    assert StudentLayout.named("xxl", None).parameters * 2 == T5_XXL_FP16
+
+
+def test_parts_of_schnell_24gb_by_hand():
+    need = need_of(load_recipe("schnell-24gb"), SCHNELL_FP8)
+    # 4 prompts of 256 text and 1024 picture tokens; T5-Base with its projection has 129,551,488 weights.
+    assert need.parts == {
+        "diffusion model, frozen": 11_891_178_560,
+        "its weights at work": 2 * 339_831_296,
+        "student, gradients and AdamW": 16 * 129_551_488,
+        "student's activations": 13 * (4 * 256 * (30 * 768 + 14 * 768 + 16 * 2048) + 4 * 12 * 12 * 256**2)
+        + 4 * 256 * 12 * (4096 + 4096)
+        + 2 * 129_551_488,
+        "teacher's embeddings of one trajectory": 32 * 256 * 4096 * 4,
+        "inputs of 57 blocks": 57 * 5120 * 3072 * 2,
+        "inside of the block at work": 5120 * 3072 * 28 * 4,
+        "GPU driver and fragments": 1_000_000_000,
+    }
+    assert need.whole == sum(need.parts.values())
+    assert need.least == need.whole - 11_891_178_560
+
+
+def test_room_is_all_but_what_lies_on_the_device_already():
+    recipe, weights = load_recipe("schnell-24gb"), 129_551_488
+    need = need_of(recipe, SCHNELL_FP8)
+    # The student's float32 weights are there before the first step; gradients and moments come with it, moments stay.
+    assert need.room(weights, has_moments=False) == need.whole - SCHNELL_WEIGHTS - 4 * weights
+    assert need.room(weights, has_moments=True) == need.room(weights, has_moments=False) - 8 * weights
+
+
+def test_the_stage_of_the_largest_pictures_decides_for_the_papers_recipe():
+    need = need_of(load_recipe("flux-dev-paper"), DEV_BF16)
+    assert need.stage == "written-words"
+    assert need.parts["inputs of 57 blocks"] == 57 * 4 * (4096 + 512) * 3072 * 2
+    # bf16 weights on the GPU are used as they lie; those that come from RAM lie on the GPU a second time while a block is at work.
+    assert need.parts["its weights at work"] == 0
+    assert need.least == need.whole - 2 * DEV_WEIGHTS + 2 * DOUBLE_BLOCK
+
+
+def test_without_checkpoints_the_graph_keeps_every_weight_that_was_cast():
+    recipe = load_recipe("schnell-24gb", ["diffusion_model.checkpoint_blocks=false"])
+    need = need_of(recipe, SCHNELL_FP8)
+    assert need.parts["its weights at work"] == 2 * SCHNELL_WEIGHTS
+    assert need.parts["insides of 57 blocks"] == 57 * 5120 * 3072 * 14 * 2
+    with pytest.raises(ValueError, match="checkpoint_blocks = true"):
+        check_memory(need, recipe, 24 * GIB, "cuda:0")
+
+
+def test_the_embedding_objective_needs_nothing_of_the_diffusion_models_activations():
+    recipe = load_recipe("schnell-24gb", [f"stage.{number}.objective=embedding" for number in range(3)])
+    assert not any("block" in name for name in need_of(recipe, SCHNELL_FP8).others)
+
+
+def test_on_a_cpu_everything_lies_in_ram_the_teacher_too():
+    need = need_of(
+        load_recipe("schnell-24gb"), dataclasses.replace(SCHNELL_FP8, held_bytes=4 * SCHNELL_WEIGHTS, compute_bytes=4), on_gpu=False
+    )
+    assert need.parts["teacher and CLIP-L"] == T5_XXL_FP16
+    assert "GPU driver and fragments" not in need.parts
+    assert need.least == need.whole > 4 * SCHNELL_WEIGHTS + T5_XXL_FP16
+
+
+@pytest.mark.parametrize(("name", "size_gb"), [("schnell-24gb", 24), ("schnell-16gb", 16), ("schnell-12gb", 12)])
+def test_shipped_recipes_fit_the_memory_in_their_names(name, size_gb):
+    recipe = load_recipe(name)
+    need = need_of(recipe, SCHNELL_FP8)
+    check_memory(need, recipe, round(0.97 * size_gb * GIB), "cuda:0")
+    assert (need.whole <= 0.97 * size_gb * GIB) == (name == "schnell-24gb"), "the others leave some of the diffusion model in RAM"
+
+
+@pytest.mark.parametrize(("name", "size_gb"), [("flux-dev-small", 48), ("flux-dev-paper", 48), ("flux-dev-large", 48), ("flux-dev-xl", 80)])
+def test_the_recipes_for_flux_dev_fit_the_cards_of_the_readme(name, size_gb):
+    recipe = load_recipe(name)
+    check_memory(need_of(recipe, DEV_BF16), recipe, size_gb * GIB, "cuda:0")
+
+
+def test_too_little_memory_is_refused_with_what_is_needed_what_is_there_and_the_recipe_that_fits():
+    recipe = load_recipe("flux-dev-xl")
+    need = need_of(recipe, DEV_BF16)
+    with pytest.raises(ValueError, match="Not enough memory on cuda:0") as refusal:
+        check_memory(need, recipe, 16 * GIB, "cuda:0")
+    message = str(refusal.value)
+    assert f"needs {need.least / 1e9:.1f} GB, with all that ComfyUI can leave in RAM left there; cuda:0 has 17.2 GB" in message
+    assert f"{16 * recipe.student.student_layout(4096).parameters / 1e9:.3f} GB" in message
+    assert message.splitlines()[-1].startswith("What to do: lower batch and raise accumulate")
+    assert message.endswith("the shipped recipe schnell-16gb is made for this much.")
+
+
+def test_what_is_just_enough_passes_and_a_byte_less_does_not():
+    recipe = load_recipe("schnell-12gb")
+    need = need_of(recipe, SCHNELL_FP8)
+    check_memory(need, recipe, need.least, "cuda:0")
+    with pytest.raises(ValueError, match="no shipped recipe is made for so little memory"):
+        check_memory(need, recipe, need.least - 1, "cuda:0")
+
+
+def test_the_largest_recipe_that_a_card_holds_is_named():
+    # What cards of 8, 12, 16, 24 and 80 GB show.
+    sizes = [8_363_704_320, 12_621_709_312, 16_892_723_200, 25_386_352_640, 85_024_112_640]
+    assert [shipped_for(size, NAMES) for size in sizes] == [None, "schnell-12gb", "schnell-16gb", "schnell-24gb", "schnell-24gb"]

@@ -1,0 +1,174 @@
+"""How much memory a run needs, by part, reckoned from its recipe before anything is trained, and held against what the device has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..encoder.layout import StudentLayout
+from .objectives import OBJECTIVES
+from .recipe import Recipe, Stage
+from .recipe_file import SHIPPED
+
+GB = 1e9
+# AdamW: weight, gradient and two moments, float32. Autocast: a bf16 copy of each weight while the student computes.
+TRAINED_BYTES, AUTOCAST_BYTES, FLOAT32_BYTES = 16, 2, 4
+# Counted with torch's profiler on Flux blocks of widths 512 and 1024 (forward and backward): numbers per token and channel of a block that
+# stay for the backward pass, with checkpointing its inputs alone; and those of the block at work, float32 for the most part.
+KEPT_WITH_CHECKPOINTS, KEPT_WITHOUT = 1, 14
+AT_WORK_WITH_CHECKPOINTS, AT_WORK_WITHOUT, AT_WORK_BYTES = 28, 12, 4
+# Counted likewise on transformers' T5 under bf16 autocast with dropout (a least-squares fit over ten shapes, exact to 0.1%): bytes per
+# token and channel of d_model, of attention and of the feed-forward layer, and per head and pair of tokens.
+T5_MODEL, T5_ATTENTION, T5_FEED_FORWARD, T5_PAIR, PROJECTION = 30, 14, 16, 12, 12
+# Without autocast numbers are twice as wide.
+WIDER = 2
+# The driver's own part of a GPU, and what fragments leave unused.
+GPU_BYTES = 1_000_000_000
+PATCH_PX = 16
+STATED_GB = re.compile(r"-(\d+)gb$")
+# A card sold as 12 GB shows a little less than 12 x 2^30 bytes.
+SHOWN_BYTES_PER_GB = 0.97 * 2**30
+
+
+@dataclass(frozen=True)
+class FlowSize:
+    """What counts of a frozen diffusion model.
+
+    held_bytes: its weights as they lie in memory. weights, largest_block: how many there are, in all and in one block. blocks; width: their
+    channels. compute_bytes: of a number while it computes.
+    """
+
+    held_bytes: int
+    weights: int
+    largest_block: int
+    blocks: int
+    width: int
+    compute_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes on the device in the stage that needs most.
+
+    held: the diffusion model's weights. at_work: those of them that the graph has in the format of the computation, or brought over from
+    RAM; as they lie, if `casts` is false and the model is on the device. others: all else by part. offload: whether the host can leave
+    the diffusion model in RAM.
+    """
+
+    stage: str
+    held: int
+    at_work: int
+    casts: bool
+    others: dict[str, int]
+    offload: bool
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Every part, with the whole diffusion model on the device."""
+        return {"diffusion model, frozen": self.held, "its weights at work": self.at_work if self.casts else 0} | self.others
+
+    @property
+    def least_parts(self) -> dict[str, int]:
+        """Every part, with as much of the diffusion model in RAM as the host can leave there."""
+        return {"diffusion model's weights at work": self.at_work} | self.others if self.offload else self.parts
+
+    def room(self, weights: int, has_moments: bool) -> int:
+        """Bytes that an optimizer step takes beside what lies on the device already: the host is asked to keep them free.
+
+        Left to itself it keeps room for inference only. There already are the student's weights and, after the first step, AdamW's moments.
+        """
+        return self.at_work + sum(self.others.values()) - weights * (FLOAT32_BYTES * (3 if has_moments else 1))
+
+    @property
+    def whole(self) -> int:
+        """Bytes with the whole diffusion model on the device."""
+        return sum(self.parts.values())
+
+    @property
+    def least(self) -> int:
+        """Bytes that must be there whatever the host leaves in RAM."""
+        return min(self.whole, sum(self.least_parts.values()))
+
+
+def memory_need(recipe: Recipe, layout: StudentLayout, flow: FlowSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
+    """What a process of the run needs on its device. On a CPU that is all of it, teacher included; a GPU is left by the teacher."""
+    return max((_stage_need(recipe, stage, layout, flow, teacher_bytes, on_gpu) for stage in recipe.stages), key=lambda need: need.whole)
+
+
+def _stage_need(recipe: Recipe, stage: Stage, layout: StudentLayout, flow: FlowSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
+    part, longest = recipe.diffusion_model, max(recipe.sampling.token_lengths)
+    others = {
+        "student, gradients and AdamW": layout.parameters * TRAINED_BYTES,
+        "student's activations": student_activations(layout, stage.batch, longest, recipe.optimizer.autocast == "bf16"),
+        "teacher's embeddings of one trajectory": stage.batch * stage.accumulate * longest * layout.output_width * 4,
+    }
+    if OBJECTIVES[stage.objective].needs_velocity:
+        tokens = stage.batch * ((stage.resolution_px // PATCH_PX) ** 2 + longest)
+        others |= flow_activations(flow, tokens, part.checkpoint_blocks)
+    others |= {"GPU driver and fragments": GPU_BYTES} if on_gpu else {"teacher and CLIP-L": teacher_bytes}
+    # A graph without checkpoints keeps every weight that was cast or brought over for it; with them, those of one block at a time.
+    kept = flow.largest_block if part.checkpoint_blocks else flow.weights
+    casts = flow.held_bytes < flow.weights * flow.compute_bytes
+    return MemoryNeed(stage.name, flow.held_bytes, kept * flow.compute_bytes, casts, others, offload=on_gpu)
+
+
+def flow_activations(flow: FlowSize, tokens: int, checkpoint_blocks: bool) -> dict[str, int]:
+    """Bytes that the diffusion model's passes take for `tokens` text and picture tokens of a batch, by part: an upper bound."""
+    channels = tokens * flow.width
+    kept = KEPT_WITH_CHECKPOINTS if checkpoint_blocks else KEPT_WITHOUT
+    at_work = AT_WORK_WITH_CHECKPOINTS if checkpoint_blocks else AT_WORK_WITHOUT
+    return {
+        f"{'inputs' if checkpoint_blocks else 'insides'} of {flow.blocks} blocks": flow.blocks * channels * kept * flow.compute_bytes,
+        "inside of the block at work": channels * at_work * AT_WORK_BYTES,
+    }
+
+
+def student_activations(layout: StudentLayout, batch: int, length: int, autocast: bool) -> int:
+    """Bytes that the student keeps for its backward pass over `batch` prompts of `length` tokens: an upper bound."""
+    per_token = T5_MODEL * layout.d_model + T5_ATTENTION * layout.num_heads * layout.d_kv + T5_FEED_FORWARD * layout.d_ff
+    per_layer = batch * (length * per_token + T5_PAIR * layout.num_heads * length**2)
+    projection = batch * length * PROJECTION * ((layout.hidden_width or 0) + layout.output_width)
+    # What surrounds the layers takes less than one of them.
+    kept = (layout.num_layers + 1) * per_layer + projection
+    return kept + layout.parameters * AUTOCAST_BYTES if autocast else kept * WIDER
+
+
+def part_lines(parts: Mapping[str, int]) -> list[str]:
+    """The parts, a line each, in GB of 10^9 bytes."""
+    return [f"  {name:<42}{size / GB:>9.3f} GB" for name, size in parts.items() if size]
+
+
+def check_memory(need: MemoryNeed, recipe: Recipe, total_bytes: int, device: str) -> None:
+    """Raise ValueError if the device cannot hold the run, with what is needed, what is there and which shipped recipe fits."""
+    if need.least <= total_bytes:
+        return
+    offloaded = ", with all that ComfyUI can leave in RAM left there" if need.offload else ""
+    raise ValueError(
+        f"Not enough memory on {device}: stage {need.stage} needs {need.least / GB:.1f} GB{offloaded}; "
+        f"{device} has {total_bytes / GB:.1f} GB.\n"
+        + "\n".join(part_lines(need.least_parts))
+        + f"\nWhat to do: {advice(recipe, total_bytes, need.offload)}"
+    )
+
+
+def advice(recipe: Recipe, total_bytes: int, on_gpu: bool) -> str:
+    """What makes a run smaller, the shipped recipe for a device of this memory among it."""
+    ways = []
+    if any(stage.batch > 1 for stage in recipe.stages):
+        ways.append("lower batch and raise accumulate by as much, which leaves the prompts per step as they are")
+    if not recipe.diffusion_model.checkpoint_blocks:
+        ways.append("set diffusion_model.checkpoint_blocks = true")
+    ways.append("lower resolution_px or the longest of sampling.token_lengths, or take a smaller student")
+    fitting = shipped_for(total_bytes, (path.stem for path in SHIPPED.glob("*.toml")))
+    if not on_gpu:
+        return f"{'; '.join(ways)}; the shipped recipe smoke runs on any machine, Flux itself wants a GPU."
+    return f"{'; '.join(ways)}; " + (
+        f"the shipped recipe {fitting} is made for this much." if fitting else "no shipped recipe is made for so little memory."
+    )
+
+
+def shipped_for(total_bytes: int, names: Iterable[str]) -> str | None:
+    """Of recipes that state a memory in their name (`schnell-12gb`), the largest that a device of this memory can hold."""
+    stated = {int(match[1]): name for name in names if (match := STATED_GB.search(name))}
+    return max(((size, name) for size, name in stated.items() if size * SHOWN_BYTES_PER_GB <= total_bytes), default=(0, None))[1]

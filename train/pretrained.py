@@ -1,0 +1,172 @@
+"""T5 v1.1 and flan-T5 as Hugging Face publishes them: one file or shards with an index, .safetensors or .bin, taken whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import T5Config
+
+from ..encoder.dialects import published_names, split_twin
+from ..encoder.errors import StudentFileError, listed, printable
+from ..encoder.files import check_finite, load_tensors
+from ..encoder.foreign import refuse_foreign
+from ..encoder.layout import SHARED, StudentLayout
+
+# In the order in which transformers itself looks for them; each may also come in shards, with an index.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+INDEX = ".index.json"
+CONFIG = "config.json"
+TOKEN_TABLE, TOKEN_TABLE_TWIN = "shared.weight", "encoder.embed_tokens.weight"
+OTHER_PARTS = ("decoder.", "lm_head.")
+NAME_ANOTHER = "name the T5 v1.1 or flan-T5 of the same size in student.start, or change student.size (or student.layout)."
+FETCH_AGAIN = "fetch the whole folder again, with every file of the repository."
+
+
+def read_pretrained(path: Path, layout: StudentLayout) -> dict[str, Tensor]:
+    """The encoder of a T5 by published name, float32, from a Hugging Face folder or one file; its decoder and head are left aside.
+
+    Raises ValueError that lists what is missing, too many or of another shape, in the shards, in config.json and against the layout.
+    """
+    if path.is_dir():
+        _check_config(path / CONFIG, layout)
+    loaded = _folder(path) if path.is_dir() else _file(path)
+    if TOKEN_TABLE not in loaded and TOKEN_TABLE_TWIN in loaded:
+        loaded[TOKEN_TABLE] = loaded[TOKEN_TABLE_TWIN]
+    names, twin = split_twin(published_names(name for name in loaded if not name.startswith(OTHER_PARTS)))
+    tensors = {name: loaded[source] for name, source in names.items()}
+    _check_kind(tensors, path.name)
+    _check_fit(tensors, layout, path.name)
+    if twin is not None and not torch.equal(loaded[twin], tensors[SHARED]):
+        raise ValueError(f"{path.name} holds two token tables that differ ({names[SHARED]} and {twin}).\nWhat to do: {FETCH_AGAIN}")
+    check_finite(tensors, path.name)
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _folder(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder's weights, by its name in them."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return _file(folder / name)
+        if (folder / f"{name}{INDEX}").is_file():
+            return _sharded(folder / f"{name}{INDEX}")
+    found = sorted(printable(path.name) for path in folder.iterdir())
+    raise ValueError(
+        f"{folder} holds no weights: expected {' or '.join(WEIGHTS)}, whole or as shards with {WEIGHTS[0]}{INDEX}.\n"
+        f"It holds {', '.join(found[:12]) or 'nothing'}.\nWhat to do: {FETCH_AGAIN}"
+    )
+
+
+def _file(path: Path) -> dict[str, Tensor]:
+    """Every tensor of one file by its name in it, weights only: nothing in a .bin is run."""
+    if path.suffix == ".bin" and not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} is not whole, or was written by torch before 1.6, whose files are not read here ({path.stat().st_size:,} bytes).\n"
+            "What to do: fetch it again, or fetch model.safetensors in its place, or have transformers write it anew: "
+            "T5EncoderModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
+        )
+    return load_tensors(path)
+
+
+def _sharded(index: Path) -> dict[str, Tensor]:
+    """The tensors of all shards, which must be those of the index and no others."""
+    shard_of = _weight_map(index)
+    shards = sorted(set(shard_of.values()))
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(shards)} shards that {index.name} names are not in {index.parent}.\n{listed(missing)}\n"
+            f"What to do: {FETCH_AGAIN}"
+        )
+    tensors: dict[str, Tensor] = {}
+    problems: list[str] = []
+    for shard in shards:
+        held = _file(index.parent / shard)
+        named = [name for name, place in shard_of.items() if place == shard]
+        problems += [f"{name}: expected in {shard}, not there" for name in named if name not in held]
+        problems += [f"{name}: found in {shard}, where the index has no such tensor" for name in held if shard_of.get(name) != shard]
+        tensors |= held
+    if problems:
+        raise ValueError(
+            f"{index.name} and its shards do not belong together: {len(problems)} tensors differ.\n{listed(problems)}\n"
+            f"What to do: {FETCH_AGAIN}"
+        )
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name to the shard that holds it."""
+    content = _json(index)
+    shard_of = content.get("weight_map") if isinstance(content, dict) else None
+    plain = isinstance(shard_of, dict) and all(isinstance(shard, str) and Path(shard).name == shard for shard in shard_of.values())
+    if not shard_of or not plain:
+        raise ValueError(
+            f"{index.name} is no index of shards: expected a weight_map of tensor names to files beside it.\nWhat to do: {FETCH_AGAIN}"
+        )
+    return shard_of
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} in {path.parent} is not JSON: {printable(str(error))}\nWhat to do: {FETCH_AGAIN}") from error
+
+
+def _check_config(path: Path, layout: StudentLayout) -> None:
+    """Hold a folder's config.json, if it has one, against the layout; tensors alone do not tell the activation or the bias's range."""
+    if not path.is_file():
+        return
+    said = _json(path)
+    if not isinstance(said, dict):
+        raise ValueError(f"{path} is no description of a model.\nWhat to do: {FETCH_AGAIN}")
+    found = T5Config().to_dict() | said
+    differences = [f"{key}: expected {value}, found {found.get(key)}" for key, value in _config(layout).items() if found.get(key) != value]
+    if differences:
+        raise ValueError(
+            f"{path.parent.name} is another T5 than the recipe's student ({layout.size_name}), says its {CONFIG}.\n{listed(differences)}\n"
+            f"What to do: {NAME_ANOTHER}"
+        )
+
+
+def _config(layout: StudentLayout) -> dict[str, Any]:
+    """What config.json says of a T5 of this layout that ComfyUI and we compute alike."""
+    sizes = {name: getattr(layout, name) for name in ("d_model", "d_ff", "num_layers", "num_heads", "d_kv", "vocab_size")}
+    fixed = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6}
+    return {"model_type": "t5"} | sizes | {"feed_forward_proj": "gated-gelu" if layout.gated else "relu"} | fixed
+
+
+def _check_kind(tensors: Mapping[str, Tensor], where: str) -> None:
+    try:
+        refuse_foreign({name: tuple(tensor.shape) for name, tensor in tensors.items()}, where)
+    except StudentFileError as error:
+        raise ValueError(
+            f"{error.problem}\nA student starts from a T5 v1.1, a flan-T5 or a distilled T5.\nWhat to do: {NAME_ANOTHER}"
+        ) from error
+
+
+def _check_fit(tensors: Mapping[str, Tensor], layout: StudentLayout, where: str) -> None:
+    width = tensors[SHARED].shape[-1] if SHARED in tensors else layout.d_model
+    if width != layout.d_model:
+        raise ValueError(
+            f"{where} is a T5 of width {width}, the recipe's student ({layout.size_name}) one of width {layout.d_model}.\n"
+            f"What to do: {NAME_ANOTHER} Are teacher.t5 and student.start exchanged?"
+        )
+    wanted = {name: shape for name, shape in layout.tensors().items() if not name.startswith("final_projection.")}
+    problems = [f"{name}: missing" for name in wanted if name not in tensors]
+    problems += [f"{name}: not part of it" for name in tensors if name not in wanted]
+    for name, shape in wanted.items():
+        found = tuple(tensors[name].shape) if name in tensors else shape
+        if found != shape:
+            problems.append(f"{name}: expected {list(shape)}, found {list(found)}")
+    problems += [f"{name}: {tensor.dtype} is no floating point" for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if problems:
+        raise ValueError(
+            f"{where} does not fit the recipe's student ({layout.size_name}): {len(problems)} tensors differ.\n{listed(problems)}\n"
+            f"What to do: {NAME_ANOTHER}"
+        )
