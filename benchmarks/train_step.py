@@ -7,16 +7,18 @@ with --gpu Flux dev, T5-XXL, CLIP-L and T5-Base of full size at 512 px.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import multiprocessing
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from distilled_t5.devtools import measure
 from distilled_t5.devtools.host import start_comfyui
 from distilled_t5.devtools.training_worlds import GUIDANCE, TRAJECTORY_STEPS, World, real_world, small_world
@@ -26,7 +28,8 @@ REAL_TEXT_TOKENS = (77, 256, 512)
 EXPECTED = {"ratio at batch 4": 1.3, "share of the floor on a GPU": 0.55}
 # Two orders of work may not give losses that differ by more, relatively. On a CPU they are equal; on a GPU, sums may be taken in any order.
 SAME_LOSS = 1e-3
-OURS, AUTHORS = "ours", "authors"
+# Orders of work. The third is ours with the checkpointing that the authors' has, torch's own: what ours is worth.
+OURS, AUTHORS, TORCHS = "ours", "authors", "ours with torch's checkpointing"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +57,24 @@ def cases(quick: bool, gpu: bool) -> dict[str, Case]:
     }
 
 
+def torch_checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's forward with torch's own checkpointing, inputs cloned because the host's blocks overwrite them."""
+
+    def on_clones(*inputs: Any, **named: Any) -> Any:
+        return forward(*map(cloned, inputs), **{name: cloned(value) for name, value in named.items()})
+
+    def cloned(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and value.ndim == 3 else value
+
+    def checkpointed(*inputs: Any, **named: Any) -> Any:
+        again = torch.is_grad_enabled()
+        return torch.utils.checkpoint.checkpoint(on_clones, *inputs, use_reentrant=False, **named) if again else forward(*inputs, **named)
+
+    return checkpointed
+
+
 class Bench:
-    """The models of a case in this process, and both orders of work on them."""
+    """The models of a case in this process, and the orders of work on them."""
 
     def __init__(self, case: Case, folder: Path, weights: str, gpu: bool) -> None:
         self.world, self.gpu = case.world, gpu
@@ -78,6 +97,7 @@ class Bench:
 
         world, device = self.world, self.flow.device
         drawn = draw(0, 0, len(text.text_BLD), world.side_px, GUIDANCE, (world.text_tokens,))
+        assert drawn.guidance_B is not None
         height, width = drawn.noise_BCHW.shape[-2:]
         tensors = (text.text_BLD, text.pooled_BP, drawn.guidance_B, text.token_ids_BL)
         sigmas_T = self.flow.sigmas(TRAJECTORY_STEPS, height, width)
@@ -124,8 +144,18 @@ class Bench:
         pooled_BP = torch.cat([teacher.clip_l.encode_token_weights(chunk)[1].float() for chunk in chunks]).to(device)
         return token_ids_BL.to(device), text_BLD, pooled_BP
 
-    def step_of(self, order: str) -> Callable[[Any, Any], tuple[float, Any]]:
-        return self.our_step if order == OURS else self.authors_step
+    @contextlib.contextmanager
+    def in_order(self, order: str, checkpointed: bool) -> Iterator[Callable[[Any, Any], tuple[float, Any]]]:
+        """The step of an order of work, with the diffusion model made ready for it."""
+        from distilled_t5.train.block_checkpoint import replaced_forward
+        from distilled_t5.train.velocity import differentiable
+
+        model = self.flow.model.diffusion_model
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(differentiable(model, checkpointed and order == OURS))
+            for block in [*model.double_blocks, *model.single_blocks] if checkpointed and order != OURS else []:
+                stack.enter_context(replaced_forward(block, torch_checkpointed(block.forward)))
+            yield self.authors_step if order == AUTHORS else self.our_step
 
 
 @dataclasses.dataclass
@@ -133,6 +163,7 @@ class Runner:
     """One order of work under way: its student, where it is, the losses and times of its steps, its peak of GPU memory."""
 
     order: str
+    checkpointed: bool
     learner: Any
     place: Any
     losses: list[float] = dataclasses.field(default_factory=list)
@@ -145,7 +176,8 @@ class Runner:
         if bench.gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        timing, (loss, self.place) = measure.timed(lambda: bench.step_of(self.order)(self.place, self.learner), bench.gpu)
+        with bench.in_order(self.order, self.checkpointed) as step:
+            timing, (loss, self.place) = measure.timed(lambda: step(self.place, self.learner), bench.gpu)
         self.losses.append(loss)
         self.times.append(timing)
         self.peak_bytes = torch.cuda.max_memory_allocated() if bench.gpu else 0
@@ -156,30 +188,30 @@ def median_timing(times: list[measure.Timing]) -> measure.Timing:
     return measure.Timing(statistics.median(time.wall_s for time in times), statistics.median(time.cpu_s for time in times))
 
 
-def pace(bench: Bench, batch: int, repeats: int) -> dict[str, Any]:
-    """Both orders by turns, after a step to warm up: seconds per step, losses."""
+def pace(bench: Bench, batch: int, checkpointed: bool, repeats: int) -> dict[str, Any]:
+    """The orders of work by turns, after a step to warm up: seconds per step, losses."""
     texts = [measure.timed(lambda: bench.encode(batch), bench.gpu) for _ in range(1 + repeats)]
     encoding = median_timing([timing for timing, _ in texts[1:]])
-    runners = [Runner(order, bench.learner(), bench.start(texts[0][1])) for order in (OURS, AUTHORS)]
+    orders = (OURS, AUTHORS, TORCHS) if checkpointed else (OURS, AUTHORS)
+    runners = [Runner(order, checkpointed, bench.learner(), bench.start(texts[0][1])) for order in orders]
     for number in range(1 + repeats):
         for runner in runners if number % 2 else reversed(runners):
             runner.step(bench)
-    row: dict[str, Any] = {"batch": batch, "encode_s": encoding.wall_s, "encode_cpu_s": encoding.cpu_s}
+    row: dict[str, Any] = {"checkpointing": checkpointed, "batch": batch, "encode_s": encoding.wall_s, "encode_cpu_s": encoding.cpu_s}
     for runner in runners:
         step = median_timing(runner.times[1:])
-        shared = 1 / TRAJECTORY_STEPS if runner.order == OURS else 0
+        shared = 0 if runner.order == AUTHORS else 1 / TRAJECTORY_STEPS
         wall_s, cpu_s = step.wall_s + shared * encoding.wall_s, step.cpu_s + shared * encoding.cpu_s
         rates = {"step_s": wall_s, "step_cpu_s": cpu_s, "steps_per_s": 1 / wall_s, "samples_per_s": batch / wall_s}
         row[runner.order] = rates | {"gpu_peak_gb": runner.peak_bytes / 1e9 or None, "losses": runner.losses}
-    check_losses(row)
+        check_losses(row[OURS]["losses"], runner)
     return row
 
 
-def check_losses(row: dict[str, Any]) -> None:
-    """Raises RuntimeError if the two orders did not do the same."""
-    for ours, theirs in zip(row[OURS]["losses"], row[AUTHORS]["losses"], strict=True):
-        if abs(ours - theirs) > SAME_LOSS * abs(ours):
-            raise RuntimeError(f"the two orders of work differ: losses {row[OURS]['losses']} and {row[AUTHORS]['losses']}")
+def check_losses(ours: list[float], runner: Runner) -> None:
+    """Raises RuntimeError if another order of work did not do the same."""
+    if any(abs(loss - expected) > SAME_LOSS * expected for loss, expected in zip(runner.losses, ours, strict=True)):
+        raise RuntimeError(f"{runner.order} does something else than ours: losses {runner.losses} and {ours}")
 
 
 def matmul_flops_per_s(gpu: bool) -> dict[str, float]:
@@ -192,29 +224,22 @@ def matmul_flops_per_s(gpu: bool) -> dict[str, float]:
 
 def measure_speed(case: Case, bench: Bench) -> dict[str, Any]:
     """A row per checkpointing and batch, with ratios, the share of the floor, and the cost per sample relative to the smallest batch."""
-    from distilled_t5.train.velocity import differentiable
-
     rate, rows = matmul_flops_per_s(bench.gpu), []
     for checkpointed in case.checkpointing:
-        with differentiable(bench.flow.model.diffusion_model, checkpointed):
-            part = [pace(bench, batch, case.repeats) for batch in case.batches]
-        rows += [{"checkpointing": checkpointed, **row, **judged(case.world, row, checkpointed, rate, part[0])} for row in part]
+        part = [pace(bench, batch, checkpointed, case.repeats) for batch in case.batches]
+        rows += [row | judged(case.world, row, rate, part[0]) for row in part]
     return {"matmul_flops_per_s": rate, "rows": rows}
 
 
-def judged(world: World, row: dict[str, Any], checkpointed: bool, rate: dict[str, float], smallest: dict[str, Any]) -> dict[str, float]:
-    """What a row's times mean, by both clocks."""
+def judged(world: World, row: dict[str, Any], rate: dict[str, float], smallest: dict[str, Any]) -> dict[str, float]:
+    """What a row's times mean, by the clock and by processor time."""
     found = {}
-    for clock, key in (("wall_s", "step_s"), ("cpu_s", "step_cpu_s")):
-        floor_s = row["batch"] * world.step_flops(checkpointed) / rate[clock]
+    for clock, key, suffix in (("wall_s", "step_s", ""), ("cpu_s", "step_cpu_s", "_cpu")):
+        floor_s = row["batch"] * world.step_flops(row["checkpointing"]) / rate[clock]
         per_sample, least = (which[OURS][key] / which["batch"] for which in (row, smallest))
-        suffix = "" if clock == "wall_s" else "_cpu"
-        found |= {
-            f"ratio{suffix}": row[AUTHORS][key] / row[OURS][key],
-            f"floor{suffix}_s": floor_s,
-            f"floor_share{suffix}": floor_s / row[OURS][key],
-            f"sample_cost{suffix}": per_sample / least,
-        }
+        others = {"ratio": AUTHORS, "checkpoint_ratio": TORCHS}
+        found |= {f"{name}{suffix}": row[order][key] / row[OURS][key] for name, order in others.items() if order in row}
+        found |= {f"floor{suffix}_s": floor_s, f"floor_share{suffix}": floor_s / row[OURS][key], f"sample_cost{suffix}": per_sample / least}
     return found
 
 
@@ -230,15 +255,12 @@ def measure_memory(case: Case, folder: Path, weights: str) -> list[dict[str, Any
 
 def memory_of_steps(case: Case, folder: Path, weights: str, order: str, checkpointed: bool, batch: int) -> dict[str, float]:
     """Resident memory of this process in GB: with the models loaded, and the most during two steps of one order of work."""
-    from distilled_t5.train.velocity import differentiable
-
     bench = Bench(case, folder, weights, gpu=False)
     bench.flow.load()
     loaded = measure.memory_gb()["rss"]
-    runner = Runner(order, bench.learner(), bench.start(bench.encode(batch)))
-    with differentiable(bench.flow.model.diffusion_model, checkpointed):
-        for _ in range(2):
-            runner.step(bench)
+    runner = Runner(order, checkpointed, bench.learner(), bench.start(bench.encode(batch)))
+    for _ in range(2):
+        runner.step(bench)
     return {"loaded_gb": loaded, "peak_gb": measure.memory_gb()["peak"]}
 
 
@@ -261,7 +283,7 @@ def measure_case(name: str, case: Case, folder: Path, quick: bool, gpu: bool) ->
     """Write the files of a case, measure it in a fresh process for each format of weights, delete the files."""
     case.world.write(folder, torch.bfloat16 if gpu else torch.float32)
     found: dict[str, Any] = {"world": dataclasses.asdict(case.world), "forward_flops": case.world.forward_flops()}
-    found |= {"teacher_share": case.world.teacher_share(), "weights": {}}
+    found |= {"checkpointed_forwards": case.world.checkpointed_forwards(), "teacher_share": case.world.teacher_share(), "weights": {}}
     for weights in case.weights:
         print(f"{name}, {weights}: measuring", flush=True)
         task = {"case": name, "folder": str(folder), "weights": weights, "quick": quick, "gpu": gpu}
@@ -271,18 +293,18 @@ def measure_case(name: str, case: Case, folder: Path, quick: bool, gpu: bool) ->
     return found
 
 
-SPEED_HEADS = ("steps/s", "samples/s", "authors: steps/s", "ratio", "ratio, CPU time", "of the floor", "of it, CPU time", "cost per sample")
+SPEED_KEYS = ("ratio", "ratio_cpu", "checkpoint_ratio_cpu", "floor_share", "floor_share_cpu", "sample_cost_cpu")
 
 
 def speed_table(rows: list[dict[str, Any]]) -> str:
-    """Speeds of both orders; `cost per sample`: processor time relative to the smallest batch."""
+    """Speeds of ours and of the authors' order, and how they compare."""
     body = []
     for row in rows:
+        rates = [row[OURS]["steps_per_s"], row[OURS]["samples_per_s"], row[AUTHORS]["steps_per_s"]]
         memory = [row[order]["gpu_peak_gb"] for order in (OURS, AUTHORS)]
-        rates = [row[OURS]["steps_per_s"], row[OURS]["samples_per_s"], row[AUTHORS]["steps_per_s"], row["ratio"], row["ratio_cpu"]]
-        judged = [row["floor_share"], row["floor_share_cpu"], row["sample_cost_cpu"]]
-        body.append([with_or_without(row), row["batch"], *rates, *judged, *memory])
-    return measure.table(["checkpointing", "batch", *SPEED_HEADS, "GPU GB", "authors: GPU GB"], body)
+        body.append([with_or_without(row), row["batch"], *rates, *(row.get(key) for key in SPEED_KEYS), *memory])
+    heads = ["checkpointing", "batch", "steps/s", "samples/s", "authors: steps/s", *SPEED_KEYS, "GPU GB", "authors: GPU GB"]
+    return measure.table(heads, body)
 
 
 def memory_table(rows: list[dict[str, Any]]) -> str:

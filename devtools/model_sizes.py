@@ -50,6 +50,10 @@ class FluxSizes:
         blocks = (self.double + self.single) * (12 * width * width * together + 2 * together * together * width)
         return 2 * (ends + embedded + modulations + blocks)
 
+    def last_products_flops(self, image_tokens: int, text_tokens: int) -> int:
+        """The part of it that goes into the last product of every block, which the trainer's checkpointing does not compute again."""
+        return 2 * (image_tokens + text_tokens) * self.width * self.width * (4 * self.double + 5 * self.single)
+
     def _embedders(self) -> dict[str, int]:
         return {"time_in": TIME_WIDTH, "vector_in": self.pooled_width, "guidance_in": TIME_WIDTH}
 
@@ -68,7 +72,8 @@ class ClipSizes:
 
     def forward_flops(self) -> int:
         """Operations of one forward pass of one prompt."""
-        return 2 * self.layers * (12 * self.width * self.width * CLIP_TOKENS + 2 * CLIP_TOKENS * CLIP_TOKENS * self.width)
+        layer = 12 * self.width * self.width * CLIP_TOKENS + 2 * CLIP_TOKENS * CLIP_TOKENS * self.width
+        return 2 * (self.layers * layer + self.width * self.width)
 
 
 def t5_forward_flops(layout: StudentLayout, tokens: int) -> int:

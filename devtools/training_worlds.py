@@ -56,6 +56,11 @@ class World:
         flops = self.forward_flops()
         return (4 if checkpoint_blocks else 3) * flops["diffusion_model"] + 3 * flops["student"]
 
+    def checkpointed_forwards(self) -> float:
+        """Forward passes of the diffusion model that a step with checkpointing is worth; blocks are not computed again to their end."""
+        left_out = self.flux.last_products_flops(self.image_tokens, self.text_tokens)
+        return 4 - left_out / self.forward_flops()["diffusion_model"]
+
     def teacher_share(self) -> float:
         """Teacher's and CLIP-L's part of the operations of a step that encodes the prompts again, without checkpointing."""
         flops = self.forward_flops()
