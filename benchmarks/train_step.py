@@ -26,8 +26,9 @@ from torch import Tensor
 
 REAL_TEXT_TOKENS = (77, 256, 512)
 EXPECTED = {"ratio at batch 4": 1.3, "share of the floor on a GPU": 0.55}
-# Two orders of work may not give losses that differ by more, relatively. On a CPU they are equal; on a GPU, sums may be taken in any order.
-SAME_LOSS = 1e-3
+# Losses of two orders of work may not differ by more, relatively. On a CPU they are equal; a GPU takes sums in any order, and the students
+# drift apart a little.
+SAME_LOSS = 1e-2
 # Orders of work. The third is ours with the checkpointing that the authors' has, torch's own: what ours is worth.
 OURS, AUTHORS, TORCHS = "ours", "authors", "ours with torch's checkpointing"
 
@@ -41,7 +42,12 @@ class Case:
     batches: tuple[int, ...]
     checkpointing: tuple[bool, ...]
     memory: tuple[int, ...]  # batches whose memory is measured, in a fresh process each; a GPU's is measured on the way
-    repeats: int = 3
+    least_repeats: int = 3
+    repeats_of_one: int = 8
+
+    def repeats(self, batch: int) -> int:
+        """Timed steps; more of small batches, which noise disturbs more."""
+        return max(self.least_repeats, self.repeats_of_one // batch)
 
 
 def cases(quick: bool, gpu: bool) -> dict[str, Case]:
@@ -50,7 +56,11 @@ def cases(quick: bool, gpu: bool) -> dict[str, Case]:
         return {"full size": Case(real_world(256), ("bf16", "fp8_e4m3fn"), (1, 2, 4), (True,), ())}
     both = (False, True)
     if quick:
-        return {"tiny": Case(small_world(128, 1, 1, side_px=64, text_tokens=16), ("fp32",), (1, 2), both, (2,), repeats=1)}
+        return {
+            "tiny": Case(
+                small_world(128, 1, 1, side_px=64, text_tokens=16), ("fp32",), (1, 2), both, (2,), least_repeats=1, repeats_of_one=1
+            )
+        }
     return {
         "real proportions": Case(small_world(384, 2, 4), ("fp32",), (1, 2, 4, 8), both, (1, 2, 4, 8)),
         "small diffusion model": Case(small_world(128, 1, 2), ("fp32",), (1, 2, 4, 8), (False,), ()),
@@ -226,7 +236,7 @@ def measure_speed(case: Case, bench: Bench) -> dict[str, Any]:
     """A row per checkpointing and batch, with ratios, the share of the floor, and the cost per sample relative to the smallest batch."""
     rate, rows = matmul_flops_per_s(bench.gpu), []
     for checkpointed in case.checkpointing:
-        part = [pace(bench, batch, checkpointed, case.repeats) for batch in case.batches]
+        part = [pace(bench, batch, checkpointed, case.repeats(batch)) for batch in case.batches]
         rows += [row | judged(case.world, row, rate, part[0]) for row in part]
     return {"matmul_flops_per_s": rate, "rows": rows}
 
@@ -274,7 +284,7 @@ def perform(task: dict[str, Any]) -> None:
     import distilled_t5.train.models  # noqa: F401
 
     case, folder = cases(task["quick"], task["gpu"])[task["case"]], Path(task["folder"])
-    memory = measure_memory(case, folder, task["weights"])
+    memory = [] if task["gpu"] else measure_memory(case, folder, task["weights"])
     found = measure_speed(case, Bench(case, folder, task["weights"], task["gpu"]))
     print("\n" + json.dumps({**found, "memory": memory}))
 
