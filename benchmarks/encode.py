@@ -10,10 +10,6 @@ import argparse
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +17,9 @@ import psutil
 import torch
 from distilled_t5.devtools import measure, stand_ins
 from distilled_t5.devtools.host import start_comfyui
+from distilled_t5.devtools.model_sizes import FluxSizes
 from distilled_t5.encoder.files import write_student
-from distilled_t5.encoder.layout import Shape, StudentLayout
+from distilled_t5.encoder.layout import StudentLayout
 from safetensors.torch import save_file
 
 PROMPTS = (
@@ -99,23 +96,6 @@ def encoders(quick: bool) -> dict[str, Encoder]:
     return {row.name: row for row in (*students, *others, Encoder("xxl-fp8", "xxl", torch.float8_e4m3fn))}
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds by the clock, and seconds of processor time of all threads; the latter hardly change on a busy machine, given one thread."""
-
-    wall_s: float
-    cpu_s: float
-
-
-def timed(action: Callable[[], Any], gpu: bool) -> tuple[Timing, Any]:
-    """How long an action takes, the GPU's work included, and what it gives."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = action()
-    if gpu:
-        torch.cuda.synchronize()
-    return Timing(time.perf_counter() - wall, time.process_time() - cpu), result
-
-
 def encode(clip: Any, prompt: str) -> Any:
     """What a text encode node does."""
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt), add_dict={"guidance": 3.5})
@@ -128,11 +108,11 @@ def measure_encoder(encoder: Encoder, path: Path, clip_l: Path, gpu: bool) -> di
     import comfy.sd  # noqa: F401 (its import is no part of the loading time)
 
     before = measure.memory_gb()["rss"]
-    load, clip = timed(lambda: encoder.load(path, clip_l), gpu)
+    load, clip = measure.timed(lambda: encoder.load(path, clip_l), gpu)
     loaded = measure.memory_gb()["private"]
-    first, conditioning = timed(lambda: encode(clip, PROMPTS[0]), gpu)
-    again = [timed(lambda: encode(clip, PROMPTS[0]), gpu)[0] for _ in range(2)]
-    change = [timed(lambda prompt=prompt: encode(clip, prompt), gpu)[0] for prompt in PROMPTS[1:3]]
+    first, conditioning = measure.timed(lambda: encode(clip, PROMPTS[0]), gpu)
+    again = [measure.timed(lambda: encode(clip, PROMPTS[0]), gpu)[0] for _ in range(2)]
+    change = [measure.timed(lambda prompt=prompt: encode(clip, prompt), gpu)[0] for prompt in PROMPTS[1:3]]
     parts = {"t5": getattr(clip.cond_stage_model, "t5xxl" if encoder.stock else "t5base"), "clip_l": clip.cond_stage_model.clip_l}
     memory = measure.memory_gb()
     return {
@@ -155,32 +135,10 @@ def measure_encoder(encoder: Encoder, path: Path, clip_l: Path, gpu: bool) -> di
     }
 
 
-def flux_shapes(width: int, double: int, single: int) -> dict[str, Shape]:
-    """Every tensor of Flux dev, of any width and depth."""
-
-    def linear(name: str, outputs: int, inputs: int) -> dict[str, Shape]:
-        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-    def norms(name: str) -> dict[str, Shape]:
-        return {f"{name}.query_norm.scale": (128,), f"{name}.key_norm.scale": (128,)}
-
-    shapes = linear("img_in", width, 64) | linear("txt_in", width, 4096)
-    for name, inputs in (("time_in", 256), ("vector_in", 768), ("guidance_in", 256)):
-        shapes |= linear(f"{name}.in_layer", width, inputs) | linear(f"{name}.out_layer", width, width)
-    for stream in (f"double_blocks.{block}.{kind}" for block in range(double) for kind in ("img", "txt")):
-        shapes |= linear(f"{stream}_mod.lin", 6 * width, width) | norms(f"{stream}_attn.norm")
-        shapes |= linear(f"{stream}_attn.qkv", 3 * width, width) | linear(f"{stream}_attn.proj", width, width)
-        shapes |= linear(f"{stream}_mlp.0", 4 * width, width) | linear(f"{stream}_mlp.2", width, 4 * width)
-    for block in (f"single_blocks.{block}" for block in range(single)):
-        shapes |= linear(f"{block}.linear1", 7 * width, width) | linear(f"{block}.linear2", width, 5 * width)
-        shapes |= linear(f"{block}.modulation.lin", 3 * width, width) | norms(f"{block}.norm")
-    return shapes | linear("final_layer.linear", 64, width) | linear("final_layer.adaLN_modulation.1", 2 * width, width)
-
-
 def write_flux(path: Path, quick: bool) -> None:
     """A random Flux dev in bf16: of full size (24 GB), or for --quick two blocks."""
     generator = torch.Generator().manual_seed(0)
-    shapes = flux_shapes(256, 1, 1) if quick else flux_shapes(3072, 19, 38)
+    shapes = (FluxSizes(width=256, double=1, single=1) if quick else FluxSizes()).tensors()
     measure.write_streamed(
         path, shapes, torch.bfloat16, lambda _, shape: torch.empty(shape).normal_(0.0, shape[-1] ** -0.5, generator=generator)
     )
@@ -210,8 +168,8 @@ def measure_pipeline(encoder: Encoder, path: Path, clip_l: Path, flux: Path, gpu
         noise = comfy.sample.prepare_noise(latent, seed)
         return comfy.sample.sample(model, noise, steps, 1.0, "euler", "simple", positive, positive, latent, disable_pbar=True, seed=seed)
 
-    first, _ = timed(lambda: picture(0), gpu)
-    later = [timed(lambda seed=seed: picture(seed), gpu)[0].wall_s for seed in (1, 2, 3)]
+    first, _ = measure.timed(lambda: picture(0), gpu)
+    later = [measure.timed(lambda seed=seed: picture(seed), gpu)[0].wall_s for seed in (1, 2, 3)]
     peak_gb = torch.cuda.max_memory_allocated() / 1e9 if gpu else None
     return {
         "first_picture_s": first.wall_s,
@@ -220,15 +178,6 @@ def measure_pipeline(encoder: Encoder, path: Path, clip_l: Path, flux: Path, gpu
         "steps": steps,
         "side_px": 8 * side,
     }
-
-
-def in_fresh_process(task: dict[str, Any]) -> dict[str, Any]:
-    """Run `perform` in a process of its own and return what it measured."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--task", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"measuring {task['encoder']} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def perform(task: dict[str, Any]) -> None:
@@ -264,12 +213,12 @@ def measure_all(folder: Path, quick: bool, gpu: bool) -> dict[str, Any]:
         runs = found["runs"][name] = []
         for number in range(2 if quick else 3):
             cold = number == 0 and measure.evict(path)
-            runs.append(in_fresh_process(task))
+            runs.append(measure.in_fresh_process(__file__, task))
             source = "the disk" if cold else "the page cache"
             print(f"{name}: loaded from {source} in {runs[-1]['load_s']:.2f} s, encodes in {runs[-1]['next_encode_s']:.2f} s", flush=True)
         found["encoders"][name] = {"file_gb": path.stat().st_size / 1e9, **combine(runs)}
         for mode in ("offload", "resident") if gpu or (quick and name == "base") else ():
-            row = in_fresh_process({**task, "flux": str(flux), "offload": mode == "offload"})
+            row = measure.in_fresh_process(__file__, {**task, "flux": str(flux), "offload": mode == "offload"})
             found["pipeline"][f"{name} {mode}"] = row
             print(f"{name}: a picture in {row['next_picture_s']:.2f} s ({mode})", flush=True)
         path.unlink()

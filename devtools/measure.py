@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -77,6 +78,32 @@ def initial_weight(layout: StudentLayout, generator: torch.Generator) -> Callabl
 def write_streamed(path: Path, shapes: dict[str, Shape], dtype: torch.dtype, draw: Callable[[str, Shape], Tensor]) -> None:
     """Write a safetensors file one tensor at a time, so that it may be larger than the memory, and get it onto the disk."""
     write_stream(path, {name: (dtype, shape) for name, shape in shapes.items()}, lambda name: draw(name, shapes[name]).to(dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds by the clock, and seconds of processor time of all threads; the latter hardly change on a busy machine, given one thread."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def timed(action: Callable[[], Any], gpu: bool) -> tuple[Timing, Any]:
+    """How long an action takes, the GPU's work included, and what it gives."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = action()
+    if gpu:
+        torch.cuda.synchronize()
+    return Timing(time.perf_counter() - wall, time.process_time() - cpu), result
+
+
+def in_fresh_process(script: str, task: dict[str, Any]) -> Any:
+    """Run a benchmark in a process of its own with `--task`; what it prints in its last line, as JSON. Raises RuntimeError if it fails."""
+    command = [sys.executable, str(Path(script).resolve()), "--task", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"measuring {task} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def evict(path: Path) -> bool:

@@ -101,10 +101,11 @@ def _write_aside(path: Path, write: Callable[[Path], object]) -> None:
 def draw_weights(shapes: Shapes, seed: int, dtype: torch.dtype) -> Weights:
     """Random weights that keep activations near 1: norms 1, biases 0, embeddings of deviation 1, the rest of 1/sqrt(inputs)."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: _draw(name, shape, generator).to(dtype) for name, shape in shapes.items()}
+    return {name: draw_weight(name, shape, generator).to(dtype) for name, shape in shapes.items()}
 
 
-def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def draw_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """One of those weights, float32."""
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
     deviation = 1.0 if "embedding" in name or "shared" in name else math.prod(shape[1:]) ** -0.5
@@ -127,14 +128,13 @@ def clip_l() -> Weights:
     return weights | {"text_projection.weight": torch.eye(CLIP_WIDTH, dtype=torch.float16)}
 
 
-def clip_l_shapes() -> Shapes:
-    """Every tensor of CLIP-L's text model but the last projection."""
-    width = CLIP_WIDTH
+def clip_l_shapes(width: int = CLIP_WIDTH, layers: int = CLIP_LAYERS) -> Shapes:
+    """Every tensor of CLIP-L's text model but the last projection; other sizes are for benchmarks, the host must be told of them."""
     shapes: Shapes = {
         "text_model.embeddings.token_embedding.weight": (CLIP_VOCABULARY, width),
         "text_model.embeddings.position_embedding.weight": (CLIP_POSITIONS, width),
     }
-    for index in range(CLIP_LAYERS):
+    for index in range(layers):
         layer = f"text_model.encoder.layers.{index}"
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             shapes |= linear(f"{layer}.self_attn.{name}", width, width)

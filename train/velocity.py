@@ -5,8 +5,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_management
@@ -14,7 +13,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 from torch.nn import LayerNorm, Module
-from torch.utils.checkpoint import checkpoint
+
+from .block_checkpoint import checkpointed, replaced_forward
 
 from .memory import FlowSize
 
@@ -112,15 +112,13 @@ def differentiable(model: Module, checkpoint_blocks: bool) -> Iterator[None]:
     """Make gradients with respect to the model's inputs right while the context is open, with block checkpointing or without.
 
     The host's blocks add their residuals in place, onto tensors that a LayerNorm has saved for its gradient: so every LayerNorm gets a
-    clone. A recomputed block gets clones of its inputs as well, since it would start from overwritten ones the second time. Cloning the
-    block's inputs alone is not enough: inside a checkpoint autograd does not notice what was overwritten, and gradients come out
-    wrong by a percent or so without any error.
+    clone. A recomputed block gets clones of its inputs as well, since it would start from overwritten ones the second time.
     """
     blocks = blocks_of(model)
     with contextlib.ExitStack() as stack:
         if checkpoint_blocks:
             for block in blocks:
-                stack.enter_context(_replaced_forward(block, functools.partial(_recomputed, block.forward)))
+                stack.enter_context(replaced_forward(block, checkpointed(block)))
         for norm in (module for module in model.modules() if isinstance(module, LayerNorm)):
             stack.callback(norm.register_forward_pre_hook(_clone_input).remove)
         stack.callback(setattr, comfy.model_management, "in_training", comfy.model_management.in_training)
@@ -131,26 +129,3 @@ def differentiable(model: Module, checkpoint_blocks: bool) -> Iterator[None]:
 
 def _clone_input(_module: Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     return (inputs[0].clone(), *inputs[1:]) if torch.is_grad_enabled() else None
-
-
-@contextlib.contextmanager
-def _replaced_forward(block: Module, forward: Callable[..., Any]) -> Iterator[None]:
-    block.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del block.forward  # the class's own shows again
-
-
-def _recomputed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*inputs, **named)
-
-    def on_clones(*inputs: Any, **named: Any) -> Any:
-        return forward(*(_cloned(value) for value in inputs), **{name: _cloned(value) for name, value in named.items()})
-
-    return checkpoint(on_clones, *inputs, use_reentrant=False, **named)
-
-
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3 else value

@@ -1,0 +1,93 @@
+"""Sizes of Flux, T5 and CLIP-L: the tensors of a Flux of any size, and the arithmetic that a forward pass of each of them takes.
+
+Counted are the matrix products, a multiplication and an addition as two operations, as everybody counts them.
+"""
+
+# W width, L layers, T text tokens, S image and text tokens together
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..encoder.layout import Shape, StudentLayout
+
+HEAD_WIDTH = 128  # sum of Flux's fixed rotary axes 16 + 56 + 56
+PATCH_VALUES, TIME_WIDTH, CLIP_TOKENS = 64, 256, 77
+
+
+@dataclass(frozen=True)
+class FluxSizes:
+    """A Flux with guidance embedding; the defaults are those of Flux dev. Widths in channels, depths in blocks."""
+
+    width: int = 3072
+    double: int = 19
+    single: int = 38
+    text_width: int = 4096
+    pooled_width: int = 768
+
+    def tensors(self) -> dict[str, Shape]:
+        """Every tensor by its published name."""
+        width = self.width
+        shapes = _linear("img_in", width, PATCH_VALUES) | _linear("txt_in", width, self.text_width)
+        for name, inputs in self._embedders().items():
+            shapes |= _linear(f"{name}.in_layer", width, inputs) | _linear(f"{name}.out_layer", width, width)
+        for stream in (f"double_blocks.{block}.{kind}" for block in range(self.double) for kind in ("img", "txt")):
+            shapes |= _linear(f"{stream}_mod.lin", 6 * width, width) | _head_norms(f"{stream}_attn.norm")
+            shapes |= _linear(f"{stream}_attn.qkv", 3 * width, width) | _linear(f"{stream}_attn.proj", width, width)
+            shapes |= _linear(f"{stream}_mlp.0", 4 * width, width) | _linear(f"{stream}_mlp.2", width, 4 * width)
+        for block in (f"single_blocks.{block}" for block in range(self.single)):
+            shapes |= _linear(f"{block}.linear1", 7 * width, width) | _linear(f"{block}.linear2", width, 5 * width)
+            shapes |= _linear(f"{block}.modulation.lin", 3 * width, width) | _head_norms(f"{block}.norm")
+        last = _linear("final_layer.linear", PATCH_VALUES, width) | _linear("final_layer.adaLN_modulation.1", 2 * width, width)
+        return shapes | last
+
+    def forward_flops(self, image_tokens: int, text_tokens: int) -> int:
+        """Operations of one forward pass of one sample."""
+        width, together = self.width, image_tokens + text_tokens
+        ends = image_tokens * 2 * PATCH_VALUES * width + text_tokens * self.text_width * width
+        embedded = sum(inputs * width + width * width for inputs in self._embedders().values())
+        modulations = (12 * self.double + 3 * self.single + 2) * width * width
+        blocks = (self.double + self.single) * (12 * width * width * together + 2 * together * together * width)
+        return 2 * (ends + embedded + modulations + blocks)
+
+    def last_products_flops(self, image_tokens: int, text_tokens: int) -> int:
+        """The part of it that goes into the last product of every block, which the trainer's checkpointing does not compute again."""
+        return 2 * (image_tokens + text_tokens) * self.width * self.width * (4 * self.double + 5 * self.single)
+
+    def _embedders(self) -> dict[str, int]:
+        return {"time_in": TIME_WIDTH, "vector_in": self.pooled_width, "guidance_in": TIME_WIDTH}
+
+
+@dataclass(frozen=True)
+class ClipSizes:
+    """A CLIP text encoder; the defaults are those of CLIP-L. Widths in channels."""
+
+    width: int = 768
+    layers: int = 12
+
+    def host_config(self) -> dict[str, int]:
+        """The sizes as ComfyUI's config of CLIP-L names them."""
+        sizes = {"hidden_size": self.width, "intermediate_size": 4 * self.width, "projection_dim": self.width}
+        return sizes | {"num_hidden_layers": self.layers, "num_attention_heads": max(1, self.width // 64)}
+
+    def forward_flops(self) -> int:
+        """Operations of one forward pass of one prompt."""
+        layer = 12 * self.width * self.width * CLIP_TOKENS + 2 * CLIP_TOKENS * CLIP_TOKENS * self.width
+        return 2 * (self.layers * layer + self.width * self.width)
+
+
+def t5_forward_flops(layout: StudentLayout, tokens: int) -> int:
+    """Operations of one forward pass of a T5 encoder with its projection, if it has one, over one prompt of `tokens` tokens."""
+    inner = layout.num_heads * layout.d_kv
+    weights = 4 * layout.d_model * inner + (3 if layout.gated else 2) * layout.d_model * layout.d_ff
+    layers = layout.num_layers * (weights * tokens + 2 * tokens * tokens * inner)
+    hidden = layout.hidden_width or 0
+    return 2 * (layers + tokens * hidden * (layout.d_model + layout.output_width))
+
+
+def _linear(name: str, outputs: int, inputs: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _head_norms(name: str) -> dict[str, Shape]:
+    return {f"{name}.query_norm.scale": (HEAD_WIDTH,), f"{name}.key_norm.scale": (HEAD_WIDTH,)}

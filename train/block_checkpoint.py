@@ -1,0 +1,109 @@
+"""Block checkpointing: a block of the diffusion model keeps its inputs alone, and is computed again for its gradient.
+
+As torch.utils.checkpoint does it, with two differences. The inputs are cloned before a block overwrites them. And the second time, the last
+products of a block are left out: they lead to nothing but its output, which is there already, and make up a third of its work.
+"""
+
+# B batch, L tokens, D width
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import comfy.ops
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Linear, Module, Sequential
+
+Forward = Callable[..., Any]
+
+
+@contextlib.contextmanager
+def replaced_forward(module: Module, forward: Forward) -> Iterator[None]:
+    """Give a module another forward while the context is open."""
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward  # the class's own shows again
+
+
+def checkpointed(block: Module) -> Forward:
+    """The block's forward, with the same results and gradients, that keeps nothing of the block's insides."""
+    return functools.partial(_forward, block, block.forward)
+
+
+def _forward(block: Module, forward: Forward, *inputs: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named)
+    given = {**dict(enumerate(inputs)), **named}
+    # The residual streams, which blocks overwrite; modulations and rotary embeddings do not depend on the text.
+    streams = {key: value for key, value in given.items() if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3}
+
+    def on_clones(*values: Tensor) -> Any:
+        filled = given | {key: value.clone() for key, value in zip(streams, values, strict=True)}
+        return forward(*(filled[index] for index in range(len(inputs))), **{name: filled[name] for name in named})
+
+    return _Recomputed.apply(on_clones, functools.partial(_last_products_left_out, block), *streams.values())
+
+
+class _Recomputed(torch.autograd.Function):
+    """Run without gradient, and again with it when it is asked for; `again` makes the context of the second time."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Forward, again: Callable[[], contextlib.AbstractContextManager[None]], *streams: Tensor) -> Any:
+        ctx.run, ctx.again = run, again
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*streams)
+        return run(*streams)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        leaves = [stream.detach().requires_grad_(need) for stream, need in zip(ctx.saved_tensors, needed, strict=True)]
+        with torch.enable_grad(), ctx.again():
+            outputs = ctx.run(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        reached = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad([output for output, _ in reached], wanted, [gradient for _, gradient in reached]))
+        return None, None, *(next(found) if leaf.requires_grad else None for leaf in leaves)
+
+
+@contextlib.contextmanager
+def _last_products_left_out(block: Module) -> Iterator[None]:
+    ends = [getattr(block, name, None) for name in ("linear2", "img_mlp", "txt_mlp")]
+    last = [end[-1] if isinstance(end, Sequential) else end for end in ends]
+    with contextlib.ExitStack() as stack:
+        for layer in last:
+            # The host's quantised layers are no torch Linear, and are computed.
+            if isinstance(layer, Linear):
+                stack.enter_context(replaced_forward(layer, functools.partial(_without_product, layer, layer.forward)))
+        yield
+
+
+def _without_product(layer: Linear, forward: Forward, input_BLD: Tensor) -> Tensor:
+    # In float16 the host cuts off what has overflowed, and where it did there is no gradient: there the output counts.
+    return forward(input_BLD) if input_BLD.dtype == torch.float16 else _Unseen.apply(input_BLD, layer)
+
+
+class _Unseen(torch.autograd.Function):
+    """A linear layer whose output nobody looks at: it is not computed, its gradient with respect to the input is."""
+
+    @staticmethod
+    def forward(ctx: Any, input_BLD: Tensor, layer: Linear) -> Tensor:
+        ctx.layer = layer
+        return input_BLD.new_empty(*input_BLD.shape[:-1], layer.out_features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BLD: Tensor) -> tuple[Tensor, None]:
+        weight, bias, stream = comfy.ops.cast_bias_weight(ctx.layer, gradient_BLD, offloadable=True)
+        found_BLD = gradient_BLD @ weight
+        comfy.ops.uncast_bias_weight(ctx.layer, weight, bias, stream)
+        return found_BLD, None
