@@ -34,13 +34,16 @@ def find_comfyui(given: str | None = None) -> Path:
 def start_comfyui(folder: Path, flags: Sequence[str]) -> None:
     """Make `comfy` importable with these flags, as ComfyUI's main.py does: arguments first, then model paths. Once per process.
 
-    `--cpu` is added where torch sees no accelerator, since the host would stop there.
+    `--cpu` is added where torch sees no accelerator, since the host would stop there. `--disable-async-offload` is added unless the flags
+    say otherwise: weights that the host brings over asynchronously lie in buffers that it writes over, and autograd needs them later.
     """
     import torch
 
     flags = list(flags)
     if not torch.accelerator.is_available() and "--cpu" not in flags:
         flags.append("--cpu")
+    if not any("async-offload" in flag for flag in flags):
+        flags.append("--disable-async-offload")
     sys.path.insert(0, str(folder))
     importlib.import_module("comfy.options").enable_args_parsing()
     before, sys.argv = sys.argv, [sys.argv[0], *flags]

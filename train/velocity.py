@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import LayerNorm, Module
 
 from .block_checkpoint import checkpointed, replaced_forward
-
 from .memory import FlowSize
 
 # Flux's resolution-dependent shift: mu is linear in the number of image tokens (black-forest-labs/flux, sampling.get_schedule).

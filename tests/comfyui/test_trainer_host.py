@@ -1,0 +1,39 @@
+"""ComfyUI under the trainer: the flags that it is started with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STARTED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import conftest
+from pathlib import Path
+from distilled_t5.train.host import start_comfyui
+start_comfyui(Path(sys.argv[2]), sys.argv[3:])
+from comfy.cli_args import args
+import comfy.model_management
+print(args.cpu, comfy.model_management.NUM_STREAMS, args.reserve_vram)
+"""
+
+
+def started_with(comfyui: Path, *flags: str) -> list[str]:
+    """Whether on the CPU, asynchronous streams and reserved GB of a ComfyUI that the trainer has started in a process of its own."""
+    tests = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-c", STARTED, str(tests), str(comfyui), "--cpu", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].split()
+
+
+@pytest.mark.parametrize(
+    ("flags", "streams"),
+    [((), "0"), (("--reserve-vram", "1.5"), "0"), (("--async-offload", "3"), "3"), (("--disable-async-offload",), "0")],
+)
+def test_weights_never_lie_in_buffers_that_are_written_over_unless_asked_for(comfyui_path, flags, streams):
+    reserved = "1.5" if "--reserve-vram" in flags else "None"
+    assert started_with(comfyui_path, *flags) == ["True", streams, reserved]
