@@ -1,4 +1,4 @@
-"""Sizes of Flux, T5 and CLIP-L: the tensors of a Flux of any size, and the arithmetic that a forward pass of each of them takes.
+"""Sizes of Flux, T5 and CLIP-L, and the arithmetic that a forward pass of each of them takes.
 
 Counted are the matrix products, a multiplication and an addition as two operations, as everybody counts them.
 """
@@ -9,43 +9,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..encoder.layout import Shape, StudentLayout
+from ..encoder.layout import StudentLayout
+from ..train.flux_layout import PATCH_VALUES, FluxLayout
 
-HEAD_WIDTH = 128  # sum of Flux's fixed rotary axes 16 + 56 + 56
-PATCH_VALUES, TIME_WIDTH, CLIP_TOKENS = 64, 256, 77
+CLIP_TOKENS = 77
 
 
 @dataclass(frozen=True)
-class FluxSizes:
-    """A Flux with guidance embedding; the defaults are those of Flux dev. Widths in channels, depths in blocks."""
-
-    width: int = 3072
-    double: int = 19
-    single: int = 38
-    text_width: int = 4096
-    pooled_width: int = 768
-
-    def tensors(self) -> dict[str, Shape]:
-        """Every tensor by its published name."""
-        width = self.width
-        shapes = _linear("img_in", width, PATCH_VALUES) | _linear("txt_in", width, self.text_width)
-        for name, inputs in self._embedders().items():
-            shapes |= _linear(f"{name}.in_layer", width, inputs) | _linear(f"{name}.out_layer", width, width)
-        for stream in (f"double_blocks.{block}.{kind}" for block in range(self.double) for kind in ("img", "txt")):
-            shapes |= _linear(f"{stream}_mod.lin", 6 * width, width) | _head_norms(f"{stream}_attn.norm")
-            shapes |= _linear(f"{stream}_attn.qkv", 3 * width, width) | _linear(f"{stream}_attn.proj", width, width)
-            shapes |= _linear(f"{stream}_mlp.0", 4 * width, width) | _linear(f"{stream}_mlp.2", width, 4 * width)
-        for block in (f"single_blocks.{block}" for block in range(self.single)):
-            shapes |= _linear(f"{block}.linear1", 7 * width, width) | _linear(f"{block}.linear2", width, 5 * width)
-            shapes |= _linear(f"{block}.modulation.lin", 3 * width, width) | _head_norms(f"{block}.norm")
-        last = _linear("final_layer.linear", PATCH_VALUES, width) | _linear("final_layer.adaLN_modulation.1", 2 * width, width)
-        return shapes | last
+class FluxSizes(FluxLayout):
+    """A Flux and its arithmetic."""
 
     def forward_flops(self, image_tokens: int, text_tokens: int) -> int:
         """Operations of one forward pass of one sample."""
         width, together = self.width, image_tokens + text_tokens
         ends = image_tokens * 2 * PATCH_VALUES * width + text_tokens * self.text_width * width
-        embedded = sum(inputs * width + width * width for inputs in self._embedders().values())
+        embedded = sum(inputs * width + width * width for inputs in self.embedders().values())
         modulations = (12 * self.double + 3 * self.single + 2) * width * width
         blocks = (self.double + self.single) * (12 * width * width * together + 2 * together * together * width)
         return 2 * (ends + embedded + modulations + blocks)
@@ -53,9 +31,6 @@ class FluxSizes:
     def last_products_flops(self, image_tokens: int, text_tokens: int) -> int:
         """The part of it that goes into the last product of every block, which the trainer's checkpointing does not compute again."""
         return 2 * (image_tokens + text_tokens) * self.width * self.width * (4 * self.double + 5 * self.single)
-
-    def _embedders(self) -> dict[str, int]:
-        return {"time_in": TIME_WIDTH, "vector_in": self.pooled_width, "guidance_in": TIME_WIDTH}
 
 
 @dataclass(frozen=True)
@@ -83,11 +58,3 @@ def t5_forward_flops(layout: StudentLayout, tokens: int) -> int:
     layers = layout.num_layers * (weights * tokens + 2 * tokens * tokens * inner)
     hidden = layout.hidden_width or 0
     return 2 * (layers + tokens * hidden * (layout.d_model + layout.output_width))
-
-
-def _linear(name: str, outputs: int, inputs: int) -> dict[str, Shape]:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-
-def _head_norms(name: str) -> dict[str, Shape]:
-    return {f"{name}.query_norm.scale": (HEAD_WIDTH,), f"{name}.key_norm.scale": (HEAD_WIDTH,)}

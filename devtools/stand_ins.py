@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,15 +23,14 @@ from torch import Tensor
 
 from ..encoder import layout
 from ..encoder.layout import StudentLayout
+from ..train import flux_layout
+from ..train.flux_layout import HEAD_WIDTH, PATCH_VALUES, FluxLayout, Shapes, linear
 
-Shapes = dict[str, tuple[int, ...]]
 Weights = dict[str, Tensor]
 
 STAMP_NAME = "stand-ins.json"
-FLUX_WIDTH, FLUX_DOUBLE, FLUX_SINGLE = 128, 2, 2
-HEAD_WIDTH = 128  # sum of Flux's fixed rotary axes 16 + 56 + 56
-LATENT_CHANNELS, PATCH_VALUES = 16, 64
-TEXT_WIDTH, POOLED_WIDTH, TIME_WIDTH = 4096, 768, 256
+FLUX = FluxLayout(width=HEAD_WIDTH, double=2, single=2)
+LATENT_CHANNELS = 16
 CLIP_WIDTH, CLIP_LAYERS, CLIP_VOCABULARY, CLIP_POSITIONS = 768, 12, 49408, 77
 VAE_WIDTH, VAE_ENCODED_RANGE = 64, 3.0
 LORA_RANK = 1
@@ -88,7 +88,8 @@ def _stamp_matches(folder: Path) -> bool:
 
 
 def _source_hash() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes() + Path(layout.__file__).read_bytes()).hexdigest()
+    sources = (__file__, layout.__file__, flux_layout.__file__)
+    return hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
 
 
 def _write_aside(path: Path, write: Callable[[Path], object]) -> None:
@@ -110,11 +111,6 @@ def draw_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -
         return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
     deviation = 1.0 if "embedding" in name or "shared" in name else math.prod(shape[1:]) ** -0.5
     return torch.empty(shape).normal_(0.0, deviation, generator=generator)
-
-
-def linear(name: str, outputs: int, inputs: int) -> Shapes:
-    """Shapes of a linear layer with bias."""
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
 
 
 def student() -> Weights:
@@ -158,35 +154,6 @@ def t5xxl() -> Weights:
     return {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
 
 
-def flux_trunk(double: int, single: int, guidance: bool) -> Shapes:
-    """Flux without its last layer: embedders and blocks, 128 wide; `guidance` as in dev, without as in schnell."""
-    width, shapes = FLUX_WIDTH, linear("img_in", FLUX_WIDTH, PATCH_VALUES) | linear("txt_in", FLUX_WIDTH, TEXT_WIDTH)
-    embedders = {"time_in": TIME_WIDTH, "vector_in": POOLED_WIDTH} | ({"guidance_in": TIME_WIDTH} if guidance else {})
-    for name, inputs in embedders.items():
-        shapes |= linear(f"{name}.in_layer", width, inputs) | linear(f"{name}.out_layer", width, width)
-    for index in range(double):
-        for stream in ("img", "txt"):
-            shapes |= double_stream(f"double_blocks.{index}.{stream}")
-    for index in range(single):
-        block = f"single_blocks.{index}"
-        shapes |= linear(f"{block}.linear1", 7 * width, width) | linear(f"{block}.linear2", width, 5 * width)
-        shapes |= linear(f"{block}.modulation.lin", 3 * width, width) | head_norms(f"{block}.norm")
-    return shapes
-
-
-def double_stream(stream: str) -> Shapes:
-    """One stream, of the image or of the text, in a double block of Flux."""
-    width = FLUX_WIDTH
-    shapes = linear(f"{stream}_mod.lin", 6 * width, width) | head_norms(f"{stream}_attn.norm")
-    shapes |= linear(f"{stream}_attn.qkv", 3 * width, width) | linear(f"{stream}_attn.proj", width, width)
-    return shapes | linear(f"{stream}_mlp.0", 4 * width, width) | linear(f"{stream}_mlp.2", width, 4 * width)
-
-
-def head_norms(name: str) -> Shapes:
-    """The norms of queries and keys, named as in the published Flux files."""
-    return {f"{name}.query_norm.scale": (HEAD_WIDTH,), f"{name}.key_norm.scale": (HEAD_WIDTH,)}
-
-
 def flux_dev() -> Weights:
     """A small Flux with guidance embedding."""
     return _flux(guidance=True, seed=4)
@@ -198,16 +165,14 @@ def flux_schnell() -> Weights:
 
 
 def _flux(guidance: bool, seed: int) -> Weights:
-    shapes = flux_trunk(FLUX_DOUBLE, FLUX_SINGLE, guidance)
-    shapes |= linear("final_layer.linear", PATCH_VALUES, FLUX_WIDTH) | linear("final_layer.adaLN_modulation.1", 2 * FLUX_WIDTH, FLUX_WIDTH)
-    return draw_weights(shapes, seed, torch.bfloat16)
+    return draw_weights(replace(FLUX, guidance=guidance).tensors(), seed, torch.bfloat16)
 
 
 def controlnet() -> Weights:
     """A ControlNet for the small Flux dev in XLabs' layout: two double blocks, a hint of pixels."""
-    shapes = flux_trunk(double=2, single=0, guidance=True) | linear("pos_embed_input", FLUX_WIDTH, PATCH_VALUES)
+    shapes = replace(FLUX, single=0).trunk() | linear("pos_embed_input", FLUX.width, PATCH_VALUES)
     for index in range(2):
-        shapes |= linear(f"controlnet_blocks.{index}", FLUX_WIDTH, FLUX_WIDTH)
+        shapes |= linear(f"controlnet_blocks.{index}", FLUX.width, FLUX.width)
     for index, inputs in zip(range(0, 16, 2), (3, *(16,) * 7), strict=True):
         shapes |= {f"input_hint_block.{index}.weight": (16, inputs, 3, 3), f"input_hint_block.{index}.bias": (16,)}
     return draw_weights(shapes, seed=6, dtype=torch.bfloat16)
@@ -215,7 +180,7 @@ def controlnet() -> Weights:
 
 def lora() -> Weights:
     """A LoRA with layers for the small Flux, for CLIP-L (kohya's names) and for the whole of T5-XXL (OneTrainer's names)."""
-    layers = {"lora_unet_" + name: shape for name, shape in _matrices(flux_trunk(FLUX_DOUBLE, FLUX_SINGLE, True), "blocks.").items()}
+    layers = {"lora_unet_" + name: shape for name, shape in _matrices(FLUX.trunk(), "blocks.").items()}
     layers |= {"lora_te1_" + name: shape for name, shape in _matrices(clip_l_shapes(), "encoder.layers.").items()}
     t5_shapes = {name.removeprefix("encoder."): shape for name, shape in StudentLayout.named("xxl", output_width=None).tensors().items()}
     t5_layers = {name: shape for name, shape in _matrices(t5_shapes, "encoder.block.").items() if "bias" not in name}

@@ -79,7 +79,7 @@ class World:
             return stand_ins.draw_weight(name, shape, generator)
 
         t5 = {name.removeprefix("encoder."): shape for name, shape in self.teacher.tensors().items()}
-        t5 = {TELLING: (8, stand_ins.TEXT_WIDTH), **t5}
+        t5 = {TELLING: (8, stand_ins.FLUX.text_width), **t5}
         measure.write_streamed(folder / "flux.safetensors", self.flux.tensors(), dtype, draw)
         measure.write_streamed(folder / "t5xxl.safetensors", t5, dtype, measure.initial_weight(self.teacher, generator))
         clip_l = stand_ins.clip_l_shapes(self.clip.width, self.clip.layers)

@@ -7,6 +7,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from ..encoder.stream import sync_folder
+
 # The ending of what is being written; whoever holds the run's lock may remove what carries it.
 UNFINISHED = ".part"
 CHUNK_BYTES = 1 << 22
@@ -40,16 +42,3 @@ def sync_file(path: Path) -> None:
     """Bring a file that is closed already to the disk."""
     with path.open("r+b") as file:  # Windows syncs only what is open for writing
         os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last through a power cut, where the system can (POSIX)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        # Some network file systems take no fsync of a folder; the files are on the disk already.
-        with contextlib.suppress(OSError):
-            os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,7 +11,7 @@ import comfy.sd
 import torch
 
 from ..encoder.errors import StudentFileError, printable
-from ..encoder.files import read_header
+from ..encoder.files import CHOICES, read_header
 from ..encoder.layout import StudentLayout
 from ..encoder.metadata import StudentMetadata
 from ..encoder.student import DistilledT5
@@ -25,7 +25,7 @@ from .teacher import Teacher, load_teacher
 from .trajectory import LATENT_CHANNELS
 from .velocity import FrozenFlow, held_bytes
 
-DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3fn": torch.float8_e4m3fn}
+DTYPES = {"auto": None, **CHOICES}
 NO_CLIP_L = "none"
 # What ComfyUI itself pads Flux prompts to: the length at which a student that saw several is served.
 USUAL_LENGTH = 256

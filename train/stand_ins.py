@@ -12,14 +12,12 @@ from torch import Tensor
 from ..encoder.files import write_student
 from ..encoder.layout import StudentLayout
 from ..encoder.metadata import StudentMetadata
+from .flux_layout import HEAD_WIDTH, FluxLayout, Shapes
 
 NAME = "stand-in"
-# One head of the width that Flux's rotary embedding fixes (16 + 56 + 56).
-WIDTH, DOUBLE_BLOCKS, SINGLE_BLOCKS = 128, 1, 1
-PATCH_VALUES, POOLED_WIDTH, TIME_WIDTH, TEXT_WIDTH = 64, 768, 256, 4096
-TEACHER = StudentLayout(d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, hidden_width=128, projected_width=TEXT_WIDTH)
-
-Shapes = dict[str, tuple[int, ...]]
+# One head, and one block of each kind.
+FLUX = FluxLayout(width=HEAD_WIDTH, double=1, single=1)
+TEACHER = StudentLayout(d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, hidden_width=128, projected_width=FLUX.text_width)
 
 
 def teacher_file(folder: Path) -> Path:
@@ -30,7 +28,7 @@ def teacher_file(folder: Path) -> Path:
 def flux_file(folder: Path) -> Path:
     """A small random Flux with guidance embedding, in the layout that ComfyUI detects."""
     path = folder / "flux.safetensors"
-    safetensors.torch.save_file(drawn(flux_shapes(), seed=2), path)
+    safetensors.torch.save_file(drawn(FLUX.tensors(), seed=2), path)
     return path
 
 
@@ -46,26 +44,3 @@ def _weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
     deviation = 1.0 if "shared" in name else math.prod(shape[1:]) ** -0.5
     # T5 does not divide attention by the root of the head's width; it draws queries that much smaller instead.
     return torch.randn(shape, generator=generator) * (deviation / 4 if name.endswith(".q.weight") else deviation)
-
-
-def flux_shapes() -> Shapes:
-    """Every tensor of the small Flux."""
-    shapes = _linear("img_in", WIDTH, PATCH_VALUES) | _linear("txt_in", WIDTH, TEXT_WIDTH)
-    for name, inputs in {"time_in": TIME_WIDTH, "vector_in": POOLED_WIDTH, "guidance_in": TIME_WIDTH}.items():
-        shapes |= _linear(f"{name}.in_layer", WIDTH, inputs) | _linear(f"{name}.out_layer", WIDTH, WIDTH)
-    for stream in (f"double_blocks.{index}.{kind}" for index in range(DOUBLE_BLOCKS) for kind in ("img", "txt")):
-        shapes |= _linear(f"{stream}_mod.lin", 6 * WIDTH, WIDTH) | _head_norms(f"{stream}_attn.norm")
-        shapes |= _linear(f"{stream}_attn.qkv", 3 * WIDTH, WIDTH) | _linear(f"{stream}_attn.proj", WIDTH, WIDTH)
-        shapes |= _linear(f"{stream}_mlp.0", 4 * WIDTH, WIDTH) | _linear(f"{stream}_mlp.2", WIDTH, 4 * WIDTH)
-    for block in (f"single_blocks.{index}" for index in range(SINGLE_BLOCKS)):
-        shapes |= _linear(f"{block}.linear1", 7 * WIDTH, WIDTH) | _linear(f"{block}.linear2", WIDTH, 5 * WIDTH)
-        shapes |= _linear(f"{block}.modulation.lin", 3 * WIDTH, WIDTH) | _head_norms(f"{block}.norm")
-    return shapes | _linear("final_layer.linear", PATCH_VALUES, WIDTH) | _linear("final_layer.adaLN_modulation.1", 2 * WIDTH, WIDTH)
-
-
-def _linear(name: str, outputs: int, inputs: int) -> Shapes:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-
-def _head_norms(name: str) -> Shapes:
-    return {f"{name}.query_norm.scale": (WIDTH,), f"{name}.key_norm.scale": (WIDTH,)}

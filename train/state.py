@@ -19,7 +19,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .disk import UNFINISHED, replace_file, sha256, sync_file, sync_folder
+from ..encoder.stream import sync_folder
+from .disk import UNFINISHED, replace_file, sha256, sync_file
 from .packing import pack, unpack
 
 FORMAT = 1

@@ -21,7 +21,7 @@ from distilled_t5.train.host import check_output_folder
 from distilled_t5.train.ranks import Ranks
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.run import open_workshop
-from distilled_t5.train.stand_ins import drawn, flux_shapes
+from distilled_t5.train.stand_ins import FLUX, drawn
 from distilled_t5.train.teacher import check_t5xxl
 
 NARROW = StudentLayout(d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16, hidden_width=32, projected_width=512)
@@ -49,7 +49,7 @@ def models(stand_ins: Path) -> Path:
 def broken(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
     """A folder of files that are no models, or no whole ones."""
     folder = tmp_path_factory.mktemp("broken")
-    flux = drawn(flux_shapes(), seed=2)
+    flux = drawn(FLUX.tensors(), seed=2)
     safetensors.torch.save_file(
         {name: tensor for name, tensor in flux.items() if "double_blocks.0.txt_mlp" not in name}, folder / "lacking.safetensors"
     )
