@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,6 +37,7 @@ def start_comfyui(folder: Path, flags: Sequence[str]) -> None:
 
     `--cpu` is added where torch sees no accelerator, since the host would stop there. `--disable-async-offload` is added unless the flags
     say otherwise: weights that the host brings over asynchronously lie in buffers that it writes over, and autograd needs them later.
+    Raises ValueError for flags under which nothing can be trained.
     """
     import torch
 
@@ -51,8 +53,19 @@ def start_comfyui(folder: Path, flags: Sequence[str]) -> None:
         arguments = importlib.import_module("comfy.cli_args").args
     finally:
         sys.argv = before
+    _refuse_fast_products(arguments)
     importlib.import_module("folder_paths")
     _add_model_paths(folder, arguments.extra_model_paths_config)
+
+
+def _refuse_fast_products(arguments: Any) -> None:
+    """Raise ValueError for the products of `--fast` that have no gradient: ComfyUI would train nothing, without a word."""
+    without = {"fp8_matrix_mult", "cublas_ops"} & {feature.value for feature in arguments.fast or ()}
+    if without:
+        raise ValueError(
+            f"ComfyUI's --fast {' '.join(sorted(without))} has no gradient: the student would learn nothing.\n"
+            "What to do: leave --fast out, or name what may stay: -- --fast fp16_accumulation."
+        )
 
 
 def _add_model_paths(folder: Path, configs: list[list[str]] | None) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from distilled_t5.devtools.trainer import command, finish
 
 STARTED = """
 import sys
@@ -37,3 +38,16 @@ def started_with(comfyui: Path, *flags: str) -> list[str]:
 def test_weights_never_lie_in_buffers_that_are_written_over_unless_asked_for(comfyui_path, flags, streams):
     reserved = "1.5" if "--reserve-vram" in flags else "None"
     assert started_with(comfyui_path, *flags) == ["True", streams, reserved]
+
+
+@pytest.mark.parametrize("flags", [["--fast"], ["--fast", "fp8_matrix_mult"], ["--fast", "fp16_accumulation", "cublas_ops"]])
+def test_fast_products_without_a_gradient_are_refused_before_anything_is_loaded(comfyui_path, tmp_path, flags):
+    said = finish([*command(comfyui_path, tmp_path, tmp_path / "run"), *flags], tmp_path, code=1)
+    assert "has no gradient" in said
+    assert "What to do: leave --fast out" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_fast_accumulation_may_stay(comfyui_path):
+    assert started_with(comfyui_path, "--fast", "fp16_accumulation") == ["True", "0", "None"]
