@@ -108,7 +108,7 @@ class DistilledT5Loader(io.ComfyNode):
         return io.NodeOutput(served.clip, served.info, ui=ui.PreviewText(served.info))
 
     @classmethod
-    def fingerprint_inputs(cls, clip_name1: str, clip_name2: str, **_settings: object) -> str:
+    def fingerprint_inputs(cls, clip_name1: str | None, clip_name2: str | None, **_settings: object) -> str:
         return f"{FOLDER}/{fingerprint(clip_name1)}/{fingerprint(clip_name2)}"
 
 

@@ -62,11 +62,11 @@ def path_of(name: str) -> str:
     return path
 
 
-def fingerprint(name: str) -> str:
-    """Changes when the file behind a name changes: size and time of the last change."""
-    path = None if name == NO_FILE else folder_paths.get_full_path(FOLDER, name)
+def fingerprint(name: str | None) -> str:
+    """Changes when the file behind a name changes: size and time of the last change. A name that comes by a link is None to the host."""
+    path = None if name is None or name == NO_FILE else folder_paths.get_full_path(FOLDER, name)
     if path is None or not os.path.isfile(path):
-        return name
+        return str(name)
     stat = os.stat(path)
     return f"{name}:{stat.st_size}:{stat.st_mtime_ns}"
 

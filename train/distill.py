@@ -110,7 +110,8 @@ def _count(learner: Learner, dropped: bool) -> None:
     if learner.skipped_in_a_row >= SKIPS_IN_A_ROW:
         raise NotFinite(
             f"{SKIPS_IN_A_ROW} losses in a row were not finite.\n"
-            'What to do: go on from the last checkpoint with a lower optimizer.learning_rate, or optimizer.autocast = "none".'
+            "What to do: start a new run with student.start = the student.safetensors of a checkpoint, and a lower "
+            'optimizer.learning_rate or optimizer.autocast = "none".'
         )
 
 

@@ -117,7 +117,7 @@ def train(recipe: Recipe, run_path: Path, resume: bool, ranks: Ranks) -> Path | 
             run_path / "checkpoints", functools.partial(_write_checkpointed, recipe, workshop), recipe.checkpoints.keep_last
         )
         # Dropout draws from torch's global generator; each process has its own stretch of it.
-        torch.manual_seed((recipe.seed << 16) + ranks.rank)
+        torch.manual_seed(recipe.seed ^ (ranks.rank << 20))
         best, positions = _restore(workshop, checkpoints) if resume else (None, [])
         reporter = open_things.enter_context(Reporter(run, ranks.is_main, workshop.schedule.total_steps, start_step=workshop.learner.step))
         open_things.enter_context(differentiable(workshop.flow.model.diffusion_model, recipe.diffusion_model.checkpoint_blocks))

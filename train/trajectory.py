@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -35,7 +36,9 @@ class Draw:
 
 def draw(seed: int, index: int, batch: int, side_px: int, guidance: tuple[float, ...], lengths: tuple[int, ...]) -> Draw:
     """Draw batch `index`: a pure function of its arguments, so that a resumed run and another number of GPUs draw the same."""
-    generator = torch.Generator().manual_seed((seed << 32) ^ index)
+    # Hashed, because torch's CPU generator keeps the low 32 bits of a seed alone.
+    digest = hashlib.blake2b(f"draw {seed} {index}".encode(), digest_size=4).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
     side = side_px // LATENT_CELL_PX
     noise_BCHW = torch.randn(batch, LATENT_CHANNELS, side, side, generator=generator)
     scales = torch.tensor([_one_of(guidance, generator) for _ in range(batch)]) if guidance else None

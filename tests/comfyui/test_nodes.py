@@ -127,6 +127,8 @@ def test_fingerprint_changes_with_the_file_only(models):
 
     before = fingerprint()
     assert fingerprint() == before
+    linked = DistilledT5Loader.fingerprint_inputs(clip_name1=None, clip_name2=None, type="flux")
+    assert linked == DistilledT5Loader.fingerprint_inputs(clip_name1=None, clip_name2=None, type="flux")
     (models / "zz_student.safetensors").unlink()
     student_file(models, name="zz_student.safetensors", seed=3, token_length=128)
     assert fingerprint() != before

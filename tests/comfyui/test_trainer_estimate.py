@@ -22,6 +22,7 @@ STAND_INS = [
     "sampling.guidance=[3.5]",
     "sampling.token_lengths=[16]",
     "validation.prompts=2",
+    "preview.vae=''",
 ]
 SMALL_STAGE = ['corpora=[{kind="lines", path="train/words/sentences.txt"}]', "resolution_px=32", "batch=1", "accumulate=2"]
 

@@ -268,6 +268,9 @@ def test_draws_are_a_pure_function_of_seed_and_index():
     assert first.guidance_B is not None and again.guidance_B is not None
     assert torch.equal(first.guidance_B, again.guidance_B)
     assert not torch.equal(first.noise_BCHW, other.noise_BCHW)
+    seeds = [draw(seed, 3, 8, 64, (2.0, 3.0, 4.0, 5.0), (77, 128)) for seed in range(4)]
+    assert len({float(drawn.noise_BCHW.sum()) for drawn in seeds}) == 4
+    assert len({str(drawn.guidance_B) for drawn in seeds}) > 1
     lengths = {draw(7, index, 1, 64, (2.0,), (77, 128)).token_length for index in range(20)}
     assert lengths == {77, 128}
     assert draw(7, 0, 1, 64, (), (77,)).guidance_B is None
