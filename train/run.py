@@ -16,7 +16,7 @@ from torch import Tensor
 from ..encoder.files import unused_path, write_student
 from ..encoder.student import DistilledT5
 from .batches import Batch, Place, Schedule
-from .distill import Learner, NotFinite, linear_schedule, make_optimizer, train_step
+from .distill import SKIPS_IN_A_ROW, Learner, NotFinite, linear_schedule, make_optimizer, train_step
 from .memory import MemoryNeed
 from .models import load_flow, load_teacher_of, make_student_of, memory_need_of, metadata_of
 from .objectives import OBJECTIVES
@@ -217,7 +217,9 @@ def _restore(workshop: Workshop, checkpoints: Checkpoints) -> tuple[float | None
     workshop.student.load_tensors(state.student)
     learner.optimizer.load_state_dict(state.optimizer)
     learner.step, learner.skipped = state.step, state.skipped_steps
-    learner.skipped_in_a_row = state.schedule["skipped_in_a_row"]
+    # A run that stopped because of them may try again.
+    in_a_row = state.schedule["skipped_in_a_row"]
+    learner.skipped_in_a_row = in_a_row if in_a_row < SKIPS_IN_A_ROW else 0
     if rank not in state.rng or len(state.rng) != workshop.ranks.world:
         raise ValueError(
             f"This run was saved by {len(state.rng)} processes and is resumed with {workshop.ranks.world}.\n"

@@ -89,7 +89,9 @@ def advance(position: Position, teacher_velocity_BCHW: Tensor | None) -> Positio
     x_BCHW = position.x_BCHW
     if teacher_velocity_BCHW is not None:
         step_size = position.sigmas_T[position.step + 1] - position.sigmas_T[position.step]
-        x_BCHW = x_BCHW + step_size.to(x_BCHW) * teacher_velocity_BCHW
+        # A velocity that is not finite would spoil the rest of the trajectory: the latent waits for the next one.
+        usable = torch.where(teacher_velocity_BCHW.isfinite().all(), teacher_velocity_BCHW, torch.zeros_like(teacher_velocity_BCHW))
+        x_BCHW = x_BCHW + step_size.to(x_BCHW) * usable
     return replace(position, step=position.step + 1, x_BCHW=x_BCHW)
 
 

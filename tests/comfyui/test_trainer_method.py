@@ -262,6 +262,17 @@ def test_a_loss_that_is_not_finite_drops_the_step_and_ten_in_a_row_stop_the_run(
     assert trained.skipped == 10
 
 
+def test_a_velocity_that_is_not_finite_does_not_spoil_the_rest_of_its_trajectory(flow, text):
+    place = position(flow, text, batch=2)
+    _, velocity = gap_at(place, flow, lambda _ids: place.text_BLD, OBJECTIVES["velocity"])
+    assert velocity is not None
+    broken = velocity.clone()
+    broken[1, 0, 0, 0] = float("nan")
+    moved, waited = advance(place, velocity), advance(place, broken)
+    assert torch.equal(waited.x_BCHW, place.x_BCHW) and waited.step == moved.step == 1
+    assert not torch.equal(moved.x_BCHW, place.x_BCHW)
+
+
 def test_draws_are_a_pure_function_of_seed_and_index():
     first, again, other = (draw(7, index, 8, 64, (2.0, 5.0), (77, 128)) for index in (3, 3, 4))
     assert torch.equal(first.noise_BCHW, again.noise_BCHW)
