@@ -287,8 +287,11 @@ def write_student(
     tensors: Mapping[str, Tensor],
     metadata: StudentMetadata | None = None,
     progress: Progress = lambda _done, _total: None,
+    overwrite: bool = True,
 ) -> Path:
     """Write an encoder file in the published dialect, with metadata, whole or not at all; returns its path.
+
+    With `overwrite` off, a file that has come to stand there meanwhile stays, and the new one gets a number.
 
     The tensors (published names) are checked as on loading. `progress(bytes written, bytes in all)` may raise to cancel. Raises
     StudentFileError for tensors that are no distilled T5, OSError when the disk does not take the file; whatever is raised, nothing is
@@ -305,7 +308,7 @@ def write_student(
     try:
         sha256 = write_stream(aside, sizes, tensors.__getitem__, header, progress)
         _fill_in_hashes(aside, sha256)
-        os.replace(aside, path)
+        path = _publish(aside, path, overwrite)
         sync_folder(path.parent)
     except OSError as error:
         raise OSError(
@@ -316,6 +319,21 @@ def write_student(
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         _remove_abandoned(path.parent)
+    return path
+
+
+def _publish(aside: Path, path: Path, overwrite: bool) -> Path:
+    """Give the finished file its name; returns it."""
+    while not overwrite:
+        try:
+            os.link(aside, path)
+        except FileExistsError:  # noqa: PERF203 (it waits for a name that is free)
+            path = unused_path(path)
+        except OSError:  # no hard links here (exFAT, some network shares): a look before the rename has to do
+            path, overwrite = unused_path(path), True
+        else:
+            return path
+    os.replace(aside, path)
     return path
 
 

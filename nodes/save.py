@@ -57,7 +57,7 @@ class DistilledT5Save(io.ComfyNode):
         show = progress_bar()
         tensors = student_tensors(clip, DTYPES[dtype], show)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_student(path, tensors, student.metadata, show)
+        path = write_student(path, tensors, student.metadata, show, overwrite=False)
         listed = listed_name(path)
         report = f"Saved {listed} ({path.stat().st_size / 1e6:.0f} MB) in {path.parent}"
         return io.NodeOutput(listed, ui=ui.PreviewText(report))

@@ -243,6 +243,26 @@ def test_new_file_takes_the_place_of_the_old_one(tmp_path):
     assert tensor_digest(open_student(target).load()) == tensor_digest(tiny_tensors(seed=1))
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_file_that_appears_while_another_is_written_is_not_overwritten(tmp_path, monkeypatch, links):
+    target = tmp_path / "student.safetensors"
+
+    def refused(*_names: object) -> None:
+        raise PermissionError
+
+    def another_comes(done: int, total: int) -> None:
+        if done == total:
+            target.write_text("somebody's")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    written = write_student(target, tiny_tensors(), progress=another_comes, overwrite=False)
+    assert target.read_text() == "somebody's"
+    assert written.name == "student_00002.safetensors"
+    assert tensor_digest(open_student(written).load()) == tensor_digest(tiny_tensors())
+    assert sorted(os.listdir(tmp_path)) == ["student.safetensors", "student_00002.safetensors"]
+
+
 def test_hash_stands_in_the_header_and_is_that_of_the_data(tmp_path):
     path = write_student(tmp_path / "student.safetensors", tiny_tensors())
     _, dtypes, header = read_header(path)
