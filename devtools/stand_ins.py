@@ -22,6 +22,8 @@ from torch import Tensor
 
 from ..encoder import layout
 from ..encoder.layout import StudentLayout
+from ..miniature import autoencoder
+from ..miniature.autoencoder import vae_tensors
 
 Shapes = dict[str, tuple[int, ...]]
 Weights = dict[str, Tensor]
@@ -29,10 +31,9 @@ Weights = dict[str, Tensor]
 STAMP_NAME = "stand-ins.json"
 FLUX_WIDTH, FLUX_DOUBLE, FLUX_SINGLE = 128, 2, 2
 HEAD_WIDTH = 128  # sum of Flux's fixed rotary axes 16 + 56 + 56
-LATENT_CHANNELS, PATCH_VALUES = 16, 64
+PATCH_VALUES = 64
 TEXT_WIDTH, POOLED_WIDTH, TIME_WIDTH = 4096, 768, 256
 CLIP_WIDTH, CLIP_LAYERS, CLIP_VOCABULARY, CLIP_POSITIONS = 768, 12, 49408, 77
-VAE_WIDTH, VAE_ENCODED_RANGE = 64, 3.0
 LORA_RANK = 1
 
 
@@ -88,7 +89,9 @@ def _stamp_matches(folder: Path) -> bool:
 
 
 def _source_hash() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes() + Path(layout.__file__).read_bytes()).hexdigest()
+    return hashlib.sha256(
+        b"".join(Path(str(module)).read_bytes() for module in (__file__, layout.__file__, autoencoder.__file__))
+    ).hexdigest()
 
 
 def _write_aside(path: Path, write: Callable[[Path], object]) -> None:
@@ -233,50 +236,6 @@ def _matrices(shapes: Shapes, part: str) -> dict[str, tuple[int, int]]:
     return {name.replace(".", "_"): (shape[0], shape[1]) for name, shape in layers.items() if len(shape) == 2}
 
 
-def vae() -> Weights:
-    """A TAESD of 16 latent channels written by hand: three of them carry red, green and blue of an 8 x 8 block.
-
-    Encoding subsamples, decoding repeats; all residual blocks are zero, so that every layer hands its input on. The decoder inverts the
-    encoder's range up to the layout's own clamp tanh(x/3)*3, whose error is 0.04 at the ends of the range.
-    """
-    inner = (VAE_WIDTH, VAE_WIDTH)
-    encoder = {0: (3, VAE_WIDTH), 2: inner, 6: inner, 10: inner, 14: (VAE_WIDTH, LATENT_CHANNELS)}
-    decoder = {1: (LATENT_CHANNELS, VAE_WIDTH), 7: inner, 12: inner, 17: inner, 19: (VAE_WIDTH, 3)}
-    weights = {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
-    for index, (inputs, outputs) in encoder.items():
-        gain = VAE_ENCODED_RANGE if index == 14 else 1.0
-        weights |= tap(f"taesd_encoder.{index}", outputs, inputs, gain, offset={0: 0.0, 14: -VAE_ENCODED_RANGE / 2}.get(index))
-    for index, (inputs, outputs) in decoder.items():
-        gain = 1 / VAE_ENCODED_RANGE if index == 1 else 1.0
-        weights |= tap(f"taesd_decoder.{index}", outputs, inputs, gain, offset={1: 0.5, 19: 0.0}.get(index))
-    for index in (1, 3, 4, 5, 7, 8, 9, 11, 12, 13):
-        weights |= idle_block(f"taesd_encoder.{index}")
-    for index in (3, 4, 5, 8, 9, 10, 13, 14, 15, 18):
-        weights |= idle_block(f"taesd_decoder.{index}")
-    return weights
-
-
-def tap(name: str, outputs: int, inputs: int, gain: float, offset: float | None) -> Weights:
-    """A 3 x 3 convolution that hands the first three channels of its middle pixel on, times `gain`; `offset` None: no bias."""
-    weight = torch.zeros(outputs, inputs, 3, 3)
-    weight[range(3), range(3), 1, 1] = gain
-    if offset is None:
-        return {f"{name}.weight": weight}
-    bias = torch.zeros(outputs)
-    bias[:3] = offset
-    return {f"{name}.weight": weight, f"{name}.bias": bias}
-
-
-def idle_block(name: str) -> Weights:
-    """A residual block of TAESD that adds nothing."""
-    shape = (VAE_WIDTH, VAE_WIDTH, 3, 3)
-    return {
-        key: tensor
-        for index in (0, 2, 4)
-        for key, tensor in ((f"{name}.conv.{index}.weight", torch.zeros(shape)), (f"{name}.conv.{index}.bias", torch.zeros(VAE_WIDTH)))
-    }
-
-
 def _draw_input_picture(path: Path) -> None:
     """A picture with clear edges for the ControlNet: a house under a sun."""
     picture = Image.new("RGB", (512, 512), (150, 190, 230))
@@ -295,7 +254,7 @@ MODEL_FILES: dict[str, Callable[[], Weights]] = {
     "models/text_encoders/t5xxl_fp16.safetensors": t5xxl,
     "models/diffusion_models/flux1-dev.safetensors": flux_dev,
     "models/diffusion_models/flux1-schnell.safetensors": flux_schnell,
-    "models/vae/ae.safetensors": vae,
+    "models/vae/ae.safetensors": vae_tensors,
     "models/loras/FLUX-dev-lora-add_details.safetensors": lora,
     "models/controlnet/flux-canny-controlnet-v3.safetensors": controlnet,
 }

@@ -111,7 +111,7 @@ def _words_at(inked_HW: np.ndarray, top: int) -> Sequence[str]:
     for column in range(LETTERS_IN_A_WORD):
         left = column * LETTER_PITCH
         window = inked_HW[top : top + GLYPH_HEIGHT, left : left + GLYPH_WIDTH].ravel()
-        wrong = (_GLYPH_BITS != window).sum(axis=1)
+        wrong = (window != _GLYPH_BITS).sum(axis=1)
         best = [letter for letter, count in zip(GLYPHS, wrong, strict=True) if count == wrong.min()]
         first, second = first + best[0], second + best[-1]
     return [first] if first == second else [first, second]

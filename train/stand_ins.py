@@ -14,8 +14,9 @@ from ..encoder.layout import StudentLayout
 from ..encoder.metadata import StudentMetadata
 
 NAME = "stand-in"
-# One head of the width that Flux's rotary embedding fixes (16 + 56 + 56).
-WIDTH, DOUBLE_BLOCKS, SINGLE_BLOCKS = 128, 1, 1
+# The width of a head is fixed by Flux's rotary embedding (16 + 56 + 56).
+HEAD_WIDTH = 128
+WIDTH, DOUBLE_BLOCKS, SINGLE_BLOCKS = HEAD_WIDTH, 1, 1
 PATCH_VALUES, POOLED_WIDTH, TIME_WIDTH, TEXT_WIDTH = 64, 768, 256, 4096
 TEACHER = StudentLayout(d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, hidden_width=128, projected_width=TEXT_WIDTH)
 
@@ -48,19 +49,21 @@ def _weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
     return torch.randn(shape, generator=generator) * (deviation / 4 if name.endswith(".q.weight") else deviation)
 
 
-def flux_shapes() -> Shapes:
-    """Every tensor of the small Flux."""
-    shapes = _linear("img_in", WIDTH, PATCH_VALUES) | _linear("txt_in", WIDTH, TEXT_WIDTH)
+def flux_shapes(
+    text_width: int = TEXT_WIDTH, double_blocks: int = DOUBLE_BLOCKS, single_blocks: int = SINGLE_BLOCKS, width: int = WIDTH
+) -> Shapes:
+    """Every tensor of a small Flux with guidance embedding; `width` is a multiple of HEAD_WIDTH."""
+    shapes = _linear("img_in", width, PATCH_VALUES) | _linear("txt_in", width, text_width)
     for name, inputs in {"time_in": TIME_WIDTH, "vector_in": POOLED_WIDTH, "guidance_in": TIME_WIDTH}.items():
-        shapes |= _linear(f"{name}.in_layer", WIDTH, inputs) | _linear(f"{name}.out_layer", WIDTH, WIDTH)
-    for stream in (f"double_blocks.{index}.{kind}" for index in range(DOUBLE_BLOCKS) for kind in ("img", "txt")):
-        shapes |= _linear(f"{stream}_mod.lin", 6 * WIDTH, WIDTH) | _head_norms(f"{stream}_attn.norm")
-        shapes |= _linear(f"{stream}_attn.qkv", 3 * WIDTH, WIDTH) | _linear(f"{stream}_attn.proj", WIDTH, WIDTH)
-        shapes |= _linear(f"{stream}_mlp.0", 4 * WIDTH, WIDTH) | _linear(f"{stream}_mlp.2", WIDTH, 4 * WIDTH)
-    for block in (f"single_blocks.{index}" for index in range(SINGLE_BLOCKS)):
-        shapes |= _linear(f"{block}.linear1", 7 * WIDTH, WIDTH) | _linear(f"{block}.linear2", WIDTH, 5 * WIDTH)
-        shapes |= _linear(f"{block}.modulation.lin", 3 * WIDTH, WIDTH) | _head_norms(f"{block}.norm")
-    return shapes | _linear("final_layer.linear", PATCH_VALUES, WIDTH) | _linear("final_layer.adaLN_modulation.1", 2 * WIDTH, WIDTH)
+        shapes |= _linear(f"{name}.in_layer", width, inputs) | _linear(f"{name}.out_layer", width, width)
+    for stream in (f"double_blocks.{index}.{kind}" for index in range(double_blocks) for kind in ("img", "txt")):
+        shapes |= _linear(f"{stream}_mod.lin", 6 * width, width) | _head_norms(f"{stream}_attn.norm")
+        shapes |= _linear(f"{stream}_attn.qkv", 3 * width, width) | _linear(f"{stream}_attn.proj", width, width)
+        shapes |= _linear(f"{stream}_mlp.0", 4 * width, width) | _linear(f"{stream}_mlp.2", width, 4 * width)
+    for block in (f"single_blocks.{index}" for index in range(single_blocks)):
+        shapes |= _linear(f"{block}.linear1", 7 * width, width) | _linear(f"{block}.linear2", width, 5 * width)
+        shapes |= _linear(f"{block}.modulation.lin", 3 * width, width) | _head_norms(f"{block}.norm")
+    return shapes | _linear("final_layer.linear", PATCH_VALUES, width) | _linear("final_layer.adaLN_modulation.1", 2 * width, width)
 
 
 def _linear(name: str, outputs: int, inputs: int) -> Shapes:
@@ -68,4 +71,4 @@ def _linear(name: str, outputs: int, inputs: int) -> Shapes:
 
 
 def _head_norms(name: str) -> Shapes:
-    return {f"{name}.query_norm.scale": (WIDTH,), f"{name}.key_norm.scale": (WIDTH,)}
+    return {f"{name}.query_norm.scale": (HEAD_WIDTH,), f"{name}.key_norm.scale": (HEAD_WIDTH,)}
