@@ -42,11 +42,12 @@ def make(options: argparse.Namespace) -> list[Path | None]:
     comfyui = find_comfyui(options.comfyui)
     start_comfyui(comfyui, [])
     from distilled_t5.miniature import make as workshop
+    from distilled_t5.miniature.captions import write_prompts
     from distilled_t5.train.stop import StopRequest
 
     given: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "batch", "seed", "learning_rate")}
     if options.what == "prompts":
-        return [workshop.write_prompts(options.out / "prompts.txt", options.count, options.seed or 0)]
+        return [write_prompts(options.out / "prompts.txt", options.count, options.seed or 0)]
     made: list[Path | None] = []
     with StopRequest() as stop:
         if options.what in ("vae", "all"):

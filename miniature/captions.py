@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -72,6 +73,13 @@ def draw_prompt(seed: int, index: int, split: Split, task: str | None = None) ->
     """Scene `index` of a split with a caption for it; a pure function of its arguments (see draw_scene)."""
     scene = draw_scene(seed, index, split, task)
     return scene, caption(scene, random_of("caption", seed, index, split, task or ""))
+
+
+def write_prompts(path: Path, count: int, seed: int = 0) -> Path:
+    """Write captions of the training split, one a line: the prompts from which the trainer distils students."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(draw_prompt(seed, index, "train")[1] + "\n" for index in range(count)), encoding="utf-8")
+    return path
 
 
 def caption(scene: Scene, random: Random) -> str:

@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from ..train.token_ids import END
+
 NOISE_SHARE, MEAN_SPAN = 0.15, 3.0
 # The tokenizer's <extra_id_0>; <extra_id_1> is the number below it, and so on.
 FIRST_SENTINEL, SENTINELS = 32099, 100
-END, PAD = 1, 0
 
 
 def load_tokenizer(comfyui: Path) -> Any:
     """T5's tokenizer, which lies inside ComfyUI."""
-    from transformers import T5TokenizerFast
+    from transformers import T5TokenizerFast  # type: ignore[attr-defined] (made on the spot by transformers 5)
 
     return T5TokenizerFast.from_pretrained(str(comfyui / "comfy" / "text_encoders" / "t5_tokenizer"))
 
@@ -29,14 +30,15 @@ def load_tokenizer(comfyui: Path) -> Any:
 def noise_spans(length: int, random: np.random.RandomState) -> list[tuple[int, int]]:
     """The spans (first token, end) to be hidden in a text of `length` tokens, at least two; no two of them touch.
 
-    Hidden and kept stretches take turns, the first one is kept and may be empty only if the text has but two tokens.
+    What is kept before the first and after the last span may be empty: a short text has one span alone, which must not always be its end.
     """
     assert length >= 2, "a text of one token has nothing beside what is hidden"
-    hidden = min(max(round(length * NOISE_SHARE), 1), length - 1)
-    count = min(max(round(hidden / MEAN_SPAN), 1), hidden, length - hidden, SENTINELS)
-    kept_parts, hidden_parts = _parts(length - hidden, count, random), _parts(hidden, count, random)
+    hidden = max(round(length * NOISE_SHARE), 1)
+    count = min(max(round(hidden / MEAN_SPAN), 1), SENTINELS)
+    kept_parts, hidden_parts = _parts(length - hidden + 2, count + 1, random), _parts(hidden, count, random)
+    kept_parts[0] -= 1
     spans, at = [], 0
-    for kept, hide in zip(kept_parts, hidden_parts, strict=True):
+    for kept, hide in zip(kept_parts[:-1], hidden_parts, strict=True):
         spans.append((at + kept, at + kept + hide))
         at += kept + hide
     return spans

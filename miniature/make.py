@@ -14,7 +14,6 @@ import torch
 from ..train.velocity import differentiable
 from . import flow, teacher
 from .autoencoder import vae_tensors
-from .captions import draw_prompt
 from .corruption import load_tokenizer
 from .flow import FluxSize
 from .teacher import FrozenTeacher
@@ -99,13 +98,6 @@ def _facts(plan: Plan, what: dict[str, Any]) -> dict[str, str]:
         "modelspec.author": "The Distilled T5 contributors",
         "modelspec.license": "Apache-2.0",
     }
-
-
-def write_prompts(path: Path, count: int, seed: int = 0) -> Path:
-    """Write captions of the training split, one a line: the prompts from which the trainer distils students."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(draw_prompt(seed, index, "train")[1] + "\n" for index in range(count)), encoding="utf-8")
-    return path
 
 
 def changed(plan: Plan, **values: Any) -> Plan:

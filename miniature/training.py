@@ -86,8 +86,8 @@ class Trainee:
             self.average[name].lerp_(weight, share)
 
     def averaged(self) -> dict[str, Tensor]:
-        """The module's whole state with the averaged weights in it."""
-        return {name: self.average.get(name, tensor).detach().clone() for name, tensor in self.module.state_dict().items()}
+        """The averaged weights by the names of the module's parameters; a matrix that has two places has the name of the first."""
+        return {name: weight.clone() for name, weight in self.average.items()}
 
     def state(self, recipe_sha256: str) -> TrainerState:
         """All that is needed to go on bit for bit."""
