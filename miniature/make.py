@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from ..encoder.files import data_sha256
 from ..train.velocity import differentiable
 from . import flow, teacher
 from .autoencoder import vae_tensors
@@ -74,7 +74,7 @@ def make_flux(
         raise ValueError(f"{teacher_path} is not there.\nWhat to do: make the teacher first.")
     frozen = FrozenTeacher(teacher_path, load_tokenizer(comfyui), usual_device())
     flux = flow.make_flux(size, frozen.width, plan.seed).to(usual_device())
-    what = {"flux": flow.size_facts(size), "teacher": hashlib.sha256(teacher_path.read_bytes()).hexdigest()}
+    what = {"flux": flow.size_facts(size), "teacher": data_sha256(teacher_path)}
     with differentiable(flux, checkpoint_blocks=False):
         trainee = train(
             flux,
