@@ -38,7 +38,7 @@ BACKGROUND_PHRASES = {
     "night": ("at night", "in the dark"),
     "fog": ("in the fog", "in the mist"),
     "beach": ("on the beach", "on sand"),
-    "sea": ("under water", "deep in the sea"),
+    "sea": ("under water", "in the sea"),
     "meadow": ("on a meadow", "on the grass"),
 }
 PLACE_PHRASES = {
@@ -54,8 +54,8 @@ PLACE_PHRASES = {
 }
 # A relation as `relations` gives it, said from its first thing and, inverted, from its second.
 RELATION_PHRASES = {
-    "left of": ("left of", "to the left of", "on the left side of"),
-    "right of": ("right of", "to the right of", "on the right side of"),
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
     "above": ("above", "over", "higher than"),
     "below": ("below", "under", "beneath"),
 }
@@ -65,8 +65,8 @@ SIGNS = ("a sign that says {}", "a sign saying {}", "{} on a sign", "a sign with
 OPENINGS = ("", "", "", "a picture of ", "we see ", "look, ", "here: ")
 ASIDE_SHARE = 0.5
 # Longer captions get no opening and no remark: all of them fit into TOKEN_LENGTH tokens of T5.
-MANY_WORDS = 14
-TOKEN_LENGTH = 44
+MANY_WORDS = 12
+TOKEN_LENGTH = 40
 
 
 def draw_prompt(seed: int, index: int, split: Split, task: str | None = None) -> tuple[Scene, str]:
@@ -140,7 +140,9 @@ def _related(scene: Scene, random: Random) -> str:
     first = _relation(pair, random, names[pair[0]], names[pair[2]])
     one, relation, _ = next(triple for triple in found if alone in triple)
     phrase = pick(random, RELATION_PHRASES[relation if one is alone else INVERSE[relation]])
-    both = "both" if random.rand() < 0.5 else f"the {names[pair[0]].split(' ', 2)[2]} and the {names[pair[2]].split(' ', 2)[2]}"
+    # With a background behind it the long form would be the longest caption of all.
+    short = random.rand() < 0.5 or scene.background != USUAL_BACKGROUND
+    both = "both" if short else f"the {names[pair[0]].split(' ', 2)[2]} and the {names[pair[2]].split(' ', 2)[2]}"
     return f"{first}, and {names[alone]} {phrase} {both}"
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -99,7 +98,7 @@ def shifted(t_B: Tensor) -> Tensor:
 def flow_loss(predicted_BCHW: Tensor, batch: Batch) -> Tensor:
     """Weighted mean square of the velocity's error; the velocity is noise minus clean latent (rectified flow, arXiv:2209.03003)."""
     velocity_BCHW = (batch.noise_BCHW - batch.clean_BCHW).to(predicted_BCHW.device)
-    error_C = (predicted_BCHW - velocity_BCHW).square().mean(dim=(0, 2, 3))
+    error_C = (predicted_BCHW.float() - velocity_BCHW).square().mean(dim=(0, 2, 3))
     weight_C = torch.full_like(error_C, IDLE_CHANNEL_WEIGHT)
     weight_C[list(RGB)] = 1.0
     return (error_C * weight_C).sum() / weight_C.sum()
@@ -124,8 +123,3 @@ def save_flux(path: Path, weights: Mapping[str, Tensor], facts: Mapping[str, str
 
 def _published(name: str) -> str:
     return name.removesuffix(".weight") + ".scale" if name.endswith(("query_norm.weight", "key_norm.weight")) else name
-
-
-def size_facts(size: FluxSize) -> dict[str, Any]:
-    """The size as plain numbers."""
-    return asdict(size)

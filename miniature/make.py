@@ -74,7 +74,7 @@ def make_flux(
         raise ValueError(f"{teacher_path} is not there.\nWhat to do: make the teacher first.")
     frozen = FrozenTeacher(teacher_path, load_tokenizer(comfyui), usual_device())
     flux = flow.make_flux(size, frozen.width, plan.seed).to(usual_device())
-    what = {"flux": flow.size_facts(size), "teacher": data_sha256(teacher_path)}
+    what = {"flux": asdict(size), "teacher": data_sha256(teacher_path)}
     with differentiable(flux, checkpoint_blocks=False):
         trainee = train(
             flux,

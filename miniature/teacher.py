@@ -72,7 +72,7 @@ def span_loss(model: T5ForConditionalGeneration, inputs_BL: Tensor, targets_BT: 
     # The head is by far the widest layer: it is spared the padding.
     told_BT = targets_BT != IGNORED
     logits = model.lm_head(hidden_BTM[told_BT] * model.config.d_model**-0.5)
-    return cross_entropy(logits, targets_BT[told_BT])
+    return cross_entropy(logits.float(), targets_BT[told_BT])
 
 
 def encoder_tensors(weights: Mapping[str, Tensor], layout: StudentLayout, dtype: torch.dtype) -> dict[str, Tensor]:

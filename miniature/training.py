@@ -32,7 +32,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """One training: optimizer steps, samples per step, seed, peak rate of AdamW, checkpoints, length of the weight average in steps."""
+    """One training: optimizer steps, samples per step, seed, peak rate of AdamW, checkpoints, length of the weight average in steps.
+
+    bf16: compute in bfloat16 where autocast allows it; the weights stay float32.
+    """
 
     steps: int
     batch: int = 64
@@ -40,6 +43,7 @@ class Plan:
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     average_steps: int = 500
+    bf16: bool = False
     save_every: int = 200
     log_every: int = 20
     keep_last: int = 2
@@ -64,7 +68,9 @@ class Trainee:
 
     def advance(self, loss_at: Callable[[int], Tensor]) -> float:
         """One optimizer step on `loss_at(step)`; returns the loss. Raises RuntimeError for one that is not finite."""
-        loss = loss_at(self.step)
+        device = next(self.module.parameters()).device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.plan.bf16):
+            loss = loss_at(self.step)
         if not torch.isfinite(loss):
             raise RuntimeError(f"The loss of step {self.step} is {float(loss)}.\nWhat to do: start anew with a lower --learning-rate.")
         loss.backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,14 @@ def test_a_run_that_was_stopped_and_resumed_ends_bit_for_bit_where_one_in_a_piec
         assert torch.equal(weight, other), name
     losses = [[json.loads(line)["loss"] for line in (tmp_path / part / "metrics.jsonl").open()] for part in ("whole", "parts")]
     assert losses[0] == losses[1]
+
+
+def test_bfloat16_computes_otherwise_and_keeps_the_weights_in_float32(tmp_path):
+    usual, coarse = run(tmp_path / "usual"), run(tmp_path / "coarse", plan=replace(PLAN, bf16=True))
+    assert usual is not None
+    assert coarse is not None
+    assert {weight.dtype for weight in coarse.averaged().values()} == {torch.float32}
+    assert any(not torch.equal(weight, coarse.averaged()[name]) for name, weight in usual.averaged().items())
 
 
 def test_a_damaged_last_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before(tmp_path):
