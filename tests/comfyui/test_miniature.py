@@ -17,20 +17,21 @@ from distilled_t5.devtools.small_encoders import encode, serve
 from distilled_t5.encoder.files import open_student
 from distilled_t5.miniature import flow
 from distilled_t5.miniature.autoencoder import latents, vae_tensors
-from distilled_t5.miniature.captions import TOKEN_LENGTH, draw_prompt
+from distilled_t5.miniature.captions import TOKEN_LENGTH, draw_prompt, write_prompts
 from distilled_t5.miniature.corpus import draw_text
 from distilled_t5.miniature.corruption import FIRST_SENTINEL, SENTINELS, corrupt, load_tokenizer, noise_spans, restore
 from distilled_t5.miniature.make import FLUX_FILE, TEACHER_FILE, VAE_FILE, make_vae
 from distilled_t5.miniature.reader import verdict
 from distilled_t5.miniature.scenes import draw_scene, random_of
 from distilled_t5.miniature.teacher import IGNORED, TARGET_LENGTH, FrozenTeacher, draw_batch, example
-from distilled_t5.miniature.world import CELL_PX, TASKS, render
+from distilled_t5.miniature.world import CELL_PX, SIDE_PX, TASKS, render
 from distilled_t5.train.velocity import FrozenFlow, differentiable
 from safetensors.torch import load_file
 from torch import Tensor
 
 import nodes
 
+PACK = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SIZE = flow.FluxSize(128, 1, 1)
 CAPTION = "a red star left of a blue moon"
@@ -109,7 +110,7 @@ def test_a_batch_of_texts_is_a_function_of_seed_and_step_and_no_target_is_cut(to
 
 def run(comfyui: Path, out: Path, *arguments: str) -> str:
     """The command as a user gives it; its last lines if it ends well."""
-    command = Path(__file__).resolve().parents[2] / "miniature"
+    command = PACK / "miniature"
     options = ["--out", str(out), "--comfyui", str(comfyui), "--batch", "8"]
     done = subprocess.run([sys.executable, str(command), *arguments, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -148,7 +149,7 @@ def _written(path: Path, content: bytes) -> Path:
 
 
 def test_a_flux_without_a_teacher_is_an_error_that_says_what_to_do(tmp_path, comfyui_path):
-    command = Path(__file__).resolve().parents[2] / "miniature"
+    command = PACK / "miniature"
     arguments = [sys.executable, str(command), "flux", "--out", str(tmp_path), "--comfyui", str(comfyui_path)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -161,6 +162,21 @@ def test_the_teacher_that_the_flux_learns_from_is_the_one_that_the_loader_serves
     torch.testing.assert_close(frozen([CAPTION]), served_BLD, atol=1e-3, rtol=1e-3)
     assert served_BLD.shape == (1, TOKEN_LENGTH, frozen.width)
     assert not extras["pooled_output"].any()
+
+
+def test_the_products_trainer_makes_a_student_of_it_that_the_loader_serves(made, comfyui_path, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.txt", 64)
+    settings = [f"teacher.t5={made / TEACHER_FILE}", f"diffusion_model.file={made / FLUX_FILE}", f"sampling.token_lengths=[{TOKEN_LENGTH}]"]
+    for stage in range(2):
+        corpora = f'[{{kind="lines", path="{prompts.as_posix()}"}}]'
+        settings += [f"stage.{stage}.corpora={corpora}", f"stage.{stage}.resolution_px={SIDE_PX}", f"stage.{stage}.steps=4"]
+    arguments = [part for setting in [*settings, "validation.prompts=2"] for part in ("--set", setting)]
+    trainer = [sys.executable, str(PACK / "train"), "smoke", "--run", str(tmp_path / "run"), "--comfyui", str(comfyui_path), *arguments]
+    done = subprocess.run([*trainer, "--", "--base-directory", str(tmp_path), "--cpu"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    [student] = (tmp_path / "models" / "text_encoders").glob("*.safetensors")
+    [(text_BLD, _)] = encode(serve(student).clip, CAPTION)
+    assert text_BLD.shape == (1, TOKEN_LENGTH, open_student(made / TEACHER_FILE).layout.d_model)
 
 
 def test_stock_nodes_and_the_hosts_sampler_make_a_picture_of_the_three_files(made):
