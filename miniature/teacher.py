@@ -100,7 +100,7 @@ class FrozenTeacher:
     def __init__(self, path: Path, tokenizer: Any, device: torch.device) -> None:
         file = open_student(path)
         self.width, self.tokenizer, self.device = file.layout.output_width, tokenizer, device
-        self.encoder = DistilledT5(file.layout, dropout=0.0).requires_grad_(False).eval()
+        self.encoder = DistilledT5(file.layout, dropout=0.0).requires_grad_(False).train(False)
         self.encoder.load_tensors({name: tensor.float() for name, tensor in file.load().items()})
         self.encoder.to(device)
 

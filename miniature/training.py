@@ -16,7 +16,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, autocast
 from torch.nn import Module
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Muon, Optimizer
@@ -69,7 +69,7 @@ class Trainee:
     def advance(self, loss_at: Callable[[int], Tensor]) -> float:
         """One optimizer step on `loss_at(step)`; returns the loss. Raises RuntimeError for one that is not finite."""
         device = next(self.module.parameters()).device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.plan.bf16):
+        with autocast(device, dtype=torch.bfloat16, enabled=self.plan.bf16):
             loss = loss_at(self.step)
         if not torch.isfinite(loss):
             raise RuntimeError(f"The loss of step {self.step} is {float(loss)}.\nWhat to do: start anew with a lower --learning-rate.")
