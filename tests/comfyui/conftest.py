@@ -28,12 +28,12 @@ def find_comfyui() -> Path:
 def prepare_comfyui(path: Path) -> None:
     """Make `comfy` importable, on the CPU where there is no GPU, with its folders in a place of their own."""
     sys.path.insert(0, str(path))
+    # As main.py does: older hosts' `nodes` puts comfy/ first on sys.path, whose utils.py would then hide the package `utils`.
+    import utils.extra_config  # noqa: F401 (kept in sys.modules)
     from comfy.cli_args import args
 
     args.cpu = not torch.cuda.is_available()
     args.base_directory = WORK.name
-    # As main.py does: older hosts' `nodes` puts comfy/ first on sys.path, whose utils.py would then hide the package `utils`.
-    import utils.extra_config  # noqa: F401 (kept in sys.modules; it brings folder_paths, which reads the arguments once)
 
 
 COMFYUI = find_comfyui()
