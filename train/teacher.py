@@ -20,11 +20,10 @@ from ..encoder.families import FAMILIES
 from ..encoder.files import open_student, read_header
 from ..encoder.layout import StudentLayout
 from ..encoder.served import ServingOptions, load_encoder
+from .token_ids import fit
 
 if TYPE_CHECKING:
     from .batches import Batch
-
-END, PAD = 1, 0
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,6 @@ class Teacher:
         tokenizer = self.clip.tokenizer.clip_l
         tokens = [tokenizer.tokenize_with_weights(literal(prompt)) for prompt in prompts]
         return torch.cat([self.clip_l.encode_token_weights(chunks)[1].float().cpu() for chunks in tokens])
-
-
-def fit(token_ids: list[int], length: int) -> list[int]:
-    """Token ids cut or padded to exactly `length`; what is cut still ends with the end token."""
-    if len(token_ids) > length:
-        return [*token_ids[: length - 1], END]
-    return token_ids + [PAD] * (length - len(token_ids))
 
 
 def literal(prompt: str) -> str:

@@ -1,0 +1,83 @@
+"""The command: `python <pack>/miniature {vae,teacher,flux,all,prompts} [--out DIR] [--steps N] [--resume] [--comfyui DIR]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def register_pack() -> None:
+    """Import the pack's root as package `distilled_t5` by the trainer's own bootstrap."""
+    start = Path(__file__).resolve().parent.parent / "train" / "__main__.py"
+    spec = importlib.util.spec_from_file_location("distilled_t5_bootstrap", start)
+    assert spec is not None and spec.loader is not None
+    bootstrap = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bootstrap)
+    bootstrap.register_pack()
+
+
+def command_line() -> argparse.ArgumentParser:
+    """What the command takes."""
+    parser = argparse.ArgumentParser(prog="miniature", description="Make the miniature: a T5 teacher, a Flux and a VAE of a small world.")
+    parser.add_argument("what", choices=("vae", "teacher", "flux", "all", "prompts"), help="which file to make; `all`: the three models")
+    parser.add_argument("--out", type=Path, default=Path("miniature-out"), metavar="DIR", help="folder for the files and the runs")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: as planned for each model)")
+    parser.add_argument("--batch", type=int, help="samples per step")
+    parser.add_argument("--seed", type=int, help="decides everything that is drawn")
+    parser.add_argument("--learning-rate", type=float, help="peak rate of AdamW; Muon's is ten times that")
+    parser.add_argument("--bf16", action="store_true", default=None, help="compute in bfloat16: faster where the processor knows it")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, bit for bit")
+    parser.add_argument("--count", type=int, default=20_000, help="how many prompts to write")
+    parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one whose custom_nodes this pack lies in)")
+    return parser
+
+
+def make(options: argparse.Namespace) -> list[Path | None]:
+    """Make what is asked for; None stands for what was stopped."""
+    from distilled_t5.train.host import find_comfyui, start_comfyui
+
+    comfyui = find_comfyui(options.comfyui)
+    start_comfyui(comfyui, [])
+    from distilled_t5.miniature import make as workshop
+    from distilled_t5.miniature.captions import write_prompts
+    from distilled_t5.train.stop import StopRequest
+
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "batch", "seed", "learning_rate", "bf16")}
+    if options.what == "prompts":
+        return [write_prompts(options.out / "prompts.txt", options.count, options.seed or 0)]
+    made: list[Path | None] = []
+    with StopRequest() as stop:
+        if options.what in ("vae", "all"):
+            made.append(workshop.make_vae(options.out))
+        for name, plan, maker in (
+            ("teacher", workshop.TEACHER_PLAN, workshop.make_teacher),
+            ("flux", workshop.FLUX_PLAN, workshop.make_flux),
+        ):
+            # `all --resume` goes on where it was: in a model that has no checkpoint yet it begins.
+            resume = options.resume and (options.what == name or (options.out / f"{name}-run" / "checkpoints").is_dir())
+            if options.what in (name, "all") and None not in made:
+                made.append(maker(options.out, comfyui, workshop.changed(plan, **given), resume=resume, stop=lambda: stop.requested))
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; an expected failure is a sentence on the terminal and exit status 1, a stop by signal 130."""
+    options = command_line().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        made = make(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    for path in made:
+        print("Stopped; go on with --resume." if path is None else f"Done: {path}")
+    return 130 if None in made else 0
+
+
+if __name__ == "__main__":
+    register_pack()
+    sys.exit(main(sys.argv[1:]))

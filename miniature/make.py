@@ -1,0 +1,105 @@
+"""Making the miniature: VAE by hand, teacher from text, Flux from pictures; each into a file that stock nodes and ours load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from ..encoder.files import data_sha256
+from ..train.velocity import differentiable
+from . import flow, teacher
+from .autoencoder import vae_tensors
+from .corruption import load_tokenizer
+from .flow import FluxSize
+from .teacher import FrozenTeacher
+from .training import Plan, train
+
+VAE_FILE, TEACHER_FILE, FLUX_FILE = "miniature_vae.safetensors", "miniature_teacher.safetensors", "miniature_flux.safetensors"
+DTYPE = torch.bfloat16
+TEACHER_PLAN = Plan(steps=12_000, batch=64, learning_rate=2e-3)
+FLUX_PLAN = Plan(steps=25_000, batch=64, learning_rate=2e-3)
+Stop = Callable[[], bool]
+
+
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
+def usual_device() -> torch.device:
+    """A CUDA device where there is one, else the CPU. Runs go on bit for bit only on the kind of device where they began."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_vae(out: Path) -> Path:
+    """Write the VAE's file; no training, no chance."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / VAE_FILE
+    safetensors.torch.save_file({name: tensor.to(DTYPE) for name, tensor in vae_tensors().items()}, path)
+    return path
+
+
+def make_teacher(out: Path, comfyui: Path, plan: Plan = TEACHER_PLAN, resume: bool = False, stop: Stop = never) -> Path | None:
+    """Pretrain the teacher on text and write its encoder; None if `stop` asked to leave."""
+    tokenizer, layout = load_tokenizer(comfyui), teacher.LAYOUT
+    device = usual_device()
+    model = teacher.make_model(layout, plan.seed)
+    torch.nn.Module.to(model, device)
+
+    def loss_at(step: int) -> torch.Tensor:
+        inputs_BL, targets_BT = teacher.draw_batch(tokenizer, plan.seed, step, plan.batch)
+        return teacher.span_loss(model, inputs_BL.to(device), targets_BT.to(device))
+
+    what = {"teacher": asdict(layout)}
+    trainee = train(model, loss_at, plan, what, out / "teacher-run", resume, stop)
+    if trainee is None:
+        return None
+    return teacher.save_teacher(out / TEACHER_FILE, trainee.averaged(), layout, _facts(plan, what), DTYPE)
+
+
+def make_flux(
+    out: Path, comfyui: Path, plan: Plan = FLUX_PLAN, size: FluxSize | None = None, resume: bool = False, stop: Stop = never
+) -> Path | None:
+    """Train the Flux on the teacher in `out` and write its file; None if `stop` asked to leave. ComfyUI must be importable.
+
+    Raises ValueError if there is no teacher yet.
+    """
+    size, teacher_path = size or FluxSize(), out / TEACHER_FILE
+    if not teacher_path.is_file():
+        raise ValueError(f"{teacher_path} is not there.\nWhat to do: make the teacher first.")
+    frozen = FrozenTeacher(teacher_path, load_tokenizer(comfyui), usual_device())
+    flux = flow.make_flux(size, frozen.width, plan.seed).to(usual_device())
+    what = {"flux": asdict(size), "teacher": data_sha256(teacher_path)}
+    with differentiable(flux, checkpoint_blocks=False):
+        trainee = train(
+            flux,
+            lambda step: flow.loss_of(flux, frozen, flow.draw_batch(plan.seed, step, plan.batch)),
+            plan,
+            what,
+            out / "flux-run",
+            resume,
+            stop,
+        )
+    if trainee is None:
+        return None
+    return flow.save_flux(out / FLUX_FILE, trainee.averaged(), _facts(plan, what), DTYPE)
+
+
+def _facts(plan: Plan, what: dict[str, Any]) -> dict[str, str]:
+    """What made a file, for its header."""
+    return {
+        "distilled_t5.miniature_plan_sha256": plan.sha256(what),
+        "distilled_t5.steps": str(plan.steps),
+        "modelspec.author": "The Distilled T5 contributors",
+        "modelspec.license": "Apache-2.0",
+    }
+
+
+def changed(plan: Plan, **values: Any) -> Plan:
+    """The plan with those values that are given (not None)."""
+    return replace(plan, **{name: value for name, value in values.items() if value is not None})

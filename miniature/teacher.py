@@ -1,0 +1,111 @@
+"""The teacher: a small T5 that learns from text alone, by span corruption, before any picture; its encoder is kept.
+
+It reads padded texts without a mask, because that is how Flux runs its text encoder.
+"""
+
+# B batch, L input tokens, T target tokens, M width
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import T5Config, T5ForConditionalGeneration
+
+from ..encoder.files import open_student, write_student
+from ..encoder.layout import StudentLayout
+from ..encoder.metadata import StudentMetadata
+from ..encoder.student import DistilledT5, transformers_config
+from ..train.token_ids import PAD, fit
+from .captions import TOKEN_LENGTH
+from .corpus import draw_text
+from .corruption import corrupt, noise_spans
+from .scenes import random_of
+
+LAYOUT = StudentLayout(d_model=128, d_ff=384, num_layers=6, num_heads=4, d_kv=32)
+# Thrown away after pretraining; the shallower it is, the more the encoder has to know.
+DECODER_LAYERS = 2
+TARGET_LENGTH = 16
+IGNORED = -100
+
+
+def make_model(layout: StudentLayout, seed: int) -> T5ForConditionalGeneration:
+    """An untrained T5 of this layout with a shallow decoder, without dropout as T5 v1.1 was pretrained.
+
+    Its head is the token table, as in the first T5: transformers 5 ties them in any case, and it halves what AdamW has to move.
+    """
+    values: dict[str, Any] = transformers_config(layout, dropout=0.0).to_dict()
+    values |= {"num_decoder_layers": DECODER_LAYERS, "decoder_start_token_id": PAD, "tie_word_embeddings": True}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return T5ForConditionalGeneration(T5Config(**values))
+
+
+def example(text: str, tokenizer: Any, random: Any) -> tuple[list[int], list[int]]:
+    """Inputs of TOKEN_LENGTH tokens and targets of TARGET_LENGTH, padded; a longer text is cut."""
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"][: TOKEN_LENGTH - 1]
+    inputs, targets = corrupt(tokens, noise_spans(len(tokens), random))
+    return fit(inputs, TOKEN_LENGTH), fit(targets, TARGET_LENGTH)
+
+
+def draw_batch(tokenizer: Any, seed: int, step: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Inputs [B, L] and targets [B, T] of a step; padding in the targets is IGNORED."""
+    numbers = range(step * batch, (step + 1) * batch)
+    drawn = [example(draw_text(seed, index), tokenizer, random_of("spans", seed, index)) for index in numbers]
+    inputs_BL, targets_BT = (torch.tensor(part) for part in zip(*drawn, strict=True))
+    return inputs_BL, targets_BT.masked_fill(targets_BT == PAD, IGNORED)
+
+
+def span_loss(model: T5ForConditionalGeneration, inputs_BL: Tensor, targets_BT: Tensor) -> Tensor:
+    """Mean cross entropy in nats per target token."""
+    everything_BL = torch.ones_like(inputs_BL)
+    encoded_BLM = model.get_encoder()(input_ids=inputs_BL, attention_mask=everything_BL).last_hidden_state
+    hidden_BTM = model.get_decoder()(
+        input_ids=model.prepare_decoder_input_ids_from_labels(targets_BT),
+        encoder_hidden_states=encoded_BLM,
+        encoder_attention_mask=everything_BL,
+    ).last_hidden_state
+    # The head is by far the widest layer: it is spared the padding.
+    told_BT = targets_BT != IGNORED
+    logits = model.lm_head(hidden_BTM[told_BT] * model.config.d_model**-0.5)
+    return cross_entropy(logits.float(), targets_BT[told_BT])
+
+
+def encoder_tensors(weights: Mapping[str, Tensor], layout: StudentLayout, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The encoder's weights of a whole T5 by their published names; the decoder and the head are left out."""
+    named = {"encoder." + name: tensor for name, tensor in weights.items()}
+    return {name: named[name].to("cpu", dtype).contiguous() for name in layout.tensors()}
+
+
+def save_teacher(path: Path, weights: Mapping[str, Tensor], layout: StudentLayout, facts: Mapping[str, str], dtype: torch.dtype) -> Path:
+    """Write the teacher as an encoder file without projection, which Distilled T5 Loader serves."""
+    metadata = StudentMetadata(
+        token_length=TOKEN_LENGTH,
+        pooled="zero",
+        projection="none",
+        text_width=layout.d_model,
+        title="miniature teacher",
+        facts=facts,
+    )
+    return write_student(path, encoder_tensors(weights, layout, dtype), metadata)
+
+
+class FrozenTeacher:
+    """The teacher's file as a function from captions to embeddings, for training the Flux on it; numerically what the node serves."""
+
+    def __init__(self, path: Path, tokenizer: Any, device: torch.device) -> None:
+        file = open_student(path)
+        self.width, self.tokenizer, self.device = file.layout.output_width, tokenizer, device
+        self.encoder = DistilledT5(file.layout, dropout=0.0).requires_grad_(False).train(False)
+        self.encoder.load_tensors({name: tensor.float() for name, tensor in file.load().items()})
+        self.encoder.to(device)
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str]) -> Tensor:
+        """Embeddings [B, L, D] of captions, padded to TOKEN_LENGTH."""
+        token_ids_BL = torch.tensor([fit(self.tokenizer(text)["input_ids"], TOKEN_LENGTH) for text in captions])
+        return self.encoder(token_ids_BL.to(self.device))

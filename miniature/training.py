@@ -1,0 +1,181 @@
+"""How both models of the miniature are trained: Muon on matrices, AdamW on the rest, an average of the weights, exact resume.
+
+Everything a step draws is a function of seed and step; so a run that was stopped goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, autocast
+from torch.nn import Module
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW, Muon, Optimizer
+
+from ..train.randomness import random_states, restore_random_states
+from ..train.state import Checkpoints, TrainerState
+
+MAX_GRADIENT_NORM = 1.0
+MUON_RATE_PER_ADAM_RATE = 10.0
+ADAM_BETAS = (0.9, 0.95)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training: optimizer steps, samples per step, seed, peak rate of AdamW, checkpoints, length of the weight average in steps.
+
+    bf16: compute in bfloat16 where autocast allows it; the weights stay float32.
+    """
+
+    steps: int
+    batch: int = 64
+    seed: int = 0
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    average_steps: int = 500
+    bf16: bool = False
+    save_every: int = 200
+    log_every: int = 20
+    keep_last: int = 2
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step as a share of its peak: up over the warm-up, level, down from half-way to 0 at the end."""
+        return min(1.0, (step + 1) / self.warmup_steps, 2 * (self.steps - step) / self.steps)
+
+    def sha256(self, what: Mapping[str, Any]) -> str:
+        """A digest of the plan and of what it trains: a checkpoint of another one is not gone on from."""
+        told = {name: value for name, value in asdict(self).items() if name not in ("save_every", "log_every", "keep_last")}
+        return hashlib.sha256(json.dumps([told, what], sort_keys=True).encode()).hexdigest()
+
+
+class Trainee:
+    """A model in training: weights, their average, optimizers, the number of steps taken."""
+
+    def __init__(self, module: Module, plan: Plan) -> None:
+        self.module, self.plan, self.step = module, plan, 0
+        self.optimizers = make_optimizers(module, plan.learning_rate)
+        self.average = {name: weight.detach().clone() for name, weight in module.named_parameters()}
+
+    def advance(self, loss_at: Callable[[int], Tensor]) -> float:
+        """One optimizer step on `loss_at(step)`; returns the loss. Raises RuntimeError for one that is not finite."""
+        device = next(self.module.parameters()).device.type
+        with autocast(device, dtype=torch.bfloat16, enabled=self.plan.bf16):
+            loss = loss_at(self.step)
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"The loss of step {self.step} is {float(loss)}.\nWhat to do: start anew with a lower --learning-rate.")
+        loss.backward()
+        clip_grad_norm_(self.module.parameters(), MAX_GRADIENT_NORM)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * self.plan.rate(self.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self._move_average()
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def _move_average(self) -> None:
+        """An exponential average over `average_steps`, shorter at first, so that it never holds on to the random start."""
+        share = 1 / min(self.plan.average_steps, 1 + self.step // 2)
+        for name, weight in self.module.named_parameters():
+            self.average[name].lerp_(weight, share)
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The averaged weights by the names of the module's parameters; a matrix that has two places has the name of the first."""
+        return {name: weight.clone() for name, weight in self.average.items()}
+
+    def state(self, recipe_sha256: str) -> TrainerState:
+        """All that is needed to go on bit for bit."""
+        weights = {name: weight.detach().clone() for name, weight in self.module.named_parameters()}
+        optimizer = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        position = {"average": self.average}
+        return TrainerState(self.step, 0, self.step, 0, weights, optimizer, {}, random_states({}), recipe_sha256, position=position)
+
+    def restore(self, state: TrainerState, recipe_sha256: str) -> None:
+        """Go on from `state`. Raises ValueError if it is of another plan."""
+        if state.recipe_sha256 != recipe_sha256:
+            raise ValueError(
+                "The checkpoint was made with other sizes, steps or another seed.\n"
+                "What to do: give the same options as at the start, or another folder with --out."
+            )
+        self.step = state.step
+        with torch.no_grad():
+            for name, weight in self.module.named_parameters():
+                weight.copy_(state.student[name])
+        self.average = {name: state.position["average"][name].to(weight.device) for name, weight in self.average.items()}
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state.optimizer[name])
+        for note in restore_random_states(state.rng, {}):
+            log.info(note)
+
+
+def make_optimizers(module: Module, learning_rate: float) -> dict[str, Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for token tables, biases, norms and the layers at both ends."""
+    named = list(module.named_parameters())
+    matrices = [weight for name, weight in named if weight.ndim == 2 and ("block" in name) and "relative_attention_bias" not in name]
+    chosen = {id(weight) for weight in matrices}
+    rest = [weight for _, weight in named if id(weight) not in chosen]
+    optimizers: dict[str, Optimizer] = {
+        "muon": Muon(matrices, lr=learning_rate * MUON_RATE_PER_ADAM_RATE, weight_decay=0.0),
+        "adamw": AdamW(rest, lr=learning_rate, betas=ADAM_BETAS, weight_decay=0.0),
+    }
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def train(
+    module: Module,
+    loss_at: Callable[[int], Tensor],
+    plan: Plan,
+    what: Mapping[str, Any],
+    folder: Path,
+    resume: bool,
+    stop: Callable[[], bool] = lambda: False,
+) -> Trainee | None:
+    """Train `module` to the end of the plan; checkpoints and metrics.jsonl lie in `folder`. None when `stop` asked to leave (all is saved).
+
+    `what` are the module's sizes. Raises ValueError if there is a run in the folder already and `resume` is not set, or if the run there is
+    another one; OSError when the disk does not take a checkpoint.
+    """
+    trainee, sha256 = Trainee(module, plan), plan.sha256(what)
+    checkpoints = Checkpoints(folder / "checkpoints", _write_weights, plan.keep_last)
+    if resume:
+        state, notes = checkpoints.load_latest()
+        trainee.restore(state, sha256)
+        for note in notes:
+            log.warning(note)
+    elif checkpoints.paths():
+        raise ValueError(f"{folder} holds a run already.\nWhat to do: go on with --resume, or give another folder with --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics, contextlib.ExitStack() as modes:
+        module.train()
+        modes.callback(module.eval)
+        while trainee.step < plan.steps:
+            loss = trainee.advance(loss_at)
+            if trainee.step % plan.log_every == 0 or trainee.step == plan.steps:
+                metrics.write(json.dumps({"step": trainee.step, "loss": loss}) + "\n")
+                metrics.flush()
+                log.info("Step %d of %d: loss %.4f", trainee.step, plan.steps, loss)
+            stopping = stop()
+            if stopping or trainee.step % plan.save_every == 0 or trainee.step == plan.steps:
+                checkpoints.save(trainee.state(sha256))
+            if stopping and trainee.step < plan.steps:
+                return None
+    return trainee
+
+
+def _write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)

@@ -1,0 +1,290 @@
+"""The miniature in a real ComfyUI: the VAE by hand, T5's tokenizer, and the command from nothing to a picture through stock nodes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comfy.latent_formats
+import comfy.sd
+import folder_paths
+import pytest
+import torch
+from distilled_t5.devtools.small_encoders import encode, serve
+from distilled_t5.encoder.files import open_student
+from distilled_t5.miniature import flow
+from distilled_t5.miniature.autoencoder import latents, vae_tensors
+from distilled_t5.miniature.captions import TOKEN_LENGTH, draw_prompt, write_prompts
+from distilled_t5.miniature.corpus import draw_text
+from distilled_t5.miniature.corruption import FIRST_SENTINEL, SENTINELS, corrupt, load_tokenizer, noise_spans, restore
+from distilled_t5.miniature.make import FLUX_FILE, TEACHER_FILE, VAE_FILE, make_vae
+from distilled_t5.miniature.reader import verdict
+from distilled_t5.miniature.scenes import draw_scene, random_of
+from distilled_t5.miniature.teacher import IGNORED, TARGET_LENGTH, FrozenTeacher, draw_batch, example
+from distilled_t5.miniature.training import Plan, train
+from distilled_t5.miniature.world import CELL_PX, SIDE, SIDE_PX, TASKS, render
+from distilled_t5.train.velocity import FrozenFlow, differentiable
+from safetensors.torch import load_file
+from torch import Tensor
+
+import nodes
+
+PACK = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+SIZE = flow.FluxSize(128, 1, 1)
+CAPTION = "a red star left of a blue moon"
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def vae(request: pytest.FixtureRequest) -> Any:
+    """The stock VAE of the tensors as they are, and as they are in the file."""
+    return comfy.sd.VAE(sd={name: tensor.to(request.param) for name, tensor in vae_tensors().items()})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(comfyui_path: Path) -> Any:
+    return load_tokenizer(comfyui_path)
+
+
+def pixels(scene: Any) -> Tensor:
+    return torch.from_numpy(render(scene, CELL_PX))[None]
+
+
+@torch.no_grad()
+def round_trip(vae: Any, picture_BHWC: Tensor) -> Tensor:
+    return vae.decode(vae.encode(picture_BHWC)).float()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_picture_that_went_through_the_vae_is_read_for_what_it_was(vae, task):
+    for index in range(4):
+        scene = draw_scene(0, index, "train", task)
+        assert verdict(scene, round_trip(vae, pixels(scene))[0].numpy())
+
+
+def test_a_round_trip_through_the_vae_is_as_exact_as_its_docstring_says():
+    vae = comfy.sd.VAE(sd=vae_tensors())
+    picture = torch.cat([pixels(draw_scene(1, index, "train")) for index in range(6)])
+    assert (round_trip(vae, picture) - picture).abs().max() < 1e-6
+    stored = comfy.sd.VAE(sd={name: tensor.bfloat16() for name, tensor in vae_tensors().items()})
+    assert (round_trip(stored, picture) - picture).abs().max() < 1e-3
+    ramp = torch.linspace(0, 1, 12).repeat_interleave(8).expand(1, 96, 96)[..., None].expand(1, 96, 96, 3)
+    assert 0.04 < (round_trip(vae, ramp.contiguous()) - ramp).abs().max() < 0.047
+
+
+def test_the_flux_is_trained_on_what_the_vae_makes_of_pictures():
+    scene = draw_scene(2, 0, "train")
+    encoded = comfy.latent_formats.Flux().process_in(comfy.sd.VAE(sd=vae_tensors()).encode(pixels(scene)))
+    torch.testing.assert_close(latents(torch.from_numpy(render(scene))[None]), encoded, atol=1e-5, rtol=0)
+
+
+def test_every_caption_fits_into_the_length_that_it_is_padded_to(tokenizer):
+    captions = [draw_prompt(0, index, "train")[1] for index in range(5000)]
+    assert max(len(ids) for ids in tokenizer(captions)["input_ids"]) <= TOKEN_LENGTH
+
+
+def test_a_corrupted_text_and_what_was_hidden_of_it_make_the_text_again(tokenizer):
+    assert tokenizer.convert_tokens_to_ids("<extra_id_0>") == FIRST_SENTINEL
+    assert tokenizer.convert_tokens_to_ids("<extra_id_99>") == FIRST_SENTINEL - SENTINELS + 1
+    for index in range(200):
+        text = draw_text(0, index)
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        inputs, targets = corrupt(tokens, noise_spans(len(tokens), random_of("test", index)))
+        assert "<extra_id_0>" in tokenizer.decode(inputs)
+        assert tokenizer.decode(restore(inputs, targets)) == tokenizer.decode(tokens)
+
+
+def test_a_batch_of_texts_is_a_function_of_seed_and_step_and_no_target_is_cut(tokenizer):
+    inputs, targets = draw_batch(tokenizer, 0, 3, 64)
+    again = draw_batch(tokenizer, 0, 3, 64)
+    assert torch.equal(inputs, again[0])
+    assert torch.equal(targets, again[1])
+    assert (inputs.shape, targets.shape) == ((64, TOKEN_LENGTH), (64, TARGET_LENGTH))
+    assert ((targets == 1).sum(dim=1) == 1).all()
+    assert (targets != IGNORED).any(dim=1).all()
+    long = example("word " * 200, tokenizer, random_of("long"))
+    assert (len(long[0]), long[1].count(1)) == (TOKEN_LENGTH, 1)
+
+
+def run(comfyui: Path, out: Path, *arguments: str) -> str:
+    """The command as a user gives it; its last lines if it ends well."""
+    command = PACK / "miniature"
+    options = ["--out", str(out), "--comfyui", str(comfyui), "--batch", "8"]
+    done = subprocess.run([sys.executable, str(command), *arguments, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, comfyui_path: Path) -> Path:
+    """What the command leaves behind after three steps of each model."""
+    out = tmp_path_factory.mktemp("made")
+    run(comfyui_path, out, "all", "--steps", "3")
+    return out
+
+
+def test_the_command_makes_three_files_whose_headers_say_what_made_them(made, comfyui_path):
+    assert {path.name for path in made.glob("*.safetensors")} == {VAE_FILE, TEACHER_FILE, FLUX_FILE}
+    teacher = open_student(made / TEACHER_FILE)
+    assert (teacher.metadata.projection, teacher.metadata.token_length) == ("none", TOKEN_LENGTH)
+    assert len(teacher.metadata.facts["distilled_t5.miniature_plan_sha256"]) == 64
+    losses = [json.loads(line) for line in (made / "flux-run" / "metrics.jsonl").open()]
+    assert [line["step"] for line in losses] == [3]
+
+
+def test_a_run_that_is_resumed_after_its_end_writes_the_same_files_again(made, comfyui_path):
+    before = {name: (made / name).read_bytes() for name in (TEACHER_FILE, FLUX_FILE)}
+    output = run(comfyui_path, made, "all", "--steps", "3", "--resume")
+    assert output.count("Done:") == 3
+    for name, content in before.items():
+        old, new = load_file(made / name), load_file(_written(made.parent / name, content))
+        assert all(torch.equal(old[key], new[key]) for key in old)
+
+
+def _written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_a_flux_without_a_teacher_is_an_error_that_says_what_to_do(tmp_path, comfyui_path):
+    command = PACK / "miniature"
+    arguments = [sys.executable, str(command), "flux", "--out", str(tmp_path), "--comfyui", str(comfyui_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "What to do: make the teacher first." in done.stderr
+
+
+def test_the_teacher_that_the_flux_learns_from_is_the_one_that_the_loader_serves(made, tokenizer):
+    frozen = FrozenTeacher(made / TEACHER_FILE, tokenizer, CPU)
+    [(served_BLD, extras)] = encode(serve(made / TEACHER_FILE).clip, CAPTION)
+    torch.testing.assert_close(frozen([CAPTION]), served_BLD, atol=1e-3, rtol=1e-3)
+    assert served_BLD.shape == (1, TOKEN_LENGTH, frozen.width)
+    assert not extras["pooled_output"].any()
+
+
+def test_the_products_trainer_makes_a_student_of_it_that_the_loader_serves(made, comfyui_path, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.txt", 64)
+    settings = [f"teacher.t5={made / TEACHER_FILE}", f"diffusion_model.file={made / FLUX_FILE}", f"sampling.token_lengths=[{TOKEN_LENGTH}]"]
+    for stage in range(2):
+        corpora = f'[{{kind="lines", path="{prompts.as_posix()}"}}]'
+        settings += [f"stage.{stage}.corpora={corpora}", f"stage.{stage}.resolution_px={SIDE_PX}", f"stage.{stage}.steps=4"]
+    arguments = [part for setting in [*settings, "validation.prompts=2"] for part in ("--set", setting)]
+    trainer = [sys.executable, str(PACK / "train"), "smoke", "--run", str(tmp_path / "run"), "--comfyui", str(comfyui_path), *arguments]
+    done = subprocess.run([*trainer, "--", "--base-directory", str(tmp_path), "--cpu"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    [student] = (tmp_path / "models" / "text_encoders").glob("*.safetensors")
+    [(text_BLD, _)] = encode(serve(student).clip, CAPTION)
+    assert text_BLD.shape == (1, TOKEN_LENGTH, open_student(made / TEACHER_FILE).layout.d_model)
+
+
+def test_stock_nodes_and_the_hosts_sampler_make_a_picture_of_the_three_files(made):
+    for kind in ("diffusion_models", "vae"):
+        folder_paths.add_model_folder_path(kind, str(made))
+    [model] = nodes.UNETLoader().load_unet(FLUX_FILE, "default")
+    [vae] = nodes.VAELoader().load_vae(VAE_FILE)
+    clip = serve(made / TEACHER_FILE).clip
+    conditioning = [[text, {**extras, "guidance": 3.5}] for text, extras in encode(clip, CAPTION)]
+    empty = {"samples": torch.zeros(1, 16, SIDE, SIDE)}
+    [latent] = nodes.KSampler().sample(model, 0, 4, 1.0, "euler", "simple", conditioning, conditioning, empty)
+    [picture] = nodes.VAEDecode().decode(vae, latent)
+    assert picture.shape == (1, 96, 96, 3)
+    assert torch.isfinite(picture).all()
+    assert model.model.diffusion_model.params.guidance_embed
+
+
+def test_what_is_trained_and_what_is_loaded_give_the_same_velocity(made, tmp_path):
+    """The loaded model takes the trainer's own road, through the host's apply_model."""
+    module = flow.make_flux(SIZE, 128, seed=5)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        module.final_layer.linear.weight.normal_(0, 0.1, generator=generator)
+    weights = dict(module.state_dict())
+    path = flow.save_flux(tmp_path / "flux.safetensors", weights, {}, torch.float32)
+    loaded = FrozenFlow(comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32}))
+    loaded.load()
+    batch = flow.draw_batch(0, 0, 4)
+    text, pooled = torch.randn(4, TOKEN_LENGTH, 128, generator=generator), torch.zeros(4, 768)
+    with torch.no_grad():
+        told = {"context": text, "y": pooled, "guidance": batch.guidance_B, "transformer_options": {}}
+        expected = module(batch.noise_BCHW, batch.sigma_B, **told)
+        found = loaded.velocity(batch.noise_BCHW, batch.sigma_B, text, pooled, batch.guidance_B)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_the_losss_gradient_is_its_numeric_derivative():
+    module = flow.make_flux(SIZE, 128, seed=5)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator) * 0.05)
+    text = torch.randn(4, TOKEN_LENGTH, 128, generator=generator)
+    batch, watched = flow.draw_batch(0, 0, 4), module.double_blocks[0].img_attn.qkv.weight
+    with differentiable(module, checkpoint_blocks=False):
+        flow.loss_of(module, lambda _captions: text, batch).backward()
+        steepest = watched.grad / watched.grad.norm()
+        with torch.no_grad():
+            values = []
+            for step in (0.02, -0.04):
+                watched.add_(steepest * step)
+                values.append(float(flow.loss_of(module, lambda _captions: text, batch)))
+    assert float(watched.grad.norm()) == pytest.approx((values[0] - values[1]) / 0.04, rel=2e-2)
+
+
+def test_the_loss_of_the_true_velocity_is_zero_and_idle_channels_count_a_twentieth():
+    batch = flow.draw_batch(0, 0, 4)
+    velocity = batch.noise_BCHW - batch.clean_BCHW
+    assert float(flow.flow_loss(velocity, batch)) == 0.0
+    off = [velocity.clone() for _ in range(2)]
+    off[0][:, 0] += 1
+    off[1][:, 5] += 1
+    colour, idle = (float(flow.flow_loss(part, batch)) for part in off)
+    assert idle == pytest.approx(colour * flow.IDLE_CHANNEL_WEIGHT, rel=1e-4)
+
+
+def test_a_step_draws_every_band_of_noise_and_any_guidance():
+    batch = flow.draw_batch(0, 7, 64)
+    assert torch.equal(batch.noise_BCHW, flow.draw_batch(0, 7, 64).noise_BCHW)
+    assert (batch.sigma_B.diff() > 0).all()
+    assert batch.sigma_B.min() < 0.1
+    assert batch.sigma_B.max() > 0.97
+    assert batch.guidance_B.min() < 1.5
+    assert batch.guidance_B.max() > 5.0
+
+
+def test_a_flux_that_was_trained_on_two_pictures_draws_them_for_their_captions(tmp_path):
+    """Learning, saving, stock loading, sampling, decoding and reading agree with each other: under a minute of one core."""
+    few, generator = flow.draw_batch(0, 0, 2), torch.Generator().manual_seed(0)
+    text_BLD = torch.randn(2, 8, 128, generator=generator)
+    module = flow.make_flux(flow.FluxSize(128, 2, 2), 128, seed=0)
+
+    def loss_at(step: int) -> Tensor:
+        batch = replace(flow.draw_batch(1, step, 8), clean_BCHW=few.clean_BCHW.repeat(4, 1, 1, 1))
+        return flow.loss_of(module, lambda _captions: text_BLD.repeat(4, 1, 1), batch)
+
+    with differentiable(module, checkpoint_blocks=False):
+        trainee = train(module, loss_at, Plan(steps=360, warmup_steps=10, average_steps=20), {}, tmp_path / "run", resume=False)
+    assert trainee is not None
+    path = flow.save_flux(tmp_path / "flux.safetensors", trainee.averaged(), {}, torch.bfloat16)
+    model, vae = comfy.sd.load_diffusion_model(str(path)), comfy.sd.VAE(sd=vae_tensors())
+    for index in range(2):
+        conditioning = [[text_BLD[index : index + 1], {"pooled_output": torch.zeros(1, 768), "guidance": 3.5}]]
+        empty = {"samples": torch.zeros(1, 16, SIDE, SIDE)}
+        [latent] = nodes.KSampler().sample(model, index, 12, 1.0, "euler", "simple", conditioning, conditioning, empty)
+        with torch.no_grad():
+            picture = vae.decode(latent["samples"])[0].float().numpy()
+        assert verdict(draw_scene(0, index, "train"), picture)
+
+
+def test_a_width_that_no_head_fits_is_refused():
+    with pytest.raises(ValueError, match="What to do: give a multiple"):
+        flow.make_flux(flow.FluxSize(width=100), 128, seed=0)
+
+
+def test_the_vaes_file_is_the_same_every_time(tmp_path):
+    first, second = (make_vae(tmp_path / name).read_bytes() for name in ("a", "b"))
+    assert first == second

@@ -1,0 +1,184 @@
+"""The teacher's texts and task, and training that goes on bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distilled_t5.encoder.files import open_student
+from distilled_t5.encoder.layout import StudentLayout
+from distilled_t5.miniature.autoencoder import latents, vae_tensors
+from distilled_t5.miniature.captions import draw_prompt, write_prompts
+from distilled_t5.miniature.corpus import draw_text
+from distilled_t5.miniature.corruption import FIRST_SENTINEL, corrupt, noise_spans, restore
+from distilled_t5.miniature.teacher import IGNORED, make_model, save_teacher, span_loss
+from distilled_t5.miniature.training import Plan, Trainee, train
+from distilled_t5.train.token_ids import END
+from transformers import T5ForConditionalGeneration
+
+TINY = StudentLayout(d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8, vocab_size=50)
+PLAN = Plan(steps=6, batch=4, warmup_steps=2, save_every=2, log_every=1)
+
+
+def test_the_corruption_of_a_text_by_hand():
+    tokens = [10, 11, 12, 13, 14, 15]
+    inputs, targets = corrupt(tokens, [(1, 3), (5, 6)])
+    assert inputs == [10, FIRST_SENTINEL, 13, 14, FIRST_SENTINEL - 1, END]
+    assert targets == [FIRST_SENTINEL, 11, 12, FIRST_SENTINEL - 1, 15, END]
+    assert restore(inputs, targets) == tokens
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 20, 43, 500])
+def test_spans_hide_fifteen_percent_in_stretches_of_three_and_the_text_can_be_restored(length):
+    random = np.random.RandomState(0)
+    for _ in range(50):
+        spans = noise_spans(length, random)
+        hidden = sum(end - first for first, end in spans)
+        assert hidden == max(1, round(0.15 * length))
+        assert len(spans) == max(1, round(hidden / 3))
+        assert all(end < first for (_, end), (first, _) in itertools.pairwise(spans))
+        tokens = [int(token) for token in random.randint(100, 30_000, length)]
+        assert restore(*corrupt(tokens, spans)) == tokens
+
+
+@pytest.mark.parametrize("length", [2, 5, 20, 43])
+def test_every_place_of_a_text_is_hidden_at_some_time(length):
+    random = np.random.RandomState(0)
+    hidden = {place for _ in range(500) for first, end in noise_spans(length, random) for place in range(first, end)}
+    assert hidden == set(range(length))
+
+
+def test_texts_are_a_function_of_seed_and_index_and_a_third_of_them_are_captions():
+    texts = [draw_text(0, index) for index in range(600)]
+    assert texts == [draw_text(0, index) for index in range(600)]
+    assert draw_text(1, 0) != texts[0]
+    captions = {draw_prompt(0, index, "train")[1] for index in range(600)}
+    assert 0.25 < sum(text in captions for text in texts) / len(texts) < 0.42
+
+
+def test_what_texts_say_of_a_person_is_always_the_same():
+    told = {text for index in range(8000) for text in draw_text(0, index).split(". ")}
+    homes = {text.removesuffix(".") for text in told if text.startswith("Anna is ")}
+    assert len(homes) == 1
+
+
+def test_the_loss_is_that_of_transformers_own_t5():
+    model = make_model(TINY, seed=0)
+    inputs, targets = torch.randint(2, 50, (3, 9)), torch.randint(2, 50, (3, 5))
+    targets[:, 3:] = IGNORED
+    expected = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), labels=targets).loss
+    torch.testing.assert_close(span_loss(model, inputs, targets), expected)
+
+
+def loss_at(model: T5ForConditionalGeneration) -> Callable[[int], torch.Tensor]:
+    def loss(step: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(step)
+        inputs, targets = (torch.randint(2, 50, (4, length), generator=generator) for length in (8, 4))
+        return span_loss(model, inputs, targets)
+
+    return loss
+
+
+def run(folder: Path, resume: bool = False, stop_after: int | None = None, plan: Plan = PLAN) -> Trainee | None:
+    model = make_model(TINY, seed=0)
+    steps = iter(range(1, 1000))
+    return train(model, loss_at(model), plan, {}, folder, resume, lambda: next(steps) == stop_after)
+
+
+def test_a_run_that_was_stopped_and_resumed_ends_bit_for_bit_where_one_in_a_piece_does(tmp_path):
+    whole = run(tmp_path / "whole")
+    assert run(tmp_path / "parts", stop_after=3) is None
+    resumed = run(tmp_path / "parts", resume=True)
+    assert whole is not None
+    assert resumed is not None
+    for name, weight in whole.averaged().items():
+        assert torch.equal(weight, resumed.averaged()[name]), name
+    for (name, weight), other in zip(whole.module.state_dict().items(), resumed.module.state_dict().values(), strict=True):
+        assert torch.equal(weight, other), name
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / part / "metrics.jsonl").open()] for part in ("whole", "parts")]
+    assert losses[0] == losses[1]
+
+
+def test_bfloat16_computes_otherwise_and_keeps_the_weights_in_float32(tmp_path):
+    usual, coarse = run(tmp_path / "usual"), run(tmp_path / "coarse", plan=replace(PLAN, bf16=True))
+    assert usual is not None
+    assert coarse is not None
+    assert {weight.dtype for weight in coarse.averaged().values()} == {torch.float32}
+    assert any(not torch.equal(weight, coarse.averaged()[name]) for name, weight in usual.averaged().items())
+
+
+def test_a_damaged_last_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before(tmp_path):
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", stop_after=5)
+    broken = tmp_path / "parts" / "checkpoints" / "step-000005" / "state.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1])
+    resumed = run(tmp_path / "parts", resume=True)
+    assert whole is not None
+    assert resumed is not None
+    assert all(torch.equal(weight, resumed.averaged()[name]) for name, weight in whole.averaged().items())
+    assert [path.name for path in broken.parent.parent.glob("*.broken")] == ["step-000005.broken"]
+
+
+def test_a_checkpoint_of_another_plan_is_refused(tmp_path):
+    run(tmp_path, stop_after=3)
+    with pytest.raises(ValueError, match="other sizes, steps or another seed"):
+        run(tmp_path, resume=True, plan=Plan(steps=7, batch=4, warmup_steps=2))
+
+
+def test_a_folder_with_a_run_is_not_started_over(tmp_path):
+    run(tmp_path, stop_after=3)
+    with pytest.raises(ValueError, match="--resume"):
+        run(tmp_path)
+
+
+def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_else():
+    model = make_model(TINY, seed=0)
+    trainee = Trainee(model, PLAN)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    groups = {kind: {names[id(weight)] for weight in opt.param_groups[0]["params"]} for kind, opt in trainee.optimizers.items()}
+    assert groups["muon"] | groups["adamw"] == set(names.values())
+    assert all("block" in name and "layer_norm" not in name and "relative" not in name for name in groups["muon"])
+    assert "shared.weight" in groups["adamw"]
+
+
+def test_the_rate_rises_stays_and_falls_from_half_way_to_nothing():
+    plan = Plan(steps=100, warmup_steps=10)
+    assert [plan.rate(step) for step in (0, 9, 50, 75, 99)] == [0.1, 1.0, 1.0, 0.5, 0.02]
+
+
+def test_the_average_is_of_the_last_steps():
+    model = make_model(TINY, seed=0)
+    trainee = Trainee(model, Plan(steps=50, warmup_steps=1, average_steps=2))
+    for _ in range(8):
+        trainee.advance(loss_at(model))
+    before = {name: value.clone() for name, value in trainee.average.items()}
+    trainee.advance(loss_at(model))
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(trainee.average[name], (before[name] + weight.detach()) / 2)
+
+
+def test_the_teachers_file_is_a_whole_encoder_that_says_it_has_no_projection(tmp_path):
+    weights = make_model(TINY, seed=0).state_dict()
+    file = open_student(save_teacher(tmp_path / "t.safetensors", weights, TINY, {}, torch.float32))
+    assert file.layout == TINY
+    assert (file.metadata.projection, file.metadata.text_width, file.metadata.pooled) == ("none", 16, "zero")
+    assert torch.equal(file.load()["encoder.shared.weight"], weights["shared.weight"])
+
+
+def test_the_vae_leaves_scale_one_and_the_pictures_latents_lie_between_minus_one_and_one():
+    assert float(vae_tensors()["vae_scale"]) == 1.0
+    latent = latents(torch.rand(2, 4, 4, 3))
+    assert latent.shape == (2, 16, 4, 4)
+    assert latent.abs().max() <= 1
+    assert not latent[:, 3:].any()
+
+
+def test_prompts_for_the_trainer_are_written_one_a_line(tmp_path):
+    lines = write_prompts(tmp_path / "new" / "prompts.txt", 50).read_text(encoding="utf-8").splitlines()
+    assert lines == [draw_prompt(0, index, "train")[1] for index in range(50)]
