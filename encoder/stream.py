@@ -37,7 +37,7 @@ def write_stream(
 
     `sizes` names dtype and shape of every tensor; `tensor_of(name)` gives each once, when its turn comes, so that they need not all be in
     memory. `progress(bytes done, bytes in all)` is called between pieces and may raise to cancel: the file is left unfinished then. What
-    is written is byte for byte what the safetensors library writes.
+    is written is byte for byte what the safetensors library writes, but for the order of the metadata.
     """
     header, total = _header(sizes, metadata)
     digest, done = hashlib.sha256(), 0
