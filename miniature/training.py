@@ -1,6 +1,7 @@
 """How both models of the miniature are trained: Muon on matrices, AdamW on the rest, an average of the weights, exact resume.
 
-Everything a step draws is a function of seed and step; so a run that was stopped goes on bit for bit.
+Everything a step draws is a function of seed and step; so a run that was stopped goes on bit for bit. The rate stays level until the last
+part of a run; before that it can be resumed with another length, and is what it would be had it been planned so.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..train.state import Checkpoints, TrainerState
 MAX_GRADIENT_NORM = 1.0
 MUON_RATE_PER_ADAM_RATE = 10.0
 ADAM_BETAS = (0.9, 0.95)
+DECAY_SHARE = 0.3
 log = logging.getLogger(__name__)
 
 
@@ -48,13 +50,23 @@ class Plan:
     log_every: int = 20
     keep_last: int = 2
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step as a share of its peak: up over the warm-up, level, down from half-way to 0 at the end."""
-        return min(1.0, (step + 1) / self.warmup_steps, 2 * (self.steps - step) / self.steps)
+    @property
+    def decay_steps(self) -> int:
+        """At the end so many steps bring the rate down."""
+        return max(round(self.steps * DECAY_SHARE), 1)
 
-    def sha256(self, what: Mapping[str, Any]) -> str:
-        """A digest of the plan and of what it trains: a checkpoint of another one is not gone on from."""
-        told = {name: value for name, value in asdict(self).items() if name not in ("save_every", "log_every", "keep_last")}
+    def rate(self, step: int) -> float:
+        """The learning rate of a step as a share of its peak: up over the warm-up, level, down to 0 over the last `decay_steps`."""
+        return min(1.0, (step + 1) / self.warmup_steps, (self.steps - step) / self.decay_steps)
+
+    def level_at(self, step: int) -> bool:
+        """Whether the steps before this one were the same however long the run is to be."""
+        return step <= self.steps - self.decay_steps
+
+    def sha256(self, what: Mapping[str, Any], length_too: bool = True) -> str:
+        """A digest of the plan, with or without its length, and of what it trains: a checkpoint of another one is not gone on from."""
+        idle = ("save_every", "log_every", "keep_last", *(() if length_too else ("steps",)))
+        told = {name: value for name, value in asdict(self).items() if name not in idle}
         return hashlib.sha256(json.dumps([told, what], sort_keys=True).encode()).hexdigest()
 
 
@@ -99,15 +111,21 @@ class Trainee:
         """All that is needed to go on bit for bit."""
         weights = {name: weight.detach().clone() for name, weight in self.module.named_parameters()}
         optimizer = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        position = {"average": self.average}
+        position = {"average": self.average, "planned_steps": self.plan.steps}
         return TrainerState(self.step, 0, self.step, 0, weights, optimizer, {}, random_states({}), recipe_sha256, position=position)
 
     def restore(self, state: TrainerState, recipe_sha256: str) -> None:
-        """Go on from `state`. Raises ValueError if it is of another plan."""
+        """Go on from `state`. Raises ValueError if it is of another plan, or of another length and the rate has begun to fall."""
         if state.recipe_sha256 != recipe_sha256:
             raise ValueError(
-                "The checkpoint was made with other sizes, steps or another seed.\n"
+                "The checkpoint was made with other sizes or another seed.\n"
                 "What to do: give the same options as at the start, or another folder with --out."
+            )
+        was = state.position["planned_steps"]
+        if was != self.plan.steps and not (self.plan.level_at(state.step) and replace(self.plan, steps=was).level_at(state.step)):
+            raise ValueError(
+                f"The run was to have {was} steps and is now to have {self.plan.steps}, but at its step {state.step} the learning rate has "
+                f"begun to fall, by the old length or by the new one.\nWhat to do: go on with --steps {was}, or start anew with another --out."
             )
         self.step = state.step
         with torch.no_grad():
@@ -150,7 +168,7 @@ def train(
     `what` are the module's sizes. Raises ValueError if there is a run in the folder already and `resume` is not set, or if the run there is
     another one; OSError when the disk does not take a checkpoint.
     """
-    trainee, sha256 = Trainee(module, plan), plan.sha256(what)
+    trainee, sha256 = Trainee(module, plan), plan.sha256(what, length_too=False)
     checkpoints = Checkpoints(folder / "checkpoints", _write_weights, plan.keep_last)
     if resume:
         state, notes = checkpoints.load_latest()

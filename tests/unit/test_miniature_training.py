@@ -127,8 +127,25 @@ def test_a_damaged_last_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one
 
 def test_a_checkpoint_of_another_plan_is_refused(tmp_path):
     run(tmp_path, stop_after=3)
-    with pytest.raises(ValueError, match="other sizes, steps or another seed"):
-        run(tmp_path, resume=True, plan=Plan(steps=7, batch=4, warmup_steps=2))
+    with pytest.raises(ValueError, match="other sizes or another seed"):
+        run(tmp_path, resume=True, plan=replace(PLAN, batch=PLAN.batch + 1))
+
+
+def test_a_run_that_was_lengthened_in_time_is_the_one_that_was_planned_longer(tmp_path):
+    longer = replace(PLAN, steps=2 * PLAN.steps)
+    planned = run(tmp_path / "planned", plan=longer)
+    run(tmp_path / "lengthened", stop_after=PLAN.steps - PLAN.decay_steps)
+    lengthened = run(tmp_path / "lengthened", plan=longer, resume=True)
+    assert planned is not None
+    assert lengthened is not None
+    assert all(torch.equal(weight, lengthened.averaged()[name]) for name, weight in planned.averaged().items())
+
+
+@pytest.mark.parametrize(("stop_after", "steps"), [(PLAN.steps - PLAN.decay_steps + 1, 2 * PLAN.steps), (3, 3)], ids=["longer", "shorter"])
+def test_another_length_is_refused_once_the_rate_falls(tmp_path, stop_after, steps):
+    run(tmp_path, stop_after=stop_after)
+    with pytest.raises(ValueError, match=f"go on with --steps {PLAN.steps}"):
+        run(tmp_path, plan=replace(PLAN, steps=steps), resume=True)
 
 
 def test_a_folder_with_a_run_is_not_started_over(tmp_path):
@@ -147,9 +164,10 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_else():
     assert "shared.weight" in groups["adamw"]
 
 
-def test_the_rate_rises_stays_and_falls_from_half_way_to_nothing():
+def test_the_rate_rises_stays_and_falls_over_the_last_part_to_nothing():
     plan = Plan(steps=100, warmup_steps=10)
-    assert [plan.rate(step) for step in (0, 9, 50, 75, 99)] == [0.1, 1.0, 1.0, 0.5, 0.02]
+    assert [plan.rate(step) for step in (0, 9, 70, 85, 97)] == [0.1, 1.0, 1.0, 0.5, 0.1]
+    assert (plan.level_at(70), plan.level_at(71)) == (True, False)
 
 
 def test_the_average_is_of_the_last_steps():
