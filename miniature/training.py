@@ -125,7 +125,8 @@ class Trainee:
         if was != self.plan.steps and not (self.plan.level_at(state.step) and replace(self.plan, steps=was).level_at(state.step)):
             raise ValueError(
                 f"The run was to have {was} steps and is now to have {self.plan.steps}, but at its step {state.step} the learning rate has "
-                f"begun to fall, by the old length or by the new one.\nWhat to do: go on with --steps {was}, or start anew with another --out."
+                f"begun to fall, by the old length or by the new one.\n"
+                f"What to do: go on with --steps {was}, or start anew with another --out."
             )
         self.step = state.step
         with torch.no_grad():
