@@ -126,7 +126,7 @@ def main() -> None:
     """Read the command line, run the demo and print the report."""
     parser = argparse.ArgumentParser(description="Run a shipped workflow in a real ComfyUI.")
     parser.add_argument("--comfyui", type=Path, required=True, help="folder of ComfyUI's main.py")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures, timings.json and server.log")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the pictures, timings.json and server.log")
     arguments = parser.parse_args()
     try:
         timings = run_demo(arguments.comfyui, arguments.out)
