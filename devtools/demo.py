@@ -5,6 +5,7 @@ API, and leaves the pictures, timings.json and the server's log in the output fo
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -12,9 +13,11 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .ending import interrupt_when_asked
 from .server import ComfyServer, has_accelerator
 from .stand_ins import ensure_all, link_into
 from .workflow import set_inputs, to_api_prompt
@@ -38,14 +41,24 @@ def run_demo(comfyui: Path, out: Path) -> dict[str, Any]:
         link_into(models, base)
         print("Starting ComfyUI with the pack in custom_nodes ...", flush=True)
         started = time.monotonic()
-        with ComfyServer(comfyui, base, ROOT) as server:
+        server = ComfyServer(comfyui, base, ROOT)
+        with log_kept(server, out), server:
             timings = describe(server) | {"server_start_s": round(time.monotonic() - started, 1)}
             prompt = demo_prompt(server)
             timings["runs"] = [run_once(server, prompt, text, out / f"picture-{n}.png") for n, text in enumerate(PROMPTS, start=1)]
             timings["encode_changed_prompt_s"] = encode_alone(server, prompt)
-        shutil.copyfile(server.log_path, out / "server.log")
     (out / "timings.json").write_text(json.dumps(timings, indent=2) + "\n", encoding="utf-8")
     return timings
+
+
+@contextlib.contextmanager
+def log_kept(server: ComfyServer, out: Path) -> Iterator[None]:
+    """Leaves the server's log in the output folder, above all when something fails."""
+    try:
+        yield
+    finally:
+        if server.log_path.exists():
+            shutil.copyfile(server.log_path, out / "server.log")
 
 
 def describe(server: ComfyServer) -> dict[str, Any]:
@@ -73,6 +86,7 @@ def demo_prompt(server: ComfyServer) -> dict[str, Any]:
 def run_once(server: ComfyServer, prompt: dict[str, Any], text: str, picture: Path) -> dict[str, Any]:
     """Make one picture; returns its prompt, seconds, size, file and what the loader said."""
     set_inputs(prompt, "CLIPTextEncode", text=text)
+    print(f"Running {WORKFLOW.relative_to(ROOT).as_posix()}: {text}", flush=True)
     started = time.monotonic()
     entry = server.run(prompt)
     seconds = time.monotonic() - started
@@ -128,9 +142,12 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path, required=True, help="folder of ComfyUI's main.py")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the pictures, timings.json and server.log")
     arguments = parser.parse_args()
+    interrupt_when_asked()
     try:
         timings = run_demo(arguments.comfyui, arguments.out)
-    except (RuntimeError, ValueError, TimeoutError) as error:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"The demo failed: {error}")
     print(report(timings, arguments.out))
 

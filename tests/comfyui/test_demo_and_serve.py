@@ -50,6 +50,7 @@ def test_demo_leaves_pictures_and_timings(comfyui_path: Path, tmp_path: Path) ->
     timings = json.loads((out / "timings.json").read_text(encoding="utf-8"))
     assert len(timings["runs"]) == 2
     for run in timings["runs"]:
+        assert f"Running {timings['workflow']}: {run['prompt']}\n" in done.stdout
         with Image.open(out / run["file"]) as picture:
             assert list(picture.size) == run["size_px"]
             assert len(picture.getcolors(1 << 24) or []) > 1000, "a picture of one colour is no picture"
@@ -57,6 +58,24 @@ def test_demo_leaves_pictures_and_timings(comfyui_path: Path, tmp_path: Path) ->
     assert "T5-Base from distilled_t5_base.safetensors" in timings["runs"][0]["loaded"]
     first, second = (Image.open(out / run["file"]).tobytes() for run in timings["runs"])
     assert first != second, "another prompt gives another picture"
+
+
+def failed_demo(comfyui: Path, out: Path) -> str:
+    """What a demo says that has to fail."""
+    done = subprocess.run(command("demo", comfyui, "--out", str(out)), capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1
+    return done.stderr
+
+
+def test_a_demo_whose_comfyui_does_not_start_says_so_and_leaves_the_log(tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text("raise SystemExit('no graphics driver')\n")
+    assert failed_demo(tmp_path, tmp_path / "out").startswith("The demo failed: ComfyUI ended with code 1 while it started.")
+    assert "no graphics driver" in (tmp_path / "out" / "server.log").read_text(encoding="utf-8")
+
+
+def test_a_demo_that_cannot_write_says_so(comfyui_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    assert failed_demo(comfyui_path, tmp_path / "out").startswith("The demo failed: [Errno 17] File exists")
 
 
 @contextmanager
@@ -75,27 +94,25 @@ def serving(comfyui: Path, folder: Path, port: int) -> Iterator[subprocess.Popen
 
 def line_of(process: subprocess.Popen[bytes], folder: Path, start: str) -> str:
     """A line of what it says that starts so, as soon as it is said."""
-    ended = False
-    while not ended:
+    while True:
         ended = process.poll() is not None
         lines = (folder / "said.txt").read_text(encoding="utf-8").splitlines()
         found = [line for line in lines if line.startswith(start)]
         if found:
             return found[0]
+        assert not ended, "\n".join(["it ended and had said:", *lines])
         time.sleep(0.05)
-    raise AssertionError("\n".join(["it ended and had said:", *lines]))
 
 
 def still_working_in(folder: Path, awaited: bool) -> list[list[str]]:
     """Command lines of the processes that name a folder, as soon as there are some, or are none."""
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+    while True:
         lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
         found = [line for line in lines if str(folder) in line and "main.py" in line]
-        if bool(found) == awaited:
-            break
+        if bool(found) == awaited or time.monotonic() > deadline:
+            return found
         time.sleep(0.1)
-    return found
 
 
 def test_serve_prints_its_address_answers_there_and_ends_when_asked(comfyui_path: Path, tmp_path: Path) -> None:
