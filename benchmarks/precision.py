@@ -1,7 +1,8 @@
 """What smaller number formats of a distilled T5's weights cost: embeddings of the served encoder against those of fp32 weights.
 
-T5-Base (with --quick T5-Small) with T5's own initialisation. Rows with a + keep some tensors in bf16, which the loader does not: they show
-what that would be worth. The first row is the same weights in transformers' T5, in which students are trained; it must agree with fp32.
+T5-Base (with --quick T5-Small and one prompt) with T5's own initialisation. Rows with a + keep some tensors in bf16, which the loader does
+not: they show what that would be worth. The first row is the same weights in transformers' T5, in which students are trained; it must agree
+with fp32.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ KEPT = {
     "fp8 + all but the feed-forward": SMALL + r"|SelfAttention|shared|final_projection",
 }
 SCALED = "fp8 scaled per tensor + norms, position bias"
+# What it is, and whether layer norms are spread.
+WEIGHTS = (("T5's own initialisation", False), ("the same with layer norms spread as by training", True))
 LARGEST_FP8 = 448.0
 Replacement = Callable[[str, Tensor], Tensor | None]
 COLUMNS = ("relative_error", "cosine_mean", "cosine_min", "max_abs")
@@ -151,7 +154,7 @@ def main() -> None:
         "rows": {},
     }
     with measure.scratch_folder(2) as folder:
-        for title, spread_norms in (("T5's own initialisation", False), ("the same with layer norms spread as by training", True)):
+        for title, spread_norms in WEIGHTS[-1:] if options.quick else WEIGHTS:
             rows = result["rows"][title] = measure_formats(folder, layout, prompts, spread_norms)
             print(f"\n{layout.size_name}, {title}; prompts: {len(prompts)}, of 256 tokens, against fp32")
             body = [[name, round(row["mb"]), *(shown(row[column], column) for column in COLUMNS)] for name, row in rows.items()]
