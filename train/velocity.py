@@ -40,6 +40,11 @@ class FrozenFlow:
         return self.patcher.load_device
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """The format that it computes in, which may be wider than the one its weights are held in."""
+        return self.model.get_dtype_inference()
+
+    @property
     def text_width(self) -> int:
         """Width of the text embedding that the model takes."""
         return self.model.diffusion_model.params.context_in_dim
@@ -58,7 +63,7 @@ class FrozenFlow:
             largest_block=max(map(_weights, blocks_of(model))),
             blocks=len(blocks_of(model)),
             width=model.params.hidden_size,
-            compute_bytes=self.model.get_dtype_inference().itemsize,
+            compute_bytes=self.compute_dtype.itemsize,
         )
 
     def load(self, memory_required: int = 0) -> None:
