@@ -11,6 +11,7 @@ import comfy.sd
 import torch
 
 from ..encoder.errors import StudentFileError, printable
+from ..encoder.families import FAMILIES
 from ..encoder.files import CHOICES, read_header
 from ..encoder.layout import StudentLayout
 from ..encoder.metadata import StudentMetadata
@@ -25,8 +26,6 @@ from .teacher import Teacher, load_teacher
 from .trajectory import LATENT_CHANNELS
 from .velocity import FrozenFlow, held_bytes
 
-# Of CLIP-L, and of the zeros in its place.
-POOLED_WIDTH = 768
 DTYPES = {"auto": None, **CHOICES}
 NO_CLIP_L = "none"
 # What ComfyUI itself pads Flux prompts to: the length at which a student that saw several is served.
@@ -55,8 +54,9 @@ def _check_flux(name: str, model: Any) -> None:
     if model.model_config.unet_config.get("image_model") != "flux" or model.diffusion_model.params.vec_in_dim is None:
         raise ValueError(f"{name} is a {type(model).__name__}, not a Flux.\n{NAME_A_FLUX}")
     parameters = model.diffusion_model.params
-    if parameters.vec_in_dim != POOLED_WIDTH:
-        raise ValueError(f"{name} takes pooled text of width {parameters.vec_in_dim}, expected CLIP-L's {POOLED_WIDTH}.\n{NAME_A_FLUX}")
+    expected = FAMILIES["flux"].pooled_width
+    if parameters.vec_in_dim != expected:
+        raise ValueError(f"{name} takes pooled text of width {parameters.vec_in_dim}, expected CLIP-L's {expected}.\n{NAME_A_FLUX}")
     if parameters.in_channels != LATENT_CHANNELS:
         raise ValueError(
             f"{name} takes {parameters.in_channels} channels, expected the {LATENT_CHANNELS} of a latent: a Flux that also wants "

@@ -93,7 +93,7 @@ class Ranks:
         packed = pack(value, tensors, "shared", copy=False) if self.is_main else None
         told: list[Any] = [packed, {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}]
         with self._company():
-            # Only what is small is pickled: gigabytes of weights would lie in memory several times over.
+            # Only what is small goes as an object: gigabytes of weights would lie in memory several times over.
             dist.broadcast_object_list(told, src=0)
             packed, kinds = told
             for name, (shape, dtype) in kinds.items():

@@ -33,7 +33,7 @@ from .teacher import Teacher, TeacherText
 from .teacher_chunks import TeacherChunks
 from .trajectory import Position
 from .validation import HeldOut
-from .velocity import FrozenFlow, differentiable
+from .velocity import FrozenFlow, differentiable, usable_bytes
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ class Workshop:
 
     def load_flow(self) -> None:
         """Bring the diffusion model to its device with as much room beside it as an optimizer step takes, the host's way."""
-        self.flow.load(self.need.room(sum(map(Tensor.numel, self.student.parameters())), bool(self.learner.optimizer.state)))
+        weights = sum(map(Tensor.numel, self.student.parameters()))
+        self.flow.load(self.need.room(weights, bool(self.learner.optimizer.state), usable_bytes(self.flow.device)))
 
     def starts(self, batches: Sequence[Batch], texts: Sequence[TeacherText]) -> list[Position]:
         """The starts of some batches' trajectories, with the diffusion model brought back to its device."""

@@ -111,6 +111,11 @@ def held_bytes(model: Module) -> int:
     return comfy.model_management.module_size(model)
 
 
+def usable_bytes(device: torch.device) -> int:
+    """The memory of a device without what the host keeps free of it (`--reserve-vram`)."""
+    return comfy.model_management.get_total_memory(device) - comfy.model_management.extra_reserved_memory()
+
+
 def _weights(model: Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
