@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from distilled_t5.devtools.trainer import TWO_PROCESSES, command, finish
 from distilled_t5.train.estimate import StageEstimate, estimate, ram_lines
 from distilled_t5.train.ranks import Ranks
 from distilled_t5.train.recipe import Recipe, load_recipe
@@ -65,3 +66,11 @@ def test_ram_is_told_by_part_and_for_all_processes():
     ]
     assert "10.50 GB in all" in alone[-1] and "processes" not in alone[-1]
     assert "42.00 GB for 4 processes on one machine" in four[-1]
+
+
+def test_two_processes_print_one_estimate_that_counts_both(comfyui_path, tmp_path):
+    said = finish(command(comfyui_path, tmp_path, tmp_path / "run", "--estimate"), tmp_path, launcher=TWO_PROCESSES)
+    assert said.count("s/step") == 1
+    [each] = re.findall(r"([\d.]+) GB in all, [\d.]+ GB are there", said)
+    [both] = re.findall(r"Each of the 2 processes takes this much RAM: ([\d.]+) GB for 2 processes on one machine", said)
+    assert float(both) == pytest.approx(2 * float(each), abs=0.02)
