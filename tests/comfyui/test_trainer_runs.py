@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from statistics import fmean
 
 import folder_paths
 import pytest
 import torch
 from distilled_t5.devtools.exact import same
-from distilled_t5.devtools.small_encoders import embedding, serve
+from distilled_t5.devtools.small_encoders import embedding, serve, student_file
 from distilled_t5.devtools.trainer import QUICK, command, finish, metrics, start, wait_for_step
 from distilled_t5.encoder.files import open_student
 from distilled_t5.encoder.student import DistilledT5, transformers_config
@@ -19,6 +20,8 @@ from distilled_t5.train.run import open_workshop
 from distilled_t5.train.state import read_checkpoint
 from transformers import T5EncoderModel
 
+# Sixteen to train on and two to hold out.
+ANIMALS = ["cat", "dog", "fox", "owl", "cow", "pig", "hen", "bee", "ant", "bat", "elk", "emu", "gnu", "yak", "koi", "cod", "asp", "jay"]
 TOTAL_STEPS = 40
 # Long enough to be stopped in the middle.
 LONGER = [*QUICK, f"stage.1.steps={TOTAL_STEPS - 2}", "validation.every_steps=20", "checkpoints.every_steps=20"]
@@ -78,6 +81,33 @@ def test_stopping_and_going_on_gives_the_run_without_interruption_bit_for_bit(wh
     assert same(ours.optimizer, theirs.optimizer)
     losses = [[(line["step"], line["loss"]) for line in metrics(folder) if "loss" in line] for folder in (run, whole[0])]
     assert losses[0] == losses[1]
+
+
+def test_a_tiny_student_overfits_sixteen_prompts_through_the_command(comfyui_path, tmp_path):
+    """Each step's loss is taken on noise that was never seen before it, so the training loss is no memory of noise."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a {animal} on a sign\n" for animal in ANIMALS), encoding="utf-8")
+    stages = ["resolution_px=32", "batch=4", "objective=velocity", f"corpora.0.path={prompts}"]
+    settings = [
+        *(f"stage.{number}.{setting}" for number in (0, 1) for setting in stages),
+        "stage.0.steps=4",
+        "stage.1.steps=96",
+        f"teacher.t5={student_file(tmp_path)}",
+        "student.layout={d_model=64, d_ff=128, num_layers=3, num_heads=3, d_kv=16, gated=true}",
+        "optimizer.learning_rate=3e-3",
+        "diffusion_model.checkpoint_blocks=false",
+        "sampling.token_lengths=[12]",
+        "validation.prompts=2",
+        "validation.every_steps=20",
+        "checkpoints.every_steps=100",
+    ]
+    finish(command(comfyui_path, tmp_path / "base", tmp_path / "run", settings=settings), tmp_path)
+    losses = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
+    held_out = [line["held_out_loss"] for line in metrics(tmp_path / "run") if "held_out_loss" in line]
+    # Whole trajectories of four steps, because the loss depends on the noise level. An eighth was seen.
+    assert fmean(losses[-16:]) < fmean(losses[:4]) / 5
+    # On prompts never trained on, from step 20 on: 1 / 1.6 was seen.
+    assert held_out[-1] < held_out[0] / 1.3
 
 
 def test_another_recipe_is_not_resumed_and_the_differences_are_listed(whole, comfyui_path, tmp_path):
