@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from pathlib import Path
 from statistics import fmean
@@ -14,10 +15,13 @@ from distilled_t5.devtools.small_encoders import embedding, serve, student_file
 from distilled_t5.devtools.trainer import QUICK, command, finish, metrics, start, wait_for_step
 from distilled_t5.encoder.files import open_student
 from distilled_t5.encoder.student import DistilledT5, transformers_config
+from distilled_t5.train.distill import NotFinite
 from distilled_t5.train.ranks import Ranks
 from distilled_t5.train.recipe import load_recipe
-from distilled_t5.train.run import open_workshop
+from distilled_t5.train.run import open_workshop, train
+from distilled_t5.train.stand_ins import FLUX, drawn
 from distilled_t5.train.state import read_checkpoint
+from safetensors.torch import save_file
 from transformers import T5EncoderModel
 
 # Sixteen to train on and two to hold out.
@@ -108,6 +112,22 @@ def test_a_tiny_student_overfits_sixteen_prompts_through_the_command(comfyui_pat
     assert fmean(losses[-16:]) < fmean(losses[:4]) / 5
     # On prompts never trained on, from step 20 on: 1 / 1.6 was seen.
     assert held_out[-1] < held_out[0] / 1.3
+
+
+def test_ten_losses_in_a_row_that_are_not_finite_end_a_run_with_all_saved_and_it_may_try_again(tmp_path):
+    spoilt = drawn(FLUX.tensors(), seed=2)
+    spoilt["final_layer.linear.bias"][0] = math.nan
+    save_file(spoilt, tmp_path / "flux.safetensors")
+    recipe = load_recipe("smoke", [*LONGER, f"diffusion_model.file={tmp_path / 'flux.safetensors'}"])
+    # Two steps of the naive objective, which does without the diffusion model, then nothing but NaN.
+    for resume, stopped_at in ((False, 12), (True, 22)):
+        with pytest.raises(NotFinite, match="10 losses in a row were not finite"):
+            train(recipe, tmp_path / "run", resume, Ranks())
+        state = read_checkpoint(tmp_path / "run" / "checkpoints" / f"step-{stopped_at:06d}")
+        assert (state.step, state.skipped_steps) == (stopped_at, stopped_at - 2)
+        assert all(tensor.isfinite().all() for tensor in state.student.values())
+    losses = {line["step"]: line["loss"] for line in metrics(tmp_path / "run") if "loss" in line}
+    assert [step for step, loss in losses.items() if loss is not None] == [1, 2]
 
 
 def test_another_recipe_is_not_resumed_and_the_differences_are_listed(whole, comfyui_path, tmp_path):
