@@ -69,6 +69,15 @@ class Learner:
                 'optimizer.learning_rate or optimizer.autocast = "none".'
             )
 
+    def check_weights(self) -> None:
+        """Raise NotFinite if the student is spoilt: such weights must not take the place of a good checkpoint."""
+        if not all(weight.isfinite().all() for weight in self.student.parameters()):
+            raise NotFinite(
+                f"At step {self.step} the student's weights are not finite any more; this step is not saved, the checkpoints before it are.\n"
+                "What to do: start a new run with a lower optimizer.learning_rate or more optimizer.warmup_steps, from student.start = the "
+                "student.safetensors of a checkpoint if there is one."
+            )
+
 
 def make_optimizer(student: Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> AdamW:
     """AdamW over the student's parameters, which alone are trained."""

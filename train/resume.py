@@ -25,8 +25,12 @@ OWN = ("rng", "position")
 
 
 def gather_state(workshop: Workshop, best: float | None, positions: list[Position]) -> TrainerState | None:
-    """The state of the whole run on the main process, None on the others; all of them must call it."""
+    """The state of the whole run on the main process, None on the others; all of them must call it.
+
+    Raises NotFinite for a student that is spoilt.
+    """
     learner, ranks = workshop.learner, workshop.ranks
+    learner.check_weights()
     rng = ranks.gather(random_states({}))
     latents = ranks.gather([position.x_BCHW.cpu() for position in positions])
     if not ranks.is_main:

@@ -121,13 +121,22 @@ def test_ten_losses_in_a_row_that_are_not_finite_end_a_run_with_all_saved_and_it
     recipe = load_recipe("smoke", [*LONGER, f"diffusion_model.file={tmp_path / 'flux.safetensors'}"])
     # Two steps of the naive objective, which does without the diffusion model, then nothing but NaN.
     for resume, stopped_at in ((False, 12), (True, 22)):
-        with pytest.raises(NotFinite, match="10 losses in a row were not finite"):
+        with pytest.raises(NotFinite, match="10 losses or gradients in a row were not finite"):
             train(recipe, tmp_path / "run", resume, Ranks())
         state = read_checkpoint(tmp_path / "run" / "checkpoints" / f"step-{stopped_at:06d}")
         assert (state.step, state.skipped_steps) == (stopped_at, stopped_at - 2)
         assert all(tensor.isfinite().all() for tensor in state.student.values())
     losses = {line["step"]: line["loss"] for line in metrics(tmp_path / "run") if "loss" in line}
     assert [step for step, loss in losses.items() if loss is not None] == [1, 2]
+
+
+def test_a_student_that_is_spoilt_ends_the_run_with_advice_and_takes_no_checkpoints_place(comfyui_path, tmp_path):
+    settings = [*QUICK, "optimizer.warmup_steps=0", "optimizer.learning_rate=1e30", "checkpoints.every_steps=6"]
+    said = finish(command(comfyui_path, tmp_path, tmp_path / "run", settings=settings), tmp_path, code=1)
+    assert "the student's weights are not finite any more" in said
+    assert "What to do: start a new run with a lower optimizer.learning_rate" in said
+    assert "download" not in said
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
 def test_another_recipe_is_not_resumed_and_the_differences_are_listed(whole, comfyui_path, tmp_path):
