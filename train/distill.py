@@ -73,7 +73,7 @@ class Learner:
         """Raise NotFinite if the student is spoilt: such weights must not take the place of a good checkpoint."""
         if not all(weight.isfinite().all() for weight in self.student.parameters()):
             raise NotFinite(
-                f"At step {self.step} the student's weights are not finite any more; this step is not saved, the checkpoints before it are.\n"
+                f"At step {self.step} the student's weights are not finite any more. This step is not saved; earlier ones are.\n"
                 "What to do: start a new run with a lower optimizer.learning_rate or more optimizer.warmup_steps, from student.start = the "
                 "student.safetensors of a checkpoint if there is one."
             )
