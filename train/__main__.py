@@ -78,8 +78,8 @@ def run(recipe: Any, options: argparse.Namespace, flags: list[str]) -> int:
 
     start_comfyui(find_comfyui(options.comfyui), flags)
     import torch
-    from distilled_t5.train.estimate import estimate
     from distilled_t5.train import stand_ins
+    from distilled_t5.train.estimate import estimate
     from distilled_t5.train.ranks import Ranks
     from distilled_t5.train.run import train
 
