@@ -190,7 +190,7 @@ def clip_g(path: Path) -> Path:
 
 CLIP_L_FILES: dict[str, tuple[Maker, tuple[str, ...]]] = {
     "student": (published_file, ("is not a CLIP-L text encoder", "clip_l.safetensors in clip_name1, or none")),
-    "CLIP-G": (clip_g, ("is not a CLIP-L text encoder", "It holds 1 tensors")),
+    "CLIP-G": (clip_g, ("is a CLIP, but not the CLIP-L that Flux takes", "It holds 1 tensors")),
     "missing tensors": (
         lambda path: clip_l_without(path, "layers.11.mlp"),
         ("4 tensors of CLIP-L are missing", "  text_model.encoder.layers.11.mlp.fc2.bias\n"),
