@@ -311,15 +311,20 @@ def write_student(
         path = _publish(aside, path, overwrite)
         sync_folder(path.parent)
     except OSError as error:
-        raise OSError(
-            f"{path.name} could not be written to {path.parent}: {error}.\n"
-            "What to do: see that the folder is there and may be written to, and that the disk has room."
-        ) from error
+        raise not_written(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         _remove_abandoned(path.parent)
     return path
+
+
+def not_written(path: Path, error: OSError) -> OSError:
+    """What is said when the system does not take a file."""
+    return OSError(
+        f"{path.name} could not be written to {path.parent}: {error}.\n"
+        "What to do: see that the folder is there and may be written to, and that the disk has room."
+    )
 
 
 def _publish(aside: Path, path: Path, overwrite: bool) -> Path:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import pytest
 import torch
 from comfy_extras.nodes_flux import CLIPTextEncodeFlux
 from distilled_t5.devtools.small_encoders import PROMPT, serve, stock_flux_clip, student_file
 from distilled_t5.devtools.stand_ins import clip_l_shapes
-from distilled_t5.devtools.tiny_students import sparse_file
+from distilled_t5.devtools.tiny_students import published_file, sparse_file
 from distilled_t5.encoder.clip_l import in_order, open_clip_l
 from distilled_t5.encoder.errors import StudentFileError
 from distilled_t5.encoder.files import open_student
@@ -120,6 +123,58 @@ def test_what_an_openai_layout_lacks_is_listed_by_its_own_names(clip_l, folder):
     sparse_file(path, shapes | scalar, "F16")
     assert "2 tensors of CLIP-L have a wrong shape" in refusal(path)
     assert "in_proj_weight: expected [2304, 768], found []" in refusal(path)
+
+
+def clip_l_without(path: Path, part: str) -> Path:
+    return sparse_file(path, {name: shape for name, shape in clip_l_shapes().items() if part not in name}, "F16")
+
+
+def clip_l_reshaped(path: Path) -> Path:
+    name = "text_model.encoder.layers.3.self_attn.q_proj.weight"
+    return sparse_file(path, clip_l_shapes() | {name: (768, 700), "text_model.final_layer_norm.bias": (12,)}, "F16")
+
+
+def clip_l_with_a_nan(path: Path) -> Path:
+    sparse_file(path, clip_l_shapes(), "F16")
+    with path.open("r+b") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        file.write(b"\x00\x7e")
+    return path
+
+
+def clip_g(path: Path) -> Path:
+    return sparse_file(path, {"text_model.encoder.layers.0.mlp.fc1.weight": (5120, 1280)}, "F16")
+
+
+CLIP_L_FILES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "student": (published_file, ("is not a CLIP-L text encoder", "clip_l.safetensors in clip_name1, or none")),
+    "CLIP-G": (clip_g, ("is a CLIP, but not the CLIP-L that Flux takes", "It holds 1 tensors")),
+    "missing tensors": (
+        lambda path: clip_l_without(path, "layers.11.mlp"),
+        ("4 tensors of CLIP-L are missing", "  text_model.encoder.layers.11.mlp.fc2.bias\n"),
+    ),
+    "wrong shapes": (
+        clip_l_reshaped,
+        ("2 tensors of CLIP-L have a wrong shape", "q_proj.weight: expected [768, 768], found [768, 700]", "final_layer_norm.bias"),
+    ),
+    "NaN": (clip_l_with_a_nan, ("not finite", "  text_model.embeddings.token_embedding.weight\n")),
+    "empty": (lambda path: path.write_bytes(b""), ("is empty (0 bytes)",)),
+    "truncated": (lambda path: os.truncate(sparse_file(path, clip_l_shapes(), "F16"), 100_000), ("no whole safetensors file",)),
+}
+
+
+@pytest.mark.parametrize(("make", "parts"), CLIP_L_FILES.values(), ids=CLIP_L_FILES)
+def test_what_is_no_whole_clip_l_is_refused_and_nothing_is_loaded(folder, make, parts):
+    make(folder / "bad.safetensors")
+    loaded = list(comfy.model_management.current_loaded_models)
+    with pytest.raises(StudentFileError) as caught:
+        serve(student_file(folder), folder / "bad.safetensors")
+    assert comfy.model_management.current_loaded_models == loaded
+    message = str(caught.value)
+    assert "bad.safetensors" in message.splitlines()[0]
+    assert message.splitlines()[-1].startswith("What to do: ")
+    for part in parts:
+        assert part in message
 
 
 PREFIXED = {f"cond_stage_model.transformer.{name}": shape for name, shape in clip_l_shapes().items()}
