@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import comfy.utils
 from torch import Tensor
 
 from .errors import StudentFileError, listed
-from .files import check_finite, read_header
+from .files import SAFETENSORS, check_finite, load_tensors, read_header
 from .layout import Shape
 
 # Width and depth of the text half of OpenAI's CLIP ViT-L/14, which the host's own config fixes.
@@ -103,9 +103,18 @@ def _is_clip_l_file(path: str) -> bool:
         return False
 
 
-def open_clip_l(path: Path) -> dict[str, Tensor]:
-    """The tensors of a CLIP-L file by transformers' names. Raises StudentFileError for another kind of file, tensors missing, misshapen or
-    not finite."""
+def load_for_host(path: Path, between_chunks: Callable[[], None]) -> dict[str, Tensor]:
+    """Every tensor of a file by its name there: the host's own way, which may map it, but for torch zips, which are checked first."""
+    if path.suffix.lower() in SAFETENSORS:
+        return comfy.utils.load_torch_file(str(path), safe_load=True)
+    return load_tensors(path, between_chunks)
+
+
+def open_clip_l(path: Path, between_tensors: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
+    """The tensors of a CLIP-L file by transformers' names. `between_tensors` may raise to cancel.
+
+    Raises StudentFileError for another kind of file, tensors missing, misshapen or not finite.
+    """
     shapes, _, _ = read_header(path)
     naming = naming_of(shapes)
     if naming is None:
@@ -117,8 +126,9 @@ def open_clip_l(path: Path) -> dict[str, Tensor]:
     wrong = [f"{name}: expected {list(shape)}, found {list(shapes[name])}" for name, shape in needed.items() if shapes[name] != shape]
     if wrong:
         raise StudentFileError(f"{path.name}: {len(wrong)} tensors of CLIP-L have a wrong shape.", "download it again.", listed(wrong))
-    tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
-    check_finite({name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}, path.name)
+    tensors = load_for_host(path, between_tensors)
+    numbers = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    check_finite(numbers, path.name, lambda _done, _total: between_tensors())
     return comfy.utils.clip_text_transformers_convert(tensors, "", "") if naming is OPENAI else tensors
 
 

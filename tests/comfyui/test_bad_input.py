@@ -322,18 +322,29 @@ def test_weights_that_broke_in_the_graph_are_not_saved(models):
     clip = load("good.safetensors")
     with torch.no_grad():
         clip.cond_stage_model.t5base.transformer.shared.weight.fill_(torch.nan)
-    message = refusal(lambda: DistilledT5Save.execute(clip, "mine", "bf16"))
-    assert "not finite" in message
+    for dtype in ("bf16", "fp16", "as loaded"):
+        message = refusal(lambda dtype=dtype: DistilledT5Save.execute(clip, "mine", dtype))
+        assert "not finite" in message
+        assert message.splitlines()[-1].startswith("What to do: take away the LoRA or merge that broke them")
     assert sorted(path.name for path in models.iterdir()) == ["good.safetensors"]
 
 
-def test_number_format_that_cannot_hold_the_weights_is_refused_and_not_saved_as_infinity(models):
+@pytest.mark.parametrize(
+    ("largest", "dtype", "remedy"),
+    [(7e4, "fp16", "bf16 or fp32"), (500.0, "fp8_e4m3fn", "bf16 or fp32"), (3.4e38, "bf16", "fp32")],
+)
+def test_number_format_that_cannot_hold_the_weights_is_refused_with_one_that_can(models, largest, dtype, remedy):
     big = tiny_tensors(FULL_VOCABULARY, torch.float32)
-    big[SHARED] *= 1e9
+    big[SHARED][5, 3] = largest
     published_file(models / "big.safetensors", big)
     clip = load("big.safetensors", dtype="fp32")
-    assert "not finite" in refusal(lambda: DistilledT5Save.execute(clip, "mine", "fp16"))
+    message = refusal(lambda: DistilledT5Save.execute(clip, "mine", dtype))
+    assert f"1 tensors hold numbers that are too large for {dtype}" in message
+    assert f"  {SHARED}\n" in message
+    assert message.splitlines()[-1] == f"What to do: set dtype to {remedy}."
     assert not (models / "mine.safetensors").exists()
+    DistilledT5Save.execute(clip, "mine", remedy.split()[0])
+    assert (models / "mine.safetensors").is_file()
 
 
 class OtherClip:
