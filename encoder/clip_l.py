@@ -133,10 +133,11 @@ def open_clip_l(path: Path, between_tensors: Callable[[], None] = lambda: None) 
 
 
 def _no_clip_l(shapes: Mapping[str, Shape], where: str) -> StudentFileError:
-    is_clip = any(f"{naming.layer}0." in name for naming in NAMINGS for name in shapes)
-    found = "a CLIP, but not the CLIP-L that Flux takes (by its size, or by its tensors' names)" if is_clip else "not a CLIP-L text encoder"
+    problem = f"{where} is not a CLIP-L text encoder."
+    if any(f"{naming.layer}0." in name for naming in NAMINGS for name in shapes):
+        problem = f"{where} is a CLIP, but not the CLIP-L that Flux takes: its size or the names of its tensors are others."
     return StudentFileError(
-        f"{where} is {found}.",
+        problem,
         "pick clip_l.safetensors in clip_name1, or none for a pooled vector of zeros.",
         f"It holds {len(shapes)} tensors, the first being:\n{listed(sorted(shapes)[:5])}",
     )
