@@ -23,7 +23,7 @@ from .foreign import refuse_foreign, refuse_unprojected
 from .layout import SHARED, Shape, StudentLayout, read_layout
 from .metadata import HASH_KEY, HEADER_HASH_KEY, KEY, NO_HASH, StudentMetadata, check_against_layout, described, read_metadata
 from .stream import SAFETENSORS_NAMES, sync_folder, write_stream
-from .torch_zip import load_torch_zip
+from .torch_zip import check_torch_zip, load_torch_zip
 
 SAFETENSORS = (".safetensors", ".sft")
 TORCH_ZIPS = (".pth", ".pt", ".bin", ".ckpt")
@@ -41,6 +41,11 @@ GGUF = b"GGUF"
 # The ending of a file that is being written; one that has not changed for an hour belongs to a process that was killed.
 UNFINISHED = ".distilled-t5-part"
 ABANDONED_S = 3600.0
+ANOTHER_FILE = "download the file again, or use an earlier checkpoint: such weights give black or broken pictures."
+OTHER_WEIGHTS = (
+    "take away the LoRA or merge that broke them, or lower its strength; or load the encoder as bf16 or fp32. "
+    "In training, go back to an earlier checkpoint."
+)
 Progress = Callable[[int, int], None]
 
 
@@ -60,11 +65,15 @@ class StudentFile:
 
     def load(self, progress: Progress | None = None) -> dict[str, Tensor]:
         """All tensors on the CPU by published name. Raises StudentFileError for a wrong hash, a false twin, numbers not finite."""
-        return self.checked(load_tensors(self.path), progress)
+        return self.checked(load_tensors(self.path, self.between(progress)), progress)
+
+    def between(self, progress: Progress | None) -> Callable[[], None]:
+        """Calls `progress`, which may raise to cancel, with nothing done yet: for what is done before the tensors are looked at."""
+        return lambda: None if progress is None else progress(0, len(self.names))
 
     def checked(self, loaded: Mapping[str, Tensor], progress: Progress | None = None) -> dict[str, Tensor]:
         """The loaded tensors of the file by published name, after the checks that need their numbers."""
-        check_hash(self, progress)
+        check_hash(self, self.between(progress))
         shapes = self.layout.tensors()
         if any(source not in loaded or tuple(loaded[source].shape) != shapes[name] for name, source in self.names.items()):
             raise StudentFileError(f"{self.path.name} was changed while it was being read.", "wait until it is written, then run again.")
@@ -154,14 +163,19 @@ def check_readable(path: Path) -> None:
         )
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file on the CPU, by its name in the file. Nothing in the file is ever executed."""
+def load_tensors(path: Path, between_chunks: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
+    """Every tensor of a file on the CPU, by its name in the file. Nothing in the file is ever executed.
+
+    `between_chunks` may raise to cancel while the checksums of a torch zip are computed.
+    """
     check_readable(path)
     if path.suffix.lower() in SAFETENSORS:
         with _safetensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     with _reading(path):
-        return load_torch_zip(path)
+        tensors = load_torch_zip(path)
+        check_torch_zip(path, between_chunks)
+    return tensors
 
 
 @contextlib.contextmanager
@@ -204,13 +218,13 @@ def _float_type(dtypes: Mapping[str, str], where: str) -> torch.dtype:
     return FLOATS[max(set(found), key=found.count)]
 
 
-def check_finite(tensors: Mapping[str, Tensor], where: str, progress: Progress | None = None) -> None:
+def check_finite(tensors: Mapping[str, Tensor], where: str, progress: Progress | None = None, remedy: str = ANOTHER_FILE) -> None:
     """Raise StudentFileError that lists every tensor with a NaN or an infinity."""
     broken = not_finite(tensors, progress)
     if broken:
         raise StudentFileError(
             f"{where}: {len(broken)} tensors hold numbers that are not finite (NaN or infinity).",
-            "download the file again, or use an earlier checkpoint: such weights give black or broken pictures.",
+            remedy,
             listed(broken),
         )
 
@@ -229,16 +243,8 @@ def not_finite(tensors: Mapping[str, Tensor], progress: Progress | None = None) 
     return broken
 
 
-def check_hash(file: StudentFile, progress: Progress | None = None) -> None:
-    """Raise StudentFileError if the file names the SHA-256 of its data or of its header, and it has another one.
-
-    `progress` is called between chunks with nothing done yet: it may raise to cancel.
-    """
-
-    def between_chunks() -> None:
-        if progress is not None:
-            progress(0, len(file.names))
-
+def check_hash(file: StudentFile, between_chunks: Callable[[], None]) -> None:
+    """Raise StudentFileError if the file names the SHA-256 of its data or of its header, and it has another one."""
     told = {
         "data": (file.metadata.sha256, lambda path: data_sha256(path, between_chunks)),
         "header": (file.metadata.header_sha256, header_sha256),
@@ -301,7 +307,7 @@ def write_student(
     metadata = metadata or StudentMetadata()
     layout = read_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()}, path.name)
     dtype = _float_type({name: _dtype_name(tensor) for name, tensor in tensors.items()}, path.name)
-    check_finite(tensors, path.name, lambda _done, total: progress(0, total))
+    check_finite(tensors, path.name, lambda _done, total: progress(0, total), OTHER_WEIGHTS)
     header = described(metadata, layout, FLOAT_NAMES[dtype])
     sizes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     aside = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
@@ -311,15 +317,20 @@ def write_student(
         path = _publish(aside, path, overwrite)
         sync_folder(path.parent)
     except OSError as error:
-        raise OSError(
-            f"{path.name} could not be written to {path.parent}: {error}.\n"
-            "What to do: see that the folder is there and may be written to, and that the disk has room."
-        ) from error
+        raise not_written(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         _remove_abandoned(path.parent)
     return path
+
+
+def not_written(path: Path, error: OSError) -> OSError:
+    """What is said when the system does not take a file."""
+    return OSError(
+        f"{path.name} could not be written to {path.parent}: {error}.\n"
+        "What to do: see that the folder is there and may be written to, and that the disk has room."
+    )
 
 
 def _publish(aside: Path, path: Path, overwrite: bool) -> Path:

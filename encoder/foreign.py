@@ -32,7 +32,9 @@ KINDS = (
     ),
     ForeignKind("a checkpoint with a diffusion model", ("model.diffusion_model.",), "load it with Load Checkpoint; " + PICK_STUDENT),
     ForeignKind(
-        "a CLIP text encoder", ("text_model.encoder.layers.0.", "transformer.resblocks.0."), "it belongs into clip_name1; " + PICK_STUDENT
+        "a CLIP text encoder",
+        ("text_model.encoder.layers.0.", "transformer.resblocks.0."),
+        "if it is CLIP-L, it belongs into clip_name1; " + PICK_STUDENT,
     ),
     ForeignKind("a CLIP vision model", ("vision_model.encoder.",), PICK_STUDENT),
     ForeignKind("a VAE", ("decoder.conv_in.", "decoder.up.0.", "taesd_decoder."), "load it with Load VAE; " + PICK_STUDENT),

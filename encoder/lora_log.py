@@ -15,7 +15,7 @@ HOST_LINE = "lora key not loaded: "
 T5XXL_KEY = re.compile(
     r"(lora_te\d_(encoder_block|shared)_|text_encoders\.t5xxl\.|text_encoder_[23]\.encoder\.block\.|t5xxl\.transformer\.)"
 )
-NOTICE = "This LoRA also has weights for a T5-XXL text encoder. None is loaded (a distilled T5 cannot take them): they are left out."
+NOTICE = "This LoRA has weights for a T5-XXL text encoder that find no place here (a distilled T5 takes none of them): they are left out."
 # Lines of one LoRA come within milliseconds of each other.
 SAME_LORA_S = 2.0
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +22,10 @@ from comfy.text_encoders.flux import FluxTokenizer
 from comfy.text_encoders.t5 import T5
 from torch import Tensor, nn
 
-from .clip_l import open_clip_l
+from .clip_l import load_for_host, open_clip_l
 from .errors import StudentFileError, listed
 from .families import FAMILIES
-from .files import FLOAT_NAMES, SAFETENSORS, Progress, StudentFile, load_tensors, not_finite, open_student
+from .files import FLOAT_NAMES, Progress, StudentFile, not_finite, open_student
 from .layout import StudentLayout
 from .lora_log import fold_t5xxl_lora_lines
 from .metadata import MAX_TOKENS, StudentMetadata
@@ -207,7 +207,7 @@ def load_encoder(student_path: str, clip_l_path: str | None, options: ServingOpt
             f"{student.path.name} knows {student.layout.vocab_size:,} tokens, but T5's tokenizer makes {TOKENS:,}.",
             "use a file whose token table is whole (32,128 rows in every published T5).",
         )
-    clip_l = None if clip_l_path is None else open_clip_l(Path(clip_l_path))
+    clip_l = None if clip_l_path is None else open_clip_l(Path(clip_l_path), student.between(progress))
     clip = _build(student, clip_l, options, progress)
     # With dynamic VRAM the host makes a second, fully loaded copy of a model by calling this.
     clip.patcher.cached_patcher_init = (_load_patcher, (student_path, clip_l_path, options))
@@ -272,21 +272,35 @@ def host_tensors(student: StudentFile, dtype: torch.dtype, progress: Progress | 
 
     Raises StudentFileError if a number is too large for `dtype`.
     """
-    if student.path.suffix.lower() in SAFETENSORS:
-        loaded = comfy.utils.load_torch_file(str(student.path), safe_load=True)
-    else:
-        loaded = load_tensors(student.path)
-    tensors = student.checked(loaded, progress)
+    passes = 1 if dtype == student.dtype else 2
+    told = progress or (lambda _done, _total: None)
+    loaded = load_for_host(student.path, student.between(progress))
+    tensors = student.checked(loaded, lambda done, total: told(done, passes * total))
     if dtype != student.dtype:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        overflowed = not_finite(tensors)
-        if overflowed:
-            raise StudentFileError(
-                f"{student.path.name}: {len(overflowed)} tensors hold numbers that are too large for {FLOAT_NAMES[dtype]}.",
-                "set dtype to bf16 or fp32.",
-                listed(overflowed),
-            )
+        names = len(tensors)
+        tensors = in_dtype(tensors.items(), dtype, student.path.name, lambda done: told(names + done, passes * names))
     return {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()}
+
+
+def in_dtype(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, where: str, progress: Callable[[int], None]) -> dict[str, Tensor]:
+    """Named tensors in another dtype. `progress(tensors done)` may raise to cancel.
+
+    Raises StudentFileError that lists those with numbers too large for it; what was not finite before stays so.
+    """
+    held: dict[str, Tensor] = {}
+    overflowed = []
+    for done, (name, tensor) in enumerate(tensors, start=1):
+        held[name] = tensor.to(dtype)
+        if not_finite({name: held[name]}) and not not_finite({name: tensor}):
+            overflowed.append(name)
+        progress(done)
+    if overflowed:
+        raise StudentFileError(
+            f"{where}: {len(overflowed)} tensors hold numbers that are too large for {FLOAT_NAMES[dtype]}.",
+            f"set dtype to {'fp32' if dtype == torch.bfloat16 else 'bf16 or fp32'}.",
+            listed(overflowed),
+        )
+    return held
 
 
 def student_of(clip: Any) -> DistilledFluxTextEncoder:
@@ -304,23 +318,41 @@ def student_tensors(clip: Any, dtype: torch.dtype | None = None, progress: Progr
 
     `progress` is called between tensors with nothing done yet: it may raise to cancel.
     """
-    student_of(clip)
-    prefix = "t5base.transformer."
+    count = len(student_of(clip).layout.tensors())
+
+    def between_steps() -> None:
+        progress(0, count)
+
+    between_steps()
+    weights = _weights_in_use(clip, between_steps)
+    tensors = _published(weights, between_steps)
+    if dtype is None:
+        return dict(tensors)
+    return in_dtype(tensors, dtype, "This CLIP", lambda _done: None)
+
+
+def _weights_in_use(clip: Any, between_steps: Callable[[], None]) -> Mapping[str, Any]:
+    """The host's state dict of a CLIP with patches applied, or with stand-ins that apply them."""
     # Hosts since 0.24 un-patch what they keep in another form (fp8, files) by state_dict_for_saving; before, patches had to be forced in.
     if hasattr(clip, "state_dict_for_saving"):
         clip.load_model()
-        weights = clip.state_dict_for_saving()
-    else:
-        comfy.model_management.load_models_gpu([clip.load_model()], force_patch_weights=True)
-        weights = clip.get_sd()
-    names = {name: name.removeprefix(prefix) for name in weights if name.startswith(prefix)}
-    # Weights that the host keeps elsewhere are stand-ins that only `.to("cpu")`, and nothing else, turns into patched numbers.
-    tensors: dict[str, Tensor] = {}
-    for name, bare in names.items():
-        progress(0, len(names))
-        tensor = weights[name].to("cpu").detach()
-        tensors[bare if bare.startswith("final_projection.") else "encoder." + bare] = tensor if dtype is None else tensor.to(dtype)
-    return tensors
+        between_steps()
+        return clip.state_dict_for_saving()
+    comfy.model_management.load_models_gpu([clip.load_model()], force_patch_weights=True)
+    between_steps()
+    return clip.get_sd()
+
+
+def _published(weights: Mapping[str, Any], between_steps: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
+    """The student's weights of a host's state dict, one by one, by published name."""
+    prefix = "t5base.transformer."
+    for name in weights:
+        if name.startswith(prefix):
+            between_steps()
+            bare = name.removeprefix(prefix)
+            # Weights that the host keeps elsewhere are stand-ins that only `.to("cpu")`, and nothing else, turns into patched numbers.
+            tensor = weights[name].to("cpu").detach()
+            yield bare if bare.startswith("final_projection.") else "encoder." + bare, tensor
 
 
 def describe(clip: Any, student_name: str, clip_l_name: str | None) -> str:

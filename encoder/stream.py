@@ -62,13 +62,13 @@ def sync_folder(folder: Path) -> None:
     """Make renames in a folder last through a power cut, where the system can (POSIX)."""
     if os.name != "posix":
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        # Some network file systems take no fsync of a folder; the files are on the disk already.
-        with contextlib.suppress(OSError):
+    # Some network file systems take no fsync of a folder, or do not open one; the files are on the disk already.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        finally:
+            os.close(handle)
 
 
 def _order(sizes: Sizes) -> list[str]:

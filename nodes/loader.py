@@ -11,7 +11,7 @@ from ..encoder.clip_l import in_order
 from ..encoder.families import FAMILIES
 from ..encoder.files import CHOICES
 from ..encoder.served import ServingOptions, load_encoder
-from .model_files import FOLDER, NO_FILE, clip_l_names, fingerprint, path_of, text_encoder_names
+from .model_files import FOLDER, NO_FILE, clip_l_names, dtype_of, fingerprint, path_of, text_encoder_names
 from .progress import progress_bar
 
 DTYPES = {"auto": None, **CHOICES}
@@ -99,7 +99,7 @@ class DistilledT5Loader(io.ComfyNode):
         clip_l_path, t5_path = in_order(None if clip_name1 == NO_FILE else path_of(clip_name1), path_of(clip_name2))
         options = ServingOptions(
             family=type,
-            dtype=DTYPES[dtype],
+            dtype=dtype_of(dtype, DTYPES),
             token_length=token_length or None,
             device=torch_device(device),
             embedding_folders=tuple(folder_paths.get_folder_paths("embeddings")),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import folder_paths
 
 from ..encoder.errors import StudentFileError
-from ..encoder.files import SAFETENSORS, open_student, unused_path
+from ..encoder.files import SAFETENSORS, not_written, open_student, unused_path
 
+Choice = TypeVar("Choice")
 FOLDER = "text_encoders"
 NO_FILE = "none"
 
@@ -62,6 +66,13 @@ def path_of(name: str) -> str:
     return path
 
 
+def dtype_of(name: str, choices: Mapping[str, Choice]) -> Choice:
+    """The choice of that name. A name that comes by a link may be any: raises ValueError that lists those that are known."""
+    if name not in choices:
+        raise ValueError(f"There is no dtype {name[:80]!r}.\nWhat to do: set dtype to one of {', '.join(choices)}.")
+    return choices[name]
+
+
 def fingerprint(name: str | None) -> str:
     """Changes when the file behind a name changes: size and time of the last change. A name that comes by a link is None to the host."""
     path = None if name is None or name == NO_FILE else folder_paths.get_full_path(FOLDER, name)
@@ -73,7 +84,8 @@ def fingerprint(name: str | None) -> str:
 
 # Windows forbids these, and its device names; a name that is saved here should open everywhere.
 _FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f\x7f\ud800-\udfff]')
-_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\..*)?", re.IGNORECASE)
+_ENDING = re.compile(r"\.safetensors$", re.IGNORECASE)
 # File systems take 255 bytes; ending, number and the mark of an unfinished file need the rest.
 _MOST_BYTES = 200
 
@@ -84,7 +96,7 @@ def new_file(name: str) -> Path:
     Raises ValueError for a name that is empty, absolute, or leads out of the folder.
     """
     folder = Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()
-    parts = [part.strip() for part in name.strip().removesuffix(".safetensors").split("/")]
+    parts = [part.strip() for part in _ENDING.sub("", name.strip()).split("/")]
     if _FORBIDDEN.search(name) or not all(map(_can_be_saved, parts)):
         raise ValueError(
             f"{name[:250]!r} cannot be the name of a new encoder file.\n"
@@ -102,6 +114,31 @@ def new_file(name: str) -> Path:
 
 def _can_be_saved(part: str) -> bool:
     return part not in ("", ".", "..") and not part.endswith(".") and not _DEVICE.fullmatch(part) and len(part.encode()) <= _MOST_BYTES
+
+
+@contextlib.contextmanager
+def folder_for(path: Path) -> Iterator[None]:
+    """Make the folder of a new file; if the file is not written, those that were made go again.
+
+    Raises OSError if it cannot be made.
+    """
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        _make_folder(path)
+        yield
+    except BaseException:
+        for folder in made:
+            # One that was never made, or that holds a file of somebody else's by now.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_written(path, error) from error
 
 
 def listed_name(path: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.utils
 import folder_paths
 import pytest
 import torch
@@ -167,53 +168,6 @@ def test_folder_with_the_name_of_a_file(models):
     assert "folder.safetensors" in refusal(lambda: load("folder.safetensors"))
 
 
-def clip_l_without(path: Path, part: str) -> Path:
-    return sparse_file(path, {name: shape for name, shape in clip_l_shapes().items() if part not in name}, "F16")
-
-
-def clip_l_reshaped(path: Path) -> Path:
-    name = "text_model.encoder.layers.3.self_attn.q_proj.weight"
-    return sparse_file(path, clip_l_shapes() | {name: (768, 700), "text_model.final_layer_norm.bias": (12,)}, "F16")
-
-
-def clip_l_with_a_nan(path: Path) -> Path:
-    sparse_file(path, clip_l_shapes(), "F16")
-    with path.open("r+b") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        file.write(b"\x00\x7e")
-    return path
-
-
-def clip_g(path: Path) -> Path:
-    return sparse_file(path, {"text_model.encoder.layers.0.mlp.fc1.weight": (5120, 1280)}, "F16")
-
-
-CLIP_L_FILES: dict[str, tuple[Maker, tuple[str, ...]]] = {
-    "student": (published_file, ("is not a CLIP-L text encoder", "clip_l.safetensors in clip_name1, or none")),
-    "CLIP-G": (clip_g, ("is not a CLIP-L text encoder", "It holds 1 tensors")),
-    "missing tensors": (
-        lambda path: clip_l_without(path, "layers.11.mlp"),
-        ("4 tensors of CLIP-L are missing", "  text_model.encoder.layers.11.mlp.fc2.bias\n"),
-    ),
-    "wrong shapes": (
-        clip_l_reshaped,
-        ("2 tensors of CLIP-L have a wrong shape", "q_proj.weight: expected [768, 768], found [768, 700]", "final_layer_norm.bias"),
-    ),
-    "NaN": (clip_l_with_a_nan, ("not finite", "  text_model.embeddings.token_embedding.weight\n")),
-    "empty": (lambda path: path.touch(), ("is empty (0 bytes)",)),
-    "truncated": (truncated, ("no whole safetensors file",)),
-}
-
-
-@pytest.mark.parametrize(("make", "parts"), CLIP_L_FILES.values(), ids=CLIP_L_FILES)
-def test_what_is_no_whole_clip_l_is_refused_too(models, make, parts):
-    make(models / NAME)
-    message = refusal(lambda: load("good.safetensors", clip_name1=NAME))
-    assert NAME in message.splitlines()[0]
-    for part in parts:
-        assert part in message
-
-
 def test_clip_l_picked_twice(models):
     sparse_file(models / "clip_l.safetensors", clip_l_shapes(), "F16")
     assert "it belongs into clip_name1" in refusal(lambda: load("clip_l.safetensors", clip_name1="clip_l.safetensors"))
@@ -223,6 +177,17 @@ def test_clip_l_picked_twice(models):
 def test_device_that_is_not_there(models, device):
     message = refusal(lambda: load("good.safetensors", device=device), ValueError)
     assert "default, cpu" in message
+
+
+@pytest.mark.parametrize("node", ["loader", "save"])
+def test_dtype_that_comes_by_a_link_and_is_unknown_is_refused_with_those_that_are_known(models, node):
+    clip = load("good.safetensors")
+    before = sorted(models.rglob("*"))
+    act = (lambda: load("good.safetensors", dtype="int4")) if node == "loader" else (lambda: DistilledT5Save.execute(clip, "mine", "int4"))
+    message = refusal(act, ValueError)
+    assert message.startswith("There is no dtype 'int4'")
+    assert f"{'auto' if node == 'loader' else 'as loaded'}, fp32, bf16, fp16, fp8_e4m3fn" in message.splitlines()[-1]
+    assert sorted(models.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -264,6 +229,13 @@ def test_device_that_is_not_there(models, device):
         "LPT9.x",
         "prn/mine",
         "mine/con",
+        "con .txt",
+        "COM\u00b9",
+        "lpt\u00b3.x",
+        "ConIn$",
+        "conout$.x",
+        "mine/CONIN$",
+        ".SafeTensors",
     ],
     ids=lambda name: ascii(name)[1:20],
 )
@@ -282,11 +254,14 @@ def test_names_that_cannot_be_saved_are_refused_before_anything_is_written(model
         ("mine", "mine.safetensors"),
         (" mine ", "mine.safetensors"),
         ("mine.safetensors", "mine.safetensors"),
+        ("mine.SAFETENSORS", "mine.safetensors"),
         ("sub/folder/mine", "sub/folder/mine.safetensors"),
         ("v1.2", "v1.2.safetensors"),
         ("\u5c0f T5 \u00e9", "\u5c0f T5 \u00e9.safetensors"),
         ("console", "console.safetensors"),
         ("com10", "com10.safetensors"),
+        ("com\u2074", "com\u2074.safetensors"),
+        ("conin", "conin.safetensors"),
         ("good", "good_00002.safetensors"),
         ("x" * 200, "x" * 200 + ".safetensors"),
     ],
@@ -306,6 +281,37 @@ def test_link_in_the_folder_that_leads_out_of_it_is_not_followed(models, tmp_pat
     assert not list((tmp_path / "outside").iterdir())
 
 
+def test_folder_that_cannot_be_made_is_said_with_advice(models):
+    (models / "link").symlink_to(models / "nothing")
+    clip = load("good.safetensors")
+    message = refusal(lambda: DistilledT5Save.execute(clip, "link/mine", "as loaded"), OSError)
+    assert "mine.safetensors could not be written to" in message
+    assert not (models / "nothing").exists()
+
+
+@pytest.mark.parametrize("ending", ["refused", "cancelled"])
+def test_folders_made_for_a_file_that_is_not_written_go_again(models, ending, monkeypatch):
+    clip = load("good.safetensors")
+    (models / "kept").mkdir()
+    before = sorted(models.rglob("*"))
+
+    def press_cancel_when_the_folder_is_there(*_arguments: object, **_more: object) -> None:
+        if (models / "kept" / "new").exists():
+            comfy.model_management.interrupt_current_processing()
+
+    if ending == "refused":
+        with torch.no_grad():
+            clip.cond_stage_model.t5base.transformer.shared.weight.fill_(torch.nan)
+    else:
+        monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", press_cancel_when_the_folder_is_there)
+        monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", -1.0, raising=False)
+        monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_PERCENT", -1.0, raising=False)
+    expected = StudentFileError if ending == "refused" else comfy.model_management.InterruptProcessingException
+    with pytest.raises(expected):
+        DistilledT5Save.execute(clip, "kept/new/deep/mine", "as loaded")
+    assert sorted(models.rglob("*")) == before
+
+
 def test_file_where_the_folder_should_be(models):
     clip = load("good.safetensors")
     message = refusal(lambda: DistilledT5Save.execute(clip, "good.safetensors/mine", "as loaded"), ValueError)
@@ -316,18 +322,29 @@ def test_weights_that_broke_in_the_graph_are_not_saved(models):
     clip = load("good.safetensors")
     with torch.no_grad():
         clip.cond_stage_model.t5base.transformer.shared.weight.fill_(torch.nan)
-    message = refusal(lambda: DistilledT5Save.execute(clip, "mine", "bf16"))
-    assert "not finite" in message
+    for dtype in ("bf16", "fp16", "as loaded"):
+        message = refusal(lambda dtype=dtype: DistilledT5Save.execute(clip, "mine", dtype))
+        assert "not finite" in message
+        assert message.splitlines()[-1].startswith("What to do: take away the LoRA or merge that broke them")
     assert sorted(path.name for path in models.iterdir()) == ["good.safetensors"]
 
 
-def test_number_format_that_cannot_hold_the_weights_is_refused_and_not_saved_as_infinity(models):
+@pytest.mark.parametrize(
+    ("largest", "dtype", "remedy"),
+    [(7e4, "fp16", "bf16 or fp32"), (500.0, "fp8_e4m3fn", "bf16 or fp32"), (3.4e38, "bf16", "fp32")],
+)
+def test_number_format_that_cannot_hold_the_weights_is_refused_with_one_that_can(models, largest, dtype, remedy):
     big = tiny_tensors(FULL_VOCABULARY, torch.float32)
-    big[SHARED] *= 1e9
+    big[SHARED][5, 3] = largest
     published_file(models / "big.safetensors", big)
     clip = load("big.safetensors", dtype="fp32")
-    assert "not finite" in refusal(lambda: DistilledT5Save.execute(clip, "mine", "fp16"))
+    message = refusal(lambda: DistilledT5Save.execute(clip, "mine", dtype))
+    assert f"1 tensors hold numbers that are too large for {dtype}" in message
+    assert f"  {SHARED}\n" in message
+    assert message.splitlines()[-1] == f"What to do: set dtype to {remedy}."
     assert not (models / "mine.safetensors").exists()
+    DistilledT5Save.execute(clip, "mine", remedy.split()[0])
+    assert (models / "mine.safetensors").is_file()
 
 
 class OtherClip:

@@ -157,3 +157,26 @@ def test_safetensors_header_of_100_megabytes_is_refused_within_memory(worker, tm
 
 def test_files_that_are_good_stay_good_after_all_that(worker, tmp_path):
     assert worker.verdict(write_student(tmp_path / "good.safetensors", tiny_tensors()))["verdict"] == "loaded"
+
+
+def test_numbers_of_a_torch_file_are_read_for_their_checksums_once_and_in_steps_that_can_stop_it(tmp_path, monkeypatch):
+    path, read = tmp_path / "authors.pth", []
+    torch.save(tiny_tensors(), path)
+    usual = zipfile.ZipExtFile.read
+
+    def counted(file: zipfile.ZipExtFile, size: int | None = -1) -> bytes:
+        content = usual(file, size)
+        read.append(len(content))
+        return content
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", counted)
+    open_student(path).load()
+    assert sum(read) < 1.5 * path.stat().st_size
+
+    def stop(_done: int, _total: int) -> None:
+        raise RuntimeError("stopped")
+
+    read.clear()
+    with pytest.raises(RuntimeError, match="stopped"):
+        open_student(path).load(stop)
+    assert sum(read) < 0.5 * path.stat().st_size

@@ -12,7 +12,7 @@ import torch
 from distilled_t5.devtools.tiny_students import taken_apart, tensor_digest, tiny_tensors
 from distilled_t5.encoder import stream
 from distilled_t5.encoder.files import open_student, write_student
-from distilled_t5.encoder.stream import write_stream
+from distilled_t5.encoder.stream import sync_folder, write_stream
 from torch import Tensor
 
 MIXED = {
@@ -84,3 +84,7 @@ def test_cancelling_leaves_the_old_file_and_nothing_else(tmp_path, share):
         write_student(path, tiny_tensors(seed=1), progress=cancel)
     assert os.listdir(tmp_path) == [path.name]
     assert tensor_digest(open_student(path).load()) == tensor_digest(tiny_tensors())
+
+
+def test_folder_that_cannot_be_opened_is_no_reason_to_fail_when_the_file_is_written(tmp_path):
+    sync_folder(tmp_path / "not there")
