@@ -26,9 +26,11 @@ PACK_AS_MODULE = (
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEV_PY = """
-import pathlib, sys
+import pathlib, signal, sys
 root, comfyui, folder = map(pathlib.Path, sys.argv[1:4])
 sys.path.insert(0, str(root))
+if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, which processes inherit
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 import dev
 dev.set_up, dev.program, dev.DEV = lambda: comfyui, lambda *_: sys.executable, folder
 dev.link(folder / "python" / "distilled_t5", root)

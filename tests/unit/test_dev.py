@@ -347,8 +347,12 @@ def test_a_root_with_apt_get_gets_chromium_installed(dev: ModuleType, monkeypatc
     assert {"chromium", "fonts-noto-cjk"} <= set(commands[1])
 
 
+# Under nohup a closed terminal is ignored, which processes inherit: the test's own are as a terminal starts them.
 RUNS_TWO = """
-import sys, dev
+import signal, sys
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+import dev
 dev.run = lambda _: [dev.run_in_foreground([sys.executable, sys.argv[1]]) for _ in range(2)]
 sys.exit(dev.main([]))
 """
