@@ -21,7 +21,7 @@ from .training import Plan, train
 
 VAE_FILE, TEACHER_FILE, FLUX_FILE = "miniature_vae.safetensors", "miniature_teacher.safetensors", "miniature_flux.safetensors"
 DTYPE = torch.bfloat16
-TEACHER_PLAN = Plan(steps=5_000, batch=64, learning_rate=5e-3)
+TEACHER_PLAN = Plan(steps=3_000, batch=64, learning_rate=5e-3)
 FLUX_PLAN = Plan(steps=12_000, batch=64, learning_rate=2e-3)
 Stop = Callable[[], bool]
 

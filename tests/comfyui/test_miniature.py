@@ -22,6 +22,7 @@ from distilled_t5.miniature.captions import TOKEN_LENGTH, draw_prompt, write_pro
 from distilled_t5.miniature.corpus import draw_text
 from distilled_t5.miniature.corruption import FIRST_SENTINEL, SENTINELS, corrupt, load_tokenizer, noise_spans, restore
 from distilled_t5.miniature.make import FLUX_FILE, TEACHER_FILE, VAE_FILE, make_vae
+from distilled_t5.miniature.paint import Painter, Sampling, load_clip
 from distilled_t5.miniature.reader import verdict
 from distilled_t5.miniature.scenes import draw_scene, random_of
 from distilled_t5.miniature.teacher import IGNORED, TARGET_LENGTH, FrozenTeacher, draw_batch, example
@@ -194,6 +195,29 @@ def test_stock_nodes_and_the_hosts_sampler_make_a_picture_of_the_three_files(mad
     assert picture.shape == (1, 96, 96, 3)
     assert torch.isfinite(picture).all()
     assert model.model.diffusion_model.params.guidance_embed
+
+
+def test_a_picture_painted_in_a_batch_is_the_one_that_stock_nodes_make_of_its_caption_and_seed(made):
+    painter, clip = Painter(made, Sampling(steps=3)), load_clip(made / TEACHER_FILE)
+    captions = [CAPTION, "two green trees", "a sign that says FOX"]
+    painted = painter.paint(clip, captions, [4, 5, 6])
+    for caption, seed, picture in zip(captions, (4, 5, 6), painted, strict=True):
+        conditioning = nodes.CLIPTextEncode().encode(clip, caption)[0]
+        conditioning = [[text, {**extras, "guidance": 3.5}] for text, extras in conditioning]
+        empty = {"samples": torch.zeros(1, 16, SIDE, SIDE)}
+        [latent] = nodes.KSampler().sample(painter.model, seed, 3, 1.0, "euler", "simple", conditioning, conditioning, empty)
+        [alone] = nodes.VAEDecode().decode(painter.vae, latent)
+        torch.testing.assert_close(torch.from_numpy(picture), alone[0].float(), atol=2e-2, rtol=0)
+
+
+def test_the_command_measures_encoders_and_untrained_ones_get_nothing_right(made, comfyui_path):
+    # A teacher without a right picture is an error: there is no share of it.
+    done = subprocess.run(
+        [sys.executable, str(PACK / "miniature"), "measure", "--out", str(made), "--count", "2", "--comfyui", str(comfyui_path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"| {TEACHER_FILE} | 0.0 | 0.0 |" in done.stdout
 
 
 def test_what_is_trained_and_what_is_loaded_give_the_same_velocity(made, tmp_path):
