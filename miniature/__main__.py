@@ -21,7 +21,7 @@ def register_pack() -> None:
 
 
 WHAT = "which file to make; `all`: the three models; `measure`: how often their pictures are right"
-PROMPTS, QUESTIONS = 20_000, 200
+PROMPTS, QUESTIONS = 6_000, 200
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -36,7 +36,9 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, help="peak rate of AdamW; Muon's is ten times that")
     parser.add_argument("--bf16", action="store_true", default=None, help="compute in bfloat16: faster where the processor knows it")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, bit for bit")
-    parser.add_argument("--count", type=int, help=f"prompts to write ({PROMPTS:,}), or to measure of each task ({QUESTIONS})")
+    parser.add_argument(
+        "--count", type=int, help=f"prompts to write for each corpus ({PROMPTS:,}), or to measure of each task ({QUESTIONS})"
+    )
     parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one whose custom_nodes this pack lies in)")
     return parser
 
@@ -53,7 +55,7 @@ def make(options: argparse.Namespace) -> list[Path | None]:
 
     given: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "batch", "seed", "learning_rate", "bf16")}
     if options.what == "prompts":
-        return [write_prompts(options.out / "prompts.txt", options.count or PROMPTS, options.seed or 0)]
+        return [*write_prompts(options.out / "prompts", options.count or PROMPTS, options.seed or 0)]
     if options.what == "measure":
         measure(options.out, options.files, options.count or QUESTIONS)
         return []
@@ -74,10 +76,10 @@ def make(options: argparse.Namespace) -> list[Path | None]:
 
 def measure(folder: Path, files: list[Path], count: int) -> None:
     """Print the accuracies of the teacher in `folder` and of other encoders."""
-    from distilled_t5.miniature.make import TEACHER_FILE
+    from distilled_t5.miniature.folders import TEACHER_FILE, place
     from distilled_t5.miniature.measure import measure_files, share_of, table
 
-    rows = measure_files(folder, [folder / TEACHER_FILE, *files], count)
+    rows = measure_files(folder, [place(folder, TEACHER_FILE), *files], count)
     print(table(rows))
     for path in files:
         print(f"{path.name} keeps {100 * share_of(rows[path.name], rows[TEACHER_FILE]):.1f} % of the teacher's mean accuracy.")

@@ -16,12 +16,12 @@ from . import flow, teacher
 from .autoencoder import vae_tensors
 from .corruption import load_tokenizer
 from .flow import FluxSize
+from .folders import FLUX_FILE, TEACHER_FILE, VAE_FILE, place
 from .teacher import FrozenTeacher
 from .training import Plan, train
 
-VAE_FILE, TEACHER_FILE, FLUX_FILE = "miniature_vae.safetensors", "miniature_teacher.safetensors", "miniature_flux.safetensors"
 DTYPE = torch.bfloat16
-TEACHER_PLAN = Plan(steps=3_000, batch=64, learning_rate=5e-3)
+TEACHER_PLAN = Plan(steps=2_000, batch=64, learning_rate=5e-3)
 FLUX_PLAN = Plan(steps=12_000, batch=64, learning_rate=2e-3)
 Stop = Callable[[], bool]
 
@@ -38,8 +38,7 @@ def usual_device() -> torch.device:
 
 def make_vae(out: Path) -> Path:
     """Write the VAE's file; no training, no chance."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / VAE_FILE
+    path = _room_for(place(out, VAE_FILE))
     safetensors.torch.save_file({name: tensor.to(DTYPE) for name, tensor in vae_tensors().items()}, path)
     return path
 
@@ -59,7 +58,7 @@ def make_teacher(out: Path, comfyui: Path, plan: Plan = TEACHER_PLAN, resume: bo
     trainee = train(model, loss_at, plan, what, out / "teacher-run", resume, stop)
     if trainee is None:
         return None
-    return teacher.save_teacher(out / TEACHER_FILE, trainee.averaged(), layout, _facts(plan, what), DTYPE)
+    return teacher.save_teacher(_room_for(place(out, TEACHER_FILE)), trainee.averaged(), layout, _facts(plan, what), DTYPE)
 
 
 def make_flux(
@@ -69,7 +68,7 @@ def make_flux(
 
     Raises ValueError if there is no teacher yet.
     """
-    size, teacher_path = size or FluxSize(), out / TEACHER_FILE
+    size, teacher_path = size or FluxSize(), place(out, TEACHER_FILE)
     if not teacher_path.is_file():
         raise ValueError(f"{teacher_path} is not there.\nWhat to do: make the teacher first.")
     frozen = FrozenTeacher(teacher_path, load_tokenizer(comfyui), usual_device())
@@ -87,7 +86,12 @@ def make_flux(
         )
     if trainee is None:
         return None
-    return flow.save_flux(out / FLUX_FILE, trainee.averaged(), _facts(plan, what), DTYPE)
+    return flow.save_flux(_room_for(place(out, FLUX_FILE)), trainee.averaged(), _facts(plan, what), DTYPE)
+
+
+def _room_for(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _facts(plan: Plan, what: dict[str, Any]) -> dict[str, str]:

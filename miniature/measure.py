@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -93,11 +94,10 @@ def table(rows: Mapping[str, Mapping[str, Score]]) -> str:
 
 def measure_files(folder: Path, files: Sequence[Path], count: int) -> dict[str, dict[str, Score]]:
     """The scores of encoder files with the Flux and the VAE that lie in `folder`, by file name. ComfyUI must be importable."""
-    from .paint import Painter, load_clip
+    from .paint import Painter, served
 
     painter, found = Painter(folder), {}
     for path in files:
         log.info("%s:", path.name)
-        clip = load_clip(path)
-        found[path.name] = scores(lambda captions, seeds, clip=clip: painter.paint(clip, captions, seeds), count)
+        found[path.name] = scores(functools.partial(painter.paint, served(path)), count)
     return found

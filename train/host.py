@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..miniature.folders import add_model_folders
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -73,6 +75,7 @@ def _add_model_paths(folder: Path, configs: list[list[str]] | None) -> None:
     own = folder / "extra_model_paths.yaml"
     for config in [*([str(own)] if own.is_file() else []), *(path for group in configs or [] for path in group)]:
         load(config)
+    add_model_folders()
 
 
 def model_file(name: str, kind: str) -> Path:

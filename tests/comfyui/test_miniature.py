@@ -11,7 +11,6 @@ from typing import Any
 
 import comfy.latent_formats
 import comfy.sd
-import folder_paths
 import pytest
 import torch
 from distilled_t5.devtools.small_encoders import encode, serve
@@ -21,8 +20,9 @@ from distilled_t5.miniature.autoencoder import latents, vae_tensors
 from distilled_t5.miniature.captions import TOKEN_LENGTH, draw_prompt, write_prompts
 from distilled_t5.miniature.corpus import draw_text
 from distilled_t5.miniature.corruption import FIRST_SENTINEL, SENTINELS, corrupt, load_tokenizer, noise_spans, restore
-from distilled_t5.miniature.make import FLUX_FILE, TEACHER_FILE, VAE_FILE, make_vae
-from distilled_t5.miniature.paint import Painter, Sampling, load_clip
+from distilled_t5.miniature.folders import FLUX_FILE, KINDS, TEACHER_FILE, VAE_FILE, add_model_folders, place
+from distilled_t5.miniature.make import make_vae
+from distilled_t5.miniature.paint import Painter, Sampling, served
 from distilled_t5.miniature.reader import verdict
 from distilled_t5.miniature.scenes import draw_scene, random_of
 from distilled_t5.miniature.teacher import IGNORED, TARGET_LENGTH, FrozenTeacher, draw_batch, example
@@ -129,8 +129,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, comfyui_path: Path) -> Path:
 
 
 def test_the_command_makes_three_files_whose_headers_say_what_made_them(made, comfyui_path):
-    assert {path.name for path in made.glob("*.safetensors")} == {VAE_FILE, TEACHER_FILE, FLUX_FILE}
-    teacher = open_student(made / TEACHER_FILE)
+    assert {path.name for kind in KINDS.values() for path in (made / kind).iterdir()} == {VAE_FILE, TEACHER_FILE, FLUX_FILE}
+    teacher = open_student(place(made, TEACHER_FILE))
     assert (teacher.metadata.projection, teacher.metadata.token_length) == ("none", TOKEN_LENGTH)
     assert len(teacher.metadata.facts["distilled_t5.miniature_plan_sha256"]) == 64
     losses = [json.loads(line) for line in (made / "flux-run" / "metrics.jsonl").open()]
@@ -138,11 +138,11 @@ def test_the_command_makes_three_files_whose_headers_say_what_made_them(made, co
 
 
 def test_a_run_that_is_resumed_after_its_end_writes_the_same_files_again(made, comfyui_path):
-    before = {name: (made / name).read_bytes() for name in (TEACHER_FILE, FLUX_FILE)}
+    before = {name: place(made, name).read_bytes() for name in (TEACHER_FILE, FLUX_FILE)}
     output = run(comfyui_path, made, "all", "--steps", "3", "--resume")
     assert output.count("Done:") == 3
     for name, content in before.items():
-        old, new = load_file(made / name), load_file(_written(made.parent / name, content))
+        old, new = load_file(place(made, name)), load_file(_written(made.parent / name, content))
         assert all(torch.equal(old[key], new[key]) for key in old)
 
 
@@ -160,16 +160,20 @@ def test_a_flux_without_a_teacher_is_an_error_that_says_what_to_do(tmp_path, com
 
 
 def test_the_teacher_that_the_flux_learns_from_is_the_one_that_the_loader_serves(made, tokenizer):
-    frozen = FrozenTeacher(made / TEACHER_FILE, tokenizer, CPU)
-    [(served_BLD, extras)] = encode(serve(made / TEACHER_FILE).clip, CAPTION)
+    frozen = FrozenTeacher(place(made, TEACHER_FILE), tokenizer, CPU)
+    [(served_BLD, extras)] = encode(serve(place(made, TEACHER_FILE)).clip, CAPTION)
     torch.testing.assert_close(frozen([CAPTION]), served_BLD, atol=1e-3, rtol=1e-3)
     assert served_BLD.shape == (1, TOKEN_LENGTH, frozen.width)
     assert not extras["pooled_output"].any()
 
 
 def test_the_products_trainer_makes_a_student_of_it_that_the_loader_serves(made, comfyui_path, tmp_path):
-    prompts = write_prompts(tmp_path / "prompts.txt", 64)
-    settings = [f"teacher.t5={made / TEACHER_FILE}", f"diffusion_model.file={made / FLUX_FILE}", f"sampling.token_lengths=[{TOKEN_LENGTH}]"]
+    prompts = write_prompts(tmp_path / "prompts", 64)[1]
+    settings = [
+        f"teacher.t5={place(made, TEACHER_FILE)}",
+        f"diffusion_model.file={place(made, FLUX_FILE)}",
+        f"sampling.token_lengths=[{TOKEN_LENGTH}]",
+    ]
     for stage in range(2):
         corpora = f'[{{kind="lines", path="{prompts.as_posix()}"}}]'
         settings += [f"stage.{stage}.corpora={corpora}", f"stage.{stage}.resolution_px={SIDE_PX}", f"stage.{stage}.steps=4"]
@@ -179,15 +183,14 @@ def test_the_products_trainer_makes_a_student_of_it_that_the_loader_serves(made,
     assert done.returncode == 0, done.stderr
     [student] = (tmp_path / "models" / "text_encoders").glob("*.safetensors")
     [(text_BLD, _)] = encode(serve(student).clip, CAPTION)
-    assert text_BLD.shape == (1, TOKEN_LENGTH, open_student(made / TEACHER_FILE).layout.d_model)
+    assert text_BLD.shape == (1, TOKEN_LENGTH, open_student(place(made, TEACHER_FILE)).layout.d_model)
 
 
 def test_stock_nodes_and_the_hosts_sampler_make_a_picture_of_the_three_files(made):
-    for kind in ("diffusion_models", "vae"):
-        folder_paths.add_model_folder_path(kind, str(made))
+    add_model_folders(made)
     [model] = nodes.UNETLoader().load_unet(FLUX_FILE, "default")
     [vae] = nodes.VAELoader().load_vae(VAE_FILE)
-    clip = serve(made / TEACHER_FILE).clip
+    clip = serve(place(made, TEACHER_FILE)).clip
     conditioning = [[text, {**extras, "guidance": 3.5}] for text, extras in encode(clip, CAPTION)]
     empty = {"samples": torch.zeros(1, 16, SIDE, SIDE)}
     [latent] = nodes.KSampler().sample(model, 0, 4, 1.0, "euler", "simple", conditioning, conditioning, empty)
@@ -198,9 +201,9 @@ def test_stock_nodes_and_the_hosts_sampler_make_a_picture_of_the_three_files(mad
 
 
 def test_a_picture_painted_in_a_batch_is_the_one_that_stock_nodes_make_of_its_caption_and_seed(made):
-    painter, clip = Painter(made, Sampling(steps=3)), load_clip(made / TEACHER_FILE)
+    painter, clip = Painter(made, Sampling(steps=3)), serve(place(made, TEACHER_FILE)).clip
     captions = [CAPTION, "two green trees", "a sign that says FOX"]
-    painted = painter.paint(clip, captions, [4, 5, 6])
+    painted = painter.paint(served(place(made, TEACHER_FILE)), captions, [4, 5, 6])
     for caption, seed, picture in zip(captions, (4, 5, 6), painted, strict=True):
         conditioning = nodes.CLIPTextEncode().encode(clip, caption)[0]
         conditioning = [[text, {**extras, "guidance": 3.5}] for text, extras in conditioning]
