@@ -1,4 +1,4 @@
-"""The command: `python <pack>/miniature {vae,teacher,flux,all,prompts,measure} [FILE ...] [options]`."""
+"""The command: `python <pack>/miniature {vae,teacher,flux,lora,all,prompts,measure} [FILE ...] [options]`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def register_pack() -> None:
     bootstrap.register_pack()
 
 
-WHAT = "which file to make; `all`: the three models; `measure`: how often their pictures are right"
+WHAT = "which file to make; `all`: all four; `measure`: how often their pictures are right"
 PROMPTS, QUESTIONS = 6_000, 200
 
 
 def command_line() -> argparse.ArgumentParser:
     """What the command takes."""
     parser = argparse.ArgumentParser(prog="miniature", description="Make the miniature: a T5 teacher, a Flux and a VAE of a small world.")
-    parser.add_argument("what", choices=("vae", "teacher", "flux", "all", "prompts", "measure"), help=WHAT)
+    parser.add_argument("what", choices=("vae", "teacher", "flux", "lora", "all", "prompts", "measure"), help=WHAT)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="measure: encoders besides the teacher")
     parser.add_argument("--out", type=Path, default=Path("miniature-out"), metavar="DIR", help="folder for the files and the runs")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: as planned for each model)")
@@ -66,6 +66,7 @@ def make(options: argparse.Namespace) -> list[Path | None]:
         for name, plan, maker in (
             ("teacher", workshop.TEACHER_PLAN, workshop.make_teacher),
             ("flux", workshop.FLUX_PLAN, workshop.make_flux),
+            ("lora", workshop.LORA_PLAN, workshop.make_lora),
         ):
             # `all --resume` goes on where it was: in a model that has no checkpoint yet it begins.
             resume = options.resume and (options.what == name or (options.out / f"{name}-run" / "checkpoints").is_dir())

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 VAE_FILE, TEACHER_FILE, FLUX_FILE = "miniature_vae.safetensors", "miniature_teacher.safetensors", "miniature_flux.safetensors"
-KINDS = {VAE_FILE: "vae", TEACHER_FILE: "text_encoders", FLUX_FILE: "diffusion_models"}
+MODELS = {VAE_FILE: "vae", TEACHER_FILE: "text_encoders", FLUX_FILE: "diffusion_models"}
+LORA_FILE = "miniature_palette_lora.safetensors"
+KINDS = {**MODELS, LORA_FILE: "loras"}
 SHIPPED = Path(__file__).resolve().parent / "models"
 
 
 def place(folder: Path, name: str) -> Path:
-    """Where one of the three files lies below `folder`."""
+    """Where one of the files lies below `folder`."""
     return folder / KINDS[name] / name
 
 

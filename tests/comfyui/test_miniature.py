@@ -12,6 +12,7 @@ from typing import Any
 import comfy.latent_formats
 import comfy.sd
 import pytest
+import safetensors.torch
 import torch
 from distilled_t5.devtools.small_encoders import encode, serve
 from distilled_t5.encoder.files import open_student
@@ -20,7 +21,8 @@ from distilled_t5.miniature.autoencoder import latents, vae_tensors
 from distilled_t5.miniature.captions import TOKEN_LENGTH, draw_prompt, write_prompts
 from distilled_t5.miniature.corpus import draw_text
 from distilled_t5.miniature.corruption import FIRST_SENTINEL, SENTINELS, corrupt, load_tokenizer, noise_spans, restore
-from distilled_t5.miniature.folders import FLUX_FILE, KINDS, TEACHER_FILE, VAE_FILE, add_model_folders, place
+from distilled_t5.miniature.folders import FLUX_FILE, KINDS, LORA_FILE, TEACHER_FILE, VAE_FILE, add_model_folders, place
+from distilled_t5.miniature.lora import load_flux, save_lora, trained_part, with_lora
 from distilled_t5.miniature.make import make_vae
 from distilled_t5.miniature.paint import Painter, Sampling, served
 from distilled_t5.miniature.reader import verdict
@@ -128,8 +130,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, comfyui_path: Path) -> Path:
     return out
 
 
-def test_the_command_makes_three_files_whose_headers_say_what_made_them(made, comfyui_path):
-    assert {path.name for kind in KINDS.values() for path in (made / kind).iterdir()} == {VAE_FILE, TEACHER_FILE, FLUX_FILE}
+def test_the_command_makes_files_whose_headers_say_what_made_them(made, comfyui_path):
+    assert {path.name for kind in KINDS.values() for path in (made / kind).iterdir()} == {VAE_FILE, TEACHER_FILE, FLUX_FILE, LORA_FILE}
     teacher = open_student(place(made, TEACHER_FILE))
     assert (teacher.metadata.projection, teacher.metadata.token_length) == ("none", TOKEN_LENGTH)
     assert len(teacher.metadata.facts["distilled_t5.miniature_plan_sha256"]) == 64
@@ -140,7 +142,7 @@ def test_the_command_makes_three_files_whose_headers_say_what_made_them(made, co
 def test_a_run_that_is_resumed_after_its_end_writes_the_same_files_again(made, comfyui_path):
     before = {name: place(made, name).read_bytes() for name in (TEACHER_FILE, FLUX_FILE)}
     output = run(comfyui_path, made, "all", "--steps", "3", "--resume")
-    assert output.count("Done:") == 3
+    assert output.count("Done:") == 4
     for name, content in before.items():
         old, new = load_file(place(made, name)), load_file(_written(made.parent / name, content))
         assert all(torch.equal(old[key], new[key]) for key in old)
@@ -221,6 +223,37 @@ def test_the_command_measures_encoders_and_untrained_ones_get_nothing_right(made
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"| {TEACHER_FILE} | 0.0 | 0.0 |" in done.stdout
+
+
+def test_the_lora_that_is_trained_is_the_one_that_the_stock_loader_applies(made, tmp_path):
+    """Strong random values in it: the trained Flux with its parametrised weights and the patched one of the host give one velocity."""
+    flux = load_flux(place(made, FLUX_FILE), 128)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        flux.final_layer.linear.weight.normal_(0, 0.1, generator=generator)
+    saved = flow.save_flux(tmp_path / "flux.safetensors", dict(flux.state_dict()), {}, torch.float32)
+    low_ranks = with_lora(flux)
+    with torch.no_grad():
+        for low_rank in low_ranks.values():
+            low_rank.up.normal_(0, 0.1, generator=generator)
+            for weight in (low_rank.up, low_rank.down):
+                weight.copy_(weight.bfloat16())
+    averaged = {name: weight.detach() for name, weight in trained_part(low_ranks).named_parameters()}
+    lora = safetensors.torch.load_file(save_lora(tmp_path / "lora.safetensors", averaged, low_ranks, {}))
+    patcher, _ = comfy.sd.load_lora_for_models(
+        comfy.sd.load_diffusion_model(str(saved), model_options={"dtype": torch.float32}), None, lora, 1.0, 0.0
+    )
+    loaded = FrozenFlow(patcher)
+    loaded.load()
+    batch = flow.draw_batch(0, 0, 4)
+    text, pooled = torch.randn(4, TOKEN_LENGTH, 128, generator=generator), torch.zeros(4, 768)
+    with torch.no_grad():
+        told = {"context": text, "y": pooled, "guidance": batch.guidance_B, "transformer_options": {}}
+        expected = flux(batch.noise_BCHW, batch.sigma_B, **told)
+        found = loaded.velocity(batch.noise_BCHW, batch.sigma_B, text, pooled, batch.guidance_B)
+        without = load_flux(saved, 128)(batch.noise_BCHW, batch.sigma_B, **told)
+    assert (expected - without).abs().mean() > 0.02
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-2)
 
 
 def test_what_is_trained_and_what_is_loaded_give_the_same_velocity(made, tmp_path):

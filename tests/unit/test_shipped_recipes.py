@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from distilled_t5.miniature.captions import TOKEN_LENGTH
-from distilled_t5.miniature.folders import KINDS
+from distilled_t5.miniature.folders import MODELS
 from distilled_t5.miniature.teacher import LAYOUT
 from distilled_t5.miniature.world import SIDE_PX
 from distilled_t5.train.objectives import OBJECTIVES
@@ -160,7 +160,7 @@ def test_students_of_the_miniature_differ_in_size_alone_and_are_as_large_as_they
 
 def test_students_of_the_miniature_need_nothing_but_the_pack():
     recipe = load_recipe("miniature-quarter")
-    assert {recipe.teacher.t5, recipe.diffusion_model.file, recipe.preview.vae} == set(KINDS)
+    assert {recipe.teacher.t5, recipe.diffusion_model.file, recipe.preview.vae} == set(MODELS)
     assert all((SHIPPED.parent / corpus.path).is_file() for stage in recipe.stages for corpus in stage.corpora)
     assert recipe.stages[0].resolution_px == SIDE_PX
     assert recipe.sampling.token_lengths == (TOKEN_LENGTH,)
