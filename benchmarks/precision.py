@@ -1,7 +1,8 @@
 """What smaller number formats of a distilled T5's weights cost: embeddings of the served encoder against those of fp32 weights.
 
-T5-Base (with --quick T5-Small) with T5's own initialisation. Rows with a + keep some tensors in bf16, which the loader does not: they show
-what that would be worth. The first row is the same weights in transformers' T5, in which students are trained; it must agree with fp32.
+T5-Base (with --quick T5-Small and one prompt) with T5's own initialisation. Rows with a + keep some tensors in bf16, which the loader does
+not: they show what that would be worth. The first row is the same weights in transformers' T5, in which students are trained; it must agree
+with fp32.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ KEPT = {
     "fp8 + all but the feed-forward": SMALL + r"|SelfAttention|shared|final_projection",
 }
 SCALED = "fp8 scaled per tensor + norms, position bias"
+# What it is, and whether layer norms are spread.
+WEIGHTS = (("T5's own initialisation", False), ("the same with layer norms spread as by training", True))
 LARGEST_FP8 = 448.0
 Replacement = Callable[[str, Tensor], Tensor | None]
 COLUMNS = ("relative_error", "cosine_mean", "cosine_min", "max_abs")
@@ -62,9 +65,9 @@ def weights(layout: StudentLayout, spread_norms: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def embed(clip: Any) -> Tensor:
-    """Embeddings of all prompts, padded to 256 tokens each: [N, L, D] in float32."""
-    return torch.cat([clip.encode_from_tokens(clip.tokenize(prompt)).float().cpu() for prompt in PROMPTS])
+def embed(clip: Any, prompts: tuple[str, ...]) -> Tensor:
+    """Embeddings of prompts, padded to 256 tokens each: [N, L, D] in float32."""
+    return torch.cat([clip.encode_from_tokens(clip.tokenize(prompt)).float().cpu() for prompt in prompts])
 
 
 def serve(path: Path, dtype: torch.dtype) -> Any:
@@ -102,32 +105,32 @@ def resident_mb(clip: Any) -> float:
     return sum(weight.nbytes for weight in clip.cond_stage_model.t5base.parameters()) / 1e6
 
 
-def as_trained(layout: StudentLayout, tensors: dict[str, Tensor], clip: Any) -> Tensor:
+def as_trained(layout: StudentLayout, tensors: dict[str, Tensor], clip: Any, prompts: tuple[str, ...]) -> Tensor:
     """Embeddings of the training implementation for the same tokens."""
     from distilled_t5.encoder.student import DistilledT5
 
     student = DistilledT5(layout).eval()
     student.load_tensors(tensors)
-    tokens_NL = torch.tensor([[pair[0] for pair in clip.tokenize(prompt)["t5xxl"][0]] for prompt in PROMPTS])
+    tokens_NL = torch.tensor([[pair[0] for pair in clip.tokenize(prompt)["t5xxl"][0]] for prompt in prompts])
     return student(tokens_NL)
 
 
 @torch.inference_mode()
-def measure_formats(folder: Path, layout: StudentLayout, spread_norms: bool) -> dict[str, dict[str, float]]:
+def measure_formats(folder: Path, layout: StudentLayout, prompts: tuple[str, ...], spread_norms: bool) -> dict[str, dict[str, float]]:
     """A row for each format."""
     tensors = weights(layout, spread_norms)
     path = folder / "student.safetensors"
     measure.write_streamed(path, layout.tensors(), torch.float32, lambda name, _: tensors[name])
     exact = serve(path, torch.float32)
-    wanted = embed(exact)
-    rows = {"transformers, fp32": {"mb": resident_mb(exact), **compare(as_trained(layout, tensors, exact), wanted)}}
+    wanted = embed(exact, prompts)
+    rows = {"transformers, fp32": {"mb": resident_mb(exact), **compare(as_trained(layout, tensors, exact, prompts), wanted)}}
     for name, dtype in FORMATS.items():
         clip = serve(path, dtype)
-        rows[name] = {"mb": resident_mb(clip), **compare(embed(clip), wanted)}
+        rows[name] = {"mb": resident_mb(clip), **compare(embed(clip, prompts), wanted)}
     for name, replacement in [*((name, in_bf16(pattern)) for name, pattern in KEPT.items()), (SCALED, scaled_to_fp8)]:
         clip = serve(path, torch.float8_e4m3fn)
         replace_weights(clip, replacement, tensors)
-        rows[name] = {"mb": resident_mb(clip), **compare(embed(clip), wanted)}
+        rows[name] = {"mb": resident_mb(clip), **compare(embed(clip, prompts), wanted)}
     # In a real file those would be fp8 numbers and a few scales.
     rows[SCALED]["mb"] = rows["fp8 + norms, position bias"]["mb"]
     return rows
@@ -142,18 +145,18 @@ def main() -> None:
     """Measure, print the tables, write the JSON."""
     options = measure.command_line(__doc__ or "").parse_args()
     comfyui = start_comfyui(options.gpu)
-    size = "small" if options.quick else "base"
+    size, prompts = ("small", PROMPTS[:1]) if options.quick else ("base", PROMPTS)
     layout = StudentLayout.named(size)
     result: dict[str, Any] = {
         "machine": measure.machine(comfyui, options.gpu, options.note),
         "size": size,
-        "prompts": len(PROMPTS),
+        "prompts": len(prompts),
         "rows": {},
     }
     with measure.scratch_folder(2) as folder:
-        for title, spread_norms in (("T5's own initialisation", False), ("the same with layer norms spread as by training", True)):
-            rows = result["rows"][title] = measure_formats(folder, layout, spread_norms)
-            print(f"\n{layout.size_name}, {title}; {len(PROMPTS)} prompts of 256 tokens, against fp32")
+        for title, spread_norms in WEIGHTS[-1:] if options.quick else WEIGHTS:
+            rows = result["rows"][title] = measure_formats(folder, layout, prompts, spread_norms)
+            print(f"\n{layout.size_name}, {title}; prompts: {len(prompts)}, of 256 tokens, against fp32")
             body = [[name, round(row["mb"]), *(shown(row[column], column) for column in COLUMNS)] for name, row in rows.items()]
             print(measure.table(["weights", "MB", *COLUMNS], body))
     print(f"\nwritten: {measure.save_result(result, 'precision', options)}")

@@ -22,9 +22,9 @@ FILE = "encoder.safetensors"
 
 
 def start_cost(comfyui: Path, repeats: int) -> dict[str, Any]:
-    """Seconds of ComfyUI's own imports and of the pack's, in processes of their own; the first one fills the page cache."""
+    """Seconds of ComfyUI's own imports and of the pack's, in processes of their own; a first one before several fills the page cache."""
     with tempfile.TemporaryDirectory() as base:
-        runs = [measured(comfyui, ROOT, Path(base)) for _ in range(repeats + 1)][1:]
+        runs = [measured(comfyui, ROOT, Path(base)) for _ in range(repeats + (repeats > 1))][-repeats:]
     return {
         "host_s": statistics.median(run["host_s"] for run in runs),
         "pack_s": statistics.median(run["pack_s"] for run in runs),

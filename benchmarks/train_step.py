@@ -6,7 +6,6 @@ with --gpu Flux dev, T5-XXL, CLIP-L and T5-Base of full size at 512 px.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -346,11 +345,8 @@ def real_shares() -> dict[str, float]:
 
 def main() -> None:
     """Measure, print the tables, write the JSON."""
-    parser = measure.command_line(__doc__ or "")
-    parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.task:
-        perform(options.task)
+    options = measure.options_or_task(__doc__ or "", perform)
+    if options is None:
         return
     quick, gpu, found = options.quick, options.gpu, {}
     facts = measure.machine(start_comfyui(gpu), gpu, options.note) | {"torch_threads": 1}

@@ -31,7 +31,7 @@ SETTINGS: Json = {
 }
 # What the page complains about without any pack: files that a new user does not have, and look-ups that --disable-api-nodes forbids.
 HARMLESS = re.compile(
-    r"404 \(Not Found\) \(.*(/api/userdata[/?]|/user\.css|/favicon\.ico)|ComfyApp graph accessed before initialization"
+    r"404 \(Not Found\) \(.*(/api/userdata[/?]|/user\.css|/favicon\.ico|/models/preview/)|ComfyApp graph accessed before initialization"
     r"|violates the following Content Security Policy|Refused to connect because it violates"
 )
 READY = """() => window.app?.vueAppReady && window.graph && app.extensionManager?.workflow.activeWorkflow
@@ -196,6 +196,12 @@ class ComfyPage:
         leaf = self.page.locator("[role=treeitem][draggable=true]").filter(has_text=title)
         leaf.drag_to(self.page.locator("#graph-canvas"), target_position={"x": at[0], "y": at[1]})
 
+    def find_model(self, query: str) -> Locator:
+        """Search the model library by file name; returns the entry that was found, after the page has read its metadata."""
+        self.page.get_by_role("button", name="Model Library").click()
+        self.page.get_by_placeholder("Search Models...").fill(query)
+        return self.page.locator("[role=treeitem]").last
+
     def select(self, node_type: str) -> None:
         """Click on the title of the first node of a type."""
         self.wait_for("(type) => app.canvas.visible_nodes.some(node => node.type === type)", node_type)
@@ -239,6 +245,12 @@ class ComfyPage:
         """Open a workflow that was saved before, from the sidebar."""
         self.page.get_by_role("button", name="Workflows").click()
         self.page.get_by_test_id("workflows-sidebar").get_by_text(name, exact=True).click()
+        self.wait_for_workflow(name)
+
+    def switch_to(self, name: str) -> None:
+        """Click on the tab of an open workflow."""
+        self.page.get_by_text(name, exact=True).first.click()
+        self.page.mouse.move(800, 500)  # the tab shows a preview while the mouse is on it
         self.wait_for_workflow(name)
 
     def wait_for_workflow(self, name: str) -> None:

@@ -38,6 +38,17 @@ def command_line(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def options_or_task(description: str, perform: Callable[[dict[str, Any]], None]) -> argparse.Namespace | None:
+    """The options of a benchmark that measures in processes of its own (`in_fresh_process`); None in such a one, after its task is done."""
+    parser = command_line(description)
+    parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.task:
+        perform(options.task)
+        return None
+    return options
+
+
 @contextlib.contextmanager
 def scratch_folder(needed_gb: float) -> Iterator[Path]:
     """A folder for big files that is gone afterwards, also when the process is asked to end. Raises ValueError if its disk is too full."""

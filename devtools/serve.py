@@ -1,11 +1,10 @@
 """A ComfyUI with the pack and stand-in models in the foreground: `python -m distilled_t5.devtools.serve --comfyui FOLDER [--port N]`."""
 
 import argparse
-import contextlib
-import signal
 import sys
 from pathlib import Path
 
+from .ending import interrupt_when_asked
 from .server import ComfyServer
 from .stand_ins import ensure_all, link_into
 
@@ -13,9 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".dev"
 
 
-def serve(comfyui: Path, port: int) -> None:
-    """Serve until Ctrl-C; pictures, settings and saved workflows stay in .dev/serve."""
-    base = WORK / "serve"
+def serve(comfyui: Path, port: int, base: Path) -> None:
+    """Serve until it is asked to stop; pictures, settings and saved workflows stay in `base`, and models that somebody puts there."""
     link_into(ensure_all(WORK / "stand-ins"), base)
     print("Starting ComfyUI ...", flush=True)
     with ComfyServer(comfyui, base, ROOT, port=port) as server:
@@ -30,15 +28,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--comfyui", type=Path, required=True, help="folder of ComfyUI's main.py")
     parser.add_argument("--port", type=int, default=8188, help="port to serve on (default: 8188)")
+    parser.add_argument("--base", type=Path, default=WORK / "serve", help="folder of models, pictures and settings (default: .dev/serve)")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill stops the server too
+    interrupt_when_asked()
     try:
-        with contextlib.suppress(KeyboardInterrupt):
-            serve(arguments.comfyui, arguments.port)
-            return
-    except (RuntimeError, ValueError) as error:
+        serve(arguments.comfyui, arguments.port, arguments.base)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (RuntimeError, ValueError, OSError) as error:
         sys.exit(str(error))
-    print("Stopped.")
 
 
 if __name__ == "__main__":

@@ -247,9 +247,12 @@ def server_environment() -> dict[str, str]:
 def end_process_group(process: "subprocess.Popen[bytes]") -> None:
     """Ask a process and its children to end, and end them if they do not."""
     send_to_group(process, force=False)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_TIMEOUT_S)
-    send_to_group(process, force=True)
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_S)
+    finally:
+        # Also when a second Ctrl-C ends the waiting.
+        send_to_group(process, force=True)
     process.wait()
 
 

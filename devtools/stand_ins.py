@@ -39,6 +39,7 @@ LORA_RANK = 1
 def ensure_all(folder: Path) -> Path:
     """Write every stand-in below `folder` (models/<kind>/<name>, input/<name>) unless a stamp says that it is there; returns `folder`."""
     if not _stamp_matches(folder):
+        print(f"Making stand-in models in {folder} ...", flush=True)
         for relative, make in MODEL_FILES.items():
             _write_aside(folder / relative, lambda path, make=make: save_file(make(), path))
         _write_aside(folder / "input" / "example.png", _draw_input_picture)

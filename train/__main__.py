@@ -84,7 +84,9 @@ def run(recipe: Any, options: argparse.Namespace, flags: list[str]) -> int:
 
     with Ranks.open("cuda" if torch.cuda.is_available() and "--cpu" not in flags else "cpu") as ranks:
         if options.estimate:
-            print(estimate(recipe, ranks))
+            said = estimate(recipe, ranks)
+            if ranks.is_main:
+                print(said)
             return 0
         if ranks.is_main:
             check_output_folder()

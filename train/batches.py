@@ -59,15 +59,6 @@ class Schedule:
             step -= stage.steps
         raise AssertionError(step)
 
-    def steps_left_in_stage(self, step: int) -> int:
-        """Optimizer steps from `step` on to the end of its stage."""
-        end = 0
-        for stage in self.recipe.stages:
-            end += stage.steps
-            if step < end:
-                return end - step
-        raise AssertionError(step)
-
     def trajectories(self, stage: int) -> int:
         """Trajectories of a stage; its end may cut the last one short."""
         return math.ceil(self.recipe.stages[stage].steps / self.recipe.sampling.steps)

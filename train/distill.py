@@ -7,11 +7,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, autocast
+from torch.amp.grad_scaler import GradScaler
 from torch.nn import Module
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
@@ -19,16 +20,22 @@ from torch.optim import AdamW, Optimizer
 from .objectives import Objective
 from .trajectory import Flow, Position, advance, gap_at
 
+if TYPE_CHECKING:
+    from .velocity import FrozenFlow
+
 SKIPS_IN_A_ROW = 10
 
 
 class NotFinite(RuntimeError):
-    """Ten losses in a row were not finite: the run has gone wrong and stops, with everything saved."""
+    """Ten losses or gradients in a row were not finite: the run has gone wrong and stops, with everything saved."""
 
 
 @dataclass
 class Learner:
-    """The trained half: student, optimizer, learning rate by step, and how they are run. `step` counts optimizer steps taken."""
+    """The trained half: student, optimizer, learning rate by step, and how they are run.
+
+    `step` counts steps of the run, the `skipped` ones that changed no weight among them.
+    """
 
     student: Module
     optimizer: Optimizer
@@ -38,6 +45,7 @@ class Learner:
     device: torch.device
     mean_over_ranks: Callable[[Tensor], Tensor]
     without_sync: Callable[[], contextlib.AbstractContextManager[Any]]
+    scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -47,10 +55,32 @@ class Learner:
         with autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
             return self.student(token_ids_BL.to(self.device))
 
+    @property
+    def lost(self) -> bool:
+        """Whether so many steps in a row were dropped that the run shall stop."""
+        return self.skipped_in_a_row >= SKIPS_IN_A_ROW
+
+    def check_not_lost(self) -> None:
+        """Raise NotFinite at the tenth dropped step in a row."""
+        if self.lost:
+            raise NotFinite(
+                f"{SKIPS_IN_A_ROW} losses or gradients in a row were not finite.\n"
+                "What to do: start a new run with student.start = the student.safetensors of a checkpoint, and a lower "
+                'optimizer.learning_rate or optimizer.autocast = "none".'
+            )
+
 
 def make_optimizer(student: Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> AdamW:
     """AdamW over the student's parameters, which alone are trained."""
     return AdamW(student.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+
+
+def loss_scaler(flow: FrozenFlow) -> GradScaler:
+    """What scales the loss for the backward pass where the diffusion model computes in fp16, in which small gradients become zero.
+
+    Powers of two, so that unscaled gradients are exact; anything but fp16 goes unscaled.
+    """
+    return GradScaler(flow.device.type, enabled=flow.compute_dtype == torch.float16)
 
 
 def linear_schedule(peak: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
@@ -78,7 +108,7 @@ class StepReport:
 def train_step(positions: Sequence[Position], flow: Flow, learner: Learner, objective: Objective) -> tuple[StepReport, list[Position]]:
     """One optimizer step over the micro-batches at `positions`; returns where the teacher's velocity takes them.
 
-    A loss that is not finite on any rank drops the step on all. Raises NotFinite at the tenth in a row.
+    A loss or gradient that is not finite on any rank drops the step on all; see `Learner.check_not_lost`.
     """
     moved, total = [], torch.zeros((), device=learner.device)
     for number, position in enumerate(positions, start=1):
@@ -86,17 +116,19 @@ def train_step(positions: Sequence[Position], flow: Flow, learner: Learner, obje
         with contextlib.nullcontext() if last else learner.without_sync():
             loss_B, velocity = gap_at(position, flow, learner.embed, objective)
             loss = loss_B.mean() / len(positions)
-            loss.backward()
+            learner.scaler.scale(loss).backward()
         total = total + loss.detach()
         moved.append(advance(position, velocity))
     loss_value = float(learner.mean_over_ranks(total))
+    learner.scaler.unscale_(learner.optimizer)
     norm = float(clip_grad_norm_(learner.student.parameters(), learner.max_gradient_norm))
     dropped = not (math.isfinite(loss_value) and math.isfinite(norm))
     learning_rate = learner.learning_rate(learner.step)
     if not dropped:
         for group in learner.optimizer.param_groups:
             group["lr"] = learning_rate
-        learner.optimizer.step()
+        learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
     _count(learner, dropped)
     sigma = float(positions[0].sigmas_T[positions[0].step])
@@ -107,19 +139,17 @@ def _count(learner: Learner, dropped: bool) -> None:
     learner.step += 1
     learner.skipped += dropped
     learner.skipped_in_a_row = learner.skipped_in_a_row + 1 if dropped else 0
-    if learner.skipped_in_a_row >= SKIPS_IN_A_ROW:
-        raise NotFinite(
-            f"{SKIPS_IN_A_ROW} losses in a row were not finite.\n"
-            "What to do: start a new run with student.start = the student.safetensors of a checkpoint, and a lower "
-            'optimizer.learning_rate or optimizer.autocast = "none".'
-        )
 
 
 def follow(
     trajectories: Iterable[tuple[int, list[Position]]], flow: Flow, learner: Learner, objective: Objective
 ) -> Iterator[tuple[StepReport, int, list[Position]]]:
-    """Train along one trajectory after another; yields after every optimizer step: report, trajectory index, positions."""
+    """Train along one trajectory after another; yields after every optimizer step: report, trajectory index, positions.
+
+    Raises NotFinite after the tenth dropped step in a row.
+    """
     for index, positions in trajectories:
         while not positions[0].done:
             report, positions = train_step(positions, flow, learner, objective)
             yield report, index, positions
+            learner.check_not_lost()

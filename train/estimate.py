@@ -3,34 +3,48 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import comfy.model_management
 import torch
 
 from .distill import train_step
-from .memory import GB, part_lines
+from .memory import GB, SAVED_BYTES, part_lines, ram_parts
 from .objectives import OBJECTIVES
 from .ranks import Ranks
 from .recipe import Recipe
-from .report import memory_mb
+from .report import memory_mb, reset_peak_memory
 from .run import Workshop, open_workshop
+from .teacher_chunks import chunk_of
 from .velocity import differentiable, held_bytes
 
 MEASURED_STEPS = 3
-# A checkpoint holds each weight and the two numbers that AdamW keeps of it, in float32.
-BYTES_PER_SAVED_WEIGHT = 4 + 8
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One stage as measured: seconds of an optimizer step without its first one, and memory afterwards in MB by kind."""
+    """One stage as measured, in seconds, and memory in MB by kind.
+
+    optimizer_s: an optimizer step, but for the first one. encode_s: the teacher's work for one trajectory. swap_s: teacher and diffusion
+    model changing places, there and back.
+    """
 
     name: str
     steps: int
-    step_s: float
-    start_s: float
+    optimizer_s: float
+    encode_s: float
+    swap_s: float
+    steps_per_trajectory: int
+    trajectories_per_chunk: int
     memory_mb: dict[str, float]
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step with its share of what is done once per trajectory and once per chunk."""
+        return self.optimizer_s + (self.encode_s + self.swap_s / self.trajectories_per_chunk) / self.steps_per_trajectory
 
     @property
     def hours(self) -> float:
@@ -42,25 +56,46 @@ def estimate(recipe: Recipe, ranks: Ranks) -> str:
     workshop = open_workshop(recipe, ranks)
     with differentiable(workshop.flow.model.diffusion_model, recipe.diffusion_model.checkpoint_blocks):
         stages = [_measure(workshop, number) for number in range(len(recipe.stages))]
-    return "\n".join([*_memory_lines(workshop), "", *_stage_lines(recipe, stages), "", *_disk_lines(workshop)])
+    return "\n".join([*_memory_lines(workshop), "", *_ram_lines(workshop), *_stage_lines(recipe, stages), "", *_disk_lines(workshop)])
 
 
 def _measure(workshop: Workshop, number: int) -> StageEstimate:
-    stage = workshop.recipe.stages[number]
-    start = time.perf_counter()
-    batches = workshop.schedule.batches(number, 0)
-    positions = workshop.starts(batches, workshop.teacher.texts(batches))
-    start_s, seconds = time.perf_counter() - start, []
+    stage, schedule = workshop.recipe.stages[number], workshop.schedule
+    batches = schedule.batches(number, 0)
+    # As before every chunk of a run, it is the diffusion model that is on the device.
+    workshop.load_flow()
+    reset_peak_memory()
+    teacher_comes_s, _ = _timed(workshop.teacher.clip.load_model)
+    encode_s, texts = _timed(lambda: workshop.teacher.texts(batches))
+    flow_comes_s, positions = _timed(lambda: workshop.starts(batches, texts))
+    seconds = []
     for _ in range(min(MEASURED_STEPS, len(positions[0].sigmas_T) - 1)):
-        begin = time.perf_counter()
-        _, positions = train_step(positions, workshop.flow, workshop.learner, OBJECTIVES[stage.objective])
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
+        step_s, (_, positions) = _timed(
+            lambda places=positions: train_step(places, workshop.flow, workshop.learner, OBJECTIVES[stage.objective])
+        )
+        seconds.append(step_s)
     # The first step of a size is slower: memory is being got, kernels are being chosen.
     settled = seconds[1:] or seconds
-    shared_s = start_s / workshop.recipe.sampling.steps
-    return StageEstimate(stage.name, stage.steps, sum(settled) / len(settled) + shared_s, start_s, memory_mb())
+    chunk = chunk_of(0, schedule.prompts_per_trajectory(number), workshop.recipe.teacher.chunk_prompts, schedule.trajectories(number))
+    return StageEstimate(
+        stage.name,
+        stage.steps,
+        optimizer_s=sum(settled) / len(settled),
+        encode_s=encode_s,
+        swap_s=teacher_comes_s + flow_comes_s,
+        steps_per_trajectory=workshop.recipe.sampling.steps,
+        trajectories_per_chunk=len(chunk),
+        memory_mb=memory_mb(),
+    )
+
+
+def _timed(work: Callable[[], Result]) -> tuple[float, Result]:
+    """Seconds that some work takes to its end on the GPU, and what it gives."""
+    begin = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin, result
 
 
 def _memory_lines(workshop: Workshop) -> list[str]:
@@ -76,6 +111,32 @@ def _memory_lines(workshop: Workshop) -> list[str]:
     return [f"Memory on {device} by part, reckoned for stage {need.stage}:", *part_lines(need.parts), *(f"  {line}" for line in sums)]
 
 
+def _ram_lines(workshop: Workshop) -> list[str]:
+    need, processes = workshop.need, workshop.ranks.world
+    if need.offload:
+        layout = workshop.student.layout
+        parts = ram_parts(workshop.recipe, layout, need.held, held_bytes(workshop.teacher.clip.cond_stage_model), processes)
+        return [*ram_lines(parts, processes), ""]
+    if processes > 1:
+        return [f"Each of the {processes} processes takes this much RAM: {_for_all(need.whole, processes)}.", ""]
+    return []
+
+
+def ram_lines(parts: Mapping[str, int], processes: int) -> list[str]:
+    """What a process takes of RAM beside its GPU, by part, and what all processes take."""
+    each = sum(parts.values())
+    together = f" for each process, {_for_all(each, processes)}" if processes > 1 else ""
+    return [
+        "RAM by part, at most:",
+        *part_lines(parts),
+        f"  {each / GB:.2f} GB in all{together}, and some 2 GB for Python and its libraries.",
+    ]
+
+
+def _for_all(each: int, processes: int) -> str:
+    return f"{each * processes / GB:.2f} GB for {processes} processes on one machine"
+
+
 def _stage_lines(recipe: Recipe, stages: list[StageEstimate]) -> list[str]:
     lines = [f"{'Stage':<24}{'steps':>9}{'s/step':>9}{'hours':>9}   measured memory"]
     for stage in stages:
@@ -89,7 +150,7 @@ def _disk_lines(workshop: Workshop) -> list[str]:
     weights = sum(weight.numel() for weight in workshop.student.parameters())
     # The best one beside the last ones, and one that is being written.
     kept = workshop.recipe.checkpoints.keep_last + 2
-    size_gb = weights * BYTES_PER_SAVED_WEIGHT / 1e9
+    size_gb = weights * SAVED_BYTES / 1e9
     return [
         f"Disk: {kept * size_gb:.2f} GB for at most {kept} checkpoints of {size_gb:.2f} GB, {weights * 4 / 1e9:.2f} GB for the encoder."
     ]

@@ -17,8 +17,8 @@ BUG = (
     f"\nThis is a fault of the trainer, not of what you gave it. The last checkpoint is whole.\n{ADVICE}report it at {ISSUES} with the "
     "command and the lines below."
 )
-# torch says the first of a GPU, by its own class or the driver's words, and the second of a CPU.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+# In lower case. torch, drivers and libraries say the first ones of a GPU, and torch the last two of a CPU (Linux, Windows).
+OUT_OF_MEMORY = ("out of memory", "out_of_device_memory", "_status_alloc_failed", "can't allocate memory", "not enough memory: you tried")
 # What these lack no package brings.
 OURS_OR_THE_HOSTS = ("distilled_t5", "comfy", "folder_paths", "utils")
 
@@ -41,7 +41,7 @@ def explained(error: Exception, recipe: Recipe | None) -> str | None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the memory of the GPU or of the machine was not enough, as torch and Python say it."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in OUT_OF_MEMORY))
 
 
 def _out_of_memory(error: Exception, recipe: Recipe | None) -> str:

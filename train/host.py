@@ -7,11 +7,24 @@ import importlib
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from ..miniature.folders import add_model_folders
+
+# Flags that main.py applies before torch is imported, or that are for the server; nothing else in ComfyUI reads them (0.16.3 to 0.30.0).
+# Left out are those that switch off what the trainer never has, such as --disable-all-custom-nodes: they hold anyway; and
+# --cache-classic, which --high-ram sets as well.
+WHICH_GPU = ("cuda_device", "default_device", "oneapi_device_selector")
+OF_THE_SERVER = (
+    *("cuda_malloc", "vram_headroom", "disable_nvml_pressure", "enable_dynamic_vram", "debug_hang", "verbose", "log_stdout"),
+    *("listen", "port", "tls_keyfile", "tls_certfile", "enable_cors_header", "max_upload_size", "enable_compress_response_body"),
+    *("output_directory", "temp_directory", "input_directory", "user_directory", "multi_user", "database_url", "comfy_api_base"),
+    *("cache_ram", "cache_lru", "cache_none", "preview_method", "preview_size", "default_hashing_function"),
+    *("auto_launch", "front_end_version", "front_end_root", "enable_manager", "enable_manager_legacy_ui", "whitelist_custom_nodes"),
+    *("quick_test_for_ci", "enable_assets", "enable_asset_hashing", "feature_flag", "list_feature_flags"),
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,10 +54,8 @@ def start_comfyui(folder: Path, flags: Sequence[str]) -> None:
     say otherwise: weights that the host brings over asynchronously lie in buffers that it writes over, and autograd needs them later.
     Raises ValueError for flags under which nothing can be trained.
     """
-    import torch
-
     flags = list(flags)
-    if not torch.accelerator.is_available() and "--cpu" not in flags:
+    if not _has_accelerator() and "--cpu" not in flags:
         flags.append("--cpu")
     if not any("async-offload" in flag for flag in flags):
         flags.append("--disable-async-offload")
@@ -52,12 +63,42 @@ def start_comfyui(folder: Path, flags: Sequence[str]) -> None:
     importlib.import_module("comfy.options").enable_args_parsing()
     before, sys.argv = sys.argv, [sys.argv[0], *flags]
     try:
-        arguments = importlib.import_module("comfy.cli_args").args
+        parsed = importlib.import_module("comfy.cli_args")
     finally:
         sys.argv = before
+    arguments = parsed.args
+    _refuse_flags_of_main({name for name, value in vars(arguments).items() if value != parsed.parser.get_default(name)})
     _refuse_fast_products(arguments)
     importlib.import_module("folder_paths")
     _add_model_paths(folder, arguments.extra_model_paths_config)
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    if hasattr(torch, "accelerator"):
+        return torch.accelerator.is_available()
+    # torch before 2.6
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _refuse_flags_of_main(given: Set[str]) -> None:
+    """Raise ValueError for flags that only ComfyUI's main.py applies, which the trainer does not run: they would change nothing."""
+    if chosen := given & set(WHICH_GPU):
+        raise ValueError(
+            f"{_as_flags(chosen)}: ComfyUI's main.py alone applies this, before it imports torch.\n"
+            "What to do: choose the GPU before the command instead: CUDA_VISIBLE_DEVICES=N python ... (HIP_VISIBLE_DEVICES, "
+            "ONEAPI_DEVICE_SELECTOR); torchrun gives every process its own of those that are visible."
+        )
+    if others := given & set(OF_THE_SERVER):
+        raise ValueError(
+            f"{_as_flags(others)}: ComfyUI's main.py alone applies this, and the trainer starts no server.\n"
+            "What to do: leave it out. Folders of models are those of --base-directory and --extra-model-paths-config."
+        )
+
+
+def _as_flags(names: Iterable[str]) -> str:
+    return " ".join(sorted(f"--{name.replace('_', '-')}" for name in names))
 
 
 def _refuse_fast_products(arguments: Any) -> None:

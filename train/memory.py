@@ -10,10 +10,12 @@ from ..encoder.layout import StudentLayout
 from .objectives import OBJECTIVES
 from .recipe import Recipe, Stage
 from .recipe_file import SHIPPED
+from .teacher_chunks import chunk_of
 
 GB = 1e9
 # AdamW: weight, gradient and two moments, float32. Autocast: a bf16 copy of each weight while the student computes.
-TRAINED_BYTES, AUTOCAST_BYTES, FLOAT32_BYTES = 16, 2, 4
+# A checkpoint: weight and moments.
+TRAINED_BYTES, AUTOCAST_BYTES, FLOAT32_BYTES, SAVED_BYTES = 16, 2, 4, 12
 # Counted with torch's profiler on Flux blocks of widths 512 and 1024 (forward and backward): numbers per token and channel of a block that
 # stay for the backward pass, with checkpointing its inputs alone; and those of the block at work, float32 for the most part.
 KEPT_WITH_CHECKPOINTS, KEPT_WITHOUT = 1, 14
@@ -73,12 +75,15 @@ class MemoryNeed:
         """Every part, with as much of the diffusion model in RAM as the host can leave there."""
         return {"diffusion model's weights at work": self.at_work} | self.others if self.offload else self.parts
 
-    def room(self, weights: int, has_moments: bool) -> int:
+    def room(self, weights: int, has_moments: bool, device_bytes: int) -> int:
         """Bytes that an optimizer step takes beside what lies on the device already: the host is asked to keep them free.
 
         Left to itself it keeps room for inference only. There already are the student's weights and, after the first step, AdamW's moments.
+        Weights that are not cast take room a second time only if a device of `device_bytes` cannot hold all of them, so that some are
+        brought over from RAM.
         """
-        return self.at_work + sum(self.others.values()) - weights * (FLOAT32_BYTES * (3 if has_moments else 1))
+        at_work = self.at_work if self.casts or self.whole > device_bytes else 0
+        return at_work + sum(self.others.values()) - weights * (FLOAT32_BYTES * (3 if has_moments else 1))
 
     @property
     def whole(self) -> int:
@@ -111,6 +116,30 @@ def _stage_need(recipe: Recipe, stage: Stage, layout: StudentLayout, flow: FlowS
     kept = flow.largest_block if part.checkpoint_blocks else flow.weights
     casts = flow.held_bytes < flow.weights * flow.compute_bytes
     return MemoryNeed(stage.name, flow.held_bytes, kept * flow.compute_bytes, casts, others, offload=on_gpu)
+
+
+def ram_parts(recipe: Recipe, layout: StudentLayout, flow_bytes: int, teacher_bytes: int, processes: int) -> dict[str, int]:
+    """Bytes of RAM that each of the run's processes takes beside a GPU, by part: at most, in the stage that takes most.
+
+    Python and its libraries come on top (some 2 GB), and what the system keeps of the files that were read.
+    """
+    text = max(recipe.sampling.token_lengths) * layout.output_width * FLOAT32_BYTES
+    validated = recipe.stages[-1].batch
+    return {
+        "teacher and CLIP-L": teacher_bytes,
+        "diffusion model, while the teacher works": flow_bytes,
+        "teacher's embeddings of one chunk": max(_chunk_prompts(recipe, stage, processes) for stage in recipe.stages) * text,
+        "teacher's embeddings of held-out prompts": min(
+            recipe.validation.prompts, -(-recipe.validation.prompts // (validated * processes)) * validated
+        )
+        * text,
+        "a checkpoint, while it is saved": layout.parameters * SAVED_BYTES,
+    }
+
+
+def _chunk_prompts(recipe: Recipe, stage: Stage, processes: int) -> int:
+    prompts = stage.batch * stage.batches_per_rank(processes)
+    return prompts * len(chunk_of(0, prompts, recipe.teacher.chunk_prompts, -(-stage.steps // recipe.sampling.steps)))
 
 
 def flow_activations(flow: FlowSize, tokens: int, checkpoint_blocks: bool) -> dict[str, int]:

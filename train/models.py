@@ -11,6 +11,7 @@ import comfy.sd
 import torch
 
 from ..encoder.errors import StudentFileError, printable
+from ..encoder.families import FAMILIES
 from ..encoder.files import CHOICES, read_header
 from ..encoder.layout import StudentLayout
 from ..encoder.metadata import StudentMetadata
@@ -42,16 +43,25 @@ def load_flow(recipe: Recipe) -> FrozenFlow:
     with tempfile.TemporaryDirectory() as scratch:
         path = stand_ins.flux_file(Path(scratch)) if part.file == stand_ins.NAME else model_file(part.file, "diffusion_models")
         patcher = _load_patcher(path, DTYPES[part.dtype])
-    parameters: Any = getattr(patcher.model.diffusion_model, "params", None)
-    if not hasattr(parameters, "context_in_dim") or not hasattr(parameters, "guidance_embed"):
-        raise ValueError(f"{path.name} is a {type(patcher.model).__name__}, not a Flux.\n{NAME_A_FLUX}")
+    _check_flux(path.name, patcher.model)
+    _check_guidance(path.name, patcher.model.diffusion_model.params.guidance_embed, recipe.sampling.guidance)
+    return FrozenFlow(patcher)
+
+
+def _check_flux(name: str, model: Any) -> None:
+    """Raise ValueError for whatever the host has made of the file, unless it is a Flux that takes what Flux takes."""
+    # The host builds several other models of Flux's parts, some under Flux's own name but without a pooled vector.
+    if model.model_config.unet_config.get("image_model") != "flux" or model.diffusion_model.params.vec_in_dim is None:
+        raise ValueError(f"{name} is a {type(model).__name__}, not a Flux.\n{NAME_A_FLUX}")
+    parameters = model.diffusion_model.params
+    expected = FAMILIES["flux"].pooled_width
+    if parameters.vec_in_dim != expected:
+        raise ValueError(f"{name} takes pooled text of width {parameters.vec_in_dim}, expected CLIP-L's {expected}.\n{NAME_A_FLUX}")
     if parameters.in_channels != LATENT_CHANNELS:
         raise ValueError(
-            f"{path.name} takes {parameters.in_channels} channels, expected the {LATENT_CHANNELS} of a latent: a Flux that also wants "
+            f"{name} takes {parameters.in_channels} channels, expected the {LATENT_CHANNELS} of a latent: a Flux that also wants "
             f"a picture (Fill, Canny, Depth) has nothing to follow.\n{NAME_A_FLUX}"
         )
-    _check_guidance(path.name, parameters.guidance_embed, recipe.sampling.guidance)
-    return FrozenFlow(patcher)
 
 
 def _load_patcher(path: Path, dtype: torch.dtype | None) -> Any:

@@ -15,26 +15,28 @@ Json = Any
 TENSOR, TUPLE, DICT, FLOAT = "tensor", "tuple", "dict", "float"
 
 
-def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Json:
-    """The JSON form of `value`; its tensors are added to `tensors`, as copies on the CPU, under names that begin with `name`.
+def pack(value: Any, tensors: dict[str, Tensor], name: str, copy: bool = True) -> Json:
+    """The JSON form of `value`; its tensors are added to `tensors`, on the CPU, under names that begin with `name`.
+
+    With `copy` off, those that lie contiguous on the CPU already are the very tensors of `value`.
 
     Raises TypeError for a value of a type that cannot be brought back.
     """
     if isinstance(value, Tensor):
         while name in tensors:  # the keys 0 and "0" of one dict
             name += "'"
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = value.detach().to("cpu", copy=copy).contiguous()
         return {TENSOR: name}
     if value is None or type(value) in (bool, int, str):
         return value
     if isinstance(value, float):  # NumPy's float64 is one
         return float(value) if math.isfinite(value) else {FLOAT: str(float(value))}
     if type(value) is list:
-        return [pack(part, tensors, f"{name}.{index}") for index, part in enumerate(value)]
+        return [pack(part, tensors, f"{name}.{index}", copy) for index, part in enumerate(value)]
     if type(value) is tuple:
-        return {TUPLE: [pack(part, tensors, f"{name}.{index}") for index, part in enumerate(value)]}
+        return {TUPLE: [pack(part, tensors, f"{name}.{index}", copy) for index, part in enumerate(value)]}
     if isinstance(value, dict):
-        return {DICT: [[_key(key, name), pack(part, tensors, f"{name}.{key}")] for key, part in value.items()]}
+        return {DICT: [[_key(key, name), pack(part, tensors, f"{name}.{key}", copy)] for key, part in value.items()]}
     raise TypeError(f"{name} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings, lists, tuples and dicts of them.")
 
 

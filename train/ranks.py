@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
+from .packing import pack, unpack
+
 # Longer than anything that one rank does alone while the others wait: saving, a contact sheet.
 TIMEOUT_S = 1800.0
 Value = TypeVar("Value")
@@ -84,13 +86,31 @@ class Ranks:
         return gathered
 
     def share(self, value: Value) -> Value:
-        """What `value` is on rank 0, on every process; tensors in it must lie on the CPU."""
+        """What `value` is on rank 0, on every process: plain values (see `pack`), and tensors, which arrive on the CPU."""
         if self.world == 1:
             return value
-        shared: list[Any] = [value if self.is_main else None]
+        tensors: dict[str, Tensor] = {}
+        packed = pack(value, tensors, "shared", copy=False) if self.is_main else None
+        told: list[Any] = [packed, {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}]
         with self._company():
-            dist.broadcast_object_list(shared, src=0)
-        return shared[0]
+            # Only what is small goes as an object: gigabytes of weights would lie in memory several times over.
+            dist.broadcast_object_list(told, src=0)
+            packed, kinds = told
+            for name, (shape, dtype) in kinds.items():
+                if not self.is_main:
+                    tensors[name] = torch.empty(shape, dtype=dtype)
+                dist.broadcast(tensors[name], src=0)
+        return unpack(packed, tensors)
+
+    def scatter(self, values: list[Value] | None) -> Value:
+        """This process's one of the small objects that rank 0 has, one for each process."""
+        own: list[Any] = [None]
+        if self.world == 1:
+            own = values or own
+        else:
+            with self._company():
+                dist.scatter_object_list(own, values, src=0)
+        return own[0]
 
     def any_of(self, flag: bool) -> bool:
         """Whether the flag is set on any process: the way to agree on stopping."""

@@ -167,10 +167,17 @@ def cut_metrics(path: Path, last_step: int) -> int:
 
 
 def memory_mb() -> dict[str, float]:
-    """The most memory that tensors took on the GPU so far, or, without one, the memory that the process takes now; by its name."""
+    """By name: the most memory that tensors took on the GPU since `reset_peak_memory`, if there is one, and the process's RAM now."""
+    ram = {"ram_mb": round(psutil.Process().memory_info().rss / MB, 1)}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return {"gpu_peak_mb": round(torch.cuda.max_memory_allocated() / MB, 1)}
-    return {"ram_mb": round(psutil.Process().memory_info().rss / MB, 1)}
+        return {"gpu_peak_mb": round(torch.cuda.max_memory_allocated() / MB, 1)} | ram
+    return ram
+
+
+def reset_peak_memory() -> None:
+    """Forget what the GPU's tensors took so far."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
 
 
 @contextlib.contextmanager

@@ -13,26 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encoder.files import unused_path, write_student
+from ..encoder.errors import StudentFileError
+from ..encoder.files import open_student, unused_path, write_student
 from ..encoder.student import DistilledT5
 from .batches import Batch, Place, Schedule
-from .distill import SKIPS_IN_A_ROW, Learner, NotFinite, linear_schedule, make_optimizer, train_step
+from .distill import Learner, linear_schedule, loss_scaler, make_optimizer, train_step
 from .memory import MemoryNeed
 from .models import load_flow, load_teacher_of, make_student_of, memory_need_of, metadata_of
 from .objectives import OBJECTIVES
 from .preview import Previewer, vae_file
-from .randomness import random_states, restore_random_states
 from .ranks import Ranks
 from .recipe import Recipe
 from .report import Reporter
+from .resume import gather_state, restore
 from .run_directory import RunDirectory
-from .state import Checkpoints, TrainerState
+from .state import STUDENT, Checkpoints
 from .stop import StopRequest
 from .teacher import Teacher, TeacherText
 from .teacher_chunks import TeacherChunks
 from .trajectory import Position
 from .validation import HeldOut
-from .velocity import FrozenFlow, differentiable
+from .velocity import FrozenFlow, differentiable, usable_bytes
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +73,18 @@ class Workshop:
 
     def load_flow(self) -> None:
         """Bring the diffusion model to its device with as much room beside it as an optimizer step takes, the host's way."""
-        self.flow.load(self.need.room(sum(map(Tensor.numel, self.student.parameters())), bool(self.learner.optimizer.state)))
+        weights = sum(map(Tensor.numel, self.student.parameters()))
+        self.flow.load(self.need.room(weights, bool(self.learner.optimizer.state), usable_bytes(self.flow.device)))
 
     def starts(self, batches: Sequence[Batch], texts: Sequence[TeacherText]) -> list[Position]:
         """The starts of some batches' trajectories, with the diffusion model brought back to its device."""
         self.load_flow()
         return [self.position(batch, text) for batch, text in zip(batches, texts, strict=True)]
+
+    def starts_at(self, place: Place) -> list[Position]:
+        """The starts of this process's batches on the trajectory of a place."""
+        texts = self.chunks.take(place.stage, place.trajectory)
+        return self.starts(self.schedule.batches(place.stage, place.trajectory), texts)
 
 
 def open_workshop(recipe: Recipe, ranks: Ranks) -> Workshop:
@@ -99,6 +106,7 @@ def open_workshop(recipe: Recipe, ranks: Ranks) -> Workshop:
         device=flow.device,
         mean_over_ranks=ranks.mean,
         without_sync=functools.partial(ranks.no_sync, wrapped),
+        scaler=loss_scaler(flow),
     )
     chunks = TeacherChunks(teacher, schedule, recipe.teacher.chunk_prompts)
     return Workshop(recipe, ranks, schedule, flow, teacher, chunks, memory_need_of(recipe, flow, teacher), student, learner)
@@ -118,11 +126,14 @@ def train(recipe: Recipe, run_path: Path, resume: bool, ranks: Ranks) -> Path | 
         )
         # Dropout draws from torch's global generator; each process has its own stretch of it.
         torch.manual_seed(recipe.seed ^ (ranks.rank << 20))
-        best, positions = _restore(workshop, checkpoints) if resume else (None, [])
+        best, positions = restore(workshop, checkpoints) if resume else (None, [])
         reporter = open_things.enter_context(Reporter(run, ranks.is_main, workshop.schedule.total_steps, start_step=workshop.learner.step))
         open_things.enter_context(differentiable(workshop.flow.model.diffusion_model, recipe.diffusion_model.checkpoint_blocks))
+        was_finished = workshop.learner.step >= workshop.schedule.total_steps
         finished = _loop(workshop, checkpoints, reporter, stop, best, positions)
-        return _finish(workshop, recipe) if finished and ranks.is_main else None
+        if not (finished and ranks.is_main):
+            return None
+        return (written_before(recipe, checkpoints) if was_finished else None) or _finish(workshop, recipe)
 
 
 def _open_run(recipe: Recipe, path: Path, resume: bool) -> RunDirectory:
@@ -145,13 +156,9 @@ def _loop(
     while learner.step < total:
         place = workshop.schedule.place(learner.step)
         if place.step == 0:
-            positions = _starts(workshop, place)
+            positions = workshop.starts_at(place)
         objective = OBJECTIVES[recipe.stages[place.stage].objective]
-        try:
-            report, positions = train_step(positions, workshop.flow, learner, objective)
-        except NotFinite:
-            _save(workshop, checkpoints, reporter, best, positions)
-            raise
+        report, positions = train_step(positions, workshop.flow, learner, objective)
         samples = recipe.stages[place.stage].batch * recipe.stages[place.stage].accumulate
         reporter.step(
             learner.step,
@@ -170,16 +177,12 @@ def _loop(
         if _due(learner.step, recipe.preview.every_steps, total):
             previewer.show(reporter)
         stopping = workshop.ranks.any_of(stop.requested)
-        if stopping or _due(learner.step, recipe.checkpoints.every_steps, total):
+        if stopping or learner.lost or _due(learner.step, recipe.checkpoints.every_steps, total):
             _save(workshop, checkpoints, reporter, best, positions)
+        learner.check_not_lost()
         if stopping:
             return False
     return True
-
-
-def _starts(workshop: Workshop, place: Place) -> list[Position]:
-    texts = workshop.chunks.take(place.stage, place.trajectory)
-    return workshop.starts(workshop.schedule.batches(place.stage, place.trajectory), texts)
 
 
 def _due(step: int, every: int, total: int) -> bool:
@@ -187,69 +190,35 @@ def _due(step: int, every: int, total: int) -> bool:
 
 
 def _save(workshop: Workshop, checkpoints: Checkpoints, reporter: Reporter, best: float | None, positions: list[Position]) -> None:
-    learner, ranks = workshop.learner, workshop.ranks
-    rng = ranks.gather(random_states({}))
-    latents = ranks.gather([position.x_BCHW.cpu() for position in positions])
-    if not ranks.is_main:
-        return
-    place = workshop.schedule.place(min(learner.step, workshop.schedule.total_steps - 1))
-    state = TrainerState(
-        step=learner.step,
-        stage=place.stage,
-        prompt_index=place.trajectory,
-        skipped_steps=learner.skipped,
-        student=workshop.student.tensors(),
-        optimizer=learner.optimizer.state_dict(),
-        schedule={"skipped_in_a_row": learner.skipped_in_a_row},
-        rng={str(rank): states for rank, states in enumerate(rng)},
-        recipe_sha256=workshop.recipe.sha256,
-        best=best,
-        position={str(rank): {str(number): x for number, x in enumerate(xs)} for rank, xs in enumerate(latents)},
-    )
-    reporter.saved(checkpoints.save(state))
-
-
-def _restore(workshop: Workshop, checkpoints: Checkpoints) -> tuple[float | None, list[Position]]:
-    """Put the newest whole checkpoint back into every process; the best held-out loss so far, and the positions on the trajectory."""
-    state, notes = workshop.ranks.share(checkpoints.load_latest() if workshop.ranks.is_main else None) or (None, [])
-    assert state is not None
-    learner, rank = workshop.learner, str(workshop.ranks.rank)
-    workshop.student.load_tensors(state.student)
-    learner.optimizer.load_state_dict(state.optimizer)
-    learner.step, learner.skipped = state.step, state.skipped_steps
-    # A run that stopped because of them may try again.
-    in_a_row = state.schedule["skipped_in_a_row"]
-    learner.skipped_in_a_row = in_a_row if in_a_row < SKIPS_IN_A_ROW else 0
-    if rank not in state.rng or len(state.rng) != workshop.ranks.world:
-        raise ValueError(
-            f"This run was saved by {len(state.rng)} processes and is resumed with {workshop.ranks.world}.\n"
-            f"What to do: resume it with --nproc-per-node {len(state.rng)}."
-        )
-    for note in [*notes, *restore_random_states(state.rng[rank], {})]:
-        log.warning(note)
-    if state.step >= workshop.schedule.total_steps:
-        return state.best, []
-    place = workshop.schedule.place(state.step)
-    if place.step == 0:
-        return state.best, []
-    positions = _starts(workshop, place)
-    saved = [state.position[rank][str(number)] for number in range(len(positions))]
-    return state.best, [_moved(position, place.step, x) for position, x in zip(positions, saved, strict=True)]
-
-
-def _moved(position: Position, step: int, x_BCHW: Tensor) -> Position:
-    return replace(position, step=step, x_BCHW=x_BCHW.to(position.x_BCHW))
+    state = gather_state(workshop, best, positions)
+    if state is not None:
+        reporter.saved(checkpoints.save(state))
 
 
 def _write_checkpointed(recipe: Recipe, workshop: Workshop, path: Path, tensors: Any) -> None:
     write_student(path, tensors, metadata_of(recipe, workshop.learner.step))
 
 
-def _finish(workshop: Workshop, recipe: Recipe) -> Path:
-    """Write the encoder where ComfyUI's loader finds it; an older file of that name stays."""
+def written_before(recipe: Recipe, checkpoints: Checkpoints) -> Path | None:
+    """The encoder that a finished run has written already: the file under its name that holds the last checkpoint's weights."""
+    last = open_student(checkpoints.paths()[-1] / STUDENT).metadata.sha256
+    for path in sorted(_encoders().glob(f"{recipe.output.name}*.safetensors")):
+        with contextlib.suppress(StudentFileError):
+            if last is not None and open_student(path).metadata.sha256 == last:
+                log.info("The run is finished, and its encoder is there: nothing was done.")
+                return path
+    return None
+
+
+def _encoders() -> Path:
     import folder_paths
 
-    folder = Path(folder_paths.get_folder_paths("text_encoders")[0])
+    return Path(folder_paths.get_folder_paths("text_encoders")[0])
+
+
+def _finish(workshop: Workshop, recipe: Recipe) -> Path:
+    """Write the encoder where ComfyUI's loader finds it; an older file of that name stays."""
+    folder = _encoders()
     folder.mkdir(parents=True, exist_ok=True)
     path = unused_path(folder / f"{recipe.output.name}.safetensors")
     return write_student(path, workshop.student.tensors(), metadata_of(recipe, workshop.learner.step))

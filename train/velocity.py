@@ -40,6 +40,11 @@ class FrozenFlow:
         return self.patcher.load_device
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """The format that it computes in, which may be wider than the one its weights are held in."""
+        return self.model.get_dtype_inference()
+
+    @property
     def text_width(self) -> int:
         """Width of the text embedding that the model takes."""
         return self.model.diffusion_model.params.context_in_dim
@@ -58,7 +63,7 @@ class FrozenFlow:
             largest_block=max(map(_weights, blocks_of(model))),
             blocks=len(blocks_of(model)),
             width=model.params.hidden_size,
-            compute_bytes=self.model.get_dtype_inference().itemsize,
+            compute_bytes=self.compute_dtype.itemsize,
         )
 
     def load(self, memory_required: int = 0) -> None:
@@ -104,6 +109,11 @@ def blocks_of(model: Module) -> list[Module]:
 def held_bytes(model: Module) -> int:
     """Bytes of a model's weights as they are held, quantised ones as such."""
     return comfy.model_management.module_size(model)
+
+
+def usable_bytes(device: torch.device) -> int:
+    """The memory of a device without what the host keeps free of it (`--reserve-vram`)."""
+    return comfy.model_management.get_total_memory(device) - comfy.model_management.extra_reserved_memory()
 
 
 def _weights(model: Module) -> int:

@@ -12,6 +12,9 @@ from playwright.sync_api import expect
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "example_workflows"
 SIDE_PX = 256
+LOADED = "T5-Base from distilled_t5_base.safetensors"
+TOLD = """(text) => app.graph.nodes.some(node => node.type === 'PreviewAny'
+    && node.widgets?.some(widget => String(widget.value).startsWith(text)))"""
 IN_DRAFT = "(text) => Object.values(localStorage).some(draft => draft.includes(text))"
 
 
@@ -36,6 +39,27 @@ def test_a_dropped_workflow_runs_to_its_picture(comfy: ComfyPage, server: ComfyS
     comfy.page.get_by_role("button", name="Assets").click()
     [image] = [image for output in entry["outputs"].values() for image in output.get("images", [])]
     expect(comfy.page.locator(f"img[src*='{image['filename']}']").first).to_be_visible()
+
+
+def test_what_was_loaded_stays_told_and_comes_back_after_a_reload_without_loading_again(
+    comfy: ComfyPage, server: ComfyServer, nodes_2: bool
+) -> None:
+    """ComfyUI's text display forgets at F5, whatever fills it; the server remembers and tells again as soon as Run is pressed."""
+    comfy.open_template("flux-dev", nodes_2=nodes_2)
+    comfy.make_small(seed=51 + nodes_2)
+    assert comfy.run() == "execution_success"
+    comfy.wait_for(TOLD, LOADED)
+    comfy.select("DistilledT5Loader")  # the page notes a change when the mouse is released
+    comfy.wait_for(IN_DRAFT, f"[{51 + nodes_2},")
+    comfy.load_template("flux-schnell")
+    comfy.switch_to("flux-dev")
+    comfy.wait_for(TOLD, LOADED)
+    comfy.reload()
+    assert comfy.run() == "execution_success"
+    comfy.wait_for(TOLD, LOADED)
+    entry = next(iter(server.get_json("/history?max_items=1").values()))
+    [kept] = [set(detail["nodes"]) for kind, detail in entry["status"]["messages"] if kind == "execution_cached"]
+    assert kept == set(entry["prompt"][2])
 
 
 def test_nothing_is_lost_on_the_way_through_a_file(comfy: ComfyPage, nodes_2: bool) -> None:

@@ -66,8 +66,11 @@ def test_the_links_in_the_readme_lead_to_templates(server: ComfyServer, pack_roo
         assert server.get_json(f"/api/workflow_templates/{server.pack.name}/{name}.json") == example(name)
 
 
-def test_the_app_runs_and_shows_its_picture(comfy: ComfyPage) -> None:
-    comfy.open_template("flux-dev-app", nodes_2=True)
+def test_the_app_opens_from_the_readmes_link_runs_and_shows_its_picture(comfy: ComfyPage, pack_root: Path) -> None:
+    [link] = re.findall(r"\(http://127\.0\.0\.1:8188(/\?template=flux-dev-app[^)]*)\)", (pack_root / "README.md").read_text("utf-8"))
+    assert "mode=linear" in link
+    comfy.open(link.replace(f"source={PACK}", f"source={comfy.server.pack.name}"), nodes_2=True)
+    comfy.wait_for_workflow("flux-dev-app")
     expect(comfy.page.get_by_test_id("linear-widgets").get_by_role("textbox").first).to_be_visible()
     comfy.make_small(seed=11)
     assert comfy.run() == "execution_success"

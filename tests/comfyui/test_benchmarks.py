@@ -1,4 +1,4 @@
-"""The benchmark of the trainer's step runs, compares what is the same, and reports all of it."""
+"""Every benchmark runs and reports what it promises; that of the trainer's step compares what is the same."""
 
 from __future__ import annotations
 
@@ -6,31 +6,77 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from distilled_t5.devtools.server import link_folder
 
 RATES = {"step_s", "step_cpu_s", "steps_per_s", "samples_per_s", "losses"}
 JUDGED = {"ratio", "ratio_cpu", "floor_s", "floor_cpu_s", "floor_share", "floor_share_cpu", "sample_cost", "sample_cost_cpu"}
 TORCHS = "ours with torch's checkpointing"
 
 
+Quick = Callable[[str], dict[str, Any]]
+
+
 @pytest.fixture(scope="module")
-def result(comfyui_path: Path, pack_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `train_step.py --quick` wrote."""
+def quick(comfyui_path: Path, pack_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Quick:
+    """Runs a benchmark with --quick; returns what it wrote."""
     folder = tmp_path_factory.mktemp("benchmark")
     (folder / "python").mkdir()
-    (folder / "python" / "distilled_t5").symlink_to(pack_root, target_is_directory=True)
-    script, out = pack_root / "benchmarks" / "train_step.py", folder / "out"
+    link_folder(folder / "python" / "distilled_t5", pack_root)
     environment = {**os.environ, "PYTHONPATH": str(folder / "python"), "COMFYUI_PATH": str(comfyui_path)}
-    done = subprocess.run(
-        [sys.executable, str(script), "--quick", "--out", str(out)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (written,) = out.iterdir()
-    assert written.name in done.stdout
-    return json.loads(written.read_text(encoding="utf-8"))
+
+    def run(name: str) -> dict[str, Any]:
+        command = [sys.executable, str(pack_root / "benchmarks" / f"{name}.py"), "--quick", "--out", str(folder / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (written,) = (folder / name).iterdir()
+        assert written.name in done.stdout.splitlines()[-1]
+        found = json.loads(written.read_text(encoding="utf-8"))
+        assert {"commit", "cpu", "torch", "comfyui", "torch_threads", "load_average_at_start"} <= found["machine"].keys()
+        return found
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def result(quick: Quick) -> dict[str, Any]:
+    """What `train_step.py --quick` wrote."""
+    return quick("train_step")
+
+
+def test_every_benchmark_is_tried_here(pack_root: Path) -> None:
+    assert {path.stem for path in (pack_root / "benchmarks").glob("*.py")} == {"encode", "precision", "start", "train_step"}
+
+
+def test_encode_measures_load_encode_memory_and_a_picture(quick: Quick) -> None:
+    found = quick("encode")
+    base, whole = found["encoders"]["base"], found["encoders"]["xxl-bf16"]
+    assert base["t5_weights_gb"] == pytest.approx(0.259, abs=0.001)
+    assert base["tokens"] == whole["tokens"] == 256
+    for key in ("load_cold_s", "load_warm_s", "first_encode_s", "next_encode_s", "new_prompt_s", "rss_peak_gb"):
+        assert min(base[key], whole[key]) > 0
+    assert found["ratios"]["base"]["best_encode_s"] == pytest.approx(whole["best_encode_s"] / base["best_encode_s"])
+    assert found["pipeline"]["base offload"]["next_picture_s"] > 0
+
+
+def test_precision_ranks_the_formats_and_finds_both_implementations_equal(quick: Quick) -> None:
+    (rows,) = quick("precision")["rows"].values()
+    assert rows["transformers, fp32"]["max_abs"] < 1e-4
+    assert rows["fp32"]["max_abs"] == 0
+    error = {name: row["relative_error"] for name, row in rows.items()}
+    assert 0 < error["fp16"] < error["bf16"] < error["fp8 + all but the feed-forward"] < error["fp8_e4m3fn"] < 1
+    assert rows["fp8_e4m3fn"]["mb"] == pytest.approx(rows["fp32"]["mb"] / 4, rel=0.01)
+
+
+def test_start_measures_what_the_pack_adds_and_how_soon_cancel_works(quick: Quick) -> None:
+    found = quick("start")
+    assert 0 < found["start"]["pack_s"] < found["start"]["host_s"]
+    assert found["start"]["modules"] > 10
+    assert min(found["cancel"]["loading_cancel_s"], found["cancel"]["saving_cancel_s"]) > 0
 
 
 def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -63,7 +109,6 @@ def test_memory_is_that_of_fresh_processes(result):
 
 
 def test_the_result_says_where_it_was_measured_and_what_the_real_sizes_would_share(result):
-    assert {"commit", "cpu", "torch", "comfyui", "torch_threads", "load_average_at_start"} <= result["machine"].keys()
     assert result["machine"]["torch_threads"] == 1
     shares = result["real_teacher_share"]
     assert 0.01 < shares["77"] < shares["256"] < shares["512"] < 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -13,12 +14,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+import pytest
 from distilled_t5.devtools.server import free_port
 from PIL import Image
 
 PACK_AS_MODULE = (
     "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); import conftest; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
 )
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DEV_PY = """
+import pathlib, sys
+root, comfyui, folder = map(pathlib.Path, sys.argv[1:4])
+sys.path.insert(0, str(root))
+import dev
+dev.set_up, dev.program, dev.DEV = lambda: comfyui, lambda *_: sys.executable, folder
+dev.link(folder / "python" / "distilled_t5", root)
+sys.exit(dev.main(sys.argv[4:]))
+"""
 
 
 def command(module: str, comfyui: Path, *arguments: str) -> list[str]:
@@ -35,6 +50,7 @@ def test_demo_leaves_pictures_and_timings(comfyui_path: Path, tmp_path: Path) ->
     timings = json.loads((out / "timings.json").read_text(encoding="utf-8"))
     assert len(timings["runs"]) == 2
     for run in timings["runs"]:
+        assert f"Running {timings['workflow']}: {run['prompt']}\n" in done.stdout
         with Image.open(out / run["file"]) as picture:
             assert list(picture.size) == run["size_px"]
             assert len(picture.getcolors(1 << 24) or []) > 1000, "a picture of one colour is no picture"
@@ -44,40 +60,84 @@ def test_demo_leaves_pictures_and_timings(comfyui_path: Path, tmp_path: Path) ->
     assert first != second, "another prompt gives another picture"
 
 
+def failed_demo(comfyui: Path, out: Path) -> str:
+    """What a demo says that has to fail."""
+    done = subprocess.run(command("demo", comfyui, "--out", str(out)), capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1
+    return done.stderr
+
+
+def test_a_demo_whose_comfyui_does_not_start_says_so_and_leaves_the_log(tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text("raise SystemExit('no graphics driver')\n")
+    assert failed_demo(tmp_path, tmp_path / "out").startswith("The demo failed: ComfyUI ended with code 1 while it started.")
+    assert "no graphics driver" in (tmp_path / "out" / "server.log").read_text(encoding="utf-8")
+
+
+def test_a_demo_that_cannot_write_says_so(comfyui_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    assert failed_demo(comfyui_path, tmp_path / "out").startswith("The demo failed: [Errno 17] File exists")
+
+
 @contextmanager
-def serving(comfyui: Path, port: int) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(command("serve", comfyui, "--port", str(port)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def serving(comfyui: Path, folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """`dev.py serve` with its set-up done; everything below `folder`."""
+    arguments = [str(ROOT), str(comfyui), str(folder / "dev"), "serve", "--port", str(port), "--base", str(folder / "base")]
+    command = [sys.executable, "-c", DEV_PY, *arguments]
+    with (folder / "said.txt").open("w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
     try:
         yield process
     finally:
-        process.kill()
-        process.communicate()
+        process.terminate()
+        process.wait()
 
 
-def test_serve_prints_its_address_answers_there_and_ends_when_asked(comfyui_path: Path) -> None:
+def line_of(process: subprocess.Popen[bytes], folder: Path, start: str) -> str:
+    """A line of what it says that starts so, as soon as it is said."""
+    while True:
+        ended = process.poll() is not None
+        lines = (folder / "said.txt").read_text(encoding="utf-8").splitlines()
+        found = [line for line in lines if line.startswith(start)]
+        if found:
+            return found[0]
+        assert not ended, "\n".join(["it ended and had said:", *lines])
+        time.sleep(0.05)
+
+
+def still_working_in(folder: Path, awaited: bool) -> list[list[str]]:
+    """Command lines of the processes that name a folder, as soon as there are some, or are none."""
+    deadline = time.monotonic() + 60
+    while True:
+        lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+        found = [line for line in lines if str(folder) in line and "main.py" in line]
+        if bool(found) == awaited or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
+
+
+def test_serve_prints_its_address_answers_there_and_ends_when_asked(comfyui_path: Path, tmp_path: Path) -> None:
     port = free_port()
-    with serving(comfyui_path, port) as process:
-        assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
-        ready = next((line for line in lines if line.startswith("Ready:")), "it ended before it was ready")
-        assert ready.split() == ["Ready:", f"http://127.0.0.1:{port}"]
+    with serving(comfyui_path, tmp_path, port) as process:
+        assert line_of(process, tmp_path, "Ready:").split() == ["Ready:", f"http://127.0.0.1:{port}"]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/object_info/DistilledT5Loader", timeout=60) as reply:
             assert "distilled_t5_base.safetensors" in reply.read().decode()
+        assert len(still_working_in(tmp_path / "base", awaited=True)) == 1
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
-        assert "Stopped." in process.stdout.read()
-    assert not _answers(port), "the server ended with it"
+        assert process.wait(timeout=60) == 130
+        assert line_of(process, tmp_path, "Stopped.")
+        assert still_working_in(tmp_path / "base", awaited=False) == []
+    assert (tmp_path / "base" / "models" / "vae" / "ae.safetensors").exists()
 
 
-def _answers(port: int) -> bool:
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/system_stats", timeout=5).close()
-        except OSError:
-            return False
-        time.sleep(0.2)
-    return True
+@pytest.mark.skipif(os.name == "nt", reason="Windows has none of these signals")
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGHUP", "SIGKILL"])
+def test_serve_leaves_no_comfyui_behind_however_it_is_stopped(comfyui_path: Path, tmp_path: Path, sent: str) -> None:
+    with serving(comfyui_path, tmp_path, free_port()) as process:
+        line_of(process, tmp_path, "Starting")
+        assert still_working_in(tmp_path / "base", awaited=True)
+        process.send_signal(getattr(signal, sent))
+        process.wait(timeout=60)
+        assert still_working_in(tmp_path / "base", awaited=False) == []
 
 
 def test_serve_says_it_when_the_port_is_taken(comfyui_path: Path) -> None:

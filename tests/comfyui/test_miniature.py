@@ -27,7 +27,7 @@ from distilled_t5.miniature.make import make_vae
 from distilled_t5.miniature.paint import Painter, Sampling, served
 from distilled_t5.miniature.reader import verdict
 from distilled_t5.miniature.scenes import draw_scene, random_of
-from distilled_t5.miniature.teacher import IGNORED, TARGET_LENGTH, FrozenTeacher, draw_batch, example
+from distilled_t5.miniature.teacher import IGNORED, FrozenTeacher, draw_batch, example
 from distilled_t5.miniature.training import Plan, train
 from distilled_t5.miniature.world import CELL_PX, SIDE, SIDE_PX, TASKS, render
 from distilled_t5.train.velocity import FrozenFlow, differentiable
@@ -106,7 +106,7 @@ def test_a_batch_of_texts_is_a_function_of_seed_and_step_and_no_target_is_cut(to
     again = draw_batch(tokenizer, 0, 3, 64)
     assert torch.equal(inputs, again[0])
     assert torch.equal(targets, again[1])
-    assert (inputs.shape, targets.shape) == ((64, TOKEN_LENGTH), (64, TARGET_LENGTH))
+    assert (inputs.shape, targets.shape) == ((64, TOKEN_LENGTH), (64, TOKEN_LENGTH))
     assert ((targets == 1).sum(dim=1) == 1).all()
     assert (targets != IGNORED).any(dim=1).all()
     long = example("word " * 200, tokenizer, random_of("long"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import urllib.error
@@ -63,6 +64,21 @@ def test_the_pack_loads_without_a_warning(host: ComfyServer) -> None:
     assert blamed == [], "the host complained about the pack while it started"
 
 
+def start_lines(host: ComfyServer) -> set[str]:
+    """What a server says until it is ready, without numbers, its folder and what every pack makes it say."""
+    lines = host.log().split("To see the GUI go to")[0].replace(str(host.base), "BASE").splitlines()
+    plain = {re.sub(r"\d+(\.\d+)?", "N", line.removeprefix("[INFO]").strip()) for line in lines}
+    return plain - {"Import times for custom nodes:", f"N seconds: BASE/custom_nodes/{re.sub('[0-9]+', 'N', host.pack.name)}"}
+
+
+def test_comfyui_says_nothing_at_its_start_that_it_would_not_say_without_the_pack(host: ComfyServer, tmp_path: Path) -> None:
+    with ComfyServer(host.comfyui, tmp_path, host.pack, flags=("--whitelist-custom-nodes", "nothing")) as without:
+        assert not set(OUR_NODES) & set(without.object_info())
+        expected = start_lines(without)
+    assert len(expected) > 5
+    assert start_lines(host) - expected == set()
+
+
 @pytest.mark.parametrize("name", OUR_NODES)
 def test_a_node_explains_itself(name: str, host: ComfyServer) -> None:
     info = node_info(host, name)
@@ -72,6 +88,8 @@ def test_a_node_explains_itself(name: str, host: ComfyServer) -> None:
     assert len(info["search_aliases"]) >= 3
     assert len(info["output_tooltips"]) == len(info["output"])
     assert all(info["output_tooltips"])
+    # Hosts give that category a place of its own, away from the other nodes of packs.
+    assert not info.get("essentials_category")
     for input_name, spec in visible_inputs(info).items():
         assert spec[1].get("tooltip"), f"{name}.{input_name} has no tooltip"
 
@@ -108,6 +126,25 @@ def test_a_file_that_does_not_exist_is_refused_with_the_list_of_those_that_do(ho
     with pytest.raises(PromptFailed, match="distilled_t5_base") as failure:
         host.run(load_only("DistilledT5Loader", clip_name1="none", clip_name2="no_such.safetensors", type="flux"))
     assert failure.value.node_id == "1"
+
+
+def test_free_text_is_the_prompt_and_the_name_of_a_new_file_and_files_are_picked_from_lists(host: ComfyServer) -> None:
+    kinds = {(name, each): spec[0] for name in OUR_NODES for each, spec in visible_inputs(node_info(host, name)).items()}
+    assert {place for place, kind in kinds.items() if kind == "STRING"} == {
+        ("DistilledT5TextEncode", "text"),
+        ("DistilledT5Save", "filename"),
+    }
+    assert {kinds["DistilledT5Loader", f"clip_name{number}"] for number in (1, 2)} == {"COMBO"}
+
+
+@pytest.mark.parametrize("field", ["clip_name1", "clip_name2"])
+def test_a_path_in_the_place_of_a_listed_file_is_refused(field: str, host: ComfyServer, stand_ins: Path) -> None:
+    file = stand_ins / "models" / "text_encoders" / "distilled_t5_base.safetensors"
+    assert file.exists()
+    names = {"clip_name1": "none", "clip_name2": "distilled_t5_base.safetensors"}
+    for path in (str(file), f"../text_encoders/{file.name}"):
+        with pytest.raises(PromptFailed, match="Value not in list"):
+            host.run(load_only("DistilledT5Loader", **(names | {field: path}), type="flux"))
 
 
 @pytest.mark.parametrize("name", OUR_NODES)

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
@@ -55,6 +56,10 @@ def broken(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
     )
     safetensors.torch.save_file({name: tensor for name, tensor in flux.items() if "_in." not in name}, folder / "headless.safetensors")
     safetensors.torch.save_file(flux | {"img_in.weight": torch.zeros(128, 384)}, folder / "fill.safetensors")
+    longcat = replace(FLUX, text_width=3584, guidance=False).tensors()
+    longcat = {name.replace("_norm.scale", "_norm.weight"): shape for name, shape in longcat.items() if "vector_in" not in name}
+    safetensors.torch.save_file(drawn(longcat, seed=2), folder / "longcat.safetensors")
+    safetensors.torch.save_file(drawn(replace(FLUX, pooled_width=512).tensors(), seed=2), folder / "pooled.safetensors")
     whole = safetensors.torch.save(flux)
     (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     (folder / "garbage.safetensors").write_bytes(random.Random(1).randbytes(5000))
@@ -98,6 +103,8 @@ def test_a_file_of_another_kind_is_no_diffusion_model(models, file, message):
         ("binary.txt", "has the ending '.txt'"),
         ("lacking.safetensors", "unet missing: ['double_blocks.0.txt_mlp.0.weight'"),
         ("headless.safetensors", "headless.safetensors is no diffusion model"),
+        ("longcat.safetensors", "longcat.safetensors is a LongCatImage, not a Flux"),
+        ("pooled.safetensors", "takes pooled text of width 512, expected CLIP-L's 768"),
         ("fill.safetensors", "takes 96 channels, expected the 16 of a latent"),
     ],
 )
@@ -206,7 +213,17 @@ def test_memory_that_runs_out_in_a_run_is_explained_with_what_makes_it_smaller()
     recipe = load_recipe("smoke", ["diffusion_model.checkpoint_blocks=false"])
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
-    for error in (caught.value, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), MemoryError()):
+    errors = [
+        caught.value,
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: Out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+    ]
+    for error in errors:
         said = explained(error, recipe)
         assert said is not None and said.startswith("The memory was not enough: ")
         assert "go on with --resume (on a GPU with -- --reserve-vram 2" in said

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from distilled_t5.train.estimate import estimate
+from distilled_t5.devtools.trainer import TWO_PROCESSES, command, finish
+from distilled_t5.train.estimate import StageEstimate, estimate, ram_lines
 from distilled_t5.train.ranks import Ranks
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.recipe_file import SHIPPED
@@ -46,3 +47,30 @@ def test_every_shipped_recipe_is_estimated_stage_by_stage(name):
     assert re.search(r"reckoned for stage \S+:$", said, re.MULTILINE)
     assert re.search(r"[\d.]+ GB in all, [\d.]+ GB are there\.$", said, re.MULTILINE)
     assert re.search(r"^Disk: [\d.]+ GB for at most \d+ checkpoints", said, re.MULTILINE)
+
+
+def test_models_change_places_once_per_chunk_and_the_teacher_encodes_once_per_trajectory():
+    stage = StageEstimate(
+        "a", steps=3600, optimizer_s=1.0, encode_s=4.0, swap_s=80.0, steps_per_trajectory=4, trajectories_per_chunk=10, memory_mb={}
+    )
+    assert stage.step_s == 1.0 + 4.0 / 4 + 80.0 / (4 * 10)
+    assert stage.hours == 4.0
+
+
+def test_ram_is_told_by_part_and_for_all_processes():
+    parts = {"teacher and CLIP-L": 9_000_000_000, "nothing": 0, "a checkpoint, while it is saved": 1_500_000_000}
+    alone, four = ram_lines(parts, 1), ram_lines(parts, 4)
+    assert [line.split() for line in alone[1:3]] == [
+        ["teacher", "and", "CLIP-L", "9.000", "GB"],
+        ["a", "checkpoint,", "while", "it", "is", "saved", "1.500", "GB"],
+    ]
+    assert "10.50 GB in all" in alone[-1] and "processes" not in alone[-1]
+    assert "42.00 GB for 4 processes on one machine" in four[-1]
+
+
+def test_two_processes_print_one_estimate_that_counts_both(comfyui_path, tmp_path):
+    said = finish(command(comfyui_path, tmp_path, tmp_path / "run", "--estimate"), tmp_path, launcher=TWO_PROCESSES)
+    assert said.count("s/step") == 1
+    [each] = re.findall(r"([\d.]+) GB in all, [\d.]+ GB are there", said)
+    [both] = re.findall(r"Each of the 2 processes takes this much RAM: ([\d.]+) GB for 2 processes on one machine", said)
+    assert float(both) == pytest.approx(2 * float(each), abs=0.02)

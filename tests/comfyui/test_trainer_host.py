@@ -15,7 +15,13 @@ sys.path.insert(0, sys.argv[1])
 import conftest
 from pathlib import Path
 from distilled_t5.train.host import start_comfyui
-start_comfyui(Path(sys.argv[2]), sys.argv[3:])
+import torch
+flags, accelerator = sys.argv[3:], torch.accelerator
+if "torch before 2.6" in flags:
+    flags.remove("torch before 2.6")
+    del torch.accelerator
+start_comfyui(Path(sys.argv[2]), flags)
+torch.accelerator = accelerator
 from comfy.cli_args import args
 import comfy.model_management
 print(args.cpu, comfy.model_management.NUM_STREAMS, args.reserve_vram)
@@ -51,3 +57,26 @@ def test_fast_products_without_a_gradient_are_refused_before_anything_is_loaded(
 
 def test_fast_accumulation_may_stay(comfyui_path):
     assert started_with(comfyui_path, "--fast", "fp16_accumulation") == ["True", "0", "None"]
+
+
+def test_a_torch_that_knows_no_accelerators_by_that_name_starts_too(comfyui_path):
+    assert started_with(comfyui_path, "torch before 2.6") == ["True", "0", "None"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        (["--cuda-device", "1"], "choose the GPU before the command instead: CUDA_VISIBLE_DEVICES=N python"),
+        (["--default-device", "0"], "torchrun gives every process its own"),
+        (["--listen", "--cuda-malloc", "--port=8189"], "--cuda-malloc --listen --port: ComfyUI's main.py alone applies this"),
+    ],
+)
+def test_flags_that_only_comfyuis_server_applies_are_refused(comfyui_path, tmp_path, flags, advice):
+    said = finish([*command(comfyui_path, tmp_path, tmp_path / "run"), *flags], tmp_path, code=1)
+    assert advice in said
+    assert "What to do: " in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_so_in_the_trainer_anyway_may_be_said(comfyui_path):
+    assert started_with(comfyui_path, "--disable-all-custom-nodes", "--disable-dynamic-vram") == ["True", "0", "None"]

@@ -21,6 +21,7 @@ from distilled_t5.train.state import TrainerState, read_checkpoint
 from distilled_t5.train.teacher import Teacher, load_teacher
 from distilled_t5.train.teacher_chunks import TeacherChunks
 from distilled_t5.train.validation import HeldOut
+from distilled_t5.train.velocity import usable_bytes
 
 # Trajectories of 2 steps and 4 prompts: one of stage 0, and five of stage 1, of which the last is cut short.
 STEPS = 11
@@ -97,7 +98,8 @@ def test_teacher_and_diffusion_model_change_places_once_per_chunk(tmp_path, monk
     encoded.clear()
     train(recipe(), tmp_path / "run", False, Ranks())
     weights = sum(weight.numel() for weight in workshop.student.parameters())
-    asked = {workshop.need.room(weights, has_moments) for has_moments in (False, True)}
+    usable = usable_bytes(workshop.flow.device)
+    asked = {workshop.need.room(weights, has_moments, usable) for has_moments in (False, True)}
     assert set(room) == asked, "the host is told to leave room for training, with AdamW's moments from the first step on"
     # One prompt tells the teacher's width before training; the held-out ones are read once, for three validations.
     assert turns == ["teacher", "diffusion"] * (CHUNKS + 1)

@@ -107,6 +107,57 @@ def test_an_unknown_argument_gets_a_sentence(dev: ModuleType, capsys: pytest.Cap
     assert "--fats" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [["tset"], [], ["serve", "--port", "http"]])
+def test_a_wrong_word_gets_a_sentence_that_names_the_right_ones(
+    dev: ModuleType, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dev.main(words) == 1
+    [sentence] = capsys.readouterr().out.splitlines()
+    assert sentence.startswith("dev.py")
+    assert {"tset": "'test'", "http": "--port"}.get(words[-1] if words else "", "command") in sentence
+    assert "--help" in sentence
+
+
+TOOL = "import os, sys; print('{name}', *sys.argv[1:], os.environ.get('COMFYUI_PATH', ''))\n"
+
+
+@pytest.fixture
+def beside_tools(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """dev.py in a tree whose demo, serve and benchmarks only say what they were asked; this Python is its environment."""
+    pretend_in(dev, tmp_path, monkeypatch)
+    monkeypatch.setattr(dev, "ROOT", tmp_path)
+    monkeypatch.setattr(dev, "set_up", lambda: Path("/the/host"))
+    for folder, names in {"devtools": ("__init__", "demo", "serve"), "benchmarks": ("one", "two"), "": ("__init__",)}.items():
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for name in names:
+            (tmp_path / folder / f"{name}.py").write_text("" if name == "__init__" else TOOL.format(name=name))
+    dev.link(tmp_path / ".dev" / "python" / "distilled_t5", tmp_path)
+    python = dev.program(tmp_path / ".venv", "python")
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    return dev
+
+
+def test_each_word_reaches_its_tool(beside_tools: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said = {
+        "demo": ["demo --comfyui /the/host"],
+        "serve": [f"serve --comfyui /the/host --port 8188 --base {tmp_path / '.dev' / 'serve'}"],
+        "serve --port 8300 --base /elsewhere": ["serve --comfyui /the/host --port 8300 --base /elsewhere"],
+        "bench --quick": ["== one.py", "one --quick /the/host", "== two.py", "two --quick /the/host"],
+    }
+    for words, expected in said.items():
+        assert beside_tools.main(words.split()) == 0
+        assert [line.strip() for line in capfd.readouterr().out.splitlines() if line] == expected
+
+
+def test_a_benchmark_that_fails_does_not_stop_the_next_one_and_is_told_by_the_exit_status(
+    beside_tools: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "benchmarks" / "one.py").write_text("raise SystemExit(3)\n")
+    assert beside_tools.main(["bench"]) == 1
+    assert "two" in capfd.readouterr().out.splitlines()[-1]
+
+
 def test_a_full_disk_gets_a_sentence(dev: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> Path:
         raise OSError(28, "No space left on device", "somewhere")
@@ -188,6 +239,27 @@ def test_an_environment_with_the_right_stamp_is_left_alone(dev: ModuleType, tmp_
     requirements.write_text("einops\naiohttp\n")
     dev.ensure_environment(tmp_path / "new", ["a==1"], "things", requirements)
     assert [command[1] for command in commands] == ["venv", "pip", "pip"]
+
+
+def test_an_install_that_breaks_is_not_taken_for_a_done_one(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_in(dev, tmp_path, monkeypatch)
+    python = dev.program(tmp_path / "there", "python")
+    python.parent.mkdir(parents=True)
+    python.touch()
+    installed: list[str] = []
+
+    def pretend_to_install(command: list[str], doing: str) -> None:
+        installed.append(command[-1])
+        if command[-1] == "a==2":
+            raise dev.Trouble("There is no network.")
+
+    monkeypatch.setattr(dev, "run_quietly", pretend_to_install)
+    monkeypatch.setattr(dev, "find_uv", lambda: "uv")
+    dev.ensure_environment(tmp_path / "there", ["a==1"], "things")
+    with pytest.raises(dev.Trouble):
+        dev.ensure_environment(tmp_path / "there", ["a==2"], "things")
+    dev.ensure_environment(tmp_path / "there", ["a==1"], "things")
+    assert installed == ["a==1", "a==2", "a==1"]
 
 
 def test_a_link_follows_when_its_target_changes(dev: ModuleType, tmp_path: Path) -> None:
@@ -275,19 +347,35 @@ def test_a_root_with_apt_get_gets_chromium_installed(dev: ModuleType, monkeypatc
     assert {"chromium", "fonts-noto-cjk"} <= set(commands[1])
 
 
+RUNS_TWO = """
+import sys, dev
+dev.run = lambda _: [dev.run_in_foreground([sys.executable, sys.argv[1]]) for _ in range(2)]
+sys.exit(dev.main([]))
+"""
+CLEANS_UP = """
+import pathlib, time
+folder = pathlib.Path(__file__).parent
+try:
+    print("x", end="", file=(folder / "started").open("a"), flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.5)
+    (folder / "cleaned up").touch()
+"""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to forward")
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_stopping_dev_py_lets_what_it_runs_clean_up(tmp_path: Path, sent: signal.Signals) -> None:
+@pytest.mark.parametrize("to", ["it alone", "its whole terminal"])
+@pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_stopping_dev_py_lets_what_it_runs_clean_up_undisturbed_and_starts_nothing_more(tmp_path: Path, sent: str, to: str) -> None:
     child = tmp_path / "child.py"
-    child.write_text(
-        "import pathlib, time\nfolder = pathlib.Path(__file__).parent\n(folder / 'started').touch()\n"
-        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    (folder / 'cleaned up').touch()\n"
-    )
-    program = f"import sys, dev; sys.exit(dev.run_in_foreground([sys.executable, {str(child)!r}]))"
-    running = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, start_new_session=True)
+    child.write_text(CLEANS_UP)
+    running = subprocess.Popen([sys.executable, "-c", RUNS_TWO, str(child)], cwd=ROOT, start_new_session=True)
     deadline = time.monotonic() + 30
-    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+    while not ((tmp_path / "started").exists() and (tmp_path / "started").read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(running.pid, sent) if sent is signal.SIGINT else running.send_signal(sent)
-    running.wait(30)
+    number = getattr(signal, sent)
+    running.send_signal(number) if to == "it alone" else os.killpg(running.pid, number)
+    assert running.wait(30) == 130
     assert (tmp_path / "cleaned up").exists()
+    assert (tmp_path / "started").read_text() == "x"

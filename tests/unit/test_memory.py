@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 from distilled_t5.encoder.layout import StudentLayout
-from distilled_t5.train.memory import FlowSize, MemoryNeed, check_memory, memory_need, shipped_for
+from distilled_t5.train.memory import FlowSize, MemoryNeed, check_memory, memory_need, ram_parts, shipped_for
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.recipe_file import SHIPPED
 
@@ -55,8 +55,19 @@ def test_room_is_all_but_what_lies_on_the_device_already():
     recipe, weights = load_recipe("schnell-24gb"), 129_551_488
     need = need_of(recipe, SCHNELL_FP8)
     # The student's float32 weights are there before the first step; gradients and moments come with it, moments stay.
-    assert need.room(weights, has_moments=False) == need.whole - SCHNELL_WEIGHTS - 4 * weights
-    assert need.room(weights, has_moments=True) == need.room(weights, has_moments=False) - 8 * weights
+    assert need.room(weights, False, 24 * GIB) == need.whole - SCHNELL_WEIGHTS - 4 * weights
+    assert need.room(weights, True, 24 * GIB) == need.room(weights, False, 24 * GIB) - 8 * weights
+
+
+def test_weights_that_are_used_as_they_lie_need_room_only_where_some_come_from_ram():
+    recipe, weights = load_recipe("flux-dev-paper", ["diffusion_model.checkpoint_blocks=false"]), 129_551_488
+    need = need_of(recipe, DEV_BF16)
+    # A graph without checkpoints keeps all that was brought over.
+    here = need.room(weights, False, need.whole)
+    assert here == need.whole - 2 * DEV_WEIGHTS - 4 * weights
+    assert need.room(weights, False, need.whole - 1) == here + 2 * DEV_WEIGHTS, (
+        "a graph without checkpoints keeps all that was brought over"
+    )
 
 
 def test_the_stage_of_the_largest_pictures_decides_for_the_papers_recipe():
@@ -129,3 +140,23 @@ def test_the_largest_recipe_that_a_card_holds_is_named():
     # What cards of 8, 12, 16, 24 and 80 GB show.
     sizes = [8_363_704_320, 12_621_709_312, 16_892_723_200, 25_386_352_640, 85_024_112_640]
     assert [shipped_for(size, NAMES) for size in sizes] == [None, "schnell-12gb", "schnell-16gb", "schnell-24gb", "schnell-24gb"]
+
+
+def test_parts_of_ram_beside_a_gpu_by_hand():
+    recipe = load_recipe("schnell-24gb", ["teacher.chunk_prompts=64", "validation.prompts=10"])
+    assert ram_parts(recipe, recipe.student.student_layout(4096), SCHNELL_WEIGHTS, T5_XXL_FP16, processes=1) == {
+        "teacher and CLIP-L": T5_XXL_FP16,
+        "diffusion model, while the teacher works": SCHNELL_WEIGHTS,
+        # 32 prompts make a trajectory, two of them a chunk.
+        "teacher's embeddings of one chunk": 64 * 256 * 4096 * 4,
+        "teacher's embeddings of held-out prompts": 10 * 256 * 4096 * 4,
+        "a checkpoint, while it is saved": 12 * 129_551_488,
+    }
+
+
+def test_each_of_several_processes_holds_models_of_its_own_and_its_share_of_the_prompts():
+    recipe = load_recipe("schnell-24gb", ["teacher.chunk_prompts=1", "validation.prompts=10"])
+    one, four = (ram_parts(recipe, recipe.student.student_layout(4096), SCHNELL_WEIGHTS, T5_XXL_FP16, processes) for processes in (1, 4))
+    assert one["teacher and CLIP-L"] == four["teacher and CLIP-L"]
+    assert one["teacher's embeddings of one chunk"] == 4 * four["teacher's embeddings of one chunk"] == 32 * 256 * 4096 * 4
+    assert four["teacher's embeddings of held-out prompts"] == 4 * 256 * 4096 * 4, "batches of four are dealt out whole"

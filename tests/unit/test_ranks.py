@@ -30,7 +30,9 @@ def watch(event, arguments):
     if event in ("os.mkdir", "os.rename", "os.remove") and str(arguments[0]).startswith(str(folder / "run")):
         written.append(str(arguments[0]))
 
+import pickle
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch.nn import Linear
 from distilled_t5.train.ranks import Ranks
@@ -45,6 +47,17 @@ with Ranks.open("cpu", timeout_s=120) as ranks:
     told["mean"] = [ranks.mean(value).tolist(), value.tolist()]
     told["gather"] = ranks.gather({"rank": ranks.rank, "state": torch.tensor([ranks.rank])})[1]["state"].item()
     told["share"] = ranks.share({"from": ranks.rank})
+    pickled, broadcast = [], dist.broadcast_object_list
+    def watched(objects, **where):
+        pickled.append(len(pickle.dumps(objects)))
+        broadcast(objects, **where)
+    dist.broadcast_object_list = watched
+    moments = [torch.arange(1e5) * (ranks.rank + 1), torch.tensor(7 + ranks.rank), torch.ones(2, 3, dtype=torch.uint8).t()]
+    shared = ranks.share({"step": 3, "moments": {0: tuple(moments)}} if ranks.is_main else None)
+    dist.broadcast_object_list = broadcast
+    told["pickled"] = pickled
+    told["tensors"] = [[str(x.dtype), list(x.shape), x.double().sum().item()] for x in shared["moments"][0]]
+    told["scatter"] = ranks.scatter([f"for {rank}" for rank in range(2)] if ranks.is_main else None)
     told["any"] = [ranks.any_of(False), ranks.any_of(ranks.rank == 1), ranks.any_of(True)]
     ranks.barrier()
 
@@ -135,6 +148,16 @@ def test_objects_are_gathered_shared_and_flags_agreed_upon(two):
         assert told["any"] == [False, True, True]
 
 
+def test_shared_tensors_travel_as_tensors_and_nothing_large_is_pickled(two):
+    for told in two:
+        assert told["tensors"] == [["torch.float32", [100_000], 4_999_950_000.0], ["torch.int64", [], 7], ["torch.uint8", [3, 2], 6]]
+        assert max(told["pickled"]) < 2_000
+
+
+def test_every_process_gets_its_own_part_of_what_is_scattered(two):
+    assert [told["scatter"] for told in two] == ["for 0", "for 1"]
+
+
 def test_wrapped_module_has_the_weights_of_rank_0_and_the_gradient_of_the_global_batch(two):
     torch.manual_seed(0)
     inputs, weight = torch.randn(8, 3), torch.randn(2, 3)
@@ -174,6 +197,7 @@ def test_one_process_alone_is_a_run_of_one_and_touches_nothing_distributed():
         assert ranks.mean(value) == 2
         assert ranks.gather("a") == ["a"]
         assert ranks.share("a") == "a"
+        assert ranks.scatter(["a"]) == "a"
         assert [ranks.any_of(True), ranks.any_of(False)] == [True, False]
         assert ranks.wrap(model) is model
         with ranks.no_sync(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -214,6 +215,18 @@ def test_comfy_test_lint_passes_on_the_archive(archive: Path) -> None:
     code, output = run(archive, tool("comfy-test"), "lint", "--strict", ".")
     assert code == 0, output
     assert "Warnings" not in output, output
+
+
+def test_managers_scanner_can_read_every_node_id_without_running_the_pack(archive: Path) -> None:
+    ids = {}
+    for path in (archive / "nodes").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and "define_schema" in ast.unparse(node):
+                assert [ast.unparse(base) for base in node.bases] == ["io.ComfyNode"], node.name
+                [given] = [word.value for word in ast.walk(node) if isinstance(word, ast.keyword) and word.arg == "node_id"]
+                assert isinstance(given, ast.Constant), f"{node.name}: {ast.unparse(given)}"
+                ids[node.name] = given.value
+    assert ids == {name: name for name in ("DistilledT5Loader", "DistilledT5TextEncode", "DistilledT5Save")}
 
 
 def test_every_python_source_can_be_read_on_a_windows_console(tree: Path) -> None:

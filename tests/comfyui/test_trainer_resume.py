@@ -1,0 +1,116 @@
+"""What a run goes on from: after too many dropped steps, after its end, with another recipe, in several processes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import pytest
+import torch
+from distilled_t5.devtools.exact import same
+from distilled_t5.devtools.trainer import TWO_PROCESSES, command, finish
+from distilled_t5.encoder.files import write_student
+from distilled_t5.train.distill import NotFinite
+from distilled_t5.train.objectives import OBJECTIVES, Objective, velocity_gap
+from distilled_t5.train.ranks import Ranks
+from distilled_t5.train.recipe import load_recipe
+from distilled_t5.train.resume import gather_state, restore
+from distilled_t5.train.run import open_workshop, train
+from distilled_t5.train.state import Checkpoints, read_checkpoint
+
+# One trajectory of twelve steps, saved after ten.
+SETTINGS = [
+    "stage.0.steps=12",
+    "stage.0.objective=velocity",
+    "stage.1.steps=1",
+    "sampling.steps=12",
+    "sampling.token_lengths=[16]",
+    "validation.prompts=2",
+    "validation.every_steps=50",
+    "checkpoints.every_steps=10",
+    "student.dropout=0.1",
+]
+
+
+def recipe(*more: str) -> Any:
+    return load_recipe("smoke", [*SETTINGS, *more])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run to its end."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert train(recipe(), run, False, Ranks()) is not None
+    return run
+
+
+def test_a_run_that_too_many_dropped_steps_end_is_saved_where_it_goes_on(whole, tmp_path, monkeypatch):
+    never = Objective(lambda gap: velocity_gap(gap) * float("nan"), needs_velocity=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(OBJECTIVES, "velocity", never)
+        with pytest.raises(NotFinite, match="in a row were not finite"):
+            train(recipe(), tmp_path / "run", False, Ranks())
+    ours, theirs = (read_checkpoint(run / "checkpoints" / "step-000010") for run in (tmp_path / "run", whole))
+    assert (ours.step, ours.skipped_steps) == (10, 10)
+    assert same(ours.position, theirs.position), "the teacher's trajectory ignores the student"
+    assert train(recipe(), tmp_path / "run", True, Ranks()) is not None
+    again = read_checkpoint(tmp_path / "run" / "checkpoints" / "step-000013")
+    assert (again.step, again.skipped_steps) == (13, 10)
+
+
+def encoders() -> list[str]:
+    return sorted(path.name for path in Path(folder_paths.get_folder_paths("text_encoders")[0]).glob("distilled_t5_smoke*"))
+
+
+def test_a_finished_run_that_is_resumed_says_so_and_writes_its_encoder_only_if_it_is_gone(tmp_path):
+    run = tmp_path / "run"
+    path = train(recipe("seed=5"), run, False, Ranks())
+    assert path is not None
+    before, content = encoders(), path.read_bytes()
+    assert train(recipe("seed=5"), run, True, Ranks()) == path
+    assert (encoders(), path.read_bytes()) == (before, content)
+    assert "The run is finished" in (run / "train.log").read_text(encoding="utf-8")
+    path.unlink()
+    again = train(recipe("seed=5"), run, True, Ranks())
+    assert again is not None and encoders() == before
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_though_recipe_toml_was_changed_as_well(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    changed = recipe("optimizer.learning_rate=0.5")
+    (tmp_path / "run" / "recipe.toml").write_text(changed.to_toml(), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"saved under another recipe .*\nWhat to do: put recipe.toml back"):
+        train(changed, tmp_path / "run", True, Ranks())
+
+
+def test_two_processes_go_on_bit_for_bit_from_what_both_had(comfyui_path, tmp_path):
+    run, cut = tmp_path / "run", tmp_path / "cut"
+    settings = [*SETTINGS[:1], *SETTINGS[2:], "stage.0.steps=2", "stage.1.steps=3", "sampling.steps=4", "checkpoints.every_steps=3"]
+    finish(command(comfyui_path, tmp_path / "base", run, settings=settings), tmp_path, launcher=TWO_PROCESSES)
+    shutil.copytree(run, cut)
+    shutil.rmtree(cut / "checkpoints" / "step-000005")
+    finish(command(comfyui_path, tmp_path / "base", cut, "--resume", settings=settings), tmp_path, launcher=TWO_PROCESSES)
+    ours, theirs = (read_checkpoint(folder / "checkpoints" / "step-000005") for folder in (cut, run))
+    for part in ("student", "optimizer", "rng", "position"):
+        assert same(getattr(ours, part), getattr(theirs, part)), part
+    assert set(ours.position) == {"0", "1"}
+
+
+def test_the_scale_of_the_loss_is_part_of_the_state(whole, tmp_path):
+    workshop = open_workshop(recipe(), Ranks())
+    workshop.learner.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    workshop.learner.scaler.scale(torch.ones(()))
+    state = gather_state(workshop, None, [])
+    assert state is not None
+    checkpoints = Checkpoints(tmp_path, write_student, 1)
+    checkpoints.save(state)
+    fresh = open_workshop(recipe(), Ranks())
+    fresh.learner.scaler = torch.amp.GradScaler("cpu")
+    restore(fresh, checkpoints)
+    assert fresh.learner.scaler.state_dict() == workshop.learner.scaler.state_dict()
+    # A run of bf16 has none; it keeps the start of the scale where it goes on in fp16.
+    shutil.copytree(whole / "checkpoints", tmp_path / "bf16")
+    restore(fresh, Checkpoints(tmp_path / "bf16", write_student, 1))
+    assert fresh.learner.scaler.is_enabled()

@@ -1,0 +1,105 @@
+"""What a checkpoint takes from a run, and how every process of a resumed run gets its part back."""
+
+# B batch, C H W latent
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .distill import SKIPS_IN_A_ROW
+from .randomness import random_states, restore_random_states
+from .state import Checkpoints, TrainerState
+from .trajectory import Position
+
+if TYPE_CHECKING:
+    from .run import Workshop
+
+log = logging.getLogger(__name__)
+# What of a state each process has for itself.
+OWN = ("rng", "position")
+
+
+def gather_state(workshop: Workshop, best: float | None, positions: list[Position]) -> TrainerState | None:
+    """The state of the whole run on the main process, None on the others; all of them must call it."""
+    learner, ranks = workshop.learner, workshop.ranks
+    rng = ranks.gather(random_states({}))
+    latents = ranks.gather([position.x_BCHW.cpu() for position in positions])
+    if not ranks.is_main:
+        return None
+    place = workshop.schedule.place(min(learner.step, workshop.schedule.total_steps - 1))
+    return TrainerState(
+        step=learner.step,
+        stage=place.stage,
+        prompt_index=place.trajectory,
+        skipped_steps=learner.skipped,
+        student=workshop.student.tensors(),
+        optimizer=learner.optimizer.state_dict(),
+        schedule={"skipped_in_a_row": learner.skipped_in_a_row, "scaler": learner.scaler.state_dict()},
+        rng={str(rank): states for rank, states in enumerate(rng)},
+        recipe_sha256=workshop.recipe.sha256,
+        best=best,
+        position={str(rank): {str(number): x for number, x in enumerate(xs)} for rank, xs in enumerate(latents)},
+    )
+
+
+def restore(workshop: Workshop, checkpoints: Checkpoints) -> tuple[float | None, list[Position]]:
+    """Put the newest whole checkpoint back into every process; the best held-out loss so far, and the positions on the trajectory.
+
+    Raises ValueError if another recipe or another number of processes saved it.
+    """
+    ranks = workshop.ranks
+    state, notes = checkpoints.load_latest() if ranks.is_main else (None, [])
+    for note in notes:
+        log.warning(note)
+    _check_same_run(workshop, *ranks.share((state.recipe_sha256, len(state.rng)) if state else ("", 0)))
+    common = ranks.share({name: part for name, part in vars(state).items() if name not in OWN} if state else {})
+    rng, latents = ranks.scatter(_own_parts(state, ranks.world) if state else None)
+    _put_back(workshop, common)
+    for note in restore_random_states(rng, {}):
+        log.warning(note)
+    return common["best"], _positions(workshop, latents)
+
+
+def _check_same_run(workshop: Workshop, recipe_sha256: str, processes: int) -> None:
+    if recipe_sha256 != workshop.recipe.sha256:
+        raise ValueError(
+            "The checkpoint was saved under another recipe than the run's recipe.toml, which was changed since then.\n"
+            "What to do: put recipe.toml back as it was, or start a new run in another folder with --run."
+        )
+    if processes != workshop.ranks.world:
+        raise ValueError(
+            f"This run was saved by {processes} processes and is resumed with {workshop.ranks.world}.\n"
+            f"What to do: resume it with --nproc-per-node {processes}."
+        )
+
+
+def _own_parts(state: TrainerState, processes: int) -> list[tuple[Any, Any]]:
+    return [(state.rng[str(rank)], state.position[str(rank)]) for rank in range(processes)]
+
+
+def _put_back(workshop: Workshop, common: Mapping[str, Any]) -> None:
+    learner, schedule = workshop.learner, common["schedule"]
+    workshop.student.load_tensors(common["student"])
+    learner.optimizer.load_state_dict(common["optimizer"])
+    learner.step, learner.skipped = common["step"], common["skipped_steps"]
+    # A run that stopped because of them may try again.
+    in_a_row = schedule["skipped_in_a_row"]
+    learner.skipped_in_a_row = in_a_row if in_a_row < SKIPS_IN_A_ROW else 0
+    # Empty, or not there in older checkpoints, if the diffusion model did not compute in fp16 where the run was saved.
+    scaler = schedule.get("scaler")
+    if scaler:
+        learner.scaler.load_state_dict(scaler)
+
+
+def _positions(workshop: Workshop, latents: Mapping[str, Tensor]) -> list[Position]:
+    step = workshop.learner.step
+    place = workshop.schedule.place(step) if step < workshop.schedule.total_steps else None
+    if place is None or place.step == 0:
+        return []
+    starts = workshop.starts_at(place)
+    return [replace(start, step=place.step, x_BCHW=latents[str(number)].to(start.x_BCHW)) for number, start in enumerate(starts)]
