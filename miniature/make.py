@@ -22,7 +22,7 @@ from .teacher import FrozenTeacher
 from .training import Plan, train
 
 DTYPE = torch.bfloat16
-TEACHER_PLAN = Plan(steps=2_000, batch=64, learning_rate=2e-3)
+TEACHER_PLAN = Plan(steps=1_000, batch=64, learning_rate=2e-3)
 FLUX_PLAN = Plan(steps=12_000, batch=64, learning_rate=2e-3)
 LORA_PLAN = Plan(steps=400, batch=32, learning_rate=5e-3, average_steps=50)
 Stop = Callable[[], bool]
