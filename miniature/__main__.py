@@ -1,4 +1,4 @@
-"""The command: `python <pack>/miniature {vae,teacher,flux,all,prompts} [--out DIR] [--steps N] [--resume] [--comfyui DIR]`."""
+"""The command: `python <pack>/miniature {vae,teacher,flux,lora,all,prompts,measure} [FILE ...] [options]`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ def register_pack() -> None:
     bootstrap.register_pack()
 
 
+WHAT = "which file to make; `all`: all four; `measure`: how often their pictures are right"
+PROMPTS, QUESTIONS = 6_000, 200
+
+
 def command_line() -> argparse.ArgumentParser:
     """What the command takes."""
     parser = argparse.ArgumentParser(prog="miniature", description="Make the miniature: a T5 teacher, a Flux and a VAE of a small world.")
-    parser.add_argument("what", choices=("vae", "teacher", "flux", "all", "prompts"), help="which file to make; `all`: the three models")
+    parser.add_argument("what", choices=("vae", "teacher", "flux", "lora", "all", "prompts", "measure"), help=WHAT)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="measure: encoders besides the teacher")
     parser.add_argument("--out", type=Path, default=Path("miniature-out"), metavar="DIR", help="folder for the files and the runs")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: as planned for each model)")
     parser.add_argument("--batch", type=int, help="samples per step")
@@ -31,7 +36,9 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, help="peak rate of AdamW; Muon's is ten times that")
     parser.add_argument("--bf16", action="store_true", default=None, help="compute in bfloat16: faster where the processor knows it")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, bit for bit")
-    parser.add_argument("--count", type=int, default=20_000, help="how many prompts to write")
+    parser.add_argument(
+        "--count", type=int, help=f"prompts to write for each corpus ({PROMPTS:,}), or to measure of each task ({QUESTIONS})"
+    )
     parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one whose custom_nodes this pack lies in)")
     return parser
 
@@ -48,7 +55,10 @@ def make(options: argparse.Namespace) -> list[Path | None]:
 
     given: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "batch", "seed", "learning_rate", "bf16")}
     if options.what == "prompts":
-        return [write_prompts(options.out / "prompts.txt", options.count, options.seed or 0)]
+        return [*write_prompts(options.out / "prompts", options.count or PROMPTS, options.seed or 0)]
+    if options.what == "measure":
+        measure(options.out, options.files, options.count or QUESTIONS)
+        return []
     made: list[Path | None] = []
     with StopRequest() as stop:
         if options.what in ("vae", "all"):
@@ -56,12 +66,24 @@ def make(options: argparse.Namespace) -> list[Path | None]:
         for name, plan, maker in (
             ("teacher", workshop.TEACHER_PLAN, workshop.make_teacher),
             ("flux", workshop.FLUX_PLAN, workshop.make_flux),
+            ("lora", workshop.LORA_PLAN, workshop.make_lora),
         ):
             # `all --resume` goes on where it was: in a model that has no checkpoint yet it begins.
             resume = options.resume and (options.what == name or (options.out / f"{name}-run" / "checkpoints").is_dir())
             if options.what in (name, "all") and None not in made:
                 made.append(maker(options.out, comfyui, workshop.changed(plan, **given), resume=resume, stop=lambda: stop.requested))
     return made
+
+
+def measure(folder: Path, files: list[Path], count: int) -> None:
+    """Print the accuracies of the teacher in `folder` and of other encoders."""
+    from distilled_t5.miniature.folders import TEACHER_FILE, place
+    from distilled_t5.miniature.measure import measure_files, share_of, table
+
+    rows = measure_files(folder, [place(folder, TEACHER_FILE), *files], count)
+    print(table(rows))
+    for path in files:
+        print(f"{path.name} keeps {100 * share_of(rows[path.name], rows[TEACHER_FILE]):.1f} % of the teacher's mean accuracy.")
 
 
 def main(argv: list[str]) -> int:

@@ -75,10 +75,19 @@ def draw_prompt(seed: int, index: int, split: Split, task: str | None = None) ->
     return scene, caption(scene, random_of("caption", seed, index, split, task or ""))
 
 
-def write_prompts(path: Path, count: int, seed: int = 0) -> Path:
-    """Write captions of the training split, one a line: the prompts from which the trainer distils students."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(draw_prompt(seed, index, "train")[1] + "\n" for index in range(count)), encoding="utf-8")
+# The corpora of the paper in small: things, what belongs to what, text.
+CORPORA = {"objects": ("single_object",), "semantics": ("colour_shape_binding", "position", "count"), "text": ("word", "two_words")}
+
+
+def write_prompts(folder: Path, count: int, seed: int = 0) -> list[Path]:
+    """Write the corpora from which the trainer distils students: a file each, `count` captions of the training split, one a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_write_corpus(folder / f"{name}.txt", tasks, count, seed) for name, tasks in CORPORA.items()]
+
+
+def _write_corpus(path: Path, tasks: tuple[str, ...], count: int, seed: int) -> Path:
+    captions = (draw_prompt(seed, index, "train", tasks[index % len(tasks)])[1] for index in range(count))
+    path.write_text("".join(caption + "\n" for caption in captions), encoding="utf-8", newline="\n")
     return path
 
 

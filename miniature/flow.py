@@ -24,7 +24,7 @@ from ..train.flux_layout import HEAD_WIDTH, FluxLayout
 from ..train.stand_ins import drawn
 from .autoencoder import RGB, latents
 from .captions import draw_prompt
-from .world import render
+from .world import Scene, render
 
 GUIDANCE = (1.0, 6.0)
 # Noise levels are drawn evenly and shifted towards noise, where layout and letters are settled: by the host's own default for Flux.
@@ -77,10 +77,13 @@ class Batch:
     captions: list[str]
 
 
-def draw_batch(seed: int, step: int, batch: int) -> Batch:
-    """What step `step` trains on: a function of its arguments alone. Noise levels are spread evenly over the batch (stratified)."""
+def draw_batch(seed: int, step: int, batch: int, shown: Callable[[Scene], Scene] = lambda scene: scene) -> Batch:
+    """What step `step` trains on: a function of its arguments alone. Noise levels are spread evenly over the batch (stratified).
+
+    `shown` makes of the scene that a caption asks for the one that its picture shows.
+    """
     prompts = [draw_prompt(seed, index, "train") for index in range(step * batch, (step + 1) * batch)]
-    pictures_BHWC = torch.from_numpy(np.stack([render(scene) for scene, _ in prompts]))
+    pictures_BHWC = torch.from_numpy(np.stack([render(shown(scene)) for scene, _ in prompts]))
     generator = torch.Generator().manual_seed((seed << 32) ^ step)
     clean_BCHW = latents(pictures_BHWC)
     noise_BCHW = torch.randn(clean_BCHW.shape, generator=generator)
@@ -117,10 +120,11 @@ def loss_of(flux: Module, teacher: Callable[[list[str]], Tensor], batch: Batch) 
 
 def save_flux(path: Path, weights: Mapping[str, Tensor], facts: Mapping[str, str], dtype: torch.dtype) -> Path:
     """Write the Flux with the published names, as the stock UNETLoader takes it."""
-    named = {_published(name): tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+    named = {published_name(name): tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}
     safetensors.torch.save_file(named, path, metadata={"modelspec.title": "miniature Flux", **facts})
     return path
 
 
-def _published(name: str) -> str:
+def published_name(name: str) -> str:
+    """The name of a weight in published files."""
     return name.removesuffix(".weight") + ".scale" if name.endswith(("query_norm.weight", "key_norm.weight")) else name

@@ -16,13 +16,15 @@ from . import flow, teacher
 from .autoencoder import vae_tensors
 from .corruption import load_tokenizer
 from .flow import FluxSize
+from .folders import FLUX_FILE, LORA_FILE, TEACHER_FILE, VAE_FILE, place
+from .lora import load_flux, repainted, save_lora, trained_part, with_lora
 from .teacher import FrozenTeacher
 from .training import Plan, train
 
-VAE_FILE, TEACHER_FILE, FLUX_FILE = "miniature_vae.safetensors", "miniature_teacher.safetensors", "miniature_flux.safetensors"
 DTYPE = torch.bfloat16
-TEACHER_PLAN = Plan(steps=5_000, batch=64, learning_rate=5e-3)
+TEACHER_PLAN = Plan(steps=1_000, batch=64, learning_rate=2e-3)
 FLUX_PLAN = Plan(steps=12_000, batch=64, learning_rate=2e-3)
+LORA_PLAN = Plan(steps=400, batch=32, learning_rate=5e-3, average_steps=50)
 Stop = Callable[[], bool]
 
 
@@ -38,8 +40,7 @@ def usual_device() -> torch.device:
 
 def make_vae(out: Path) -> Path:
     """Write the VAE's file; no training, no chance."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / VAE_FILE
+    path = _room_for(place(out, VAE_FILE))
     safetensors.torch.save_file({name: tensor.to(DTYPE) for name, tensor in vae_tensors().items()}, path)
     return path
 
@@ -59,7 +60,7 @@ def make_teacher(out: Path, comfyui: Path, plan: Plan = TEACHER_PLAN, resume: bo
     trainee = train(model, loss_at, plan, what, out / "teacher-run", resume, stop)
     if trainee is None:
         return None
-    return teacher.save_teacher(out / TEACHER_FILE, trainee.averaged(), layout, _facts(plan, what), DTYPE)
+    return teacher.save_teacher(_room_for(place(out, TEACHER_FILE)), trainee.averaged(), layout, _facts(plan, what), DTYPE)
 
 
 def make_flux(
@@ -69,7 +70,7 @@ def make_flux(
 
     Raises ValueError if there is no teacher yet.
     """
-    size, teacher_path = size or FluxSize(), out / TEACHER_FILE
+    size, teacher_path = size or FluxSize(), place(out, TEACHER_FILE)
     if not teacher_path.is_file():
         raise ValueError(f"{teacher_path} is not there.\nWhat to do: make the teacher first.")
     frozen = FrozenTeacher(teacher_path, load_tokenizer(comfyui), usual_device())
@@ -87,7 +88,36 @@ def make_flux(
         )
     if trainee is None:
         return None
-    return flow.save_flux(out / FLUX_FILE, trainee.averaged(), _facts(plan, what), DTYPE)
+    return flow.save_flux(_room_for(place(out, FLUX_FILE)), trainee.averaged(), _facts(plan, what), DTYPE)
+
+
+def make_lora(out: Path, comfyui: Path, plan: Plan = LORA_PLAN, resume: bool = False, stop: Stop = never) -> Path | None:
+    """Train the palette LoRA on the Flux and the teacher in `out` and write its file; None if `stop` asked to leave.
+
+    Raises ValueError if there is no Flux yet.
+    """
+    flux_path, teacher_path = place(out, FLUX_FILE), place(out, TEACHER_FILE)
+    if not flux_path.is_file():
+        raise ValueError(f"{flux_path} is not there.\nWhat to do: make the Flux first.")
+    frozen = FrozenTeacher(teacher_path, load_tokenizer(comfyui), usual_device())
+    flux = load_flux(flux_path, frozen.width)
+    low_ranks = with_lora(flux, seed=plan.seed)
+    flux.to(usual_device())
+    what = {"lora": len(low_ranks), "flux": data_sha256(flux_path), "teacher": data_sha256(teacher_path)}
+
+    def loss_at(step: int) -> torch.Tensor:
+        return flow.loss_of(flux, frozen, flow.draw_batch(plan.seed, step, plan.batch, repainted))
+
+    with differentiable(flux, checkpoint_blocks=False):
+        trainee = train(trained_part(low_ranks), loss_at, plan, what, out / "lora-run", resume, stop)
+    if trainee is None:
+        return None
+    return save_lora(_room_for(place(out, LORA_FILE)), trainee.averaged(), low_ranks, _facts(plan, what))
+
+
+def _room_for(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _facts(plan: Plan, what: dict[str, Any]) -> dict[str, str]:

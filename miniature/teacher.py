@@ -1,4 +1,7 @@
-"""The teacher: a small T5 that learns from text alone, by span corruption, before any picture; its encoder is kept.
+"""The teacher: a small T5 that learns from text alone, before any picture; its encoder is kept.
+
+It gets a text with spans missing and writes down the whole text (the "MASS-style" and "BERT-style" variants of arXiv:1910.10683, table 4).
+With the spans alone as targets the encoder forgot what it had read: see README.md.
 
 It reads padded texts without a mask, because that is how Flux runs its text encoder.
 """
@@ -20,7 +23,7 @@ from ..encoder.files import open_student, write_student
 from ..encoder.layout import StudentLayout
 from ..encoder.metadata import StudentMetadata
 from ..encoder.student import DistilledT5, transformers_config
-from ..train.token_ids import PAD, fit
+from ..train.token_ids import END, PAD, fit
 from .captions import TOKEN_LENGTH
 from .corpus import draw_text
 from .corruption import corrupt, noise_spans
@@ -29,7 +32,6 @@ from .scenes import random_of
 LAYOUT = StudentLayout(d_model=128, d_ff=384, num_layers=6, num_heads=4, d_kv=32)
 # Thrown away after pretraining; the shallower it is, the more the encoder has to know.
 DECODER_LAYERS = 2
-TARGET_LENGTH = 16
 IGNORED = -100
 
 
@@ -46,10 +48,10 @@ def make_model(layout: StudentLayout, seed: int) -> T5ForConditionalGeneration:
 
 
 def example(text: str, tokenizer: Any, random: Any) -> tuple[list[int], list[int]]:
-    """Inputs of TOKEN_LENGTH tokens and targets of TARGET_LENGTH, padded; a longer text is cut."""
+    """Inputs with spans missing and the whole text, of TOKEN_LENGTH tokens each, padded; a longer text is cut."""
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"][: TOKEN_LENGTH - 1]
-    inputs, targets = corrupt(tokens, noise_spans(len(tokens), random))
-    return fit(inputs, TOKEN_LENGTH), fit(targets, TARGET_LENGTH)
+    inputs, _ = corrupt(tokens, noise_spans(len(tokens), random))
+    return fit(inputs, TOKEN_LENGTH), fit([*tokens, END], TOKEN_LENGTH)
 
 
 def draw_batch(tokenizer: Any, seed: int, step: int, batch: int) -> tuple[Tensor, Tensor]:

@@ -145,10 +145,9 @@ def make_optimizers(module: Module, learning_rate: float) -> dict[str, Optimizer
     matrices = [weight for name, weight in named if weight.ndim == 2 and ("block" in name) and "relative_attention_bias" not in name]
     chosen = {id(weight) for weight in matrices}
     rest = [weight for _, weight in named if id(weight) not in chosen]
-    optimizers: dict[str, Optimizer] = {
-        "muon": Muon(matrices, lr=learning_rate * MUON_RATE_PER_ADAM_RATE, weight_decay=0.0),
-        "adamw": AdamW(rest, lr=learning_rate, betas=ADAM_BETAS, weight_decay=0.0),
-    }
+    optimizers: dict[str, Optimizer] = {"adamw": AdamW(rest, lr=learning_rate, betas=ADAM_BETAS, weight_decay=0.0)}
+    if matrices:
+        optimizers["muon"] = Muon(matrices, lr=learning_rate * MUON_RATE_PER_ADAM_RATE, weight_decay=0.0)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]

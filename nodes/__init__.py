@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..miniature.folders import add_model_folders
 from .loader import DistilledT5Loader
 from .replacements import register_replacements
 from .save import DistilledT5Save
@@ -11,9 +12,10 @@ from .text_encode import DistilledT5TextEncode
 
 
 class DistilledT5Extension(ComfyExtension):
-    """This pack's nodes, and the old node they take the place of."""
+    """This pack's nodes, the old node they take the place of, and the models of the miniature."""
 
     async def on_load(self) -> None:
+        add_model_folders()
         await register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from ..miniature.folders import add_model_folders
+
 # Flags that main.py applies before torch is imported, or that are for the server; nothing else in ComfyUI reads them (0.16.3 to 0.30.0).
 # Left out are those that switch off what the trainer never has, such as --disable-all-custom-nodes: they hold anyway; and
 # --cache-classic, which --high-ram sets as well.
@@ -114,6 +116,7 @@ def _add_model_paths(folder: Path, configs: list[list[str]] | None) -> None:
     own = folder / "extra_model_paths.yaml"
     for config in [*([str(own)] if own.is_file() else []), *(path for group in configs or [] for path in group)]:
         load(config)
+    add_model_folders()
 
 
 def model_file(name: str, kind: str) -> Path:

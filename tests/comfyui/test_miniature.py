@@ -11,8 +11,8 @@ from typing import Any
 
 import comfy.latent_formats
 import comfy.sd
-import folder_paths
 import pytest
+import safetensors.torch
 import torch
 from distilled_t5.devtools.small_encoders import encode, serve
 from distilled_t5.encoder.files import open_student
@@ -21,10 +21,13 @@ from distilled_t5.miniature.autoencoder import latents, vae_tensors
 from distilled_t5.miniature.captions import TOKEN_LENGTH, draw_prompt, write_prompts
 from distilled_t5.miniature.corpus import draw_text
 from distilled_t5.miniature.corruption import FIRST_SENTINEL, SENTINELS, corrupt, load_tokenizer, noise_spans, restore
-from distilled_t5.miniature.make import FLUX_FILE, TEACHER_FILE, VAE_FILE, make_vae
+from distilled_t5.miniature.folders import FLUX_FILE, KINDS, LORA_FILE, TEACHER_FILE, VAE_FILE, add_model_folders, place
+from distilled_t5.miniature.lora import load_flux, save_lora, trained_part, with_lora
+from distilled_t5.miniature.make import make_vae
+from distilled_t5.miniature.paint import Painter, Sampling, served
 from distilled_t5.miniature.reader import verdict
 from distilled_t5.miniature.scenes import draw_scene, random_of
-from distilled_t5.miniature.teacher import IGNORED, TARGET_LENGTH, FrozenTeacher, draw_batch, example
+from distilled_t5.miniature.teacher import IGNORED, FrozenTeacher, draw_batch, example
 from distilled_t5.miniature.training import Plan, train
 from distilled_t5.miniature.world import CELL_PX, SIDE, SIDE_PX, TASKS, render
 from distilled_t5.train.velocity import FrozenFlow, differentiable
@@ -103,7 +106,7 @@ def test_a_batch_of_texts_is_a_function_of_seed_and_step_and_no_target_is_cut(to
     again = draw_batch(tokenizer, 0, 3, 64)
     assert torch.equal(inputs, again[0])
     assert torch.equal(targets, again[1])
-    assert (inputs.shape, targets.shape) == ((64, TOKEN_LENGTH), (64, TARGET_LENGTH))
+    assert (inputs.shape, targets.shape) == ((64, TOKEN_LENGTH), (64, TOKEN_LENGTH))
     assert ((targets == 1).sum(dim=1) == 1).all()
     assert (targets != IGNORED).any(dim=1).all()
     long = example("word " * 200, tokenizer, random_of("long"))
@@ -127,9 +130,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, comfyui_path: Path) -> Path:
     return out
 
 
-def test_the_command_makes_three_files_whose_headers_say_what_made_them(made, comfyui_path):
-    assert {path.name for path in made.glob("*.safetensors")} == {VAE_FILE, TEACHER_FILE, FLUX_FILE}
-    teacher = open_student(made / TEACHER_FILE)
+def test_the_command_makes_files_whose_headers_say_what_made_them(made, comfyui_path):
+    assert {path.name for kind in KINDS.values() for path in (made / kind).iterdir()} == {VAE_FILE, TEACHER_FILE, FLUX_FILE, LORA_FILE}
+    teacher = open_student(place(made, TEACHER_FILE))
     assert (teacher.metadata.projection, teacher.metadata.token_length) == ("none", TOKEN_LENGTH)
     assert len(teacher.metadata.facts["distilled_t5.miniature_plan_sha256"]) == 64
     losses = [json.loads(line) for line in (made / "flux-run" / "metrics.jsonl").open()]
@@ -137,11 +140,11 @@ def test_the_command_makes_three_files_whose_headers_say_what_made_them(made, co
 
 
 def test_a_run_that_is_resumed_after_its_end_writes_the_same_files_again(made, comfyui_path):
-    before = {name: (made / name).read_bytes() for name in (TEACHER_FILE, FLUX_FILE)}
+    before = {name: place(made, name).read_bytes() for name in (TEACHER_FILE, FLUX_FILE)}
     output = run(comfyui_path, made, "all", "--steps", "3", "--resume")
-    assert output.count("Done:") == 3
+    assert output.count("Done:") == 4
     for name, content in before.items():
-        old, new = load_file(made / name), load_file(_written(made.parent / name, content))
+        old, new = load_file(place(made, name)), load_file(_written(made.parent / name, content))
         assert all(torch.equal(old[key], new[key]) for key in old)
 
 
@@ -159,16 +162,20 @@ def test_a_flux_without_a_teacher_is_an_error_that_says_what_to_do(tmp_path, com
 
 
 def test_the_teacher_that_the_flux_learns_from_is_the_one_that_the_loader_serves(made, tokenizer):
-    frozen = FrozenTeacher(made / TEACHER_FILE, tokenizer, CPU)
-    [(served_BLD, extras)] = encode(serve(made / TEACHER_FILE).clip, CAPTION)
+    frozen = FrozenTeacher(place(made, TEACHER_FILE), tokenizer, CPU)
+    [(served_BLD, extras)] = encode(serve(place(made, TEACHER_FILE)).clip, CAPTION)
     torch.testing.assert_close(frozen([CAPTION]), served_BLD, atol=1e-3, rtol=1e-3)
     assert served_BLD.shape == (1, TOKEN_LENGTH, frozen.width)
     assert not extras["pooled_output"].any()
 
 
 def test_the_products_trainer_makes_a_student_of_it_that_the_loader_serves(made, comfyui_path, tmp_path):
-    prompts = write_prompts(tmp_path / "prompts.txt", 64)
-    settings = [f"teacher.t5={made / TEACHER_FILE}", f"diffusion_model.file={made / FLUX_FILE}", f"sampling.token_lengths=[{TOKEN_LENGTH}]"]
+    prompts = write_prompts(tmp_path / "prompts", 64)[1]
+    settings = [
+        f"teacher.t5={place(made, TEACHER_FILE)}",
+        f"diffusion_model.file={place(made, FLUX_FILE)}",
+        f"sampling.token_lengths=[{TOKEN_LENGTH}]",
+    ]
     for stage in range(2):
         corpora = f'[{{kind="lines", path="{prompts.as_posix()}"}}]'
         settings += [f"stage.{stage}.corpora={corpora}", f"stage.{stage}.resolution_px={SIDE_PX}", f"stage.{stage}.steps=4"]
@@ -178,15 +185,14 @@ def test_the_products_trainer_makes_a_student_of_it_that_the_loader_serves(made,
     assert done.returncode == 0, done.stderr
     [student] = (tmp_path / "models" / "text_encoders").glob("*.safetensors")
     [(text_BLD, _)] = encode(serve(student).clip, CAPTION)
-    assert text_BLD.shape == (1, TOKEN_LENGTH, open_student(made / TEACHER_FILE).layout.d_model)
+    assert text_BLD.shape == (1, TOKEN_LENGTH, open_student(place(made, TEACHER_FILE)).layout.d_model)
 
 
 def test_stock_nodes_and_the_hosts_sampler_make_a_picture_of_the_three_files(made):
-    for kind in ("diffusion_models", "vae"):
-        folder_paths.add_model_folder_path(kind, str(made))
+    add_model_folders(made)
     [model] = nodes.UNETLoader().load_unet(FLUX_FILE, "default")
     [vae] = nodes.VAELoader().load_vae(VAE_FILE)
-    clip = serve(made / TEACHER_FILE).clip
+    clip = serve(place(made, TEACHER_FILE)).clip
     conditioning = [[text, {**extras, "guidance": 3.5}] for text, extras in encode(clip, CAPTION)]
     empty = {"samples": torch.zeros(1, 16, SIDE, SIDE)}
     [latent] = nodes.KSampler().sample(model, 0, 4, 1.0, "euler", "simple", conditioning, conditioning, empty)
@@ -194,6 +200,60 @@ def test_stock_nodes_and_the_hosts_sampler_make_a_picture_of_the_three_files(mad
     assert picture.shape == (1, 96, 96, 3)
     assert torch.isfinite(picture).all()
     assert model.model.diffusion_model.params.guidance_embed
+
+
+def test_a_picture_painted_in_a_batch_is_the_one_that_stock_nodes_make_of_its_caption_and_seed(made):
+    painter, clip = Painter(made, Sampling(steps=3)), serve(place(made, TEACHER_FILE)).clip
+    captions = [CAPTION, "two green trees", "a sign that says FOX"]
+    painted = painter.paint(served(place(made, TEACHER_FILE)), captions, [4, 5, 6])
+    for caption, seed, picture in zip(captions, (4, 5, 6), painted, strict=True):
+        conditioning = nodes.CLIPTextEncode().encode(clip, caption)[0]
+        conditioning = [[text, {**extras, "guidance": 3.5}] for text, extras in conditioning]
+        empty = {"samples": torch.zeros(1, 16, SIDE, SIDE)}
+        [latent] = nodes.KSampler().sample(painter.model, seed, 3, 1.0, "euler", "simple", conditioning, conditioning, empty)
+        [alone] = nodes.VAEDecode().decode(painter.vae, latent)
+        torch.testing.assert_close(torch.from_numpy(picture), alone[0].float(), atol=2e-2, rtol=0)
+
+
+def test_the_command_measures_encoders_and_untrained_ones_get_nothing_right(made, comfyui_path):
+    # A teacher without a right picture is an error: there is no share of it.
+    done = subprocess.run(
+        [sys.executable, str(PACK / "miniature"), "measure", "--out", str(made), "--count", "2", "--comfyui", str(comfyui_path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"| {TEACHER_FILE} | 0.0 | 0.0 |" in done.stdout
+
+
+def test_the_lora_that_is_trained_is_the_one_that_the_stock_loader_applies(made, tmp_path):
+    """Strong random values in it: the trained Flux with its parametrised weights and the patched one of the host give one velocity."""
+    flux = load_flux(place(made, FLUX_FILE), 128)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        flux.final_layer.linear.weight.normal_(0, 0.1, generator=generator)
+    saved = flow.save_flux(tmp_path / "flux.safetensors", dict(flux.state_dict()), {}, torch.float32)
+    low_ranks = with_lora(flux)
+    with torch.no_grad():
+        for low_rank in low_ranks.values():
+            low_rank.up.normal_(0, 0.1, generator=generator)
+            for weight in (low_rank.up, low_rank.down):
+                weight.copy_(weight.bfloat16())
+    averaged = {name: weight.detach() for name, weight in trained_part(low_ranks).named_parameters()}
+    lora = safetensors.torch.load_file(save_lora(tmp_path / "lora.safetensors", averaged, low_ranks, {}))
+    patcher, _ = comfy.sd.load_lora_for_models(
+        comfy.sd.load_diffusion_model(str(saved), model_options={"dtype": torch.float32}), None, lora, 1.0, 0.0
+    )
+    loaded = FrozenFlow(patcher)
+    loaded.load()
+    batch = flow.draw_batch(0, 0, 4)
+    text, pooled = torch.randn(4, TOKEN_LENGTH, 128, generator=generator), torch.zeros(4, 768)
+    with torch.no_grad():
+        told = {"context": text, "y": pooled, "guidance": batch.guidance_B, "transformer_options": {}}
+        expected = flux(batch.noise_BCHW, batch.sigma_B, **told)
+        found = loaded.velocity(batch.noise_BCHW, batch.sigma_B, text, pooled, batch.guidance_B)
+        without = load_flux(saved, 128)(batch.noise_BCHW, batch.sigma_B, **told)
+    assert (expected - without).abs().mean() > 0.02
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-2)
 
 
 def test_what_is_trained_and_what_is_loaded_give_the_same_velocity(made, tmp_path):

@@ -23,6 +23,7 @@ from distilled_t5.train.token_ids import END
 from transformers import T5ForConditionalGeneration
 
 TINY = StudentLayout(d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8, vocab_size=50)
+PACK = Path(__file__).resolve().parents[2]
 PLAN = Plan(steps=6, batch=4, warmup_steps=2, save_every=2, log_every=1)
 
 
@@ -197,6 +198,13 @@ def test_the_vae_leaves_scale_one_and_the_pictures_latents_lie_between_minus_one
     assert not latent[:, 3:].any()
 
 
-def test_prompts_for_the_trainer_are_written_one_a_line(tmp_path):
-    lines = write_prompts(tmp_path / "new" / "prompts.txt", 50).read_text(encoding="utf-8").splitlines()
-    assert lines == [draw_prompt(0, index, "train")[1] for index in range(50)]
+def test_the_shipped_corpora_are_what_the_code_writes(tmp_path):
+    for path in write_prompts(tmp_path / "new", 6000):
+        assert path.read_bytes() == (PACK / "miniature" / "prompts" / path.name).read_bytes()
+
+
+def test_each_corpus_holds_captions_of_its_own_tasks(tmp_path):
+    objects, semantics, text = (path.read_text(encoding="utf-8").splitlines() for path in write_prompts(tmp_path, 30))
+    assert objects == [draw_prompt(0, index, "train", "single_object")[1] for index in range(30)]
+    assert text[1::2] == [draw_prompt(0, index, "train", "two_words")[1] for index in range(1, 30, 2)]
+    assert len(semantics) == 30

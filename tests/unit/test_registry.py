@@ -185,17 +185,23 @@ def test_archive_holds_what_a_user_needs_and_nothing_else(archive: Path) -> None
     assert names >= {
         name for name in IN_ARCHIVE if (ROOT / name).exists() and any((ROOT / name).rglob("*") if (ROOT / name).is_dir() else "x")
     }
-    assert not [path for path in archive.rglob("*") if path.name == "__pycache__" or path.suffix in (".pyc", ".safetensors", ".js")]
+    assert not [path for path in archive.rglob("*") if path.name == "__pycache__" or path.suffix in (".pyc", ".js")]
+
+
+def test_archive_holds_the_weights_of_the_miniature_and_no_others(archive: Path) -> None:
+    weights = list(archive.rglob("*.safetensors"))
+    assert {path.relative_to(archive).parts[:2] for path in weights} <= {("miniature", "models")}
+    assert sum(path.stat().st_size for path in weights) <= 30e6
 
 
 def test_archive_has_no_scanner_tripwire(archive: Path) -> None:
     hits = [
         f"{path.relative_to(archive).as_posix()}:{number}: {word}"
         for path in sorted(archive.rglob("*"))
-        if path.is_file() and path.suffix not in (".jpg", ".png", ".webp")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if path.is_file()
+        for number, line in enumerate(path.read_bytes().splitlines(), 1)
         for word in TRIPWIRES
-        if word in line
+        if word.encode() in line
     ]
     assert not hits, "\n".join(hits)
 

@@ -1,0 +1,77 @@
+"""A LoRA for the miniature's Flux: another palette. Every caption's colours come out as the next ones, so code can read whether it acts."""
+
+# B batch, R rank
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.nn import Linear, Module, Parameter, ParameterList
+from torch.nn.utils import parametrize
+
+from .flow import FluxSize, host_names, make_flux, published_name
+from .world import COLOURS, Scene
+
+RANK = 4
+# A LoRA of text and picture streams alike; norms, embeddings and the output stay.
+TRAINED_PARTS = ("double_blocks.", "single_blocks.")
+_NAMES = list(COLOURS)
+NEXT_COLOUR = dict(zip(_NAMES, [*_NAMES[1:], _NAMES[0]], strict=True))
+
+
+def repainted(scene: Scene) -> Scene:
+    """The scene in the LoRA's palette: every colour of things and letters is the next one; backgrounds stay."""
+    things = tuple(replace(thing, colour=NEXT_COLOUR[thing.colour]) for thing in scene.things)
+    return replace(scene, things=things, ink=NEXT_COLOUR[scene.ink] if scene.ink else "")
+
+
+class LowRank(Module):
+    """A weight plus the product of two thin matrices, `up` [out, R] and `down` [R, in]; nothing at first."""
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.up = Parameter(torch.zeros(len(weight), rank))
+        self.down = Parameter(torch.randn(rank, weight.shape[1], generator=generator) * weight.shape[1] ** -0.5)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+def with_lora(flux: Module, rank: int = RANK, seed: int = 0) -> dict[str, LowRank]:
+    """Put a LoRA on every linear layer of the blocks of a frozen Flux; by the layers' names."""
+    generator = torch.Generator().manual_seed(seed)
+    flux.requires_grad_(False)
+    layers = {name: module for name, module in flux.named_modules() if isinstance(module, Linear) and name.startswith(TRAINED_PARTS)}
+    low_ranks = {name: LowRank(layer.weight, rank, generator) for name, layer in layers.items()}
+    for name, low_rank in low_ranks.items():
+        parametrize.register_parametrization(layers[name], "weight", low_rank)
+    return low_ranks
+
+
+def trained_part(low_ranks: Mapping[str, LowRank]) -> ParameterList:
+    """The LoRA's parameters alone, as a module to train."""
+    return ParameterList([weight for low_rank in low_ranks.values() for weight in (low_rank.up, low_rank.down)])
+
+
+def load_flux(path: Path, text_width: int) -> Module:
+    """The miniature's Flux out of its file, float32, as ComfyUI's module."""
+    flux = make_flux(FluxSize(), text_width, seed=0)
+    weights = {name: tensor.float() for name, tensor in safetensors.torch.load_file(path).items()}
+    flux.load_state_dict(host_names(weights, flux), strict=True)
+    return flux
+
+
+def save_lora(path: Path, averaged: Mapping[str, Tensor], low_ranks: Mapping[str, LowRank], facts: Mapping[str, str]) -> Path:
+    """Write the LoRA by the names that LoraLoader knows. `averaged` are the weights of `trained_part`, by their numbers."""
+    tensors = {}
+    for number, name in enumerate(low_ranks):
+        stem = f"diffusion_model.{published_name(name)}"
+        tensors[f"{stem}.lora_B.weight"] = averaged[str(2 * number)].bfloat16().contiguous()
+        tensors[f"{stem}.lora_A.weight"] = averaged[str(2 * number + 1)].bfloat16().contiguous()
+    safetensors.torch.save_file(tensors, path, metadata={"modelspec.title": "miniature palette LoRA", **facts})
+    return path

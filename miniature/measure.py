@@ -1,0 +1,103 @@
+"""How often pictures show what was asked for: by task, on combinations that training never showed, with the reader as the only judge."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .captions import draw_prompt
+from .reader import verdict
+from .scenes import NEW_IN_TASK, Split
+from .world import TASKS, Scene
+
+# The seed of the questions: no training draws from it.
+QUESTIONS_SEED = 1_000_003
+MEASURED = tuple(NEW_IN_TASK)
+Z_95 = 1.959964
+Paint = Callable[[Sequence[str], Sequence[int]], np.ndarray]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right pictures of how many, and Wilson's 95 % interval of their share (Wilson 1927)."""
+
+    right: int
+    n: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        share, spread = self.accuracy, Z_95**2 / self.n
+        middle = (share + spread / 2) / (1 + spread)
+        reach = Z_95 / (1 + spread) * math.sqrt(share * (1 - share) / self.n + spread / (4 * self.n))
+        return max(middle - reach, 0.0), min(middle + reach, 1.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """For results.json."""
+        low, high = self.interval
+        return {"accuracy": round(self.accuracy, 4), "n": self.n, "low": round(low, 4), "high": round(high, 4)}
+
+
+def questions(task: str, count: int, split: Split = "held_out") -> list[tuple[Scene, str]]:
+    """`count` scenes of a task with their captions: the same ones for every encoder."""
+    return [draw_prompt(QUESTIONS_SEED, index, split, task) for index in range(count)]
+
+
+def score(paint: Paint, task: str, count: int, split: Split = "held_out") -> Score:
+    """How many of a task's pictures, painted from seeds 0, 1, 2 ..., show what their captions say."""
+    asked = questions(task, count, split)
+    pictures = paint([caption for _, caption in asked], range(count))
+    right = sum(verdict(scene, picture) for (scene, _), picture in zip(asked, pictures, strict=True))
+    log.info("%s: %d of %d right", task, right, count)
+    return Score(right, count)
+
+
+def scores(paint: Paint, count: int, tasks: Sequence[str] = MEASURED, split: Split = "held_out") -> dict[str, Score]:
+    """The score of every task."""
+    return {task: score(paint, task, count, split) for task in tasks}
+
+
+def mean_accuracy(found: Mapping[str, Score]) -> float:
+    """The mean over the tasks for which the teacher has a floor: all but new words."""
+    return sum(found[task].accuracy for task in TASKS) / len(TASKS)
+
+
+def share_of(student: Mapping[str, Score], teacher: Mapping[str, Score]) -> float:
+    """What the student keeps of the teacher's mean accuracy. Raises ValueError if the teacher gets nothing right."""
+    whole = mean_accuracy(teacher)
+    if not whole:
+        raise ValueError(
+            "The teacher got no picture right, so there is no share of it.\nWhat to do: see that Flux and teacher belong together."
+        )
+    return mean_accuracy(student) / whole
+
+
+def table(rows: Mapping[str, Mapping[str, Score]]) -> str:
+    """Accuracies in percent as a Markdown table, a row per encoder."""
+    columns = [task for task in MEASURED if any(task in found for found in rows.values())]
+    lines = ["| Encoder | " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, found in rows.items():
+        lines.append(f"| {name} | " + " | ".join(f"{100 * found[task].accuracy:.1f}" if task in found else "" for task in columns) + " |")
+    return "\n".join(lines)
+
+
+def measure_files(folder: Path, files: Sequence[Path], count: int) -> dict[str, dict[str, Score]]:
+    """The scores of encoder files with the Flux and the VAE that lie in `folder`, by file name. ComfyUI must be importable."""
+    from .paint import Painter, served
+
+    painter, found = Painter(folder), {}
+    for path in files:
+        log.info("%s:", path.name)
+        found[path.name] = scores(functools.partial(painter.paint, served(path)), count)
+    return found
