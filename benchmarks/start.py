@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ def load_and_save(token_length: int) -> dict[str, Any]:
     }
 
 
+def is_under_way(wanted: str, node: str, done: int) -> bool:
+    """Whether a node has told that a part of its work is done."""
+    return node == wanted and done > 0
+
+
 def cancel_cost(comfyui: Path, folder: Path, size: str, repeats: int) -> dict[str, Any]:
     """Seconds from a press of Cancel to the end of the prompt, while a file of that size is loaded and while it is saved."""
     layout = StudentLayout.named(size)
@@ -56,7 +62,9 @@ def cancel_cost(comfyui: Path, folder: Path, size: str, repeats: int) -> dict[st
     with ComfyServer(comfyui, folder, ROOT) as server:
         for number in range(repeats):
             for place, (what, node) in enumerate({"loading": "1", "saving": "2"}.items()):
-                kind, taken_s = Watched(server, load_and_save(64 + 2 * number + place)).run(cancel_at_node=node)
+                # Not at its first progress: then nothing is read or written yet.
+                under_way = partial(is_under_way, node)
+                kind, taken_s = Watched(server, load_and_save(64 + 2 * number + place)).run(under_way)
                 if kind != "execution_interrupted":
                     raise RuntimeError(f"{what} ended before it could be cancelled ({kind}): take a larger file")
                 seconds[what].append(taken_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,10 +36,10 @@ class Watched:
         finally:
             line.close()
 
-    def run(self, cancel_at_node: str = "") -> tuple[str, float]:
+    def run(self, cancel_when: Callable[[str, int], bool] = lambda _node, _done: False) -> tuple[str, float]:
         """Run to the end; returns the kind of the last message, and the seconds from the Cancel to it (0 without one).
 
-        With `cancel_at_node` the first progress of that node is answered by pressing Cancel.
+        The first progress for which `cancel_when(node, done)` is true is answered by pressing Cancel.
         """
         cancelled_at_s = 0.0
         with self._messages() as messages:
@@ -47,7 +47,7 @@ class Watched:
                 kind, data = message["type"], message["data"]
                 if kind == "progress":
                     self.progress.setdefault(data["node"], []).append((data["value"], data["max"]))
-                    if data["node"] == cancel_at_node and not cancelled_at_s:
+                    if not cancelled_at_s and cancel_when(data["node"], data["value"]):
                         cancelled_at_s = time.monotonic()
                         self.server.interrupt()
                 if kind in ENDS:

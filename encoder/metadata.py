@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 
 from .errors import StudentFileError, printable
@@ -51,6 +51,20 @@ class StudentMetadata:
     header_sha256: str | None = None
     described: bool = False
     facts: Mapping[str, str] = field(default_factory=dict)
+
+
+# Other people's terms bind what was made of their weights, too.
+KEPT_WHEN_CHANGED = ("modelspec.license",)
+CHANGED_KEY = KEY + "changed"
+
+
+def of_changed_weights(metadata: StudentMetadata) -> StudentMetadata:
+    """What may still be said when a LoRA or a merge has changed the weights: how to serve them, and their licence.
+
+    Teacher, steps, recipe, title and author are those of a run that did not make these weights.
+    """
+    kept = {key: metadata.facts[key] for key in KEPT_WHEN_CHANGED if key in metadata.facts}
+    return replace(metadata, title="", facts={**kept, CHANGED_KEY: "merged or patched after training"})
 
 
 def read_metadata(header: Mapping[str, str] | None, where: str) -> StudentMetadata:

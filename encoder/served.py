@@ -28,10 +28,12 @@ from .families import FAMILIES
 from .files import FLOAT_NAMES, Progress, StudentFile, not_finite, open_student
 from .layout import StudentLayout
 from .lora_log import fold_t5xxl_lora_lines
-from .metadata import MAX_TOKENS, StudentMetadata
+from .metadata import MAX_TOKENS, StudentMetadata, of_changed_weights
 
 # 32,000 pieces and 100 extra ids.
 TOKENS = 32100
+# Where the student's weights stand in the host's state dict, and in its table of patches.
+STUDENT_PREFIX = "t5base.transformer."
 TokenWeights = list[list[tuple[Any, float]]]
 
 
@@ -313,6 +315,13 @@ def student_of(clip: Any) -> DistilledFluxTextEncoder:
     return model
 
 
+def metadata_in_use(clip: Any) -> StudentMetadata:
+    """What a file of the student's weights, as they are in use, may say about itself: LoRAs and merges make them another encoder."""
+    model = student_of(clip)
+    changed = any(name.startswith(STUDENT_PREFIX) for name in clip.patcher.patches)
+    return of_changed_weights(model.metadata) if changed else model.metadata
+
+
 def student_tensors(clip: Any, dtype: torch.dtype | None = None, progress: Progress = lambda _done, _total: None) -> dict[str, Tensor]:
     """The student's weights by published name as they are in use, LoRAs and merges included; in `dtype` if it is given.
 
@@ -345,11 +354,10 @@ def _weights_in_use(clip: Any, between_steps: Callable[[], None]) -> Mapping[str
 
 def _published(weights: Mapping[str, Any], between_steps: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
     """The student's weights of a host's state dict, one by one, by published name."""
-    prefix = "t5base.transformer."
     for name in weights:
-        if name.startswith(prefix):
+        if name.startswith(STUDENT_PREFIX):
             between_steps()
-            bare = name.removeprefix(prefix)
+            bare = name.removeprefix(STUDENT_PREFIX)
             # Weights that the host keeps elsewhere are stand-ins that only `.to("cpu")`, and nothing else, turns into patched numbers.
             tensor = weights[name].to("cpu").detach()
             yield bare if bare.startswith("final_projection.") else "encoder." + bare, tensor

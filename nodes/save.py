@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..encoder.files import CHOICES, write_student
-from ..encoder.served import student_of, student_tensors
+from ..encoder.served import metadata_in_use, student_tensors
 from .model_files import dtype_of, folder_for, listed_name, new_file
 from .progress import progress_bar
 
@@ -52,11 +52,11 @@ class DistilledT5Save(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: Any, filename: str, dtype: str) -> io.NodeOutput:
-        student = student_of(clip)
+        metadata = metadata_in_use(clip)
         path, chosen, show = new_file(filename), dtype_of(dtype, DTYPES), progress_bar()
         tensors = student_tensors(clip, chosen, show)
         with folder_for(path):
-            path = write_student(path, tensors, student.metadata, show, overwrite=False)
+            path = write_student(path, tensors, metadata, show, overwrite=False)
         listed = listed_name(path)
         report = f"Saved {listed} ({path.stat().st_size / 1e6:.0f} MB) in {path.parent}"
         return io.NodeOutput(listed, ui=ui.PreviewText(report))

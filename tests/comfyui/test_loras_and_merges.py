@@ -9,6 +9,7 @@ from typing import Any
 import comfy.hooks
 import comfy.sd
 import comfy.utils
+import folder_paths
 import pytest
 import torch
 from comfy_extras.nodes_hooks import CreateHookKeyframe, SetClipHooks, SetHookKeyframes
@@ -17,7 +18,9 @@ from distilled_t5.devtools.small_encoders import PROMPT, TINY, embedding, encode
 from distilled_t5.encoder.files import open_student
 from distilled_t5.encoder.layout import StudentLayout
 from distilled_t5.encoder.lora_log import NOTICE
+from distilled_t5.encoder.metadata import CHANGED_KEY, StudentMetadata
 from distilled_t5.encoder.served import student_tensors
+from distilled_t5.nodes import DistilledT5Save
 from safetensors.torch import load_file, save_file
 
 # T5-Base's width, which is CLIP-L's too.
@@ -125,6 +128,54 @@ def test_a_merge_is_saved_whole_when_the_host_has_not_patched_the_weights_in_pla
     for name in TINY.tensors():
         assert type(weights[name]) is torch.Tensor
         torch.testing.assert_close(weights[name], 0.75 * second[name] + 0.25 * first[name], atol=1e-5, rtol=1e-5)
+
+
+OF_A_RUN = {
+    "distilled_t5.teacher": "t5xxl.safetensors",
+    "distilled_t5.recipe_sha256": "12" * 32,
+    "distilled_t5.steps": "70000",
+    "modelspec.author": "somebody",
+    "modelspec.license": "FLUX.1-dev Non-Commercial",
+}
+
+
+@pytest.fixture
+def trained(folder: Path, text_encoders: Path) -> Any:
+    """The CLIP of a file whose metadata tells of the run that made it."""
+    path = student_file(folder, name="trained.safetensors", title="My run", token_length=77, facts=OF_A_RUN)
+    return serve(path, text_encoders / "clip_l.safetensors").clip
+
+
+def saved_metadata(clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudentMetadata:
+    """What the file says that Distilled T5 Save makes of a CLIP."""
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "text_encoders", ([str(tmp_path)], folder_paths.supported_pt_extensions))
+    return open_student(tmp_path / DistilledT5Save.execute(clip, "saved", "bf16").args[0]).metadata
+
+
+def test_a_student_saved_in_another_format_or_with_a_lora_for_clip_l_is_still_that_of_its_run(trained, lora, tmp_path, monkeypatch):
+    _, with_lora = comfy.sd.load_lora_for_models(None, trained, lora, 1.0, 1.0)
+    for clip in (trained, with_lora):
+        metadata = saved_metadata(clip, tmp_path, monkeypatch)
+        assert (metadata.title, metadata.facts) == ("My run", OF_A_RUN)
+
+
+def lora_for_students() -> dict[str, torch.Tensor]:
+    name = "text_encoders.t5base.transformer.final_projection.0"
+    return {f"{name}.lora_up.weight": torch.ones(TINY.hidden_width or 0, 2), f"{name}.lora_down.weight": torch.ones(2, TINY.d_model)}
+
+
+@pytest.mark.parametrize("change", ["merge", "lora"])
+def test_a_student_whose_weights_were_changed_does_not_claim_to_be_that_of_the_run(trained, clip, change, tmp_path, monkeypatch):
+    if change == "merge":
+        changed = CLIPMergeSimple().merge(trained, clip, 0.5)[0]
+    else:
+        _, changed = comfy.sd.load_lora_for_models(None, trained, lora_for_students(), 1.0, 1.0)
+    metadata = saved_metadata(changed, tmp_path, monkeypatch)
+    assert metadata.title != "My run"
+    assert metadata.facts == {"modelspec.license": OF_A_RUN["modelspec.license"], CHANGED_KEY: "merged or patched after training"}
+    # What serving needs stays, and the CLIP it came from is still that of the run.
+    assert metadata.token_length == 77
+    assert saved_metadata(trained, tmp_path, monkeypatch).facts == OF_A_RUN
 
 
 def test_subtracting_and_adding_again_gives_the_first_student(clip, folder, text_encoders):
