@@ -53,18 +53,22 @@ class StudentMetadata:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-# Other people's terms bind what was made of their weights, too.
-KEPT_WHEN_CHANGED = ("modelspec.license",)
+# What leads to the terms that bind whatever was made of these weights.
+KEPT_WHEN_CHANGED = ("distilled_t5.diffusion_model",)
+LICENCE_KEY = "modelspec.license"
 CHANGED_KEY = KEY + "changed"
 
 
 def of_changed_weights(metadata: StudentMetadata) -> StudentMetadata:
-    """What may still be said when a LoRA or a merge has changed the weights: how to serve them, and their licence.
+    """What may still be said when a LoRA or a merge has changed the weights: how to serve them, and whose terms bind them.
 
-    Teacher, steps, recipe, title and author are those of a run that did not make these weights.
+    Teacher, steps, recipe, title and author are those of a run that did not make these weights. The licence is that of the first file
+    alone, since the host does not tell what was merged in: so it is told, and not claimed.
     """
     kept = {key: metadata.facts[key] for key in KEPT_WHEN_CHANGED if key in metadata.facts}
-    return replace(metadata, title="", facts={**kept, CHANGED_KEY: "merged or patched after training"})
+    licence = metadata.facts.get(LICENCE_KEY)
+    told = "merged or patched after training" + (f"; licence of the first file: {licence}" if licence else "")
+    return replace(metadata, title="", facts={**kept, CHANGED_KEY: told})
 
 
 def read_metadata(header: Mapping[str, str] | None, where: str) -> StudentMetadata:

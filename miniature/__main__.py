@@ -80,10 +80,11 @@ def measure(folder: Path, files: list[Path], count: int) -> None:
     from distilled_t5.miniature.folders import TEACHER_FILE, place
     from distilled_t5.miniature.measure import measure_files, share_of, table
 
-    rows = measure_files(folder, [place(folder, TEACHER_FILE), *files], count)
+    teacher = place(folder, TEACHER_FILE)
+    rows = measure_files(folder, [teacher, *files], count)
     print(table(rows))
     for path in files:
-        print(f"{path.name} keeps {100 * share_of(rows[path.name], rows[TEACHER_FILE]):.1f} % of the teacher's mean accuracy.")
+        print(f"{path} keeps {100 * share_of(rows[str(path)], rows[str(teacher)]):.1f} % of the teacher's mean accuracy.")
 
 
 def main(argv: list[str]) -> int:

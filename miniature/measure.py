@@ -93,11 +93,11 @@ def table(rows: Mapping[str, Mapping[str, Score]]) -> str:
 
 
 def measure_files(folder: Path, files: Sequence[Path], count: int) -> dict[str, dict[str, Score]]:
-    """The scores of encoder files with the Flux and the VAE that lie in `folder`, by file name. ComfyUI must be importable."""
+    """The scores of encoder files with the Flux and the VAE that lie in `folder`, by path. ComfyUI must be importable."""
     from .paint import Painter, served
 
     painter, found = Painter(folder), {}
     for path in files:
         log.info("%s:", path.name)
-        found[path.name] = scores(functools.partial(painter.paint, served(path)), count)
+        found[str(path)] = scores(functools.partial(painter.paint, served(path)), count)
     return found

@@ -88,6 +88,8 @@ _DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00
 _ENDING = re.compile(r"\.safetensors$", re.IGNORECASE)
 # File systems take 255 bytes; ending, number and the mark of an unfinished file need the rest.
 _MOST_BYTES = 200
+# Of a name with its folders: systems take paths of 1,024 (macOS) to 4,096 bytes.
+_MOST_LETTERS = 600
 
 
 def new_file(name: str) -> Path:
@@ -97,10 +99,11 @@ def new_file(name: str) -> Path:
     """
     folder = Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()
     parts = [part.strip() for part in _ENDING.sub("", name.strip()).split("/")]
-    if _FORBIDDEN.search(name) or not all(map(_can_be_saved, parts)):
+    if _FORBIDDEN.search(name) or len(name) > _MOST_LETTERS or not all(map(_can_be_saved, parts)):
         raise ValueError(
             f"{name[:250]!r} cannot be the name of a new encoder file.\n"
-            f'What to do: give a name such as "my_t5_base" or "mine/t5_base" (letters, digits, - and _; at most {_MOST_BYTES}; no "..").'
+            f'What to do: give a name such as "my_t5_base" or "mine/t5_base" (letters, digits, - and _; at most {_MOST_BYTES}, with '
+            f'folders {_MOST_LETTERS}; no "..").'
         )
     stem = folder.joinpath(*parts)
     # A link inside the folder may point out of it.

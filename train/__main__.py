@@ -79,14 +79,16 @@ def run(recipe: Any, options: argparse.Namespace, flags: list[str]) -> int:
     start_comfyui(find_comfyui(options.comfyui), flags)
     import torch
     from distilled_t5.train import stand_ins
-    from distilled_t5.train.estimate import estimate
     from distilled_t5.train.ranks import Ranks
-    from distilled_t5.train.run import train
 
     if recipe.diffusion_model.file == stand_ins.NAME:
         # Models this small gain nothing from threads, and lose minutes to those that wait for a busy core (14 s against 143 s seen).
         torch.set_num_threads(1)
     with Ranks.open("cuda" if torch.cuda.is_available() and "--cpu" not in flags else "cpu") as ranks:
+        # Only now: ComfyUI looks at the current GPU when it is imported, and each process shall look at its own.
+        from distilled_t5.train.estimate import estimate
+        from distilled_t5.train.run import train
+
         if options.estimate:
             said = estimate(recipe, ranks)
             if ranks.is_main:

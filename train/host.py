@@ -13,16 +13,16 @@ from typing import Any
 
 from ..miniature.folders import add_model_folders
 
-# Flags that main.py applies before torch is imported, or that are for the server; nothing else in ComfyUI reads them (0.16.3 to 0.30.0).
-# Left out are those that switch off what the trainer never has, such as --disable-all-custom-nodes: they hold anyway; and
-# --cache-classic, which --high-ram sets as well.
+# Flags that main.py applies before torch is imported, or that are for the server (0.16.3 to 0.30.0).
+# Left out are those that switch off what the trainer never has, such as --disable-all-custom-nodes: they hold anyway; and those that
+# other flags set as well: --cache-classic (--high-ram), --auto-launch (--windows-standalone-build, in every portable ComfyUI).
 WHICH_GPU = ("cuda_device", "default_device", "oneapi_device_selector")
 OF_THE_SERVER = (
     *("cuda_malloc", "vram_headroom", "disable_nvml_pressure", "enable_dynamic_vram", "debug_hang", "verbose", "log_stdout"),
     *("listen", "port", "tls_keyfile", "tls_certfile", "enable_cors_header", "max_upload_size", "enable_compress_response_body"),
     *("output_directory", "temp_directory", "input_directory", "user_directory", "multi_user", "database_url", "comfy_api_base"),
     *("cache_ram", "cache_lru", "cache_none", "preview_method", "preview_size", "default_hashing_function"),
-    *("auto_launch", "front_end_version", "front_end_root", "enable_manager", "enable_manager_legacy_ui", "whitelist_custom_nodes"),
+    *("front_end_version", "front_end_root", "enable_manager", "enable_manager_legacy_ui", "whitelist_custom_nodes"),
     *("quick_test_for_ci", "enable_assets", "enable_asset_hashing", "feature_flag", "list_feature_flags"),
 )
 

@@ -124,6 +124,18 @@ class Ranks:
         with self._company():
             return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
+    def warm_up(self, wrapped: Module, example: Tensor) -> None:
+        """A backward pass through a wrapped module whose gradients are thrown away; chance is left as it was.
+
+        torch sorts gradients into buckets anew after the first pass of a process. From three processes on, the buckets decide in which
+        order is added up: without this a resumed run would not end in the bits of one that went on.
+        """
+        if not isinstance(wrapped, DistributedDataParallel):
+            return
+        with self._company(), torch.random.fork_rng():
+            wrapped(example.to(next(wrapped.parameters()).device)).sum().backward()
+        wrapped.zero_grad(set_to_none=True)
+
     def no_sync(self, module: Module) -> contextlib.AbstractContextManager[Any]:
         """While open, backward passes of a wrapped module only add up gradients: for all but the last of accumulated batches."""
         return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,6 +97,7 @@ def open_workshop(recipe: Recipe, ranks: Ranks) -> Workshop:
     teacher = load_teacher_of(recipe, flow)
     student = make_student_of(recipe, flow)
     wrapped = ranks.wrap(student)
+    ranks.warm_up(wrapped, torch.zeros(1, 2, dtype=torch.long))
     part = recipe.optimizer
     learner = Learner(
         student=wrapped,
@@ -173,7 +175,7 @@ def _loop(
         if _due(learner.step, recipe.validation.every_steps, total):
             by_band, count = held_out.loss()
             reached = reporter.held_out(by_band, count)
-            best = reached if best is None else min(best, reached)
+            best = reached if best is None or not math.isfinite(best) else min(best, reached)
         if _due(learner.step, recipe.preview.every_steps, total):
             previewer.show(reporter)
         stopping = workshop.ranks.any_of(stop.requested)

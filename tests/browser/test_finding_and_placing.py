@@ -63,15 +63,17 @@ def test_the_blueprint_becomes_a_subgraph_with_our_nodes(comfy: ComfyPage, nodes
 def test_the_model_library_tells_what_a_file_of_our_own_is(comfy: ComfyPage, server: ComfyServer) -> None:
     path = server.base / "models" / "text_encoders" / "mine.safetensors"
     write_student(path, tiny_tensors(FULL_VOCABULARY), StudentMetadata(title="A student of foxes"))
-    comfy.open(empty=True)
-    entry = comfy.find_model("mine")
-    expect(entry).to_have_text("A student of foxes")
-    entry.hover()
-    shown = comfy.page.locator(".model_preview")
-    for part in ("mine.safetensors", "flux-1/text-encoder", "Distilled T5 Loader", "T5 of width 8"):
-        expect(shown).to_contain_text(part)
-    listed = server.get_json("/object_info/DistilledT5Loader")["DistilledT5Loader"]["input"]["required"]["clip_name2"][1]["options"]
-    path.unlink()
+    try:
+        comfy.open(empty=True)
+        entry = comfy.find_model("mine")
+        expect(entry).to_have_text("A student of foxes")
+        entry.hover()
+        shown = comfy.page.locator(".model_preview")
+        for part in ("mine.safetensors", "flux-1/text-encoder", "Distilled T5 Loader", "T5 of width 8"):
+            expect(shown).to_contain_text(part)
+        listed = server.get_json("/object_info/DistilledT5Loader")["DistilledT5Loader"]["input"]["required"]["clip_name2"][1]["options"]
+    finally:
+        path.unlink()
     assert set(listed[:2]) == {"mine.safetensors", "distilled_t5_base.safetensors"}
 
 

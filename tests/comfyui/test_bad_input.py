@@ -229,6 +229,7 @@ def test_dtype_that_comes_by_a_link_and_is_unknown_is_refused_with_those_that_ar
         "LPT9.x",
         "prn/mine",
         "mine/con",
+        "a/" * 2500 + "x",
         "con .txt",
         "COM\u00b9",
         "lpt\u00b3.x",

@@ -132,6 +132,7 @@ def test_a_merge_is_saved_whole_when_the_host_has_not_patched_the_weights_in_pla
 
 OF_A_RUN = {
     "distilled_t5.teacher": "t5xxl.safetensors",
+    "distilled_t5.diffusion_model": "flux1-dev.safetensors",
     "distilled_t5.recipe_sha256": "12" * 32,
     "distilled_t5.steps": "70000",
     "modelspec.author": "somebody",
@@ -172,7 +173,9 @@ def test_a_student_whose_weights_were_changed_does_not_claim_to_be_that_of_the_r
         _, changed = comfy.sd.load_lora_for_models(None, trained, lora_for_students(), 1.0, 1.0)
     metadata = saved_metadata(changed, tmp_path, monkeypatch)
     assert metadata.title != "My run"
-    assert metadata.facts == {"modelspec.license": OF_A_RUN["modelspec.license"], CHANGED_KEY: "merged or patched after training"}
+    kept = {"distilled_t5.diffusion_model": "flux1-dev.safetensors"}
+    told = "merged or patched after training; licence of the first file: FLUX.1-dev Non-Commercial"
+    assert metadata.facts == {**kept, CHANGED_KEY: told}
     # What serving needs stays, and the CLIP it came from is still that of the run.
     assert metadata.token_length == 77
     assert saved_metadata(trained, tmp_path, monkeypatch).facts == OF_A_RUN

@@ -222,7 +222,7 @@ def test_the_command_measures_encoders_and_untrained_ones_get_nothing_right(made
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert f"| {TEACHER_FILE} | 0.0 | 0.0 |" in done.stdout
+    assert f"{TEACHER_FILE} | 0.0 | 0.0 |" in done.stdout
 
 
 def test_the_lora_that_is_trained_is_the_one_that_the_stock_loader_applies(made, tmp_path):

@@ -101,6 +101,8 @@ def test_two_processes_go_on_bit_for_bit_from_what_both_had(comfyui_path, tmp_pa
 def test_the_scale_of_the_loss_is_part_of_the_state(whole, tmp_path):
     workshop = open_workshop(recipe(), Ranks())
     workshop.learner.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    # As it stands between two of its doublings.
+    workshop.learner.scaler.load_state_dict(workshop.learner.scaler.state_dict() | {"_growth_tracker": 7})
     workshop.learner.scaler.scale(torch.ones(()))
     state = gather_state(workshop, None, [])
     assert state is not None
@@ -112,5 +114,7 @@ def test_the_scale_of_the_loss_is_part_of_the_state(whole, tmp_path):
     assert fresh.learner.scaler.state_dict() == workshop.learner.scaler.state_dict()
     # A run of bf16 has none; it keeps the start of the scale where it goes on in fp16.
     shutil.copytree(whole / "checkpoints", tmp_path / "bf16")
-    restore(fresh, Checkpoints(tmp_path / "bf16", write_student, 1))
-    assert fresh.learner.scaler.is_enabled()
+    other = open_workshop(recipe(), Ranks())
+    other.learner.scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+    restore(other, Checkpoints(tmp_path / "bf16", write_student, 1))
+    assert other.learner.scaler.get_scale() == 4096.0

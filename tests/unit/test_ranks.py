@@ -52,11 +52,12 @@ with Ranks.open("cpu", timeout_s=120) as ranks:
         pickled.append(len(pickle.dumps(objects)))
         broadcast(objects, **where)
     dist.broadcast_object_list = watched
-    moments = [torch.arange(1e5) * (ranks.rank + 1), torch.tensor(7 + ranks.rank), torch.ones(2, 3, dtype=torch.uint8).t()]
+    moments = [torch.arange(1e5) * (ranks.rank + 1), torch.tensor(7 + ranks.rank), torch.arange(6, dtype=torch.uint8).reshape(2, 3).t()]
     shared = ranks.share({"step": 3, "moments": {0: tuple(moments)}} if ranks.is_main else None)
     dist.broadcast_object_list = broadcast
     told["pickled"] = pickled
     told["tensors"] = [[str(x.dtype), list(x.shape), x.double().sum().item()] for x in shared["moments"][0]]
+    told["order"] = shared["moments"][0][2].tolist()
     told["scatter"] = ranks.scatter([f"for {rank}" for rank in range(2)] if ranks.is_main else None)
     told["any"] = [ranks.any_of(False), ranks.any_of(ranks.rank == 1), ranks.any_of(True)]
     ranks.barrier()
@@ -114,10 +115,19 @@ except RanksError as error:
 """
 
 
-def torchrun(tmp_path: Path, code: str) -> subprocess.CompletedProcess[str]:
+def torchrun(tmp_path: Path, code: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "script.py"
     script.write_text(BOOTSTRAP + code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        str(script),
+        str(tmp_path),
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=BOUND_S)
 
 
@@ -150,8 +160,12 @@ def test_objects_are_gathered_shared_and_flags_agreed_upon(two):
 
 def test_shared_tensors_travel_as_tensors_and_nothing_large_is_pickled(two):
     for told in two:
-        assert told["tensors"] == [["torch.float32", [100_000], 4_999_950_000.0], ["torch.int64", [], 7], ["torch.uint8", [3, 2], 6]]
+        assert told["tensors"] == [["torch.float32", [100_000], 4_999_950_000.0], ["torch.int64", [], 7], ["torch.uint8", [3, 2], 15]]
         assert max(told["pickled"]) < 2_000
+
+
+def test_a_shared_tensor_keeps_the_order_of_its_elements_whatever_its_strides(two):
+    assert [told["order"] for told in two] == [[[0, 3], [1, 4], [2, 5]]] * 2
 
 
 def test_every_process_gets_its_own_part_of_what_is_scattered(two):
@@ -178,6 +192,37 @@ def test_while_gradients_are_accumulated_each_process_has_its_own(two):
 def test_only_rank_0_writes_to_the_run(two):
     assert any(path.endswith("metrics.jsonl") for path in two[0]["written"])
     assert two[1]["written"] == []
+
+
+AGAIN = """
+import json, sys
+from pathlib import Path
+import torch
+from torch.nn import Linear, Sequential
+from distilled_t5.train.ranks import Ranks
+
+with Ranks.open("cpu", timeout_s=120) as ranks:
+    torch.manual_seed(0)
+    model = ranks.wrap(Sequential(*(Linear(600, 600) for _ in range(6))))
+    torch.manual_seed(10 + ranks.rank)
+    x, chance = torch.randn(5, 600), torch.get_rng_state()
+    ranks.warm_up(model, x)
+    assert torch.equal(torch.get_rng_state(), chance) and all(p.grad is None for p in model.parameters())
+    seen = []
+    for _ in range(3):
+        model.zero_grad(set_to_none=True)
+        model(x).square().mean().backward()
+        seen.append([p.grad.clone() for p in model.parameters()])
+    same = [all(torch.equal(a, b) for a, b in zip(seen[0], later)) for later in seen[1:]]
+    Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(same))
+"""
+
+
+def test_the_first_step_of_a_process_sums_gradients_as_later_ones_do(tmp_path):
+    """Else three processes that are resumed add in another order than those that went on, and end in other bits."""
+    done = torchrun(tmp_path, AGAIN, processes=3)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)] == [[True, True]] * 3
 
 
 def test_a_dying_process_ends_the_others_with_a_message(tmp_path):
