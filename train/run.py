@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from .stop import StopRequest
 from .teacher import Teacher, TeacherText
 from .teacher_chunks import TeacherChunks
 from .trajectory import Position
-from .validation import HeldOut
+from .validation import HeldOut, lower
 from .velocity import FrozenFlow, differentiable, usable_bytes
 
 log = logging.getLogger(__name__)
@@ -175,7 +174,7 @@ def _loop(
         if _due(learner.step, recipe.validation.every_steps, total):
             by_band, count = held_out.loss()
             reached = reporter.held_out(by_band, count)
-            best = reached if best is None or not math.isfinite(best) else min(best, reached)
+            best = lower(best, reached)
         if _due(learner.step, recipe.preview.every_steps, total):
             previewer.show(reporter)
         stopping = workshop.ranks.any_of(stop.requested)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -65,3 +66,8 @@ def _mean_over_ranks(gathered: list[dict[str, tuple[float, int]]]) -> dict[str, 
     names = sorted({name for sums in gathered for name in sums}, reverse=True)
     totals = {name: [sums[name] for sums in gathered if name in sums] for name in names}
     return {name: sum(total for total, _ in parts) / sum(count for _, count in parts) for name, parts in totals.items()}
+
+
+def lower(best: float | None, reached: float) -> float:
+    """The lower of two held-out losses; one that is not finite is never kept for good."""
+    return reached if best is None or not math.isfinite(best) else min(best, reached)

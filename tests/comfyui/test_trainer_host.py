@@ -80,3 +80,8 @@ def test_flags_that_only_comfyuis_server_applies_are_refused(comfyui_path, tmp_p
 
 def test_what_is_so_in_the_trainer_anyway_may_be_said(comfyui_path):
     assert started_with(comfyui_path, "--disable-all-custom-nodes", "--disable-dynamic-vram") == ["True", "0", "None"]
+
+
+def test_the_flag_of_every_portable_comfyui_is_taken(comfyui_path):
+    """It sets --auto-launch as well, which nobody typed."""
+    assert started_with(comfyui_path, "--windows-standalone-build") == ["True", "0", "None"]

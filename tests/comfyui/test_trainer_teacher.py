@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -20,7 +21,7 @@ from distilled_t5.train.run import open_workshop, train
 from distilled_t5.train.state import TrainerState, read_checkpoint
 from distilled_t5.train.teacher import Teacher, load_teacher
 from distilled_t5.train.teacher_chunks import TeacherChunks
-from distilled_t5.train.validation import HeldOut
+from distilled_t5.train.validation import HeldOut, lower
 from distilled_t5.train.velocity import usable_bytes
 
 # Trajectories of 2 steps and 4 prompts: one of stage 0, and five of stage 1, of which the last is cut short.
@@ -212,3 +213,8 @@ def test_a_run_with_clip_l_trains_on_its_pooled_vectors(stand_ins, tmp_path):
     by_band, _ = HeldOut(workshop).loss()
     without, _ = HeldOut(open_workshop(recipe(), Ranks())).loss()
     assert by_band.keys() == without.keys() and by_band != without
+
+
+def test_a_held_out_loss_that_is_not_finite_is_not_the_best_for_ever():
+    assert [lower(None, 2.0), lower(2.0, 1.0), lower(1.0, 2.0), lower(1.0, math.nan)] == [2.0, 1.0, 1.0, 1.0]
+    assert [lower(math.nan, 2.0), lower(math.inf, 3.0)] == [2.0, 3.0]
