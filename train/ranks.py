@@ -132,8 +132,9 @@ class Ranks:
         """
         if not isinstance(wrapped, DistributedDataParallel):
             return
-        with self._company(), torch.random.fork_rng():
-            wrapped(example.to(next(wrapped.parameters()).device)).sum().backward()
+        device = next(wrapped.parameters()).device
+        with self._company(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            wrapped(example.to(device)).sum().backward()
         wrapped.zero_grad(set_to_none=True)
 
     def no_sync(self, module: Module) -> contextlib.AbstractContextManager[Any]:

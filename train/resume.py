@@ -72,8 +72,8 @@ def restore(workshop: Workshop, checkpoints: Checkpoints) -> tuple[float | None,
 def _check_same_run(workshop: Workshop, recipe_sha256: str, processes: int) -> None:
     if recipe_sha256 != workshop.recipe.sha256:
         raise ValueError(
-            "The checkpoint was saved under another recipe than the run's recipe.toml, which was changed since then.\n"
-            "What to do: put recipe.toml back as it was, or start a new run in another folder with --run."
+            "The checkpoint was saved under another recipe than the run's recipe.toml says now, or by another version of the trainer.\n"
+            "What to do: put recipe.toml or the pack back as it was, or start a new run in another folder with --run."
         )
     if processes != workshop.ranks.world:
         raise ValueError(
