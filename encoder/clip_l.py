@@ -129,7 +129,11 @@ def open_clip_l(path: Path, between_tensors: Callable[[], None] = lambda: None) 
     tensors = load_for_host(path, between_tensors)
     numbers = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     check_finite(numbers, path.name, lambda _done, _total: between_tensors())
-    return comfy.utils.clip_text_transformers_convert(tensors, "", "") if naming is OPENAI else tensors
+    if naming is OPENAI:
+        return comfy.utils.clip_text_transformers_convert(tensors, "", "")
+    # Old files of CLIPSave, which the stock loader turns as well.
+    turned = {"text_projection.weight": tensors["text_projection"].transpose(0, 1)} if "text_projection" in tensors else {}
+    return {name: tensor for name, tensor in tensors.items() if name != "text_projection"} | turned
 
 
 def _no_clip_l(shapes: Mapping[str, Shape], where: str) -> StudentFileError:

@@ -58,31 +58,7 @@ class DistilledT5Loader(io.ComfyNode):
                     default="flux",
                     tooltip="The kind of diffusion model that the encoder was distilled for.",
                 ),
-                io.Combo.Input(
-                    "device",
-                    options=["default", "cpu", *accelerators()],
-                    default="default",
-                    advanced=True,
-                    optional=True,
-                    tooltip="Where the encoder runs; default: ComfyUI decides. The cpu leaves graphics memory to the diffusion model.",
-                ),
-                io.Combo.Input(
-                    "dtype",
-                    options=list(DTYPES),
-                    default="auto",
-                    advanced=True,
-                    optional=True,
-                    tooltip="Number format of the T5's weights. auto: as in the file, at most 16 bits. fp8 halves memory, costs precision.",
-                ),
-                io.Int.Input(
-                    "token_length",
-                    default=0,
-                    min=0,
-                    max=MAX_TOKEN_LENGTH,
-                    advanced=True,
-                    optional=True,
-                    tooltip="Tokens to which prompts are padded. 0: as trained (best). Padding reaches the picture: others change it.",
-                ),
+                *_advanced_inputs(),
             ],
             outputs=[
                 io.Clip.Output(display_name="CLIP", tooltip="An ordinary Flux CLIP: CLIP-L (or zeros) and the distilled T5."),
@@ -130,3 +106,34 @@ def torch_device(name: str) -> torch.device | None:
         known = ", ".join(["default", "cpu", *accelerators()])
         raise ValueError(f"There is no device {name} on this machine.\nWhat to do: choose one of {known}.")
     return torch.device(name)
+
+
+def _advanced_inputs() -> list[io.Input]:
+    """What DualCLIPLoader does not have, or hides as well."""
+    return [
+        io.Combo.Input(
+            "device",
+            options=["default", "cpu", *accelerators()],
+            default="default",
+            advanced=True,
+            optional=True,
+            tooltip="Where the encoder runs; default: ComfyUI decides. The cpu leaves graphics memory to the diffusion model.",
+        ),
+        io.Combo.Input(
+            "dtype",
+            options=list(DTYPES),
+            default="auto",
+            advanced=True,
+            optional=True,
+            tooltip="Number format of the T5's weights. auto: as in the file, at most 16 bits. fp8 halves memory, costs precision.",
+        ),
+        io.Int.Input(
+            "token_length",
+            default=0,
+            min=0,
+            max=MAX_TOKEN_LENGTH,
+            advanced=True,
+            optional=True,
+            tooltip="Tokens to which prompts are padded. 0: as trained (best). Padding reaches the picture: others change it.",
+        ),
+    ]

@@ -92,6 +92,15 @@ def test_openai_layout_gives_the_pooled_vector_of_the_stock_loader(clip_l, folde
     assert torch.equal(ours.cond_stage_model.clip_l.transformer.text_projection.weight.half(), clip_l["text_projection.weight"])
 
 
+def test_the_projection_of_old_clipsave_files_is_turned_as_the_stock_loader_turns_it(clip_l, folder):
+    path, student = folder / "old_clipsave.safetensors", student_file(folder)
+    old = {name: tensor for name, tensor in clip_l.items() if name != "text_projection.weight"}
+    save_file(old | {"text_projection": clip_l["text_projection.weight"].t().contiguous()}, path)
+    ours = serve(student, path).clip
+    assert torch.equal(ours.cond_stage_model.clip_l.transformer.text_projection.weight.half(), clip_l["text_projection.weight"])
+    assert torch.equal(pooled(ours), pooled(stock_flux_clip(path)))
+
+
 @pytest.mark.parametrize("ending", ["pth", "pt"])
 def test_openai_layout_saved_by_torch_is_taken_too(clip_l, folder, ending):
     path, same = folder / f"openai.{ending}", folder / "same.safetensors"

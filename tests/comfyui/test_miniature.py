@@ -225,6 +225,17 @@ def test_the_command_measures_encoders_and_untrained_ones_get_nothing_right(made
     assert f"{TEACHER_FILE} | 0.0 | 0.0 |" in done.stdout
 
 
+@torch.no_grad()
+def velocities(module: Any, patcher: Any) -> tuple[Tensor, Tensor]:
+    """The same velocity from the module itself, and from a loaded model by the trainer's own road, the host's apply_model."""
+    loaded, batch = FrozenFlow(patcher), flow.draw_batch(0, 0, 4)
+    loaded.load()
+    text, pooled = torch.randn(4, TOKEN_LENGTH, 128, generator=torch.Generator().manual_seed(1)), torch.zeros(4, 768)
+    told = {"context": text, "y": pooled, "guidance": batch.guidance_B, "transformer_options": {}}
+    found = loaded.velocity(batch.noise_BCHW, batch.sigma_B, text, pooled, batch.guidance_B)
+    return module(batch.noise_BCHW, batch.sigma_B, **told), found
+
+
 def test_the_lora_that_is_trained_is_the_one_that_the_stock_loader_applies(made, tmp_path):
     """Strong random values in it: the trained Flux with its parametrised weights and the patched one of the host give one velocity."""
     flux = load_flux(place(made, FLUX_FILE), 128)
@@ -243,35 +254,20 @@ def test_the_lora_that_is_trained_is_the_one_that_the_stock_loader_applies(made,
     patcher, _ = comfy.sd.load_lora_for_models(
         comfy.sd.load_diffusion_model(str(saved), model_options={"dtype": torch.float32}), None, lora, 1.0, 0.0
     )
-    loaded = FrozenFlow(patcher)
-    loaded.load()
-    batch = flow.draw_batch(0, 0, 4)
-    text, pooled = torch.randn(4, TOKEN_LENGTH, 128, generator=generator), torch.zeros(4, 768)
-    with torch.no_grad():
-        told = {"context": text, "y": pooled, "guidance": batch.guidance_B, "transformer_options": {}}
-        expected = flux(batch.noise_BCHW, batch.sigma_B, **told)
-        found = loaded.velocity(batch.noise_BCHW, batch.sigma_B, text, pooled, batch.guidance_B)
-        without = load_flux(saved, 128)(batch.noise_BCHW, batch.sigma_B, **told)
+    expected, found = velocities(flux, patcher)
+    without, _ = velocities(load_flux(saved, 128), patcher)
     assert (expected - without).abs().mean() > 0.02
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-2)
 
 
 def test_what_is_trained_and_what_is_loaded_give_the_same_velocity(made, tmp_path):
-    """The loaded model takes the trainer's own road, through the host's apply_model."""
     module = flow.make_flux(SIZE, 128, seed=5)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         module.final_layer.linear.weight.normal_(0, 0.1, generator=generator)
     weights = dict(module.state_dict())
     path = flow.save_flux(tmp_path / "flux.safetensors", weights, {}, torch.float32)
-    loaded = FrozenFlow(comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32}))
-    loaded.load()
-    batch = flow.draw_batch(0, 0, 4)
-    text, pooled = torch.randn(4, TOKEN_LENGTH, 128, generator=generator), torch.zeros(4, 768)
-    with torch.no_grad():
-        told = {"context": text, "y": pooled, "guidance": batch.guidance_B, "transformer_options": {}}
-        expected = module(batch.noise_BCHW, batch.sigma_B, **told)
-        found = loaded.velocity(batch.noise_BCHW, batch.sigma_B, text, pooled, batch.guidance_B)
+    expected, found = velocities(module, comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32}))
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
 
