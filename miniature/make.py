@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,6 @@ import safetensors.torch
 import torch
 
 from ..encoder.files import data_sha256
-from ..train.velocity import differentiable
 from . import flow, teacher
 from .autoencoder import vae_tensors
 from .corruption import load_tokenizer
@@ -63,8 +63,21 @@ def make_teacher(out: Path, comfyui: Path, plan: Plan = TEACHER_PLAN, resume: bo
     return teacher.save_teacher(_room_for(place(out, TEACHER_FILE)), trainee.averaged(), layout, _facts(plan, what), DTYPE)
 
 
+def predictor(flux: Any, fuse: bool) -> flow.Velocity:
+    """The forward pass of the Flux; fused by torch.compile if asked for (a minute at the start, needs a C++ compiler)."""
+    from .fused import velocity
+
+    return functools.partial(torch.compile(velocity, dynamic=False) if fuse else velocity, flux)
+
+
 def make_flux(
-    out: Path, comfyui: Path, plan: Plan = FLUX_PLAN, size: FluxSize | None = None, resume: bool = False, stop: Stop = never
+    out: Path,
+    comfyui: Path,
+    plan: Plan = FLUX_PLAN,
+    size: FluxSize | None = None,
+    resume: bool = False,
+    stop: Stop = never,
+    fuse: bool = False,
 ) -> Path | None:
     """Train the Flux on the teacher in `out` and write its file; None if `stop` asked to leave. ComfyUI must be importable.
 
@@ -75,17 +88,13 @@ def make_flux(
         raise ValueError(f"{teacher_path} is not there.\nWhat to do: make the teacher first.")
     frozen = FrozenTeacher(teacher_path, load_tokenizer(comfyui), usual_device())
     flux = flow.make_flux(size, frozen.width, plan.seed).to(usual_device())
-    what = {"flux": asdict(size), "teacher": data_sha256(teacher_path)}
-    with differentiable(flux, checkpoint_blocks=False):
-        trainee = train(
-            flux,
-            lambda step: flow.loss_of(flux, frozen, flow.draw_batch(plan.seed, step, plan.batch)),
-            plan,
-            what,
-            out / "flux-run",
-            resume,
-            stop,
-        )
+    what = {"flux": asdict(size), "teacher": data_sha256(teacher_path), "shift": flow.SHIFT}
+    predict = predictor(flux, fuse)
+
+    def loss_at(step: int) -> torch.Tensor:
+        return flow.loss_of(predict, frozen, flow.draw_batch(plan.seed, step, plan.batch), usual_device())
+
+    trainee = train(flux, loss_at, plan, what, out / "flux-run", resume, stop)
     if trainee is None:
         return None
     return flow.save_flux(_room_for(place(out, FLUX_FILE)), trainee.averaged(), _facts(plan, what), DTYPE)
@@ -106,10 +115,10 @@ def make_lora(out: Path, comfyui: Path, plan: Plan = LORA_PLAN, resume: bool = F
     what = {"lora": len(low_ranks), "flux": data_sha256(flux_path), "teacher": data_sha256(teacher_path)}
 
     def loss_at(step: int) -> torch.Tensor:
-        return flow.loss_of(flux, frozen, flow.draw_batch(plan.seed, step, plan.batch, repainted))
+        return flow.loss_of(predict, frozen, flow.draw_batch(plan.seed, step, plan.batch, repainted), usual_device())
 
-    with differentiable(flux, checkpoint_blocks=False):
-        trainee = train(trained_part(low_ranks), loss_at, plan, what, out / "lora-run", resume, stop)
+    predict = predictor(flux, fuse=False)
+    trainee = train(trained_part(low_ranks), loss_at, plan, what, out / "lora-run", resume, stop)
     if trainee is None:
         return None
     return save_lora(_room_for(place(out, LORA_FILE)), trainee.averaged(), low_ranks, _facts(plan, what))
