@@ -5,14 +5,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..evaluate.embeddings import effective_rank, pooled
 from .captions import draw_prompt
-from .paint import Encode
 from .world import Scene
+
+if TYPE_CHECKING:
+    from .paint import Encode
 
 PROBE_SEED, CAPTIONS, TRAINED_ON = 1_000_033, 900, 600
 RIDGE = 10.0
