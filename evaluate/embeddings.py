@@ -75,6 +75,17 @@ def tsne(x_ND: np.ndarray, seed: int = 0) -> np.ndarray:
     return fit.fit_transform(x.astype(np.float32)).astype(np.float64)
 
 
+def joint_tsne(embeddings: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
+    """One t-SNE map of several encoders' embeddings, each [N,D] with one D: their points by name. Raises ValueError if D differs."""
+    widths = {name: np.shape(x_ND)[-1] for name, x_ND in embeddings.items()}
+    if len(set(widths.values())) != 1:
+        raise ValueError(
+            f"Encoders on one map must have embeddings of one width; {widths or 'none'} came.\nWhat to do: compare encoders for one model."
+        )
+    starts = np.cumsum([len(x_ND) for x_ND in embeddings.values()])[:-1]
+    return dict(zip(embeddings, np.split(tsne(np.concatenate(list(embeddings.values())), seed), starts), strict=True))
+
+
 def map_image(points: Mapping[str, np.ndarray], title: str = "") -> Image.Image:
     """A picture of one or two encoders' points by name, each [N,2], on one plot. Raises ValueError without matplotlib."""
     from PIL import Image

