@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..miniature.measure import Score
+from .confidence import Z_95, Score, bootstrap_mean
 
-CONFIDENCE = 0.95
 # Parts of the samples that are left out one after the other to see how much a statistic moves.
 JACKKNIFE_PARTS = 20
 
@@ -42,18 +41,14 @@ def exact(value: float) -> Measured:
 
 
 def mean_of(values: Sequence[float]) -> Measured:
-    """The mean, with Wilson's interval where all values are 0 or 1, else with Student's."""
-    if not values:
-        raise ValueError("A mean needs at least one value; none came.\nWhat to do: give the task at least one prompt.")
-    count = len(values)
-    if set(values) <= {0.0, 1.0}:
-        score = Score(int(sum(values)), count)
-        return Measured(score.accuracy, count, *score.interval)
-    mean = statistics.fmean(values)
-    if count < 2:
-        return Measured(mean, count)
-    reach = _student(count - 1) * statistics.stdev(values) / math.sqrt(count)
-    return Measured(mean, count, mean - reach, mean + reach)
+    """The mean, with Wilson's interval where all values are 0 or 1, else with the bootstrap's. Raises ValueError if there is no value."""
+    if values and set(values) <= {0.0, 1.0}:
+        score = Score(int(sum(values)), len(values))
+        return Measured(score.accuracy, score.n, *score.interval)
+    if len(values) == 1:
+        return Measured(values[0], 1)
+    estimate = bootstrap_mean(values)
+    return Measured(estimate.mean, estimate.n, estimate.low, estimate.high)
 
 
 def jackknife(samples: np.ndarray, statistic: Callable[[np.ndarray], float], parts: int = JACKKNIFE_PARTS) -> Measured:
@@ -65,13 +60,6 @@ def jackknife(samples: np.ndarray, statistic: Callable[[np.ndarray], float], par
         return Measured(value, count)
     numbers = np.arange(count) % parts
     without = [statistic(samples[numbers != part]) for part in range(parts)]
-    spread = math.sqrt((parts - 1) / parts * sum((one - statistics.fmean(without)) ** 2 for one in without))
-    reach = _student(parts - 1) * spread
+    middle = statistics.fmean(without)
+    reach = Z_95 * math.sqrt((parts - 1) / parts * sum((one - middle) ** 2 for one in without))
     return Measured(value, count, value - reach, value + reach)
-
-
-def _student(freedom: int) -> float:
-    """How many standard errors the interval reaches to either side."""
-    from scipy.stats import t
-
-    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))

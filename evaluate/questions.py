@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..train.common_text import common_text
 from ..train.corpora import PromptError, compbench_files, located, read_file
+from .compbench import RELATIONS_2D, RELATIONS_3D, numeracy_score, relation_in
 
 if TYPE_CHECKING:
     from ..miniature.world import Scene
     from .suite import Prompts, Suite, Task
+
+RELATIONS = {"spatial": RELATIONS_2D, "3d_spatial": RELATIONS_3D}
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,24 @@ def _prompts(source: Prompts) -> Sequence[dict[str, Any]]:
         # No training prompt is in this split, whatever seed either was drawn with.
         return [{"prompt": one.text, "target": one.target} for one in common_text("validation", source.limit, 0)]
     if source.kind == "compbench":
-        file = compbench_files(source.path, "validation")[source.category]
-        return [{"prompt": one.text} for one in read_file(str(file), "lines", limit=source.limit)]
+        return [{"prompt": prompt} for prompt in _compbench(source)]
     if source.kind == "coco":
         return _coco(source)
     if source.kind == "miniature":
         return _miniature(source)
-    return [{"prompt": one.text} for one in read_file(source.path, source.kind, source.column, source.limit)]
+    return [{"prompt": one.text} for one in read_file(source.path, source.kind, limit=source.limit)]
+
+
+def _compbench(source: Prompts) -> list[str]:
+    """The prompts of a category, once it is seen that its metric understands each of them. Raises ValueError before anything is painted."""
+    file = compbench_files(source.path, "validation")[source.category]
+    prompts = [one.text for one in read_file(str(file), "lines", limit=source.limit)]
+    for prompt in prompts:
+        if source.category in RELATIONS:
+            relation_in(prompt, RELATIONS[source.category])
+        elif source.category == "numeracy":
+            numeracy_score(prompt, [])
+    return prompts
 
 
 def _miniature(source: Prompts) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from ..train.disk import replace_file
 from . import provenance
 from .embeddings import map_image, tsne
 from .page import SMALL_PX, Notes, chosen_questions, page, row
-from .results import Report, Scores, losses, markdown, measured_scores, picture_losses, to_json
+from .results import Report, losses, markdown, measured_scores, picture_losses, to_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,14 +21,16 @@ if TYPE_CHECKING:
     from .measure import Measurements
     from .questions import Question
     from .run import Evaluation
+    from .verdicts import Verdicts
 
 FORMAT = 1
 
 
-def write_all(work: Evaluation, scores: Scores, measured: Measurements, seconds: float) -> Path:
+def write_all(work: Evaluation, verdicts: Verdicts, measured: Measurements, seconds: float) -> Path:
     """Write everything; returns the page's file."""
-    teacher, names = work.teacher.name, [encoder.name for encoder in work.encoders]
-    report = Report(work.suite.name, names, measured_scores(scores), losses(scores, teacher), measured.numbers)
+    teacher, names, scores = work.teacher.name, [encoder.name for encoder in work.encoders], verdicts.pictures
+    tasks = {task: {**numbers, **verdicts.sets.get(task, {})} for task, numbers in measured_scores(scores).items()}
+    report = Report(work.suite.name, names, tasks, losses(scores, teacher), measured.numbers)
     origin = _origin(work, seconds)
     replace_file(work.out / "results.json", json.dumps(_results(work, report, origin), indent=1, allow_nan=False).encode())
     replace_file(work.out / "table.md", (markdown(report) + "\n" + _said(origin) + "\n").encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .intervals import Measured, mean_of
@@ -36,13 +36,15 @@ SHOWN = {
     "ocr_word": Shown("words"),
     "ocr_sentence": Shown("sentences"),
     "clip_score": Shown("CLIP", 1.0, 2),
-    "fid": Shown("FID", 1.0, 2, more_is_better=False),
+    "FID": Shown("FID", 1.0, 2, more_is_better=False),
     "lpips": Shown("LPIPS", 1.0, 3, more_is_better=False),
 }
 
 
 def shown(number: str) -> Shown:
     """How a number is written; what is not listed is an accuracy in percent under its own name."""
+    if number.startswith("FID"):
+        return replace(SHOWN["FID"], name=number)
     return SHOWN.get(number, Shown(number.replace("_", " ")))
 
 
@@ -197,7 +199,7 @@ def markdown(report: Report) -> str:
     """The report's tables: the scores as the paper writes them, then everything with its interval and count."""
     plain = score_table(report)
     parts = [f"# {report.suite}", "", _markdown_table(plain, spread=False), ""]
-    parts += ["95 % intervals: Wilson's for shares of right pictures, Student's for means, the jackknife's for collapse.", ""]
+    parts += ["95 % intervals: Wilson's for shares of right pictures, the bootstrap's for means, the jackknife's for collapse.", ""]
     for one in tables(report):
         parts += [f"## {one.caption}", "", _markdown_table(one, spread=True), ""]
     return "\n".join(parts)

@@ -88,11 +88,11 @@ def evaluate(suite: Suite, students: Sequence[str], out: Path, ranks: Ranks) -> 
         work = open_evaluation(suite, students, out, ranks)
         if not _paint(work, stop):
             return None
-        scores = judge_all(work, stop)
-        if scores is None:
+        verdicts = judge_all(work, stop)
+        if verdicts is None:
             return None
         measured = measure_all(work)
-        return write_all(work, scores, measured, time.monotonic() - started_s) if ranks.is_main else out
+        return write_all(work, verdicts, measured, time.monotonic() - started_s) if ranks.is_main else out
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from ..train.toml_text import write_toml
 
 SHIPPED = Path(__file__).resolve().parent / "suites"
 # Kinds of prompts that come from a file or folder, and those that are made here.
-FROM_FILES = ("lines", "json", "csv", "parquet", "compbench", "coco")
+FROM_FILES = ("lines", "compbench", "coco")
 # Metrics of pictures that need a part of their own, by the part's name.
 PART_OF_METRIC = {"ocr": "ocr", "clip_score": "clip_score", "fid": "fid", "compbench": "compbench", "lpips": "lpips"}
 MetricName = Literal["ocr", "readback", "clip_score", "fid", "compbench", "lpips"]
@@ -51,12 +51,11 @@ class SamplingPart(Part):
 class Prompts(Part):
     """Where a task's prompts come from."""
 
-    kind: Literal["common_text", "lines", "json", "csv", "parquet", "compbench", "coco", "miniature"] = Field(
+    kind: Literal["common_text", "lines", "compbench", "coco", "miniature"] = Field(
         description="common_text: made here, those held out of training; compbench: the validation files of a T2I-CompBench folder; coco: "
-        "an annotation file of COCO captions; miniature: held-out scenes of the miniature; else as in recipes"
+        "an annotation file of COCO captions; miniature: held-out scenes of the miniature; lines: a text file, a prompt per line"
     )
     path: str = Field(default="", description="file, or folder of compbench; relative to the folder the command is started in")
-    column: str = Field(default="", description="column of csv and parquet, or key of a json list's objects, that holds the prompt")
     category: str = Field(default="", description="category of compbench, or task of the miniature")
     pictures: str = Field(default="", description="coco: folder of the photographs, which FID compares with")
     limit: Count = Field(description="prompts used, from the first; fewer if there are not so many")
@@ -67,10 +66,6 @@ class Prompts(Part):
             raise ValueError(
                 f"prompts of kind {self.kind} {'need a path' if self.kind in FROM_FILES else 'are made here: expected no path'}"
             )
-        if self.kind in ("csv", "parquet") and not self.column:
-            raise ValueError(f"prompts of kind {self.kind} need the column that holds them")
-        if self.column and self.kind not in ("csv", "parquet", "json"):
-            raise ValueError(f"prompts of kind {self.kind} have no columns: expected no column")
         if self.pictures and self.kind != "coco":
             raise ValueError(f"prompts of kind {self.kind} have no photographs: expected no pictures")
         self._check_category()
@@ -125,9 +120,9 @@ class OcrPart(Part):
 
 
 class WeightsPart(Part):
-    """A network that judges pictures, from a file on this machine."""
+    """A network that judges pictures, from this machine; nothing is downloaded."""
 
-    weights: Text = Field(description="file of its weights")
+    weights: Text = Field(description="clip_score: a Hugging Face folder of CLIP; fid: the file of Inception; lpips: the file of AlexNet")
 
 
 class CompbenchPart(Part):

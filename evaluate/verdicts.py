@@ -1,21 +1,26 @@
 """The judges at work: every encoder's pictures of every task before each judge that the task asks for, each picture once."""
 
+# N pictures, D features
+
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import numpy as np
 
+from .confidence import Z_95
 from .generate import made_of
-from .judge import AGAINST_TEACHER, Judge, by_number, judged_by, make_judge
+from .intervals import Measured
+from .judge import AGAINST_TEACHER, OF_SETS, by_number, judged_by, make_judge
 from .probes import shared_out
 from .questions import Question
 from .results import Scores
 from .scores import kept_or_made
-from .store import PictureFolder
 
 if TYPE_CHECKING:
     from ..train.stop import StopRequest
@@ -27,63 +32,106 @@ if TYPE_CHECKING:
 AT_ONCE = 16
 
 
-def judge_all(work: Evaluation, stop: StopRequest) -> Scores | None:
-    """The scores of every picture; None if a signal asked to stop."""
-    scores: Scores = {}
+@dataclass
+class Verdicts:
+    """Scores of pictures, and numbers of whole sets of pictures by task, number and encoder."""
+
+    pictures: Scores = field(default_factory=dict)
+    sets: dict[str, dict[str, dict[str, Measured]]] = field(default_factory=dict)
+
+
+def judge_all(work: Evaluation, stop: StopRequest) -> Verdicts | None:
+    """What all judges say; None if a signal asked to stop."""
+    found = Verdicts()
+    # The judges' networks are not the host's: it must not keep the memory full of its own.
     comfy.model_management.unload_all_models()
     for task in work.suite.tasks:
-        numbers = scores.setdefault(task.name, {})
+        of_pictures, of_sets = found.pictures.setdefault(task.name, {}), found.sets.setdefault(task.name, {})
         for metric in task.metrics:
-            bench = Bench(work, metric)
-            for encoder in bench.encoders():
+            bench = Bench(work, task, metric)
+            for encoder in work.students if metric in AGAINST_TEACHER else work.encoders:
                 if work.ranks.any_of(stop.requested):
                     return None
-                for number, values in bench.verdicts(task, encoder).items():
-                    numbers.setdefault(number, {})[encoder.name] = values
-    return scores
+                if metric in OF_SETS:
+                    name, measured = bench.distance_of_sets(encoder)
+                    of_sets.setdefault(name, {})[encoder.name] = measured
+                    continue
+                for number, values in bench.scores(encoder).items():
+                    of_pictures.setdefault(number, {})[encoder.name] = values
+    return found
 
 
 class Bench:
-    """One metric with its judge, who is called in when the first picture comes."""
+    """One metric of one task; its judge is called in when the first picture comes."""
 
-    def __init__(self, work: Evaluation, metric: str) -> None:
-        self.work = work
-        self.metric = metric
-        self._judge: Judge | None = None
+    def __init__(self, work: Evaluation, task: Task, metric: str) -> None:
+        self.work, self.task, self.metric = work, task, metric
+        self.asked = work.questions[task.name]
+        device = str(work.painter.model.load_device)
+        self._judge = functools.cache(lambda: make_judge(metric, task, work.suite, device))
+        self._inception = functools.cache(lambda: _inception(work, device))
 
-    def encoders(self) -> Sequence[EncoderFile]:
-        """Whose pictures are judged."""
-        return self.work.students if self.metric in AGAINST_TEACHER else self.work.encoders
+    def scores(self, encoder: EncoderFile) -> dict[str, list[float]]:
+        """The scores of an encoder's pictures, by number."""
+        return self._kept(encoder, lambda: by_number(self._in_groups(encoder, self._judged)))
 
-    def verdicts(self, task: Task, encoder: EncoderFile) -> dict[str, list[float]]:
-        """The scores of an encoder's pictures of a task, by number."""
-        work, asked = self.work, self.work.questions[task.name]
+    def distance_of_sets(self, encoder: EncoderFile) -> tuple[str, Measured]:
+        """The FID of an encoder's pictures to the photographs, under the name that says whose features they are."""
+        name, content = self._kept(encoder, lambda: self._fid(encoder))
+        return name, Measured.from_json(content)
+
+    def _kept(self, encoder: EncoderFile, make: Callable[[], Any]) -> Any:
+        work = self.work
         compared = [encoder, work.teacher] if self.metric in AGAINST_TEACHER else [encoder]
-        pictures = [made_of(one, work.painter_is, asked) for one in compared]
+        pictures = [made_of(one, work.painter_is, self.asked) for one in compared]
         decided_by = {**judged_by(self.metric, work.suite), "pictures": pictures}
-        name = f"{encoder.name}/{task.name}.{self.metric}"
-        return kept_or_made(work.kept, work.ranks, name, decided_by, lambda: self._judged(task, encoder, asked))
+        return kept_or_made(work.kept, work.ranks, f"{encoder.name}/{self.task.name}.{self.metric}", decided_by, make)
 
-    def _judged(self, task: Task, encoder: EncoderFile, asked: list[Question]) -> dict[str, list[float]]:
-        folder, teachers = (self.work.pictures(one, task.name) for one in (encoder, self.work.teacher))
-        groups = [asked[start : start + AT_ONCE] for start in range(0, len(asked), AT_ONCE)]
-        what = f"{encoder.name}: {self.metric} of {task.name}"
-        with self.work.bar(len(groups[self.work.ranks.rank :: self.work.ranks.world]), what, "batch") as bar:
+    def _in_groups(self, encoder: EncoderFile, work_on: Callable[[EncoderFile, list[Question]], list[Any]]) -> list[Any]:
+        """What `work_on` makes of every question, in groups that the processes share."""
+        groups = [self.asked[start : start + AT_ONCE] for start in range(0, len(self.asked), AT_ONCE)]
+        mine = len(groups[self.work.ranks.rank :: self.work.ranks.world])
+        with self.work.bar(mine, f"{encoder.name}: {self.metric} of {self.task.name}", "batch") as bar:
 
-            def of_group(group: list[Question]) -> list[dict[str, float]]:
-                if self._judge is None:
-                    self._judge = make_judge(self.metric, self.work.suite)
-                against = teachers if self.metric in AGAINST_TEACHER else None
-                found = self._judge(group, _pictures(folder, group), [] if against is None else _pictures(against, group))
+            def of_group(group: list[Question]) -> list[Any]:
+                found = work_on(encoder, group)
                 bar.update()
                 return found
 
             per_group = shared_out(self.work.ranks, groups, of_group)
-        return by_number([one for group in per_group for one in group])
+        return [one for group in per_group for one in group]
+
+    def _judged(self, encoder: EncoderFile, group: list[Question]) -> list[dict[str, float]]:
+        teachers = self._pictures(self.work.teacher, group) if self.metric in AGAINST_TEACHER else []
+        return self._judge()(group, self._pictures(encoder, group), teachers)
+
+    def _pictures(self, encoder: EncoderFile, group: Sequence[Question]) -> list[np.ndarray]:
+        folder = self.work.pictures(encoder, self.task.name)
+        return [read_picture(folder.file(question.index)) for question in group]
+
+    def _fid(self, encoder: EncoderFile) -> tuple[str, dict[str, Any]]:
+        from .pictures import fid
+
+        features = np.stack(
+            self._in_groups(encoder, lambda one, group: [*self._inception().features(np.stack(self._pictures(one, group)))])
+        )
+        photographs = np.stack(self._in_groups(encoder, lambda _one, group: [self._photograph(question) for question in group]))
+        found = fid(features, photographs)
+        reach = Z_95 * found.deviation
+        measured = Measured(found.value, found.n, found.value - reach, found.value + reach)
+        return self._inception().metric_name, measured.to_json()
+
+    def _photograph(self, question: Question) -> np.ndarray:
+        """The features [D] of the photograph that the prompt was written to, in its own size."""
+        assert question.photograph is not None, "the suite is checked: FID has photographs"
+        return self._inception().features(read_picture(question.photograph)[None])[0]
 
 
-def _pictures(folder: PictureFolder, questions: Sequence[Question]) -> list[np.ndarray]:
-    return [read_picture(folder.file(question.index)) for question in questions]
+def _inception(work: Evaluation, device: str) -> Any:
+    from .pictures import Inception
+
+    assert work.suite.fid is not None, "the suite is checked"
+    return Inception(Path(work.suite.fid.weights).expanduser(), device)
 
 
 def read_picture(path: Path) -> np.ndarray:
