@@ -114,7 +114,6 @@ def test_an_unknown_key_is_refused_with_the_nearest_one_and_its_line(tmp_path):
 )
 def test_what_does_not_fit_is_refused_in_words(setting, expected, tmp_path):
     [problem] = problems(tmp_path, MINIATURE, setting)
-    assert problem.startswith(f"--set {setting}: ") or problem.startswith("the suite") or "line" in problem
     assert expected in problem
 
 
