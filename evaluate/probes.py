@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..train.objectives import OBJECTIVES
 from ..train.ranks import Ranks
-from ..train.trajectory import LATENT_CELL_PX, Position, walk
-from ..train.validation import band_name
+from ..train.trajectory import LATENT_CELL_PX, Position
+from ..train.validation import gaps_by_band
 from ..train.velocity import FrozenFlow, held_bytes
+from .distances import latent_rms
 from .embeddings import effective_rank, pooled, pooled_distance
 from .encoders import LoadedEncoder, Text, together
 from .intervals import Measured, exact, jackknife, mean_of
@@ -86,8 +86,8 @@ def _gap_of_batch(painter: Painter, flow: FrozenFlow, pair: Pair, bands: int) ->
     questions, teacher, student = pair
     spoken_BLD = together(student)[0].to(flow.device)
     steps: dict[str, list[Tensor]] = {}
-    for sigma, loss_B in walk(_start(painter, flow, questions, teacher), flow, lambda _ids: spoken_BLD, OBJECTIVES["velocity"]):
-        steps.setdefault(band_name(sigma, bands), []).append(loss_B.double().cpu())
+    for band, gap_B in gaps_by_band(_start(painter, flow, questions, teacher), flow, lambda _ids: spoken_BLD, bands):
+        steps.setdefault(band, []).append(gap_B.double().cpu())
     return {band: torch.stack(losses).mean(dim=0).tolist() for band, losses in steps.items()}
 
 
@@ -119,15 +119,14 @@ def _way_apart(painter: Painter, pair: Pair) -> list[list[float]]:
     questions, teacher, student = pair
     seeds = [question.seed for question in questions]
     ways = [_way(painter, texts, seeds) for texts in (teacher, student)]
-    distances_TB = (ways[0] - ways[1]).square().mean(dim=(2, 3, 4)).sqrt()
-    return distances_TB.T.tolist()
+    return latent_rms(*ways).T.tolist()
 
 
-def _way(painter: Painter, texts: Sequence[Text], seeds: Sequence[int]) -> Tensor:
-    """The latents after each step, [T, B, C, H, W], float32 on the CPU."""
+def _way(painter: Painter, texts: Sequence[Text], seeds: Sequence[int]) -> list[Tensor]:
+    """The latents [B, C, H, W] after each of T steps, float32 on the CPU."""
     starts: list[Tensor] = []
     last = painter.sample(*together(texts), seeds, lambda _step, x_BCHW: starts.append(x_BCHW.float().cpu().clone()))
-    return torch.stack([*starts[1:], painter.model.model.process_latent_in(last).float().cpu()])
+    return [*starts[1:], painter.model.model.process_latent_in(last).float().cpu()]
 
 
 def cost(load: Callable[[], LoadedEncoder], painter: Painter, prompts: Sequence[str], repeats: int) -> Numbers:

@@ -112,11 +112,13 @@ class Bench:
     def _fid(self, encoder: EncoderFile) -> tuple[str, dict[str, Any]]:
         from .pictures import fid
 
-        features = np.stack(
-            self._in_groups(encoder, lambda one, group: [*self._inception().features(np.stack(self._pictures(one, group)))])
-        )
-        photographs = np.stack(self._in_groups(encoder, lambda _one, group: [self._photograph(question) for question in group]))
-        found = fid(features, photographs)
+        def painted(one: EncoderFile, group: list[Question]) -> list[np.ndarray]:
+            return [*self._inception().features(np.stack(self._pictures(one, group)))]
+
+        def photographed(_one: EncoderFile, group: list[Question]) -> list[np.ndarray]:
+            return [self._photograph(question) for question in group]
+
+        found = fid(np.stack(self._in_groups(encoder, painted)), np.stack(self._in_groups(encoder, photographed)))
         reach = Z_95 * found.deviation
         measured = Measured(found.value, found.n, found.value - reach, found.value + reach)
         return self._inception().metric_name, measured.to_json()
