@@ -50,7 +50,7 @@ class BlipVqa:
 
         what = "BLIP-VQA"
         self._model = frozen(load_folder(transformers.BlipForQuestionAnswering, folder, what, BLIP_SOURCE), device)
-        self._processor = load_processor(transformers.BlipProcessor, folder, what, BLIP_SOURCE)
+        self._processor = load_processor(transformers.BlipProcessor, folder, what, BLIP_SOURCE, reads_text=True)
         self._device = device
         self._start = self._model.config.text_config.bos_token_id
         self._yes_no = self._processor.tokenizer.convert_tokens_to_ids(["yes", "no"])

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..encoder.errors import listed, printable
 from ..encoder.files import SAFETENSORS, load_tensors
 
-CONFIG = "config.json"
+CONFIG, TOKENIZERS = "config.json", ("tokenizer.json", "vocab.json", "vocab.txt")
 FETCH = "fetch it whole, and give the path to where it lies"
 
 
@@ -32,19 +32,6 @@ def load_file(path: Path, what: str, source: str) -> dict[str, Tensor]:
     return content
 
 
-def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], where: str, source: str) -> None:
-    """Fill a module. Raises ValueError that lists what is missing, too many or of another shape."""
-    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    problems = [f"{name}: missing" for name in wanted if name not in tensors]
-    problems += [f"{name}: not part of it" for name in tensors if name not in wanted]
-    for name, shape in wanted.items():
-        if name in tensors and tensors[name].shape != shape:
-            problems.append(f"{name}: expected {list(shape)}, found {list(tensors[name].shape)}")
-    if problems:
-        raise ValueError(f"{where} does not fit: {len(problems)} tensors differ.\n{listed(problems, 20)}\nWhat to do: {FETCH}: {source}")
-    module.load_state_dict(tensors)
-
-
 def frozen(module: Any, device: str) -> Any:
     """The module on its device, without dropout and without gradients."""
     return module.train(False).requires_grad_(False).to(device)
@@ -54,7 +41,7 @@ def load_folder(model_class: Any, folder: Path, what: str, source: str) -> Any:
     """A transformers model from a Hugging Face folder on this machine, whole, float32, on the CPU. Raises ValueError if it is not."""
     _check_folder(folder, what, source)
     try:
-        model, found = model_class.from_pretrained(str(folder), local_files_only=True, output_loading_info=True, dtype=torch.float32)
+        model, found = model_class.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:  # transformers raises each of them for a file that is missing or damaged
         said = printable(str(error).strip().partition("\n")[0], 400)
         raise ValueError(f"{folder} could not be loaded for {what}.\ntransformers says: {said}\nWhat to do: {FETCH}: {source}") from error
@@ -65,12 +52,15 @@ def load_folder(model_class: Any, folder: Path, what: str, source: str) -> Any:
             f"{folder} does not hold a whole {model_class.__name__}: {len(problems)} tensors differ.\n{listed(problems, 20)}\n"
             f"What to do: {FETCH}: {source}"
         )
-    return model
+    return model.float()
 
 
-def load_processor(processor_class: Any, folder: Path, what: str, source: str) -> Any:
-    """What prepares the inputs of a model in the same folder: a tokenizer, an image processor."""
+def load_processor(processor_class: Any, folder: Path, what: str, source: str, reads_text: bool = False) -> Any:
+    """What prepares the inputs of a model in the same folder: an image processor, with a tokenizer if it reads text."""
     _check_folder(folder, what, source)
+    if reads_text and not any((folder / name).is_file() for name in TOKENIZERS):
+        # transformers would go on with a tokenizer that knows no word.
+        raise ValueError(f"{folder} lacks its tokenizer: expected {' or '.join(TOKENIZERS)}.\nWhat to do: {FETCH}: {source}")
     try:
         return processor_class.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:

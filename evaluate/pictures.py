@@ -125,7 +125,7 @@ class ClipScorer:
 
         what = "CLIP score"
         self._model = frozen(load_folder(transformers.CLIPModel, folder, what, CLIP_SOURCE), device)
-        self._processor = load_processor(transformers.CLIPProcessor, folder, what, CLIP_SOURCE)
+        self._processor = load_processor(transformers.CLIPProcessor, folder, what, CLIP_SOURCE, reads_text=True)
         self._device = device
         self.name = folder.name
 
