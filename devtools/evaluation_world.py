@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -87,7 +88,13 @@ def command(comfyui: Path, base: Path, out: Path, *extra: str) -> list[str]:
 def start(arguments: Sequence[str], folder: Path, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
     """The command in a process of its own; what it prints is in `stdout`."""
     return subprocess.Popen(
-        [sys.executable, *launcher, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *launcher, *arguments],
+        cwd=folder,
+        # How many threads add up decides the last bits, and torchrun gives each process one.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 

@@ -18,6 +18,7 @@ from .questions import Question, in_turn
 from .scores import kept_or_made
 
 if TYPE_CHECKING:
+    from ..train.stop import StopRequest
     from .run import Evaluation
 
 Found = TypeVar("Found")
@@ -37,18 +38,21 @@ class Measurements:
             self.numbers.setdefault(probe, {}).setdefault(name, {})[encoder] = measured
 
 
-def measure_all(work: Evaluation) -> Measurements:
-    """Collapse, velocity gap, way of the latents and cost, as far as the suite asks for them."""
+def measure_all(work: Evaluation, stop: StopRequest) -> Measurements | None:
+    """Collapse, velocity gap, way of the latents and cost, as far as the suite asks for them; None if a signal asked to stop."""
     found = Measurements()
     paired = [part.prompts for part in (work.suite.velocity_gap, work.suite.latent_distance) if part is not None]
     asked = in_turn(work.questions, max(paired, default=0))
     teacher_texts = _once(lambda: probes.texts_of(work.load(work.teacher), asked))
     for encoder in work.encoders:
         bench = Bench(work, encoder, found, _once(functools.partial(work.load, encoder)))
-        bench.cost()
-        bench.collapse()
+        probes_of_encoder: list[Callable[[], None]] = [bench.cost, bench.collapse]
         if encoder is not work.teacher:
-            bench.beside_teacher(asked, teacher_texts)
+            probes_of_encoder.append(functools.partial(bench.beside_teacher, asked, teacher_texts))
+        for probe in probes_of_encoder:
+            if work.ranks.any_of(stop.requested):
+                return None
+            probe()
     return found
 
 

@@ -89,9 +89,9 @@ def evaluate(suite: Suite, students: Sequence[str], out: Path, ranks: Ranks) -> 
         if not _paint(work, stop):
             return None
         verdicts = judge_all(work, stop)
-        if verdicts is None:
+        measured = None if verdicts is None else measure_all(work, stop)
+        if verdicts is None or measured is None:
             return None
-        measured = measure_all(work)
         return write_all(work, verdicts, measured, time.monotonic() - started_s) if ranks.is_main else out
 
 

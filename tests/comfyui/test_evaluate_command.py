@@ -101,7 +101,7 @@ def test_a_picture_is_the_one_that_stock_nodes_make_of_its_prompt_and_seed_alone
     add_model_folders(whole.base / "models")
     [model] = nodes.UNETLoader().load_unet("flux.safetensors", "default")
     [vae] = nodes.VAELoader().load_vae(VAE_FILE)
-    clip = serve(whole.base / "models" / "text_encoders" / "student.safetensors").clip
+    clip = serve(whole.base / "models" / "text_encoders" / "student.safetensors", dtype=None).clip
     for index, (_, caption) in enumerate(questions("word", 2)):
         conditioning = [[text, {**extras, "guidance": 3.5}] for text, extras in encode(clip, caption)]
         empty = {"samples": zeros(1, 16, SIDE, SIDE)}
