@@ -108,9 +108,14 @@ class Text:
 class LoadedEncoder:
     """An encoder in ComfyUI, as its loader node gives it (DualCLIPLoader, Distilled T5 Loader)."""
 
-    def __init__(self, file: EncoderFile) -> None:
+    def __init__(self, file: EncoderFile, teacher: Teacher) -> None:
         self.file = file
-        self.teacher: Teacher = load_teacher(file.path, file.clip_l)
+        self.teacher = teacher
+
+    @classmethod
+    def load(cls, file: EncoderFile) -> LoadedEncoder:
+        """The encoder of a file. Raises ValueError for one that is neither a T5-XXL nor a distilled T5, or not whole."""
+        return cls(file, load_teacher(file.path, file.clip_l))
 
     @property
     def clip(self) -> Any:
@@ -128,7 +133,7 @@ class LoadedEncoder:
     @classmethod
     def fitting(cls, file: EncoderFile, width: int, model: str) -> LoadedEncoder:
         """The encoder of a file, once it is seen that its texts are as wide as the diffusion model takes them. Raises ValueError."""
-        encoder = cls(file)
+        encoder = cls.load(file)
         encoder._check_width(width, model)
         return encoder
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from distilled_t5.devtools.evaluation_world import command, finish, start, write_world
-from distilled_t5.devtools.small_encoders import encode, serve
+from distilled_t5.devtools.small_encoders import encode, serve, stock_flux_clip
 from distilled_t5.devtools.trainer import BOUND_S, TWO_PROCESSES
 from distilled_t5.evaluate.encoders import EncoderFile, LoadedEncoder, find_encoders, fingerprint
 from distilled_t5.evaluate.questions import read_questions
@@ -21,6 +21,7 @@ from distilled_t5.evaluate.verdicts import read_picture
 from distilled_t5.miniature.folders import VAE_FILE, add_model_folders
 from distilled_t5.miniature.measure import questions
 from distilled_t5.miniature.world import SIDE
+from distilled_t5.train.teacher import Teacher
 from torch import zeros
 
 import nodes
@@ -211,13 +212,23 @@ def test_encoders_are_found_once_each_under_names_of_their_own(whole, tmp_path):
 
 def test_a_text_is_what_clip_text_encode_gives_and_brackets_are_only_brackets(whole):
     path = whole.base / "models" / "text_encoders" / "student.safetensors"
-    encoder = LoadedEncoder(EncoderFile("student", path, None))
+    encoder = LoadedEncoder.load(EncoderFile("student", path, None))
     [(expected, extras)] = encode(encoder.clip, "a red star")
     text = encoder.text("a red star")
     assert (text.text_1LD == expected).all() and (text.pooled_1P == extras["pooled_output"]).all()
     assert text.own_tokens == len(encoder.clip.tokenizer.t5xxl.tokenizer("a red star")["input_ids"]) < text.text_1LD.shape[1]
     weighted, escaped = encode(encoder.clip, "a (red:1.5) star")[0][0], encode(encoder.clip, "a \\(red:1.5\\) star")[0][0]
     assert (encoder.text("a (red:1.5) star").text_1LD == escaped).all() and not (escaped == weighted).all()
+
+
+def test_a_stock_clip_of_t5xxl_speaks_as_clip_text_encode_has_it(stand_ins):
+    clip_l = stand_ins / "models" / "text_encoders" / "clip_l.safetensors"
+    encoder = LoadedEncoder(EncoderFile("t5xxl", clip_l, clip_l), Teacher(stock_flux_clip(clip_l)))
+    [(expected, extras)] = encode(encoder.clip, "a red star")
+    text = encoder.text("a red star")
+    assert text.text_1LD.shape == (1, 256, 4096)
+    assert (text.text_1LD == expected).all() and (text.pooled_1P == extras["pooled_output"]).all()
+    assert text.pooled_1P.any()
 
 
 def test_an_encoder_for_another_diffusion_model_is_refused(whole):
