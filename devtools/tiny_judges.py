@@ -55,11 +55,12 @@ def save_depth(folder: Path, seed: int = 0) -> Path:
 
 
 def _save(folder: Path, model: Any, seed: int, processor: Any) -> Path:
-    """Weights are drawn wider than networks start with, so that what a picture shows counts."""
+    """Weights are drawn wider than networks start with, so that what a picture shows and a text says counts."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        for name, parameter in model.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator) * 0.3
+            parameter.copy_(torch.ones(()) if "norm" in name.lower() and name.endswith("weight") else drawn)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -41,7 +41,7 @@ def at_the_start(texts: list[float]) -> Position:
         step=0,
         x_BCHW=torch.zeros(count, 2, 2, 2),
         sigmas_T=torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]),
-        text_BLD=torch.tensor(texts).view(-1, 1, 1).expand(-1, 3, 4),
+        text_BLD=torch.tensor(texts, dtype=torch.float32).view(-1, 1, 1).expand(-1, 3, 4),
         pooled_BP=torch.zeros(count, 5),
         guidance_B=None,
         token_ids_BL=torch.zeros(count, 3, dtype=torch.long),
@@ -90,7 +90,7 @@ def alexnet(tmp_path_factory):
 def lpips_by_hand(path: Path, a: np.ndarray, b: np.ndarray) -> float:
     """The formula of arXiv:1801.03924, eq. 1, with the package's published weights of its channels."""
     tensors = torch.load(path)
-    weights = torch.load(Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth")
+    weights = torch.load(Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth", map_location="cpu")
     shift, scale = (torch.tensor(numbers).view(3, 1, 1) for numbers in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))
     x = [((torch.tensor(picture).permute(2, 0, 1) / 127.5 - 1 - shift) / scale)[None] for picture in (a, b)]
     total = 0.0
