@@ -13,10 +13,11 @@ def register_pack() -> None:
     """Import the pack's root as package `distilled_t5`, whatever its folder is called and wherever the command was started.
 
     The root must not lie on sys.path, where its `nodes` would hide ComfyUI's; neither must the folder of the command, which Python puts
-    there (this one, or the miniature's, whose command begins here too).
+    there (this one, or that of another command that begins here too).
     """
     root = Path(__file__).resolve().parent.parent
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in (root, root / "train", root / "miniature")]
+    ours = (root, *(root / command for command in ("train", "miniature", "evaluate")))
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in ours]
     spec = importlib.util.spec_from_file_location("distilled_t5", root / "__init__.py", submodule_search_locations=[str(root)])
     assert spec is not None and spec.loader is not None
     sys.modules["distilled_t5"] = importlib.util.module_from_spec(spec)

@@ -19,6 +19,7 @@ from ..encoder.errors import printable
 PACK = Path(__file__).resolve().parent.parent
 COMPBENCH_CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy")
 COMPBENCH_PARTS = {"train": "train", "validation": "val"}
+KINDS_OF_FOLDERS = ("compbench", "photographs")
 KIND_OF_SUFFIX = {".txt": "lines", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 NOT_TEXT = re.compile("[\x00\ud800-\udfff]")  # bytes that are not UTF-8 are read as lone surrogates (errors="surrogateescape")
 ADDRESS = re.compile(r"https?://\S+$")
@@ -56,7 +57,7 @@ def located(path: str, kind: str) -> Path:
         remedy = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "correct the path in the recipe."
         looked = "Looked for " + " and ".join(map(str, places))
         raise PromptError(f'There is no "{printable(path)}" to read prompts from.', remedy, looked)
-    expected = "a folder" if kind == "compbench" else "a file"
+    expected = "a folder" if kind in KINDS_OF_FOLDERS else "a file"
     came = "a folder" if found.is_dir() else "a file" if found.is_file() else "neither a file nor a folder"
     if came != expected:
         raise PromptError(f'{found} is {came}, and kind "{kind}" reads {expected}.', f"name {expected}, or correct the kind of the corpus.")
@@ -216,17 +217,25 @@ def read_file(path: str, kind: str, column: str = "", limit: int = 0) -> list[Pr
 def read_compbench(path: str, split: Literal["train", "validation"] = "train", limit: int = 0) -> list[Prompt]:
     """The prompts of a T2I-CompBench folder, one of each category in turn: `<category>_train.txt`, or `<category>_val.txt` for validation.
 
+    Raises PromptError.
+    """
+    categories = [read_file(str(file), "lines") for file in compbench_files(path, split).values()]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*categories))
+    return list(itertools.islice(filter(None, in_turn), limit or None))
+
+
+def compbench_files(path: str, split: Literal["train", "validation"] = "train") -> dict[str, Path]:
+    """The file of each category in a T2I-CompBench folder.
+
     The folder is the one with these files or a checkout of the repository, which keeps them in examples/dataset. Raises PromptError.
     """
     root = located(path, "compbench")
     folder = next((place for place in (root, root / "examples" / "dataset") if any(place.glob("*_train.txt"))), root)
-    names = [f"{category}_{COMPBENCH_PARTS[split]}.txt" for category in COMPBENCH_CATEGORIES]
-    missing = [name for name in names if not (folder / name).is_file()]
+    files = {category: folder / f"{category}_{COMPBENCH_PARTS[split]}.txt" for category in COMPBENCH_CATEGORIES}
+    missing = [file.name for file in files.values() if not file.is_file()]
     if missing:
         there = sorted(printable(entry.name) for entry in folder.glob("*.txt"))
         found = f"Missing: {', '.join(missing)}. Its text files: {', '.join(there[:40]) or 'none'}."
         remedy = "name examples/dataset of the repository Karine-Huang/T2I-CompBench, in a version that has 3d_spatial and numeracy."
         raise PromptError(f"{folder} is no T2I-CompBench folder.", remedy, found)
-    categories = [read_file(str(folder / name), "lines") for name in names]
-    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*categories))
-    return list(itertools.islice(filter(None, in_turn), limit or None))
+    return files

@@ -42,10 +42,16 @@ def load_flow(recipe: Recipe) -> FrozenFlow:
     part = recipe.diffusion_model
     with tempfile.TemporaryDirectory() as scratch:
         path = stand_ins.flux_file(Path(scratch)) if part.file == stand_ins.NAME else model_file(part.file, "diffusion_models")
-        patcher = _load_patcher(path, DTYPES[part.dtype])
+        flow = FrozenFlow(open_flux(path, part.dtype))
+    _check_guidance(path.name, flow.guided, recipe.sampling.guidance)
+    return flow
+
+
+def open_flux(path: Path, dtype: str) -> Any:
+    """The host's patcher of a Flux, weights held in `dtype` (a name of DTYPES). Raises ValueError if the file is not a whole Flux."""
+    patcher = _load_patcher(path, DTYPES[dtype])
     _check_flux(path.name, patcher.model)
-    _check_guidance(path.name, patcher.model.diffusion_model.params.guidance_embed, recipe.sampling.guidance)
-    return FrozenFlow(patcher)
+    return patcher
 
 
 def _check_flux(name: str, model: Any) -> None:

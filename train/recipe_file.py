@@ -40,25 +40,28 @@ class Problem:
     text: str
 
 
-def find_recipe(name_or_path: str) -> Path:
-    """The file of a recipe: a path, or the name of a shipped one (`smoke`, `smoke.toml`, `recipes/smoke.toml`) from any folder."""
+def find_recipe(name_or_path: str, folder: Path = SHIPPED, noun: str = "recipe") -> Path:
+    """The file of a recipe: a path, or the name of a shipped one (`smoke`, `smoke.toml`, `recipes/smoke.toml`) from any folder.
+
+    `folder` and `noun` are for files that are written like recipes and called otherwise.
+    """
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path
-    shipped = sorted(file.stem for file in SHIPPED.glob("*.toml"))
+    shipped = sorted(file.stem for file in folder.glob("*.toml"))
     name = path.name.removesuffix(".toml")
-    if name in shipped and str(path.parent) in (".", SHIPPED.name):
-        return SHIPPED / f"{name}.toml"
+    if name in shipped and str(path.parent) in (".", folder.name):
+        return folder / f"{name}.toml"
     near = difflib.get_close_matches(name, shipped, n=1)
     found = "is a folder" if path.is_dir() else "is not there"
     raise RecipeError(
-        f"{name_or_path} is neither a recipe file (it {found}) nor the name of a shipped recipe.",
+        f"{name_or_path} is neither a {noun} file (it {found}) nor the name of a shipped {noun}.",
         f"did you mean {near[0]}?" if near else "give the path of a .toml file, or one of these names.",
         [f"shipped: {', '.join(shipped)}"],
     )
 
 
-def read_recipe(path: Path, overrides: Sequence[str], model: type[Model]) -> Model:
+def read_recipe(path: Path, overrides: Sequence[str], model: type[Model], noun: str = "recipe") -> Model:
     """The recipe in a file, with `part.key=value` settings applied. Raises RecipeError that lists every problem with its place."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -70,7 +73,7 @@ def read_recipe(path: Path, overrides: Sequence[str], model: type[Model]) -> Mod
     places: Places = {key: (line, f"line {line}") for key, line in key_lines(text).items()}
     problems: list[Problem] = []
     for setting in overrides:
-        key, wrong = set_value(data, setting)
+        key, wrong = set_value(data, setting, noun)
         place = (0, f"--set {printable(setting)}")
         places = {other: line for other, line in places.items() if other[: len(key)] != key} | {key: place}
         for length in range(1, len(key)):
@@ -79,13 +82,13 @@ def read_recipe(path: Path, overrides: Sequence[str], model: type[Model]) -> Mod
     try:
         recipe = model.model_validate(data)
     except ValidationError as error:
-        problems += [_problem(details, model) for details in error.errors(include_url=False)]
+        problems += [_problem(details, model, noun) for details in error.errors(include_url=False)]
     else:
         if not problems:
             return recipe
     raise RecipeError(
         f"{path}: {len(problems)} {'problem' if len(problems) == 1 else 'problems'}.",
-        "mend the places named; the shipped recipes show every key with its meaning.",
+        f"mend the places named; the shipped {noun}s show every key with its meaning.",
         [text for _, text in sorted(_placed(problem, places) for problem in problems)],
     )
 
@@ -117,21 +120,21 @@ def _part(annotation: Any) -> type[BaseModel] | None:
     return next((part for part in map(_part, get_args(annotation)) if part), None)
 
 
-def _problem(details: Mapping[str, Any], model: type[BaseModel]) -> Problem:
+def _problem(details: Mapping[str, Any], model: type[BaseModel], noun: str) -> Problem:
     """What pydantic found, in the words of a recipe."""
     path: KeyPath = tuple(details["loc"])
     known = options(model)
     kind, message, name = details["type"], details["msg"], ".".join(key for key in path if isinstance(key, str))
     meaning = f" ({known[name].description})" if name in known else ""
     if kind == "extra_forbidden":
-        return Problem(path, f"{dotted(path)} is no key of a recipe; the nearest is {_nearest(name, known)}")
+        return Problem(path, f"{dotted(path)} is no key of a {noun}; the nearest is {_nearest(name, known)}")
     if kind == "missing":
         return Problem(path, f"{dotted(path)} is missing{meaning}")
     if kind == "value_error":
         text = message.removeprefix("Value error, ")
         # A check of one value does not say what the value is; a check of a whole table does.
         found = "" if isinstance(details["input"], Mapping) else f", found {_shown(details['input'])}{meaning}"
-        return Problem(path, f"{dotted(path) or 'the recipe'}: {text}{found}")
+        return Problem(path, f"{dotted(path) or f'the {noun}'}: {text}{found}")
     expected = EXPECTED.get(kind) or message.replace("Input should be", "expected")
     return Problem(path, f"{dotted(path)}: {expected}, found {_shown(details['input'])}{meaning}")
 
@@ -153,7 +156,7 @@ def _shown(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else text[:most] + "..."
 
 
-def set_value(data: dict[str, Any], setting: str) -> tuple[KeyPath, str]:
+def set_value(data: dict[str, Any], setting: str, noun: str = "recipe") -> tuple[KeyPath, str]:
     """Apply `part.key=value` to parsed TOML, in place: its path, and what is wrong with it ("" if nothing is).
 
     The value is TOML; what is no TOML is text, so that a shell needs no quotes within quotes.
@@ -164,7 +167,7 @@ def set_value(data: dict[str, Any], setting: str) -> tuple[KeyPath, str]:
         return path, "expected part.key=value"
     place: Any = data
     for depth, name in enumerate(path):
-        wrong = _misplaced(place, path[: depth + 1])
+        wrong = _misplaced(place, path[: depth + 1], noun)
         if wrong:
             return path, wrong
         if depth == len(path) - 1:
@@ -174,7 +177,7 @@ def set_value(data: dict[str, Any], setting: str) -> tuple[KeyPath, str]:
     return path, ""
 
 
-def _misplaced(place: Any, path: KeyPath) -> str:
+def _misplaced(place: Any, path: KeyPath, noun: str) -> str:
     name, owner = path[-1], dotted(path[:-1])
     if isinstance(place, list):
         if isinstance(name, int) and name < len(place):
@@ -182,7 +185,7 @@ def _misplaced(place: Any, path: KeyPath) -> str:
         return f"{owner} has {len(place)} entries: expected a number from 0 to {len(place) - 1}, found {name}"
     if not isinstance(place, dict):
         return f"{owner} is a value, not a table: nothing can be set in it"
-    return "" if isinstance(name, str) else f"{owner or 'a recipe'} is a table, not a list: it has no entry {name}"
+    return "" if isinstance(name, str) else f"{owner or f'a {noun}'} is a table, not a list: it has no entry {name}"
 
 
 def _setting_value(text: str) -> Any:

@@ -130,8 +130,8 @@ class RunDirectory:
         self.samples.mkdir(exist_ok=True)
 
 
-def lock(folder: Path) -> BinaryIO:
-    """The open lock file of a folder; closing it, or the end of the process in whatever way, unlocks.
+def lock(folder: Path, option: str = "--run") -> BinaryIO:
+    """The open lock file of a folder that the command line's `option` names; closing it, or the end of the process, unlocks.
 
     Raises RunError if another process holds the lock, OSError if the file system has no locks.
     """
@@ -148,7 +148,7 @@ def lock(folder: Path) -> BinaryIO:
         file.close()
         raise RunError(
             f"Another process writes to the run in {folder}: {holder or 'unknown'}.",
-            "wait for it or end it, or name another folder with --run.",
+            f"wait for it or end it, or name another folder with {option}.",
         ) from error
     except OSError:
         file.close()

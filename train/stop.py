@@ -22,7 +22,8 @@ class StopRequest:
     the checkpoint before it is not. Signals can be caught in the main thread only: elsewhere entering raises ValueError.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, notice: str = NOTICE) -> None:
+        self.notice = notice
         self.signal_name: str | None = None
         self._asked_at_s = 0.0
         self._before: dict[signal.Signals, Any] = {}
@@ -45,7 +46,7 @@ class StopRequest:
             self.signal_name, self._asked_at_s = signal.Signals(number).name, time.monotonic()
             # A handler may run in the middle of a print, which must not be entered twice.
             with contextlib.suppress(OSError):
-                os.write(2, NOTICE.encode())
+                os.write(2, self.notice.encode())
         elif time.monotonic() - self._asked_at_s > SAME_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -1,0 +1,124 @@
+"""One page on which a person looks through the pictures side by side: everything is inside, it asks no server for anything."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .intervals import Measured
+from .questions import Question
+from .results import Report, Scores, Table, score_cell, shown, tables
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+TEMPLATE = Path(__file__).resolve().parent / "page.html"
+PLACE = ">DATA<"
+JPEG_QUALITY = 85
+# Pictures of at most this side are shown enlarged, with their pixels as they are.
+SMALL_PX = 128
+# By task and student, what each picture loses against the teacher's.
+Lost = Mapping[str, Mapping[str, Sequence[float]]]
+# An encoder's name and a question to where its picture lies.
+FileOf = Callable[[str, Question], Path]
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Where the numbers come from, which pictures were chosen, and whether they are so small that their pixels are shown."""
+
+    provenance: str
+    chosen: str
+    small: bool
+
+
+def page(report: Report, rows: Sequence[dict[str, Any]], maps: Mapping[str, Image.Image], notes: Notes) -> str:
+    """The page's HTML."""
+    data = {
+        "title": f"Distilled T5: {report.suite}",
+        "provenance": notes.provenance,
+        "chosen": notes.chosen,
+        "encoders": report.encoders,
+        "small": notes.small,
+        "tables": [_table(one) for one in tables(report)],
+        "maps": [{"name": name, "picture": data_uri(picture, None)} for name, picture in maps.items()],
+        "rows": list(rows),
+    }
+    # No prompt can end the element that the data stand in.
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
+    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, f">{text}<")
+
+
+def _table(one: Table) -> dict[str, Any]:
+    rows = [[name, *([cell.value, cell.spread] for cell in cells)] for name, cells in one.rows]
+    return {"caption": one.caption, "heads": ["Encoder", *one.heads], "rows": rows}
+
+
+def chosen_questions(questions: Mapping[str, list[Question]], lost: Lost, count: int) -> list[Question]:
+    """At most `count` questions of each task: half of them those on which a student loses most, the others the first ones."""
+    chosen: list[Question] = []
+    for task, asked in questions.items():
+        of_students = list(lost.get(task, {}).values())
+        worst = [max(losses) for losses in zip(*of_students, strict=True)] or [0.0] * len(asked)
+        by_loss = sorted(range(len(asked)), key=lambda index: -worst[index])[: count // 2]
+        others = [index for index in range(len(asked)) if index not in by_loss][: count - len(by_loss)]
+        chosen += [asked[index] for index in sorted([*by_loss, *others])]
+    return chosen
+
+
+def row(question: Question, scores: Scores, lost: Lost, encoders: Sequence[str], file_of: FileOf, side_px: int) -> dict[str, Any]:
+    """One prompt with each encoder's picture, its scores in words, and what it loses against the teacher."""
+    losses = lost.get(question.task, {})
+    return {
+        "task": question.task,
+        "index": question.index,
+        "prompt": question.prompt,
+        "target": question.target,
+        "seed": question.seed,
+        "encoders": {
+            encoder: {
+                "picture": _picture(file_of(encoder, question), side_px),
+                "scores": _said(scores.get(question.task, {}), encoder, question.index),
+                "loss": losses[encoder][question.index] if encoder in losses else 0.0,
+            }
+            for encoder in encoders
+        },
+    }
+
+
+def _said(numbers: Mapping[str, Mapping[str, Sequence[float]]], encoder: str, index: int) -> str:
+    """An encoder's scores of one picture in words."""
+    parts = [
+        f"{shown(number).name} {score_cell(number, Measured(by_encoder[encoder][index], 1)).value}"
+        for number, by_encoder in numbers.items()
+        if encoder in by_encoder
+    ]
+    return ", ".join(parts)
+
+
+def _picture(path: Path, side_px: int) -> str:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return data_uri(picture.convert("RGB"), side_px)
+
+
+def data_uri(picture: Image.Image, side_px: int | None) -> str:
+    """The picture inside an address: small ones to the pixel (PNG), those that are scaled down to `side_px` as JPEG."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    if side_px is not None and max(picture.size) > side_px:
+        picture = picture.copy()
+        picture.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
+        picture.save(content, "JPEG", quality=JPEG_QUALITY)
+        kind = "jpeg"
+    else:
+        picture.save(content, "PNG", optimize=True)
+        kind = "png"
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -1,0 +1,127 @@
+"""What an evaluation leaves in its folder: results.json, table.md, the map of the embeddings, page.html."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..train.disk import replace_file
+from . import provenance
+from .embeddings import map_image, tsne
+from .page import SMALL_PX, Notes, chosen_questions, page, row
+from .results import Report, losses, markdown, measured_scores, picture_losses, to_json
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .measure import Measurements
+    from .questions import Question
+    from .run import Evaluation
+    from .verdicts import Verdicts
+
+FORMAT = 1
+
+
+def write_all(work: Evaluation, verdicts: Verdicts, measured: Measurements, seconds: float) -> Path:
+    """Write everything; returns the page's file."""
+    teacher, names, scores = work.teacher.name, [encoder.name for encoder in work.encoders], verdicts.pictures
+    tasks = {task: {**numbers, **verdicts.sets.get(task, {})} for task, numbers in measured_scores(scores).items()}
+    report = Report(work.suite.name, names, tasks, losses(scores, teacher), measured.numbers)
+    origin = _origin(work, seconds)
+    replace_file(work.out / "results.json", json.dumps(_results(work, report, origin), indent=1, allow_nan=False).encode())
+    replace_file(work.out / "table.md", (markdown(report) + "\n" + _said(origin) + "\n").encode())
+    maps = _maps(work, measured)
+    (work.out / "plots").mkdir(exist_ok=True)
+    for name, picture in maps.items():
+        replace_file(work.out / "plots" / f"{name}.png", _png(picture))
+    lost = picture_losses(scores, teacher, names[1:])
+    chosen = chosen_questions(work.questions, lost, work.suite.page.pictures)
+    by_name = {encoder.name: encoder for encoder in work.encoders}
+
+    def file_of(encoder: str, question: Question) -> Path:
+        return work.pictures(by_name[encoder], question.task).file(question.index)
+
+    rows = [row(question, scores, lost, names, file_of, work.suite.page.side_px) for question in chosen]
+    asked = sum(map(len, work.questions.values()))
+    notes = Notes(_said(origin), _chosen(len(rows), asked), work.suite.sampling.resolution_px <= SMALL_PX)
+    replace_file(work.out / "page.html", page(report, rows, maps, notes).encode())
+    return work.out / "page.html"
+
+
+def _results(work: Evaluation, report: Report, origin: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "suite": {"name": work.suite.name, "sha256": work.suite.sha256},
+        "made": origin,
+        "painter": work.painter_is,
+        "encoders": {
+            encoder.name: {
+                "file": encoder.path.name,
+                "role": "teacher" if encoder is work.teacher else "student",
+                "bytes": encoder.path.stat().st_size,
+                "clip_l": None if encoder.clip_l is None else encoder.clip_l.name,
+                "fingerprint": encoder.made_of()["encoder"],
+            }
+            for encoder in work.encoders
+        },
+        "tasks": {
+            task: {"prompts": len(asked), "scores": to_json(report.tasks[task]), "lost": to_json(report.losses[task])}
+            for task, asked in work.questions.items()
+        },
+        "probes": to_json(report.probes),
+    }
+
+
+def _origin(work: Evaluation, seconds: float) -> dict[str, Any]:
+    """When, where and with what."""
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(seconds, 1),
+        "processes": work.ranks.world,
+        "commit": provenance.commit_of(),
+        "sources_sha256": provenance.sources_sha256(),
+        "machine": provenance.machine(),
+        "versions": provenance.versions(),
+    }
+
+
+def _said(origin: Mapping[str, Any]) -> str:
+    """Where the numbers come from, in a sentence."""
+    machine, versions = origin["machine"], origin["versions"]
+    commit = origin["commit"][:12] if origin["commit"] else "not in a repository"
+    return (
+        f"Measured {origin['date'][:10]} on {machine['gpu'] or 'no GPU'}, {machine['cpu']} ({machine['cores']} cores), ComfyUI "
+        f"{versions['comfyui']}, torch {versions['torch']}, commit {commit}, sources {origin['sources_sha256'][:12]}."
+    )
+
+
+def _chosen(shown: int, asked: int) -> str:
+    if shown == asked:
+        return f"All {asked:,} prompts."
+    return f"{shown:,} of {asked:,} prompts: of each task half are those on which a student loses most, the others are the first ones."
+
+
+def _maps(work: Evaluation, measured: Measurements) -> dict[str, Image.Image]:
+    """The t-SNE map of each student's embeddings together with the teacher's."""
+    part, vectors = work.suite.embedding, measured.vectors
+    if part is None or not part.map:
+        return {}
+    import numpy as np
+
+    teacher = vectors[work.teacher.name]
+    maps = {}
+    for student in work.students:
+        points = tsne(np.concatenate([teacher, vectors[student.name]]), seed=work.suite.seed)
+        both = {work.teacher.name: points[: len(teacher)], student.name: points[len(teacher) :]}
+        maps[f"{work.teacher.name} and {student.name}"] = map_image(both, "Pooled embeddings of the same prompts")
+    return maps
+
+
+def _png(picture: Image.Image) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, "PNG", optimize=True)
+    return content.getvalue()

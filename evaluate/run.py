@@ -1,0 +1,154 @@
+"""An evaluation from its suite to its page: paint what is missing, judge, measure the encoders, write."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..train.disk import replace_file
+from ..train.host import model_file
+from ..train.models import open_flux
+from ..train.ranks import Ranks
+from ..train.report import FILE_INTERVAL_S, TERMINAL_INTERVAL_S, logging_to
+from ..train.run_directory import lock
+from ..train.stop import StopRequest
+from .encoders import EncoderFile, LoadedEncoder, find_encoders, fingerprint
+from .generate import left_to_paint, made_of, paint_all
+from .measure import measure_all
+from .painter import Painter, Sampling, load_vae
+from .questions import Question, read_questions
+from .report import write_all
+from .scores import Kept
+from .store import PictureFolder
+from .suite import Suite
+from .verdicts import judge_all
+
+NOTICE = "\nStopping after this batch: what is painted stays, and the same command goes on. A second signal ends it at once.\n"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation works on: the suite, its folder, its processes, its prompts, its encoders (the teacher first), what paints."""
+
+    suite: Suite
+    out: Path
+    ranks: Ranks
+    questions: dict[str, list[Question]]
+    encoders: list[EncoderFile]
+    painter: Painter
+    painter_is: dict[str, str]
+
+    @property
+    def teacher(self) -> EncoderFile:
+        return self.encoders[0]
+
+    @property
+    def students(self) -> list[EncoderFile]:
+        return self.encoders[1:]
+
+    @property
+    def kept(self) -> Kept:
+        """Numbers that are measured once."""
+        return Kept(self.out / "scores")
+
+    def pictures(self, encoder: EncoderFile, task: str) -> PictureFolder:
+        """Where an encoder's pictures of a task lie."""
+        return PictureFolder(self.out / "pictures" / encoder.name / task)
+
+    def load(self, encoder: EncoderFile) -> LoadedEncoder:
+        """The encoder in ComfyUI. Raises ValueError if it does not fit the diffusion model."""
+        width = self.painter.model.model.diffusion_model.params.context_in_dim
+        return LoadedEncoder.fitting(encoder, width, self.suite.diffusion_model.file)
+
+    def bar(self, total: int, what: str, unit: str) -> tqdm:
+        """A progress bar with the time that is left; on the first process alone, for its own share."""
+        described = what if self.ranks.world == 1 else f"{what} (process 1 of {self.ranks.world})"
+        interval_s = TERMINAL_INTERVAL_S if sys.stderr.isatty() else FILE_INTERVAL_S
+        return tqdm(total=total, desc=described, unit=unit, mininterval=interval_s, dynamic_ncols=True, disable=not self.ranks.is_main)
+
+
+def evaluate(suite: Suite, students: Sequence[str], out: Path, ranks: Ranks) -> Path | None:
+    """Run a suite to its end; returns the page's file, or None when a signal asked to stop (the same call goes on).
+
+    Raises ValueError or OSError with a sentence for the person who started it.
+    """
+    out = out.expanduser().absolute()
+    started_s = time.monotonic()
+    with contextlib.ExitStack() as open_things:
+        if ranks.is_main:
+            open_things.enter_context(_own_folder(out))
+        stop = open_things.enter_context(StopRequest(NOTICE))
+        work = open_evaluation(suite, students, out, ranks)
+        if not _paint(work, stop):
+            return None
+        verdicts = judge_all(work, stop)
+        measured = None if verdicts is None else measure_all(work, stop)
+        if verdicts is None or measured is None:
+            return None
+        return write_all(work, verdicts, measured, time.monotonic() - started_s) if ranks.is_main else out
+
+
+@contextlib.contextmanager
+def _own_folder(out: Path) -> Iterator[None]:
+    """The folder, locked against other processes, with a log."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = lock(out, "--out")
+    except OSError as error:
+        raise OSError(
+            f"{out} cannot be written to: {error.strerror or error}.\nWhat to do: see that the folder may be written to, or name another "
+            "one with --out."
+        ) from error
+    with held, logging_to(out / "evaluate.log"):
+        yield
+
+
+def open_evaluation(suite: Suite, students: Sequence[str], out: Path, ranks: Ranks) -> Evaluation:
+    """Read prompts, find encoders, load what paints. Raises ValueError for whatever is missing or does not fit together."""
+    questions = read_questions(suite)
+    encoders = find_encoders(suite, students)
+    part = suite.diffusion_model
+    flux, vae = model_file(part.file, "diffusion_models"), model_file(part.vae, "vae")
+    sampling = Sampling(suite.sampling.steps, suite.sampling.guidance, suite.sampling.batch, suite.sampling.resolution_px)
+    model = open_flux(flux, part.dtype)
+    _check_guidance(flux.name, bool(model.model.diffusion_model.params.guidance_embed), sampling.guidance)
+    painter_is = {
+        "diffusion model": fingerprint(flux),
+        "its weights held in": part.dtype,
+        "vae": fingerprint(vae),
+        "sampling": str(sampling),
+    }
+    work = Evaluation(suite, out, ranks, questions, encoders, Painter(model, load_vae(vae), sampling), painter_is)
+    if ranks.is_main:
+        for encoder in encoders:
+            for task, asked in questions.items():
+                work.pictures(encoder, task).claim(made_of(encoder, painter_is, asked))
+        replace_file(out / "suite.toml", suite.to_toml().encode())
+    ranks.barrier()
+    return work
+
+
+def _check_guidance(name: str, takes_guidance: bool, guidance: float | None) -> None:
+    if takes_guidance and guidance is None:
+        raise ValueError(f"{name} needs guidance (dev).\nWhat to do: set sampling.guidance, usually to 3.5.")
+    if not takes_guidance and guidance is not None:
+        raise ValueError(f"{name} takes no guidance (schnell).\nWhat to do: leave sampling.guidance out.")
+
+
+def _paint(work: Evaluation, stop: StopRequest) -> bool:
+    """Paint what is missing, encoder by encoder; whether all is there, or a signal asked to stop."""
+    for encoder in work.encoders:
+        folders = {task: work.pictures(encoder, task) for task in work.questions}
+        left = left_to_paint(folders, work.questions, work.suite.sampling.batch, work.ranks)
+        with work.bar(sum(len(batch.questions) for batch in left), encoder.name, "picture") as bar:
+            done = paint_all(work.painter, partial(work.load, encoder), left, bar, lambda: stop.requested)
+        if work.ranks.any_of(not done):
+            return False
+    return True

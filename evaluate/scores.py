@@ -1,0 +1,62 @@
+"""What judges have said about pictures, kept picture by picture so that no picture is judged twice."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..train.disk import replace_file, sha256
+from ..train.ranks import Ranks
+
+
+class Kept:
+    """Numbers by name in a folder, each with what decided it; what was decided by something else is not found."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, name: str, decided_by: Mapping[str, Any]) -> Any:
+        """What was kept under a name; None if there is nothing, or something that another judge said."""
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content["found"] if content["decided_by"] == json.loads(json.dumps(decided_by)) else None
+
+    def put(self, name: str, decided_by: Mapping[str, Any], found: Any) -> None:
+        """Keep it, whole or not at all."""
+        path = self.folder / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"decided_by": decided_by, "found": found}
+        replace_file(path, json.dumps(content, indent=1, allow_nan=False).encode())
+
+    def get_array(self, name: str, decided_by: Mapping[str, Any]) -> np.ndarray | None:
+        """An array that was kept under a name, if it is whole and was decided by the same."""
+        path, digest = self.folder / f"{name}.npy", self.get(name, decided_by)
+        if digest is None or not path.is_file() or sha256(path) != digest:
+            return None
+        return np.load(path)
+
+    def put_array(self, name: str, decided_by: Mapping[str, Any], array: np.ndarray) -> None:
+        """Keep an array in a file of its own, then the digest that vouches for it."""
+        content = io.BytesIO()
+        np.save(content, array)
+        path = self.folder / f"{name}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, content.getvalue())
+        self.put(name, decided_by, sha256(path))
+
+
+def kept_or_made(kept: Kept, ranks: Ranks, name: str, decided_by: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+    """What is kept under the name, else what `make` gives on every process, which rank 0 keeps. Rank 0 looks, so that all do the same."""
+    found = ranks.share(kept.get(name, decided_by) if ranks.is_main else None)
+    if found is None:
+        found = make()
+        if ranks.is_main:
+            kept.put(name, decided_by, found)
+    return found

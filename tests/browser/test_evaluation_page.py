@@ -1,0 +1,140 @@
+"""The evaluation's page in a real browser: filtered, sorted by loss, searched, enlarged, without errors and without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from distilled_t5.evaluate.intervals import Measured, exact
+from distilled_t5.evaluate.page import Notes, page, row
+from distilled_t5.evaluate.questions import Question
+from distilled_t5.evaluate.results import Report, losses, measured_scores, picture_losses
+from distilled_t5.miniature.captions import draw_prompt
+from distilled_t5.miniature.world import CELL_PX, render
+from PIL import Image
+from playwright.sync_api import BrowserContext, Locator, Page, expect
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ENCODERS = ["teacher", "velocity", "embedding"]
+COUNT = 6
+SCORES = {
+    "word": {"readback": {"teacher": [1.0] * 6, "velocity": [1.0, 1.0, 0.0, 1.0, 1.0, 1.0], "embedding": [0.0, 1.0, 1.0, 1.0, 1.0, 0.0]}},
+    "position": {
+        "readback": {"teacher": [0.0, 1.0, 1.0, 1.0, 1.0, 1.0], "velocity": [1.0] * 6, "embedding": [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]}
+    },
+}
+EVIL = 'a sign that says "<b>BAT</b>"'
+
+
+def written_page(folder: Path) -> Path:
+    """A page of the miniature's own pictures: what a teacher would paint, and two students that mistake some prompts for others."""
+    asked: dict[str, list[Question]] = {task: [] for task in SCORES}
+    for task, questions in asked.items():
+        for index in range(COUNT):
+            scene, caption = draw_prompt(1, index, "train", task)
+            right, wrong = render(scene, CELL_PX), render(draw_prompt(2, index, "train", task)[0], CELL_PX)
+            for encoder in ENCODERS:
+                shown = right if SCORES[task]["readback"][encoder][index] else wrong
+                Image.fromarray((shown * 255).astype("uint8")).save(folder / f"{encoder}-{task}-{index}.png")
+            questions.append(Question(task, index, EVIL if (task, index) == ("word", 3) else caption, index, " ".join(scene.words) or None))
+    lost = picture_losses(SCORES, "teacher", ENCODERS[1:])
+
+    def file_of(encoder: str, question: Question) -> Path:
+        return folder / f"{encoder}-{question.task}-{question.index}.png"
+
+    rows = [row(question, SCORES, lost, ENCODERS, file_of, 256) for questions in asked.values() for question in questions]
+    ranks, sizes = {"teacher": 38, "velocity": 36, "embedding": 3}, {"teacher": 10_000_000, "velocity": 2_000_000, "embedding": 2_000_000}
+    probes = {
+        "collapse": {"effective rank": {name: Measured(rank, 210, rank - 1, rank + 1) for name, rank in ranks.items()}},
+        "cost": {"resident bytes": {name: exact(size) for name, size in sizes.items()}},
+    }
+    report = Report("miniature", ENCODERS, measured_scores(SCORES), losses(SCORES, "teacher"), probes)
+    path, maps = folder / "page.html", {"teacher and velocity": Image.new("RGB", (64, 64), "white")}
+    html = page(report, rows, maps, Notes("A test's page.", "All 12 prompts.", small=True))
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def shown(browser_context: BrowserContext, tmp_path: Path) -> Iterator[Page]:
+    """The page, opened from its file; errors on it, and whatever it asks for, fail the test."""
+    tab = browser_context.new_page()
+    seen: list[str] = []
+    tab.on("pageerror", lambda error: seen.append(error.message))
+    tab.on("console", lambda message: seen.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on("request", lambda request: None if request.url.startswith(("data:", "file:")) else seen.append(request.url))
+    tab.goto(written_page(tmp_path).as_uri())
+    yield tab
+    tab.screenshot(path=ROOT / ".dev" / "screenshots" / "evaluation-page.png", full_page=True)
+    tab.close()
+    assert seen == []
+
+
+def rows_of(tab: Page) -> Locator:
+    return tab.locator("#rows > li")
+
+
+def order_of(tab: Page) -> list[str]:
+    return rows_of(tab).evaluate_all("rows => rows.map(row => `${row.dataset.task} ${row.dataset.index}`)")
+
+
+def test_teacher_and_students_stand_side_by_side_and_every_picture_shows(shown):
+    expect(shown).to_have_title("Distilled T5: miniature")
+    expect(rows_of(shown)).to_have_count(2 * COUNT)
+    expect(rows_of(shown).first.locator("figcaption strong")).to_have_text(ENCODERS)
+    tops = rows_of(shown).first.locator("figure").evaluate_all("all => all.map(one => one.getBoundingClientRect().top)")
+    assert len(set(tops)) == 1
+    shown.evaluate("() => document.querySelectorAll('#rows img').forEach(one => { one.loading = 'eager' })")
+    shown.wait_for_function("() => [...document.querySelectorAll('img[alt*=\":\"]')].every(one => one.complete && one.naturalWidth === 96)")
+    expect(shown.get_by_role("table")).to_have_count(4)
+    expect(shown.get_by_role("row", name="embedding").first).to_contain_text("66.7")
+
+
+def test_it_opens_sorted_by_where_the_first_student_loses_most(shown):
+    assert order_of(shown)[0] == "word 2"
+    assert order_of(shown)[-1] == "position 0", "there the student is right and the teacher wrong"
+    expect(rows_of(shown).first.locator(".worse")).to_have_count(1)
+    expect(rows_of(shown).last.locator(".better")).to_have_count(1)
+
+
+def test_sorting_by_another_student_and_as_asked(shown):
+    order = shown.get_by_label("Order")
+    order.select_option("embedding")
+    assert order_of(shown)[:3] == ["word 0", "word 5", "position 3"]
+    order.select_option(label="as asked")
+    assert order_of(shown) == [f"{task} {index}" for task in SCORES for index in range(COUNT)]
+
+
+def test_filtering_by_task_and_searching_for_words(shown):
+    shown.get_by_label("Task").select_option("position")
+    expect(rows_of(shown)).to_have_count(COUNT)
+    assert {name.split()[0] for name in order_of(shown)} == {"position"}
+    expect(shown.get_by_role("status")).to_have_text("6 of 12 prompts")
+    shown.get_by_label("Task").select_option(label="all")
+    shown.get_by_label("Words in the prompt").fill("says bat")
+    expect(rows_of(shown)).to_have_count(1)
+    expect(rows_of(shown).locator(".prompt")).to_have_text(EVIL)
+    shown.get_by_label("Words in the prompt").fill("zebra")
+    expect(rows_of(shown)).to_have_count(0)
+    expect(shown.get_by_role("status")).to_have_text("0 of 12 prompts")
+
+
+def test_a_picture_is_enlarged_by_the_keyboard_and_closed_again(shown):
+    button = rows_of(shown).first.get_by_role("button").first
+    button.focus()
+    shown.keyboard.press("Enter")
+    dialog = shown.get_by_role("dialog")
+    expect(dialog).to_be_visible()
+    expect(dialog.get_by_role("img")).to_have_attribute("alt", "teacher: " + rows_of(shown).first.locator(".prompt").inner_text())
+    shown.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    expect(button).to_be_focused()
+
+
+def test_on_a_narrow_screen_nothing_is_wider_than_the_page(shown):
+    shown.set_viewport_size({"width": 360, "height": 800})
+    assert shown.evaluate("() => document.documentElement.scrollWidth") == 360
+    shown.emulate_media(color_scheme="dark")
+    paper = shown.evaluate("() => getComputedStyle(document.body).backgroundColor")
+    assert paper == "rgb(22, 24, 28)"

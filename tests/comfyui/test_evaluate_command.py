@@ -1,0 +1,244 @@
+"""The evaluation's command in processes of its own, on small random models: from nothing to its page, killed and gone on, in two ranks."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from distilled_t5.devtools.evaluation_world import command, finish, start, write_world
+from distilled_t5.devtools.small_encoders import encode, serve, stock_flux_clip
+from distilled_t5.devtools.trainer import BOUND_S, TWO_PROCESSES
+from distilled_t5.evaluate.encoders import EncoderFile, LoadedEncoder, find_encoders, fingerprint
+from distilled_t5.evaluate.questions import read_questions
+from distilled_t5.evaluate.suite import load_suite
+from distilled_t5.evaluate.verdicts import read_picture
+from distilled_t5.miniature.folders import VAE_FILE, add_model_folders
+from distilled_t5.miniature.measure import questions
+from distilled_t5.miniature.world import SIDE
+from distilled_t5.train.teacher import Teacher
+from torch import zeros
+
+import nodes
+
+ENCODERS = ["teacher", "student", "other"]
+PICTURES = 16
+
+
+class World(NamedTuple):
+    """Models and suite of a run, and what its command left and printed."""
+
+    base: Path
+    out: Path
+    said: str
+
+
+@pytest.fixture(scope="module")
+def whole(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A run that nobody interrupts, with one student of the suite and one of the command line."""
+    base = tmp_path_factory.mktemp("evaluation")
+    write_world(base)
+    said = finish(command(comfyui_path, base, base / "out", "--student", "other.safetensors"), base)
+    return World(base, base / "out", said)
+
+
+def results(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+def without_times(out: Path) -> str:
+    """results.json without what a clock or the number of processes decides."""
+    content = results(out)
+    for name in ("date", "seconds", "processes"):
+        del content["made"][name]
+    cost = content["probes"].pop("cost")
+    sizes = {name: cost[name] for name in ("weights", "resident bytes")}
+    return json.dumps([content, sizes], indent=1)
+
+
+def pictures(out: Path) -> dict[str, Path]:
+    return {path.relative_to(out / "pictures").as_posix(): path for path in sorted(out.glob("pictures/*/*/*.png"))}
+
+
+def test_the_command_leaves_pictures_results_table_and_page(whole):
+    found = results(whole.out)
+    assert list(found["encoders"]) == ENCODERS
+    assert [one["role"] for one in found["encoders"].values()] == ["teacher", "student", "student"]
+    assert len(pictures(whole.out)) == PICTURES * len(ENCODERS)
+    assert {task: one["prompts"] for task, one in found["tasks"].items()} == {"objects": 10, "words": 6}
+    for task, count in (("objects", 10), ("words", 6)):
+        scores = found["tasks"][task]["scores"]["readback"]
+        assert {name: (one["value"], one["n"], one["low"]) for name, one in scores.items()} == dict.fromkeys(ENCODERS, (0.0, count, 0.0))
+        # Noise shows nothing: Wilson's upper bound of 0 of n is z2 / (n + z2).
+        assert scores["teacher"]["high"] == pytest.approx(3.8415 / (count + 3.8415), abs=1e-4)
+    assert len(found["made"]["commit"]) == 40 and found["made"]["machine"]["cores"] > 0
+    assert "Done: " in whole.said and "| teacher | 0.0 | 0.0 |" in whole.said
+    assert "<title>" in (whole.out / "page.html").read_text(encoding="utf-8")
+    assert "velocity gap" in (whole.out / "evaluate.log").read_text(encoding="utf-8")
+
+
+def test_probes_tell_the_encoders_apart_and_count_their_prompts(whole):
+    probes = results(whole.out)["probes"]
+    assert {name: one["n"] for name, one in probes["collapse"]["pooled distance"].items()} == dict.fromkeys(ENCODERS, 8)
+    assert len({one["value"] for one in probes["collapse"]["effective rank"].values()}) == 3
+    gaps = probes["velocity_gap"]
+    assert list(gaps) == ["sigma 0.50-1.00", "sigma 0.00-0.50"]
+    assert all(set(one) == {"student", "other"} and one["student"]["n"] == 6 and one["student"]["value"] > 0 for one in gaps.values())
+    steps = probes["latent_distance"]
+    assert list(steps) == ["after step 1", "after step 2", "after step 3"]
+    values = [steps[name]["student"]["value"] for name in steps]
+    assert 0 < values[0] < values[1] < values[2], "from the same noise the ways part step by step"
+    cost = probes["cost"]
+    assert cost["resident bytes"]["teacher"]["value"] > cost["resident bytes"]["student"]["value"]
+    assert all(cost[name]["student"]["n"] == 2 for name in ("load s", "encode s", "prompt change s"))
+
+
+def test_a_picture_is_the_one_that_stock_nodes_make_of_its_prompt_and_seed_alone(whole):
+    add_model_folders(whole.base / "models")
+    [model] = nodes.UNETLoader().load_unet("flux.safetensors", "default")
+    [vae] = nodes.VAELoader().load_vae(VAE_FILE)
+    clip = serve(whole.base / "models" / "text_encoders" / "student.safetensors", dtype=None).clip
+    for index, (_, caption) in enumerate(questions("word", 2)):
+        conditioning = [[text, {**extras, "guidance": 3.5}] for text, extras in encode(clip, caption)]
+        empty = {"samples": zeros(1, 16, SIDE, SIDE)}
+        [latent] = nodes.KSampler().sample(model, 3 + index, 3, 1.0, "euler", "simple", conditioning, conditioning, empty)
+        [expected] = nodes.VAEDecode().decode(vae, latent)
+        stock = np.clip(255.0 * expected[0].numpy(), 0, 255).astype(np.uint8)
+        ours = read_picture(whole.out / "pictures" / "student" / "words" / f"{index:05d}.png")
+        assert stock.std() > 20
+        assert np.abs(stock.astype(int) - ours).max() <= 3
+
+
+def wait_for_pictures(process: subprocess.Popen[str], folder: Path) -> None:
+    """Come back when a folder has its first picture; fails if the process ends before."""
+    deadline = time.monotonic() + BOUND_S
+    while not list(folder.glob("*.png")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.005)
+
+
+def made_at(out: Path) -> dict[str, tuple[int, int]]:
+    """What changes when a picture is written again."""
+    return {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name, path in pictures(out).items()}
+
+
+def test_killed_then_stopped_then_finished_it_leaves_the_same_and_paints_nothing_twice(whole, comfyui_path, tmp_path):
+    out = tmp_path / "out"
+    arguments = command(comfyui_path, whole.base, out, "--student", "other.safetensors")
+    process = start(arguments, tmp_path)
+    wait_for_pictures(process, out / "pictures" / "teacher" / "objects")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    after_kill = made_at(out)
+    assert 0 < len(after_kill) < PICTURES * len(ENCODERS)
+    process = start(arguments, tmp_path)
+    wait_for_pictures(process, out / "pictures" / "other" / "objects")
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=BOUND_S)[0]
+    assert process.returncode == 130, said
+    assert "Stopped; the same command goes on." in said
+    assert not (out / "results.json").exists()
+    after_stop = made_at(out)
+    finish(arguments, tmp_path)
+    assert without_times(out) == without_times(whole.out)
+    ours, theirs = ({name: path.read_bytes() for name, path in pictures(one).items()} for one in (out, whole.out))
+    assert ours == theirs
+    finished = made_at(out)
+    for earlier in (after_kill, after_stop):
+        assert {name: finished[name] for name in earlier} == earlier
+
+
+def test_two_processes_do_what_one_does(whole, comfyui_path, tmp_path):
+    out = tmp_path / "out"
+    arguments = command(comfyui_path, whole.base, out, "--student", "other.safetensors")
+    finish([str(Path(arguments[0]) / "__main__.py"), *arguments[1:]], tmp_path, launcher=TWO_PROCESSES)
+    assert results(out)["made"]["processes"] == 2
+    assert without_times(out) == without_times(whole.out)
+    ours, theirs = ({name: path.read_bytes() for name, path in pictures(one).items()} for one in (out, whole.out))
+    assert ours == theirs
+
+
+def test_a_finished_evaluation_takes_one_more_student_and_keeps_all_else(whole, comfyui_path, tmp_path):
+    before = made_at(whole.out)
+    fourth = tmp_path / "fourth.safetensors"
+    fourth.write_bytes((whole.base / "models" / "text_encoders" / "other.safetensors").read_bytes())
+    arguments = command(comfyui_path, whole.base, whole.out, "--student", "other.safetensors", "--student", str(fourth))
+    finish(arguments, tmp_path)
+    found = results(whole.out)
+    assert list(found["encoders"]) == [*ENCODERS, "fourth"]
+    assert {name: made_at(whole.out)[name] for name in before} == before
+    scores = found["probes"]["velocity_gap"]["sigma 0.00-0.50"]
+    assert scores["fourth"] == scores["other"], "the same weights in another file"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["--set", "diffusion_model.file=nowhere.safetensors"], "nowhere.safetensors was not found"),
+        (["--set", "sampling.steps=4"], "sampling: euler simple, 3 steps, guidance 3.5, 96 px -> euler simple, 4 steps"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_with_advice(whole, comfyui_path, tmp_path, settings, expected):
+    said = finish(command(comfyui_path, whole.base, whole.out, *settings), tmp_path, code=1)
+    assert expected in said
+    assert "What to do: " in said
+    assert "Traceback" not in said
+
+
+def suite_of(whole: World, *settings: str) -> Any:
+    return load_suite(str(whole.base / "tiny.toml"), settings)
+
+
+def test_encoders_are_found_once_each_under_names_of_their_own(whole, tmp_path):
+    encoders = whole.base / "models" / "text_encoders"
+    twin = tmp_path / "student.safetensors"
+    twin.write_bytes((encoders / "other.safetensors").read_bytes())
+    odd = tmp_path / "my best (v2).safetensors"
+    odd.write_bytes(twin.read_bytes())
+    suite = suite_of(whole, f"teacher.t5={encoders / 'teacher.safetensors'}", f'students=["{encoders / "student.safetensors"}"]')
+    found = find_encoders(suite, [str(encoders / "student.safetensors"), str(twin), str(odd)])
+    assert [one.name for one in found] == ["teacher", "student", "student-2", "my_best_v2_"]
+    assert [one.clip_l for one in found] == [None] * 4
+    assert fingerprint(twin) == fingerprint(odd) != fingerprint(encoders / "student.safetensors")
+    (tmp_path / "t5.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"t5\.gguf is a GGUF file, which ComfyUI itself does not load\.\nWhat to do: "):
+        find_encoders(suite, [str(tmp_path / "t5.gguf")])
+
+
+def test_a_text_is_what_clip_text_encode_gives_and_brackets_are_only_brackets(whole):
+    path = whole.base / "models" / "text_encoders" / "student.safetensors"
+    encoder = LoadedEncoder.load(EncoderFile("student", path, None))
+    [(expected, extras)] = encode(encoder.clip, "a red star")
+    text = encoder.text("a red star")
+    assert (text.text_1LD == expected).all() and (text.pooled_1P == extras["pooled_output"]).all()
+    assert text.own_tokens == len(encoder.clip.tokenizer.t5xxl.tokenizer("a red star")["input_ids"]) < text.text_1LD.shape[1]
+    weighted, escaped = encode(encoder.clip, "a (red:1.5) star")[0][0], encode(encoder.clip, "a \\(red:1.5\\) star")[0][0]
+    assert (encoder.text("a (red:1.5) star").text_1LD == escaped).all() and not (escaped == weighted).all()
+
+
+def test_a_stock_clip_of_t5xxl_speaks_as_clip_text_encode_has_it(stand_ins):
+    clip_l = stand_ins / "models" / "text_encoders" / "clip_l.safetensors"
+    encoder = LoadedEncoder(EncoderFile("t5xxl", clip_l, clip_l), Teacher(stock_flux_clip(clip_l)))
+    [(expected, extras)] = encode(encoder.clip, "a red star")
+    text = encoder.text("a red star")
+    assert text.text_1LD.shape == (1, 256, 4096)
+    assert (text.text_1LD == expected).all() and (text.pooled_1P == extras["pooled_output"]).all()
+    assert text.pooled_1P.any()
+
+
+def test_an_encoder_for_another_diffusion_model_is_refused(whole):
+    file = EncoderFile("student", whole.base / "models" / "text_encoders" / "student.safetensors", None)
+    with pytest.raises(ValueError, match=r"student\.safetensors gives text of width 64, but flux takes 4096\.\nWhat to do: "):
+        LoadedEncoder.fitting(file, 4096, "flux")
+
+
+def test_the_miniatures_suite_asks_what_the_miniatures_own_measure_asks():
+    suite = load_suite("miniature", [f"task.{number}.prompts.limit=3" for number in range(7)])
+    for task, asked in read_questions(suite).items():
+        assert [(one.scene, one.prompt) for one in asked] == questions(task, 3)
+        assert [one.seed for one in asked] == [0, 1, 2]

@@ -1,0 +1,142 @@
+"""Judges as a suite calls them in: the right one for each metric, every score under the name of its number; and what is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from distilled_t5.devtools.tiny_judges import SIDE_PX, save_blip, save_clip, save_depth, save_detector
+from distilled_t5.evaluate import compbench
+from distilled_t5.evaluate.compbench_judges import BlipVqa, TransformersDepth, TransformersDetector
+from distilled_t5.evaluate.judge import by_number, judged_by, make_judge
+from distilled_t5.evaluate.pictures import ClipScorer
+from distilled_t5.evaluate.questions import Question, read_questions
+from distilled_t5.evaluate.scores import Kept, kept_or_made
+from distilled_t5.evaluate.suite import Suite, Task, load_suite
+from distilled_t5.miniature.world import render
+from distilled_t5.train.ranks import Ranks
+from PIL import Image, ImageDraw, ImageFont
+
+CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy")
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    """The paper's suite with small random networks in the place of its own."""
+    folder = tmp_path_factory.mktemp("judges")
+    return load_suite(
+        "paper",
+        [
+            f"clip_score.weights={save_clip(folder / 'clip')}",
+            f"compbench.vqa={save_blip(folder / 'blip')}",
+            f"compbench.detector={save_detector(folder / 'tiny-yolos')}",
+            f"compbench.depth={save_depth(folder / 'depth')}",
+            "ocr.reader=tesseract",
+        ],
+    )
+
+
+def task_of(suite: Suite, name: str) -> Task:
+    return next(task for task in suite.tasks if task.name == name)
+
+
+def photographs(count: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(0).integers(0, 256, size=(count, SIDE_PX, SIDE_PX, 3), dtype=np.uint8))
+
+
+def asked(*prompts: str, target: str | None = None) -> list[Question]:
+    return [Question("task", index, prompt, index, target=target) for index, prompt in enumerate(prompts)]
+
+
+def test_readback_finds_what_a_scene_asks_for_and_nothing_else():
+    suite = load_suite("miniature", [f"task.{number}.prompts.limit=4" for number in range(7)])
+    for task in suite.tasks:
+        questions = read_questions(suite)[task.name]
+        pictures = [(render(question.scene, 8) * 255).astype(np.uint8) for question in questions if question.scene]
+        judge = make_judge("readback", task, suite, "cpu")
+        assert judge(questions, pictures, []) == [{"readback": 1.0}] * 4
+        assert judge(questions, [255 - picture for picture in pictures], []) == [{"readback": 0.0}] * 4
+
+
+def written(text: str) -> np.ndarray:
+    picture = Image.new("RGB", (512, 160), "white")
+    ImageDraw.Draw(picture).text((30, 40), text, fill="black", font=ImageFont.load_default(72))
+    return np.asarray(picture)
+
+
+def test_the_text_asked_for_is_read_by_the_suites_reader(paper):
+    judge = make_judge("ocr", task_of(paper, "common_text"), paper, "cpu")
+    right, wrong = judge(asked("a sign", "a sign", target="OPEN DAY"), [written("OPEN DAY"), written("OPEN BAR")], [])
+    assert right == {"ocr_character": 1.0, "ocr_word": 1.0, "ocr_sentence": 1.0}
+    # "open bar" against "open day": 6 of 8 characters, one word of two.
+    assert wrong == {"ocr_character": 0.75, "ocr_word": 0.5, "ocr_sentence": 0.0}
+
+
+def test_clip_scores_are_the_scorers_own(paper):
+    prompts, pictures = ["a cat", "a green bench", "x"], photographs(3)
+    found = make_judge("clip_score", task_of(paper, "coco"), paper, "cpu")(asked(*prompts), pictures, [])
+    assert paper.clip_score is not None
+    assert [one["clip_score"] for one in found] == pytest.approx(ClipScorer(Path(paper.clip_score.weights)).scores(pictures, prompts))
+
+
+def expected(category: str, part: Any, prompt: str, picture: np.ndarray) -> float:
+    """The benchmark's formula on what the network sees."""
+    if category in ("color", "shape", "texture"):
+        return BlipVqa(Path(part.vqa)).score(picture, compbench.noun_phrases(prompt))
+    seen = TransformersDetector(Path(part.detector)).detect(picture)
+    if category == "spatial":
+        return compbench.spatial_score(prompt, seen, (SIDE_PX, SIDE_PX))
+    if category == "numeracy":
+        return compbench.numeracy_score(prompt, seen)
+    return compbench.spatial_3d_score(prompt, seen, TransformersDepth(Path(part.depth)).nearness(picture))
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_each_category_of_compbench_has_its_own_judge_and_says_who_it_is(paper, category):
+    prompt = {"spatial": "a cat next to a dog", "3d_spatial": "a cat in front of a dog", "numeracy": "two cats and a dog"}.get(category)
+    prompt, pictures = prompt or "a green bench and a red bowl", photographs(2)
+    found = make_judge("compbench", task_of(paper, category), paper, "cpu")(asked(prompt, prompt), pictures, [])
+    name = compbench.metric_name(category, "tiny-yolos")  # type: ignore[arg-type]
+    assert found == [{name: pytest.approx(expected(category, paper.compbench, prompt, picture))} for picture in pictures]
+    assert "not UniDet" in name or "BLIP-VQA" in name
+
+
+def test_missing_weights_are_an_error_that_says_what_to_do(paper, tmp_path):
+    suite = load_suite("paper", [f"clip_score.weights={tmp_path / 'none'}", f"lpips.weights={tmp_path / 'none.pth'}"])
+    for metric in ("clip_score", "lpips"):
+        with pytest.raises(ValueError, match="What to do: "):
+            make_judge(metric, task_of(suite, "coco"), suite, "cpu")
+
+
+def test_what_decides_a_verdict_is_its_metric_and_the_part_of_the_suite(paper):
+    assert judged_by("readback", paper) == {"metric": "readback", "part": None}
+    assert judged_by("ocr", paper)["part"] == {"reader": "tesseract", "weights": "", "languages": ("en",)}
+    assert by_number([{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 4.0}]) == {"a": [1.0, 3.0], "b": [2.0, 4.0]}
+    assert by_number([]) == {}
+
+
+def test_what_is_kept_is_made_once_and_again_when_something_else_decides_it(tmp_path):
+    kept, made = Kept(tmp_path / "scores"), []
+
+    def ask(decided_by: dict[str, Any]) -> Any:
+        return kept_or_made(kept, Ranks(), "student/task.ocr", decided_by, lambda: made.append(1) or {"a": [0.1, 2 / 3]})
+
+    assert ask({"languages": ("en",)}) == ask({"languages": ("en",)}) == {"a": [0.1, 2 / 3]}
+    assert len(made) == 1
+    ask({"languages": ("de",)})
+    assert len(made) == 2
+    assert kept.get("student/task.ocr", {"languages": ["de"]}) == {"a": [0.1, 2 / 3]}, "every float to the last bit"
+
+
+def test_a_kept_array_comes_back_unless_it_was_damaged_or_something_else_decides_it(tmp_path):
+    kept, array = Kept(tmp_path), np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert kept.get_array("student/embeddings", {"a": 1}) is None
+    kept.put_array("student/embeddings", {"a": 1}, array)
+    found = kept.get_array("student/embeddings", {"a": 1})
+    assert found is not None and found.dtype == np.float32 and (found == array).all()
+    assert kept.get_array("student/embeddings", {"a": 2}) is None
+    path = tmp_path / "student" / "embeddings.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert kept.get_array("student/embeddings", {"a": 1}) is None

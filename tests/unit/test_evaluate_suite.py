@@ -1,0 +1,130 @@
+"""Suites: what they promise, what is refused and with which words, and that no option is without a shipped suite."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distilled_t5.evaluate.suite import SHIPPED, Suite, load_suite
+from distilled_t5.miniature.measure import MEASURED
+from distilled_t5.train.corpora import COMPBENCH_CATEGORIES
+from distilled_t5.train.recipe_file import RecipeError, options
+
+MINIATURE = (SHIPPED / "miniature.toml").read_text(encoding="utf-8")
+NAMES = ("miniature", "paper", "quick")
+OPTIONS = {
+    "": ["name", "seed", "students"],
+    "teacher.": ["t5", "clip_l"],
+    "diffusion_model.": ["file", "dtype", "vae"],
+    "sampling.": ["resolution_px", "steps", "guidance", "batch"],
+    "ocr.": ["reader", "weights", "languages"],
+    "clip_score.": ["weights"],
+    "fid.": ["weights"],
+    "lpips.": ["weights"],
+    "compbench.": ["vqa", "detector", "depth"],
+    "embedding.": ["prompts", "map"],
+    "velocity_gap.": ["prompts", "sigma_bands"],
+    "latent_distance.": ["prompts"],
+    "cost.": ["repeats"],
+    "page.": ["pictures", "side_px"],
+    "task.": ["name", "metrics"],
+    "task.prompts.": ["kind", "path", "category", "pictures", "limit"],
+}
+
+
+def suite_of(folder: Path, text: str, *overrides: str) -> Suite:
+    path = folder / "suite.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_suite(str(path), overrides)
+
+
+def problems(folder: Path, text: str, *overrides: str) -> list[str]:
+    """The lines of the error about a suite's text."""
+    with pytest.raises(RecipeError) as caught:
+        suite_of(folder, text, *overrides)
+    return caught.value.details
+
+
+def keys_used(value: Any, prefix: str = "") -> set[str]:
+    if isinstance(value, list):
+        return set().union(*(keys_used(item, prefix) for item in value))
+    if not isinstance(value, dict):
+        return set()
+    return {prefix + key for key in value}.union(*(keys_used(item, f"{prefix}{key}.") for key, item in value.items()))
+
+
+def test_the_list_of_options_is_frozen_and_each_is_described():
+    found = options(Suite)
+    tables = {key.rpartition(".")[0] for key in found}
+    assert sorted(set(found) - tables) == sorted(part + key for part, keys in OPTIONS.items() for key in keys)
+    assert all(field.description for field in found.values())
+
+
+def test_every_option_is_used_by_a_shipped_suite():
+    used = set().union(*(keys_used(tomllib.loads(path.read_text(encoding="utf-8"))) for path in SHIPPED.glob("*.toml")))
+    assert used == set(options(Suite))
+
+
+def test_the_shipped_suites_are_those_promised():
+    assert tuple(sorted(path.stem for path in SHIPPED.glob("*.toml"))) == NAMES
+    miniature, paper, quick = (load_suite(name) for name in NAMES)
+    assert [task.prompts.category for task in miniature.tasks] == list(MEASURED)
+    assert {task.metrics for task in miniature.tasks} == {("readback",)}
+    assert sum(task.prompts.limit for task in quick.tasks) == 200
+    for suite in (quick, paper):
+        assert [task.prompts.category for task in suite.tasks if task.prompts.kind == "compbench"] == list(COMPBENCH_CATEGORIES)
+    assert {metric for task in paper.tasks for metric in task.metrics} == {"ocr", "compbench", "fid", "clip_score", "lpips"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_suite_round_trips_exactly(name, tmp_path):
+    suite = load_suite(name)
+    again = suite_of(tmp_path, suite.to_toml())
+    assert again == suite
+    assert again.sha256 == suite.sha256
+    assert load_suite(name, ["seed=7"]).sha256 != suite.sha256
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_one_and_its_line(tmp_path):
+    text = MINIATURE.replace("batch = 50", "bach = 50")
+    assert problems(tmp_path, text) == [
+        "line 17: sampling.batch is missing (pictures that go through the diffusion model at once on one GPU: bounds the memory)",
+        "line 21: sampling.bach is no key of a suite; the nearest is sampling.batch",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("task.0.prompts.category=shape", "a category, one of single_object, colour_shape_binding"),
+        ("task.0.prompts.path=x.txt", "prompts of kind miniature are made here: expected no path"),
+        ("task.0.prompts.pictures=x", "prompts of kind miniature have no photographs: expected no pictures"),
+        ("task.0.prompts.kind=lines", "prompts of kind lines need a path"),
+        ('task.0.metrics=["compbench"]', "task single_object: metric compbench has nothing to go by in prompts of kind miniature"),
+        ('task.0.metrics=["ocr"]', "task single_object asks for ocr, and there is no table [ocr]"),
+        ('task.0.metrics=["readback", "readback"]', "task single_object has a metric twice: readback, readback"),
+        ('task.0.metrics=["taste"]', "expected 'ocr', 'readback'"),
+        ("task.1.name=single_object", "two tasks have one name: found single_object, single_object"),
+        ("sampling.resolution_px=100", "multiple of 16"),
+        ("sampling.guidance=true", "expected a valid number"),
+        ("students=x", "expected a list"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_words(setting, expected, tmp_path):
+    [problem] = problems(tmp_path, MINIATURE, setting)
+    assert expected in problem
+
+
+def test_photographs_are_asked_for_where_fid_is(tmp_path):
+    paper = (SHIPPED / "paper.toml").read_text(encoding="utf-8")
+    [problem] = problems(tmp_path, paper.replace(', pictures = "corpora/coco/val2014"', ""))
+    assert "task coco: metric fid has nothing to go by in prompts of kind coco" in problem
+
+
+def test_a_suite_that_is_not_there_is_refused_with_the_shipped_names():
+    with pytest.raises(RecipeError, match=r"quik is neither a suite file \(it is not there\) nor the name of a shipped suite") as caught:
+        load_suite("quik")
+    assert "shipped: miniature, paper, quick" in str(caught.value)
+    assert "did you mean quick?" in str(caught.value)
