@@ -5,10 +5,13 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..miniature.folders import add_model_folders
+from .attention_map import DistilledT5AttentionMapImage, DistilledT5CrossAttentionMap
 from .loader import DistilledT5Loader
 from .replacements import register_replacements
 from .save import DistilledT5Save
 from .text_encode import DistilledT5TextEncode
+
+EVALUATION_NODES: list[type[io.ComfyNode]] = [DistilledT5CrossAttentionMap, DistilledT5AttentionMapImage]
 
 
 class DistilledT5Extension(ComfyExtension):
@@ -19,4 +22,4 @@ class DistilledT5Extension(ComfyExtension):
         await register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [DistilledT5Loader, DistilledT5TextEncode, DistilledT5Save]
+        return [DistilledT5Loader, DistilledT5TextEncode, DistilledT5Save, *EVALUATION_NODES]
