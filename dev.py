@@ -27,7 +27,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent
 DEV, VENV, TOOLS = ROOT / ".dev", ROOT / ".venv", ROOT / ".dev" / "tools"
 KNOWN = json.loads((ROOT / "devtools" / "set_up.json").read_text(encoding="utf-8"))
-HOSTS, FRONTEND, BROWSERS = KNOWN["hosts"], KNOWN["frontend"], KNOWN["browsers"]
+HOSTS, FRONTEND, PROGRAMS = KNOWN["hosts"], KNOWN["frontend"], KNOWN["programs"]
 UV, TORCH, TEST_TOOLS, REGISTRY_TOOLS = (KNOWN[name] for name in ("uv", "torch", "test_tools", "registry_tools"))
 OLDEST, NEWEST = "0.16.3", "0.30.0"
 NEEDED_GB = 8
@@ -244,21 +244,22 @@ def set_up() -> Path:
     return host
 
 
-def find_chromium() -> str | None:
-    """A Chromium or Chrome that starts: CHROMIUM_PATH, PATH, the usual places."""
-    return next((path for path in map(shutil.which, [os.environ.get("CHROMIUM_PATH", ""), *BROWSERS]) if path and works(path)), None)
+def find_program(name: str) -> str | None:
+    """A program of the system that starts: the path in NAME_PATH, PATH, the usual places."""
+    named = os.environ.get(f"{name.upper()}_PATH", "")
+    return next((path for path in map(shutil.which, [named, *PROGRAMS[name]["names"]]) if path and works(path)), None)
 
 
-def ensure_chromium() -> str:
-    """The system's Chromium, installed by apt-get where that is possible; fonts-noto-cjk draws the Chinese pages."""
-    found, packages = find_chromium(), ["chromium", "fonts-liberation", "fonts-noto-cjk"]
+def ensure_program(name: str) -> str:
+    """A program of the system that tests need, installed by apt-get with what belongs to it where that is possible."""
+    found, packages = find_program(name), PROGRAMS[name]["packages"]
     if not found and shutil.which("apt-get") and getattr(os, "geteuid", lambda: 1)() == 0:
-        say(f"chromium: installing {', '.join(packages)} with apt-get")
+        say(f"{name}: installing {', '.join(packages)} with apt-get")
         run_quietly(["apt-get", "update"], "apt-get update")
-        run_quietly(["apt-get", "install", "-y", "--no-install-recommends", *packages], "Installing Chromium")
-        found = find_chromium()
+        run_quietly(["apt-get", "install", "-y", "--no-install-recommends", *packages], f"Installing {name}")
+        found = find_program(name)
     if not found:
-        raise Trouble(f"The browser tests need Chromium: apt-get install {' '.join(packages)}, or set CHROMIUM_PATH to a Chrome.")
+        raise Trouble(f"These tests need {name}: apt-get install {' '.join(packages)}, or {PROGRAMS[name]['else']}.")
     return found
 
 
@@ -271,10 +272,11 @@ def count_cases(report: Path) -> tuple[int, int, int]:
 
 
 def run_step(step: str, *command: str, **extra: str) -> Outcome:
-    """Run a checker or a pytest tier; counts come from pytest's JUnit report, and a bad end without a failed test counts as one."""
+    """Run a checker or a pytest tier with the programs it needs; counts are of pytest's JUnit report, and any bad end is a failure."""
     say(f"\n== {step}")
     report = DEV / "reports" / f"{step.replace(' ', '-')}.xml"
     report.unlink(missing_ok=True)
+    extra |= {f"{name.upper()}_PATH": ensure_program(name) for name in PROGRAMS if {*PROGRAMS[name]["tests"]} & {*command}}
     options = [f"--junitxml={report}"] if command[0] == "pytest" else []
     code = run_in_foreground([str(program(VENV, "python")), "-m", *command, *options], **extra)
     outcome = Outcome(step, *count_cases(report)) if report.is_file() else Outcome(step)
@@ -294,8 +296,7 @@ def print_summary(outcomes: list[Outcome]) -> None:
 
 def steps_of_test(options: argparse.Namespace, host: Path) -> dict[str, Callable[[str], Outcome]]:
     """The steps that the command line asks for: name, and what runs it."""
-    only = (["-k", options.k] if options.k else []) + (["-m", "not slow"] if options.fast else [])
-    version = host_version(host)
+    only, version = (["-k", options.k] if options.k else []) + (["-m", "not slow"] if options.fast else []), host_version(host)
     steps = {
         "ruff check": lambda step: run_step(step, "ruff", "check", "."),
         "ruff format": lambda step: run_step(step, "ruff", "format", "--check", "."),
@@ -307,9 +308,8 @@ def steps_of_test(options: argparse.Namespace, host: Path) -> dict[str, Callable
     for wanted in dict.fromkeys([version, *(HOSTS if options.all_hosts else (OLDEST,))]):
         path = functools.partial(fetched_host, wanted) if wanted != version else lambda: host
         steps[f"comfyui {wanted}"] = lambda step, path=path: run_step(step, "pytest", "tests/comfyui", *only, COMFYUI_PATH=str(path()))
-    browser, pages = ("pytest", "tests/browser", *only), functools.partial(run_step, COMFYUI_PATH=str(host))
     for name, page in {f"browser {version}": lambda: "", f"frontend {FRONTEND[0]}": fetched_frontend}.items():
-        steps[name] = lambda step, page=page: pages(step, *browser, CHROMIUM_PATH=ensure_chromium(), FRONTEND_PATH=page())
+        steps[name] = lambda step, page=page: run_step(step, "pytest", "tests/browser", *only, COMFYUI_PATH=str(host), FRONTEND_PATH=page())
     return steps
 
 

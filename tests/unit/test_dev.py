@@ -330,21 +330,47 @@ def test_children_get_no_stray_module_path_and_no_telemetry(dev: ModuleType, mon
     assert environment["DO_NOT_TRACK"] == environment["HF_HUB_OFFLINE"] == "1"
 
 
-def test_no_browser_and_no_apt_get_says_what_to_install(dev: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "advice"), [("chromium", "chromium .* or set CHROMIUM_PATH"), ("tesseract", "tesseract-ocr, or install it so that PATH")]
+)
+def test_no_program_and_no_apt_get_says_what_to_install(dev: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, advice: str) -> None:
     monkeypatch.setattr(dev.shutil, "which", lambda name: None)
-    with pytest.raises(dev.Trouble, match=r"apt-get install chromium .* or set CHROMIUM_PATH"):
-        dev.ensure_chromium()
+    with pytest.raises(dev.Trouble, match=f"These tests need {name}: apt-get install {advice}"):
+        dev.ensure_program(name)
 
 
-def test_a_root_with_apt_get_gets_chromium_installed(dev: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "packages"), [("chromium", {"chromium", "fonts-noto-cjk"}), ("tesseract", {"tesseract-ocr"})])
+def test_a_root_with_apt_get_gets_a_program_installed(
+    dev: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, packages: set[str]
+) -> None:
     commands: list[list[str]] = []
     monkeypatch.setattr(dev.os, "geteuid", lambda: 0, raising=False)
     monkeypatch.setattr(dev.shutil, "which", lambda name: "/usr/bin/apt-get" if name == "apt-get" else None)
     monkeypatch.setattr(dev, "run_quietly", lambda command, doing: commands.append(command))
-    monkeypatch.setattr(dev, "find_chromium", lambda: "/usr/bin/chromium" if commands else None)
-    assert dev.ensure_chromium() == "/usr/bin/chromium"
+    monkeypatch.setattr(dev, "find_program", lambda name: f"/usr/bin/{name}" if commands else None)
+    assert dev.ensure_program(name) == f"/usr/bin/{name}"
     assert [command[:2] for command in commands] == [["apt-get", "update"], ["apt-get", "install"]]
-    assert {"chromium", "fonts-noto-cjk"} <= set(commands[1])
+    assert packages <= set(commands[1])
+
+
+def test_a_program_is_first_looked_for_where_the_environment_says(dev: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHROMIUM_PATH", "/opt/chrome")
+    monkeypatch.setattr(dev.shutil, "which", lambda name: name or None)
+    monkeypatch.setattr(dev, "works", lambda path: path in ("/opt/chrome", "tesseract"))
+    assert dev.find_program("chromium") == "/opt/chrome"
+    assert dev.find_program("tesseract") == "tesseract"
+
+
+def test_every_tier_gets_the_programs_that_it_needs(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_in(dev, tmp_path, monkeypatch)
+    given: list[dict[str, str]] = []
+    monkeypatch.setattr(dev, "ensure_program", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(dev, "run_in_foreground", lambda _, **extra: bool(given.append(extra)))
+    for folder in ("tests/unit", "tests/comfyui", "tests/browser"):
+        dev.run_step("a tier", "pytest", folder, "-k", "word", PLACE="here")
+    dev.run_step("ruff", "ruff", "check")
+    tesseract, chromium = {"TESSERACT_PATH": "/usr/bin/tesseract"}, {"CHROMIUM_PATH": "/usr/bin/chromium"}
+    assert given == [{"PLACE": "here"} | tesseract, {"PLACE": "here"} | tesseract, {"PLACE": "here"} | chromium, {}]
 
 
 # Under nohup a closed terminal is ignored, which processes inherit: the test's own are as a terminal starts them.

@@ -1,0 +1,105 @@
+"""Whether an encoder's pooled embeddings have collapsed, and the map of them as in Figure 6 of arXiv:2503.19897."""
+
+# N prompts, D width of a pooled embedding
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .optional import needed
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAP_PX, DPI = 768, 96
+PERPLEXITY = 30.0  # scikit-learn's own choice; a smaller set allows less
+COLOURS = ("#1f6fb4", "#d9541e", "#2e8b57", "#8b4fa8")
+MARKS = ("o", "^", "s", "D")
+
+
+def checked_points(x_ND: np.ndarray, at_least: int, what: str) -> np.ndarray:
+    """The embeddings as float64. Raises ValueError if they are no finite [N,D] with enough of them."""
+    x = np.asarray(x_ND, dtype=np.float64)
+    if x.ndim != 2 or len(x) < at_least or not x.shape[1]:
+        raise ValueError(
+            f"{what} needs at least {at_least} embeddings, [N, D]; {list(x.shape)} came.\nWhat to do: give {at_least} prompts or more."
+        )
+    if not np.isfinite(x).all():
+        bad = int((~np.isfinite(x).all(axis=1)).sum())
+        raise ValueError(
+            f"{what} needs finite embeddings; {bad} of {len(x)} hold NaN or infinity.\nWhat to do: see whether the encoder's file is whole."
+        )
+    return x
+
+
+def pooled(text_NLD: np.ndarray, mask_NL: np.ndarray | None = None) -> np.ndarray:
+    """The mean embedding of each prompt's tokens [N,D]; with a mask, of those where it is true, of which there must be one at least."""
+    if mask_NL is None:
+        return text_NLD.mean(axis=1)
+    weights_NL1 = np.asarray(mask_NL, dtype=text_NLD.dtype)[..., None]
+    return (text_NLD * weights_NL1).sum(axis=1) / weights_NL1.sum(axis=1)
+
+
+def pooled_distance(x_ND: np.ndarray) -> float:
+    """The mean Euclidean distance of all pairs. Raises ValueError for fewer than two embeddings."""
+    x = checked_points(x_ND, 2, "A mean distance")
+    return float(np.mean([np.linalg.norm(x[i + 1 :] - x[i], axis=1).sum() for i in range(len(x) - 1)]) * 2 / len(x))
+
+
+def effective_rank(x_ND: np.ndarray) -> float:
+    """exp of the entropy of the singular values' shares, of the embeddings about their mean (Roy and Vetterli 2007).
+
+    1 if all lie on one line, D if they fill all directions alike, 0 if they are all the same. Raises ValueError for fewer than two.
+    """
+    x = checked_points(x_ND, 2, "An effective rank")
+    singular = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)
+    total, rounding = singular.sum(), np.finfo(np.float64).eps * max(x.shape) * np.linalg.norm(x)
+    if total <= rounding:
+        return 0.0
+    shares = singular[singular > 0] / total
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def tsne(x_ND: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The embeddings' t-SNE map [N,2] by scikit-learn, the same for the same seed (van der Maaten and Hinton 2008).
+
+    Raises ValueError for fewer than three embeddings, or without scikit-learn.
+    """
+    x = checked_points(x_ND, 3, "A t-SNE map")
+    manifold = needed("sklearn.manifold", "scikit-learn", "A t-SNE map")
+    perplexity = min(PERPLEXITY, (len(x) - 1) / 3)
+    fit = manifold.TSNE(n_components=2, perplexity=perplexity, init="random", random_state=seed, n_jobs=1)
+    return fit.fit_transform(x.astype(np.float32)).astype(np.float64)
+
+
+def joint_tsne(embeddings: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
+    """One t-SNE map of several encoders' embeddings, each [N,D] with one D: their points by name. Raises ValueError if D differs."""
+    widths = {name: np.shape(x_ND)[-1] for name, x_ND in embeddings.items()}
+    if len(set(widths.values())) != 1:
+        raise ValueError(
+            f"Encoders on one map must have embeddings of one width; {widths or 'none'} came.\nWhat to do: compare encoders for one model."
+        )
+    starts = np.cumsum([len(x_ND) for x_ND in embeddings.values()])[:-1]
+    return dict(zip(embeddings, np.split(tsne(np.concatenate(list(embeddings.values())), seed), starts), strict=True))
+
+
+def map_image(points: Mapping[str, np.ndarray], title: str = "") -> Image.Image:
+    """A picture of one or two encoders' points by name, each [N,2], on one plot. Raises ValueError without matplotlib."""
+    from PIL import Image
+
+    if not 1 <= len(points) <= len(COLOURS):
+        raise ValueError(f"A map shows 1 to {len(COLOURS)} encoders; {len(points)} came.\nWhat to do: leave some out.")
+    figures = needed("matplotlib.figure", "matplotlib", "A map of embeddings")
+    canvases = needed("matplotlib.backends.backend_agg", "matplotlib", "A map of embeddings")
+    figure = figures.Figure(figsize=(MAP_PX / DPI, MAP_PX / DPI), dpi=DPI, layout="constrained")
+    canvas, axes = canvases.FigureCanvasAgg(figure), figure.add_subplot()
+    for (name, points_N2), colour, mark in zip(points.items(), COLOURS, MARKS, strict=False):
+        label = f"{name} (n = {len(points_N2)})".replace("$", r"\$")
+        axes.scatter(points_N2[:, 0], points_N2[:, 1], s=24, c=colour, marker=mark, alpha=0.7, linewidths=0, label=label)
+    axes.set(xticks=[], yticks=[], title=title.replace("$", r"\$"))
+    figure.legend(loc="outside lower center", ncols=1, frameon=False)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
