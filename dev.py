@@ -1,4 +1,4 @@
-"""Everything a developer runs, in one file that needs nothing but Python 3.11: `python dev.py test | demo | serve | bench`.
+"""Everything a developer runs, in one file that needs nothing but Python 3.11: `python dev.py test | demo | serve | bench | miniature`.
 
 Each command does its own set-up (uv, .venv, ComfyUI, links), says so in one line per step, and does nothing the second time.
 """
@@ -353,7 +353,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_line() -> Parser:
-    """The four commands."""
+    """The five commands."""
     parser = Parser(prog="dev.py", description="Set up, test, show and measure Distilled T5.")
     commands = parser.add_subparsers(dest="command", required=True)
     testing = commands.add_parser("test", help="ruff, pyright and pytest: unit, ComfyUI (newest and oldest supported) and browser tests")
@@ -361,11 +361,14 @@ def command_line() -> Parser:
     extent.add_argument("--fast", action="store_true", help="the checkers and the unit tests only, under a minute")
     extent.add_argument("--all-hosts", action="store_true", help="the ComfyUI tests on every supported version")
     testing.add_argument("-k", metavar="EXPR", help="only the tests whose names match, as in pytest")
-    commands.add_parser("demo", help="start ComfyUI with the pack, run a shipped workflow, leave the picture in demo-output/")
+    commands.add_parser(
+        "demo", help="draw with teacher and student in a real ComfyUI, into demo-output/; --train: and train a student first"
+    )
     serving = commands.add_parser("serve", help="run ComfyUI with the pack in the foreground")
     serving.add_argument("--port", type=int, default=8188)
     serving.add_argument("--base", type=Path, default=DEV / "serve", help="folder of models, pictures and settings (default: .dev/serve)")
     commands.add_parser("bench", help="run benchmarks/*.py; further arguments go to them")
+    commands.add_parser("miniature", help="train what is missing of the miniature, hours; measure all; further arguments go to it")
     return parser
 
 
@@ -374,14 +377,12 @@ def run(argv: list[str]) -> int:
     if sys.version_info < (3, 11):
         raise Trouble(f"dev.py needs Python 3.11 or newer and this is {sys.version.split()[0]}: try python3.11 dev.py.")
     options, rest = command_line().parse_known_args(argv)
-    if options.command == "bench":
-        return bench(rest)
-    if rest:
+    if rest and options.command in ("test", "serve"):
         raise Trouble(f"dev.py {options.command} does not know {' '.join(rest)}; see dev.py {options.command} --help.")
-    if options.command == "test":
-        return test(options)
+    if options.command in ("test", "bench"):
+        return test(options) if options.command == "test" else bench(rest)
     arguments = ["--port", str(options.port), "--base", str(options.base.absolute())] if options.command == "serve" else []
-    return run_python("-m", f"distilled_t5.devtools.{options.command}", "--comfyui", str(set_up()), *arguments)
+    return run_python("-m", f"distilled_t5.devtools.{options.command}", "--comfyui", str(set_up()), *arguments, *rest)
 
 
 def main(argv: list[str]) -> int:

@@ -36,6 +36,7 @@ KINDS: dict[str, Kind] = {
         "seed:INT steps:INT cfg:FLOAT sampler_name:COMBO scheduler:COMBO denoise:FLOAT",
         "LATENT:LATENT",
     ),
+    "ImageScale": kind("image:IMAGE", "upscale_method:COMBO width:INT height:INT crop:COMBO", "IMAGE:IMAGE"),
     "VAEDecode": kind("samples:LATENT vae:VAE", "", "IMAGE:IMAGE"),
     "SaveImage": kind("images:IMAGE", "filename_prefix:STRING", ""),
     "PreviewImage": kind("images:IMAGE", "", ""),
@@ -50,6 +51,7 @@ KINDS: dict[str, Kind] = {
 }
 
 LOADER_VALUES = ("clip_l.safetensors", "distilled_t5_base.safetensors", "flux", "default", "auto", 0)
+MINIATURE_TEACHER, MINIATURE_STUDENT, MINIATURE_PX = "miniature_teacher.safetensors", "miniature_student_quarter.safetensors", 96
 OUR_LOOK: Json = {"color": "#233", "bgcolor": "#355"}
 NOTE_X, MODELS_X, PROMPT_X, SAMPLING_X, PICTURE_X = -480, 0, 440, 920, 1320
 NOTE_LINE_LETTERS, LINK_TARGET = 60, re.compile(r"\(https[^)]*\)")
@@ -241,6 +243,63 @@ def flux_dev_app() -> Json:
     return canvas.to_json(linearMode=True, linearData={"inputs": inputs, "outputs": [by_type["SaveImage"]]})
 
 
+def miniature_models(column: Column, *encoders: tuple[str, str]) -> tuple[int, list[int], int]:
+    """The Flux and the VAE of the miniature, and encoders by title and file; returns their ids."""
+    unet = column.add("UNETLoader", 110, "miniature_flux.safetensors", "default")
+    loaders = [
+        column.add("DistilledT5Loader", 250, "none", file, "flux", "default", "auto", 0, title=title, **OUR_LOOK)
+        for title, file in encoders
+    ]
+    vae = column.add("VAELoader", 80, "miniature_vae.safetensors")
+    column.canvas.group("1. Models, all in this pack", "models", [unet, *loaders, vae])
+    return unet, loaders, vae
+
+
+def enlarged(column: Column, sampler: int, vae: int, prefix: str) -> list[int]:
+    """Decode, show each pixel eight times as large, save; returns the ids."""
+    decode = column.add("VAEDecode", 60, inputs={"samples": (sampler, "LATENT"), "vae": (vae, "VAE")})
+    values = ("nearest-exact", 8 * MINIATURE_PX, 8 * MINIATURE_PX, "disabled")
+    scale = column.add("ImageScale", 170, *values, inputs={"image": (decode, "IMAGE")})
+    return [decode, scale, column.add("SaveImage", 640, prefix, inputs={"images": (scale, "IMAGE")})]
+
+
+def miniature() -> Json:
+    canvas = Canvas("miniature", KINDS)
+    Column(canvas, NOTE_X, NOTE_W).note(note_height(notes.MINIATURE), "Read me", notes.MINIATURE)
+    unet, [loader], vae = miniature_models(Column(canvas, MODELS_X, MODELS_W), ("Distilled T5 Loader", MINIATURE_STUDENT))
+    encode, negative = encode_with_ours(Column(canvas, PROMPT_X, PROMPT_W), (loader, "CLIP"), notes.HEARTS)
+    canvas.group("2. Prompt", "prompt", [encode, negative])
+    right = Column(canvas, SAMPLING_X, SAMPLING_W)
+    size = right.add("EmptySD3LatentImage", 150, MINIATURE_PX, MINIATURE_PX, 1, title="Picture size")
+    wires: dict[str, Port] = {"model": (unet, "MODEL"), "positive": (encode, "CONDITIONING"), "negative": (negative, "CONDITIONING")}
+    sampler = sample(right, 20, wires | {"latent_image": (size, "LATENT")})
+    canvas.group("3. Size and sampling", "sampling", [size, sampler])
+    canvas.group("4. Picture", "picture", enlarged(Column(canvas, PICTURE_X, PICTURE_W), sampler, vae, "distilled-t5/miniature"))
+    return canvas.to_json()
+
+
+def miniature_compare() -> Json:
+    canvas = Canvas("miniature_compare", KINDS)
+    Column(canvas, NOTE_X, NOTE_W).note(note_height(notes.MINIATURE_COMPARE), "Read me", notes.MINIATURE_COMPARE)
+    encoders = (("Teacher", MINIATURE_TEACHER), ("Student", MINIATURE_STUDENT))
+    unet, loaders, vae = miniature_models(Column(canvas, MODELS_X, MODELS_W), *encoders)
+    middle = Column(canvas, PROMPT_X, PROMPT_W)
+    prompt = middle.add("PrimitiveStringMultiline", 220, notes.SIGN, title="Prompt for both")
+    seed = middle.add("PrimitiveInt", 110, 42, "fixed", title="Seed for both")
+    size = middle.add("EmptySD3LatentImage", 150, MINIATURE_PX, MINIATURE_PX, 1, title="Size for both")
+    canvas.group("2. The same for both", "prompt", [prompt, seed, size])
+    shared: dict[str, Port] = {"model": (unet, "MODEL"), "latent_image": (size, "LATENT"), "seed": (seed, "INT")}
+    for (title, _), colour, loader, x in zip(encoders, ("control", "sampling"), loaders, (SAMPLING_X, 1640), strict=True):
+        lane = Column(canvas, x, PICTURE_W)
+        wires: dict[str, Port] = {"clip": (loader, "CLIP"), "text": (prompt, "STRING")}
+        encode = lane.add("DistilledT5TextEncode", 280, "", 3.5, inputs=wires, **OUR_LOOK)
+        negative = lane.add("ConditioningZeroOut", 60, inputs={"conditioning": (encode, "CONDITIONING")}, title="Empty negative")
+        sampler = sample(lane, 20, shared | {"positive": (encode, "CONDITIONING"), "negative": (negative, "CONDITIONING")})
+        saved = enlarged(lane, sampler, vae, f"distilled-t5/{title.lower()}")
+        canvas.group(f"3. {title}", colour, [encode, negative, sampler, *saved])
+    return canvas.to_json()
+
+
 def blueprint() -> Json:
     """A subgraph that the node library offers: a prompt in, Flux conditionings out."""
     canvas = Canvas(BLUEPRINT_NAME, KINDS)
@@ -259,6 +318,8 @@ WORKFLOWS: dict[str, Callable[[], Json]] = {
     "t5xxl-vs-distilled": t5xxl_vs_distilled,
     "save-a-copy": save_a_copy,
     "flux-dev-app": flux_dev_app,
+    "miniature": miniature,
+    "miniature_compare": miniature_compare,
 }
 
 

@@ -45,6 +45,8 @@ FOX = "A red fox in a blue scarf sits on a park bench and reads a newspaper, mor
 LIGHTHOUSE = "A white lighthouse on a cliff above a stormy green sea, a small red boat below, oil painting with visible brush strokes"
 WATCHMAKER = "An old watchmaker at his bench, brass gears and tiny screws under a warm lamp, macro photograph, shallow depth of field"
 CABIN = "A cosy brick house with a red roof in a snowy forest at dusk, light in the window, the moon behind it, watercolour"
+HEARTS = "a scarlet heart, a green ring and a golden oak at night"
+SIGN = 'a sign saying "old map" in pink letters'
 CAFE = "A yellow bicycle leans against a turquoise door, to its left two terracotta pots with lavender, Mediterranean noon light"
 
 
@@ -140,4 +142,28 @@ Opened in app mode, this workflow shows a prompt, five numbers and the picture. 
 {file_table(*DEV_FILES)}
 
 Flux.1-dev's licence is non-commercial.
+"""
+
+MINIATURE = """
+## The miniature: Flux on a laptop
+
+A whole Flux world that comes with this pack and needs no download: a T5 teacher, a Flux, a VAE and students of the teacher, so small that
+a picture takes a second or two on a CPU. All nodes are those of the real thing.
+
+### What to ask for
+Things: square, ring, cross, triangle, heart, moon, star, tree. Colours: red, green, blue, yellow, orange, purple, pink, cyan. Places: in
+the middle, on the left, at the top right, ... Relations: left of, above, ... One to four of a kind. Words of three letters on a sign.
+Backgrounds: in the snow, at night, in the fog, on the beach, under water, on a meadow.
+
+Pick another student, or the teacher, in **Distilled T5 Loader**. miniature/README.md says how all of it was made.
+"""
+
+MINIATURE_COMPARE = """
+## The miniature: teacher and student side by side
+
+One prompt, one seed, two text encoders: the teacher, which the little Flux was trained on, and a student with a quarter of its weights that
+learned from it by step-following distillation, from prompts alone. It runs on a CPU and needs no download.
+
+### What to try
+The smaller students in the loader titled **Student**: what breaks first?
 """

@@ -13,10 +13,12 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from distilled_t5.devtools.server import free_port
+from distilled_t5.miniature.world import TASKS
 from PIL import Image
 
 PACK_AS_MODULE = (
@@ -43,23 +45,34 @@ def command(module: str, comfyui: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-c", PACK_AS_MODULE, tests, f"distilled_t5.devtools.{module}", "--comfyui", str(comfyui), *arguments]
 
 
-def test_demo_leaves_pictures_and_timings(comfyui_path: Path, tmp_path: Path) -> None:
-    out = tmp_path / "demo-output"
-    done = subprocess.run(command("demo", comfyui_path, "--out", str(out)), capture_output=True, text=True, check=False, timeout=600)
+def demo(comfyui: Path, out: Path, *options: str) -> tuple[str, dict[str, Any]]:
+    """What the demo prints and what demo.json says."""
+    command_line = command("demo", comfyui, "--out", str(out), *options)
+    done = subprocess.run(command_line, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Loaded by Distilled T5 Loader:" in done.stdout
-    assert "stand-ins" in done.stdout, "it says that the pictures are noise"
-    timings = json.loads((out / "timings.json").read_text(encoding="utf-8"))
-    assert len(timings["runs"]) == 2
-    for run in timings["runs"]:
-        assert f"Running {timings['workflow']}: {run['prompt']}\n" in done.stdout
-        with Image.open(out / run["file"]) as picture:
-            assert list(picture.size) == run["size_px"]
-            assert len(picture.getcolors(1 << 24) or []) > 1000, "a picture of one colour is no picture"
-        assert run["seconds"] > 0
-    assert "T5-Base from distilled_t5_base.safetensors" in timings["runs"][0]["loaded"]
-    first, second = (Image.open(out / run["file"]).tobytes() for run in timings["runs"])
-    assert first != second, "another prompt gives another picture"
+    return done.stdout, json.loads((out / "demo.json").read_text(encoding="utf-8"))
+
+
+def test_demo_draws_with_teacher_and_student_and_judges_every_picture(comfyui_path: Path, tmp_path: Path) -> None:
+    said, told = demo(comfyui_path, tmp_path / "out")
+    assert list(told["right"]) == ["miniature_teacher.safetensors", "miniature_student_quarter.safetensors"]
+    for encoder, right in told["right"].items():
+        assert list(right) == list(TASKS)
+        total = sum(int(count.split(" of ")[0]) for count in right.values())
+        assert total >= 9, f"{encoder}: {total} of 12"
+        assert f"{total:2} of 12  {encoder}" in said
+    assert "python dev.py serve" in said
+    with Image.open(tmp_path / "out" / "contact-sheet.png") as sheet:
+        assert sheet.height > 12 * 192
+        assert len(sheet.convert("RGB").getcolors(1 << 24) or []) > 10
+
+
+def test_demo_with_train_shows_a_new_student_before_and_after(comfyui_path: Path, tmp_path: Path) -> None:
+    said, told = demo(comfyui_path, tmp_path / "out", "--train", "--train-steps", "16")
+    teacher, before, after = told["right"]
+    assert (teacher, before, after) == ("miniature_teacher.safetensors", "demo_student_step-000002.safetensors", "demo_student.safetensors")
+    assert "Step 16 of 16" in said or "16/16" in said
+    assert sum(int(count[0]) for count in told["right"][before].values()) <= 2, "it knows nothing yet"
 
 
 def failed_demo(comfyui: Path, out: Path) -> str:

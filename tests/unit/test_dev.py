@@ -127,7 +127,7 @@ def beside_tools(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     pretend_in(dev, tmp_path, monkeypatch)
     monkeypatch.setattr(dev, "ROOT", tmp_path)
     monkeypatch.setattr(dev, "set_up", lambda: Path("/the/host"))
-    for folder, names in {"devtools": ("__init__", "demo", "serve"), "benchmarks": ("one", "two"), "": ("__init__",)}.items():
+    for folder, names in {"devtools": ("__init__", "demo", "miniature", "serve"), "benchmarks": ("one", "two"), "": ("__init__",)}.items():
         (tmp_path / folder).mkdir(exist_ok=True)
         for name in names:
             (tmp_path / folder / f"{name}.py").write_text("" if name == "__init__" else TOOL.format(name=name))
@@ -141,6 +141,8 @@ def beside_tools(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_each_word_reaches_its_tool(beside_tools: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     said = {
         "demo": ["demo --comfyui /the/host"],
+        "demo --train": ["demo --comfyui /the/host --train"],
+        "miniature --only tenth": ["miniature --comfyui /the/host --only tenth"],
         "serve": [f"serve --comfyui /the/host --port 8188 --base {tmp_path / '.dev' / 'serve'}"],
         "serve --port 8300 --base /elsewhere": ["serve --comfyui /the/host --port 8300 --base /elsewhere"],
         "bench --quick": ["== one.py", "one --quick /the/host", "== two.py", "two --quick /the/host"],

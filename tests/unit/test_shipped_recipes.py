@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 import tomllib
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from distilled_t5.miniature.captions import TOKEN_LENGTH
+from distilled_t5.miniature.folders import MODELS
+from distilled_t5.miniature.teacher import LAYOUT
+from distilled_t5.miniature.world import SIDE_PX
 from distilled_t5.train.objectives import OBJECTIVES
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.recipe_file import SHIPPED, options
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
 SCHNELL = [name for name in NAMES if name.startswith("schnell")]
+MINIATURE = ["half", "quarter", "tenth", "fortieth"]
 DEV = [name for name in NAMES if name.startswith("flux-dev")]
 KEYS = {
     "": ["name", "seed"],
@@ -63,6 +69,7 @@ def test_shipped_recipes_are_those_promised():
         "schnell-16gb",
         "schnell-12gb",
         "smoke",
+        *(f"miniature-{size}" for size in MINIATURE),
     ]
     assert sorted(promised) == sorted(NAMES)
 
@@ -138,3 +145,22 @@ def test_smoke_needs_no_file_and_is_small():
     assert {stage.objective for stage in recipe.stages} == set(OBJECTIVES)
     assert recipe.student.student_layout(4096).parameters < 4_000_000
     assert sum(stage.steps for stage in recipe.stages) <= 100
+
+
+def test_students_of_the_miniature_differ_in_size_alone_and_are_as_large_as_they_say():
+    teacher = replace(LAYOUT, vocab_size=0).parameters
+    shares = {}
+    for size in MINIATURE:
+        recipe = load_recipe(f"miniature-{size}")
+        others = {line.split(":")[0] for line in load_recipe("miniature-half").differences(recipe)}
+        assert others <= {"name", "output.name", "student.projection_width"} | {key for key in others if key.startswith("student.layout.")}
+        shares[size] = replace(recipe.student.student_layout(LAYOUT.d_model), vocab_size=0).parameters / teacher
+    assert shares == pytest.approx({"half": 1 / 2, "quarter": 1 / 4, "tenth": 1 / 10, "fortieth": 1 / 40}, rel=0.2)
+
+
+def test_students_of_the_miniature_need_nothing_but_the_pack():
+    recipe = load_recipe("miniature-quarter")
+    assert {recipe.teacher.t5, recipe.diffusion_model.file, recipe.preview.vae} == set(MODELS)
+    assert all((SHIPPED.parent / corpus.path).is_file() for stage in recipe.stages for corpus in stage.corpora)
+    assert recipe.stages[0].resolution_px == SIDE_PX
+    assert recipe.sampling.token_lengths == (TOKEN_LENGTH,)

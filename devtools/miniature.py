@@ -1,0 +1,126 @@
+"""Makes and measures the miniature: `python dev.py miniature`. Models where they are missing, students, baselines, tables.
+
+Every part that is there already is kept, so a stopped command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..miniature.folders import KINDS, SHIPPED, place
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / ".dev" / "miniature"
+SIZES = ("half", "quarter", "tenth", "fortieth")
+CORPORA = ("objects", "semantics", "text")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A student: its name, the shipped recipe, what is set otherwise."""
+
+    name: str
+    recipe: str
+    settings: tuple[str, ...] = ()
+
+
+def only(corpus: str) -> tuple[str, ...]:
+    """The settings that leave one corpus of the three, at equal steps."""
+    return (f'stage.0.corpora=[{{kind="lines", path="miniature/prompts/{corpus}.txt"}}]',)
+
+
+RUNS = (
+    *(Run(f"miniature_student_{size}", f"miniature-{size}") for size in SIZES),
+    Run("quarter_naive", "miniature-quarter", ("stage.0.objective=embedding",)),
+    *(Run(f"quarter_{corpus}_only", "miniature-quarter", only(corpus)) for corpus in CORPORA),
+)
+CONTEXT_FREE = "context_free"
+
+
+def student_file(work: Path, name: str) -> Path:
+    """Where the trainer leaves a student."""
+    return work / "models" / "text_encoders" / f"{name}.safetensors"
+
+
+def call(*arguments: str | Path) -> None:
+    """Run one of the pack's commands; what it prints is seen. Raises RuntimeError if it does not end well."""
+    command = [sys.executable, *map(str, arguments)]
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code:
+        raise RuntimeError(
+            f"{' '.join(command[1:3])} ended with status {code}.\nWhat to do: see what it printed; the same command goes on."
+        )
+
+
+def make_models(comfyui: Path, work: Path) -> None:
+    """Train teacher and Flux, unless all three files are shipped, and put them where the pack ships them."""
+    if all(place(SHIPPED, name).is_file() for name in KINDS):
+        return
+    out = work / "made"
+    resume = ["--resume"] if out.is_dir() else []
+    call(ROOT / "miniature", "all", "--bf16", "--out", out, "--comfyui", comfyui, *resume)
+    for name in KINDS:
+        place(SHIPPED, name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(place(out, name), place(SHIPPED, name))
+
+
+def train_student(run: Run, comfyui: Path, work: Path, steps: int | None, flags: list[str]) -> None:
+    """Train a student by the product's own command, unless it is there."""
+    if student_file(work, run.name).is_file():
+        return
+    folder = work / "runs" / run.name
+    settings = [f"output.name={run.name}", *run.settings, *([] if steps is None else [f"stage.0.steps={steps}"])]
+    sets = [part for setting in settings for part in ("--set", setting)]
+    resume = ["--resume"] if (folder / "checkpoints").is_dir() else []
+    call(ROOT / "train", run.recipe, "--run", folder, "--comfyui", comfyui, *sets, *resume, "--", "--base-directory", work, *flags)
+
+
+def train_baseline(comfyui: Path, work: Path, steps: int | None) -> Path:
+    """Train the encoder without context, unless it is there."""
+    path = work / f"{CONTEXT_FREE}.safetensors"
+    if not path.is_file():
+        call("-m", "distilled_t5.devtools.miniature_results", "--comfyui", comfyui, "--baseline", path, *_steps(steps))
+    return path
+
+
+def _steps(steps: int | None) -> list[str]:
+    return [] if steps is None else ["--steps", str(steps)]
+
+
+def main() -> None:
+    """Read the command line, then make and measure all there is."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--comfyui", type=Path, required=True, help="folder of ComfyUI's main.py")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for runs and students (default: .dev/miniature)")
+    parser.add_argument("--count", type=int, default=200, help="pictures of each task that an encoder is asked for")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each student (default: as in the recipes)")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="train only these students: " + ", ".join(run.name for run in RUNS))
+    options = parser.parse_args()
+    try:
+        make_models(options.comfyui, options.work)
+        for run in RUNS:
+            if options.only is None or run.name in options.only:
+                train_student(run, options.comfyui, options.work, options.steps, [])
+        if options.only is None or CONTEXT_FREE in options.only:
+            train_baseline(options.comfyui, options.work, options.steps)
+        call(
+            "-m",
+            "distilled_t5.devtools.miniature_results",
+            "--comfyui",
+            options.comfyui,
+            "--work",
+            options.work,
+            "--count",
+            str(options.count),
+        )
+    except (RuntimeError, OSError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""A sheet of the miniature's pictures: a row per prompt, a column per encoder, and under each picture what the reader says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..miniature.reader import read, verdict
+from ..miniature.world import Scene
+
+PICTURE_PX, GAP_PX, LINE_PX, TEXT_PX, CAPTION_PX = 192, 12, 18, 13, 300
+PAPER, INK, RIGHT, WRONG = (255, 255, 255), (32, 32, 32), (0, 120, 50), (190, 30, 30)
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    """A picture [H, W, 3] from 0 to 1."""
+    return np.asarray(picture.convert("RGB"), dtype=np.float64) / 255
+
+
+def told(scene: Scene, picture: Image.Image) -> str:
+    """The verdict in a few words: right, or what the picture shows instead."""
+    if verdict(scene, pixels(picture)):
+        return "right"
+    reading = read(pixels(picture))
+    if reading is None:
+        return "wrong: nothing readable"
+    if reading.words:
+        return f"wrong: {reading.ink} {' '.join(reading.words)}, {reading.background}"
+    shown = ", ".join(f"{thing.colour} {thing.shape}" for thing in reading.things)
+    return f"wrong: {shown or 'empty'}, {reading.background}"
+
+
+def verdict_sheet(questions: Sequence[tuple[Scene, str]], columns: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
+    """The sheet; every column holds a picture for every question."""
+    font = ImageFont.load_default(TEXT_PX)
+    row_px = PICTURE_PX + LINE_PX + GAP_PX
+    width = CAPTION_PX + len(columns) * (PICTURE_PX + GAP_PX) + GAP_PX
+    sheet = Image.new("RGB", (width, GAP_PX + LINE_PX + row_px * len(questions)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, name in enumerate(columns):
+        draw.text((_left(number), GAP_PX), name, fill=INK, font=font)
+    for row, (scene, caption) in enumerate(questions):
+        top = GAP_PX + LINE_PX + row * row_px
+        draw.multiline_text((GAP_PX, top), _broken(caption, font), fill=INK, font=font)
+        for number, pictures in enumerate(columns.values()):
+            shown = pictures[row].convert("RGB").resize((PICTURE_PX, PICTURE_PX), Image.Resampling.NEAREST)
+            sheet.paste(shown, (_left(number), top))
+            said = told(scene, pictures[row])
+            colour = RIGHT if said == "right" else WRONG
+            draw.text((_left(number), top + PICTURE_PX + 1), _short(said, font), fill=colour, font=font)
+    return sheet
+
+
+def _left(column: int) -> int:
+    return CAPTION_PX + column * (PICTURE_PX + GAP_PX)
+
+
+def _short(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    while font.getlength(text) > PICTURE_PX:
+        text = text[:-4] + "..."
+    return text
+
+
+def _broken(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The caption in lines as wide as its column."""
+    lines = [""]
+    for word in caption.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > CAPTION_PX - 2 * GAP_PX:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""The shipped miniature end to end: pictures that code reads back, through shipped workflows and stock nodes, with teacher and student."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from distilled_t5.devtools.server import ComfyServer
+from distilled_t5.devtools.verdict_sheet import pixels
+from distilled_t5.devtools.workflow import set_inputs, to_api_prompt
+from distilled_t5.miniature.folders import LORA_FILE, SHIPPED
+from distilled_t5.miniature.lora import repainted
+from distilled_t5.miniature.measure import questions
+from distilled_t5.miniature.reader import verdict
+from distilled_t5.miniature.world import CELL_PX, TASKS, Scene, render
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+ENCODERS = ("miniature_teacher.safetensors", "miniature_student_quarter.safetensors")
+LISTS = (("UNETLoader", "unet_name"), ("VAELoader", "vae_name"), ("DistilledT5Loader", "clip_name2"), ("LoraLoader", "lora_name"))
+Question = tuple[Scene, str]
+
+
+@pytest.fixture(scope="module")
+def prompt(server: ComfyServer) -> dict[str, Any]:
+    """example_workflows/miniature.json as an API prompt."""
+    workflow = json.loads((ROOT / "example_workflows" / "miniature.json").read_text(encoding="utf-8"))
+    return to_api_prompt(workflow, server.object_info())
+
+
+@pytest.fixture(params=ENCODERS, ids=["teacher", "student"])
+def encoder(request: pytest.FixtureRequest, prompt: dict[str, Any]) -> str:
+    set_inputs(prompt, "DistilledT5Loader", clip_name2=request.param)
+    return request.param
+
+
+def asked(count: int, tasks: Sequence[str] = TASKS) -> list[Question]:
+    return [question for task in tasks for question in questions(task, count)]
+
+
+def drawn(server: ComfyServer, prompt: dict[str, Any], asked_for: Sequence[Question]) -> list[Image.Image]:
+    pictures = []
+    for seed, (_, caption) in enumerate(asked_for):
+        set_inputs(prompt, "DistilledT5TextEncode", text=caption)
+        set_inputs(prompt, "KSampler", seed=seed)
+        [picture] = server.images(server.run(prompt))
+        pictures.append(picture)
+    return pictures
+
+
+def right(asked_for: Sequence[Question], pictures: Sequence[Image.Image], shown: Callable[[Scene], Scene] = lambda scene: scene) -> int:
+    return sum(verdict(shown(scene), pixels(picture)) for (scene, _), picture in zip(asked_for, pictures, strict=True))
+
+
+def test_the_shipped_files_are_listed_after_the_users_own(server: ComfyServer) -> None:
+    info = server.object_info()
+    files = {path.name for path in SHIPPED.rglob("*.safetensors")}
+    assert files
+    listed: set[str] = set()
+    for node, name in (
+        ("UNETLoader", "unet_name"),
+        ("VAELoader", "vae_name"),
+        ("DistilledT5Loader", "clip_name2"),
+        ("LoraLoader", "lora_name"),
+    ):
+        spec = info[node]["input"]["required"][name]
+        listed |= set(spec[0] if isinstance(spec[0], list) else spec[1]["options"])
+    assert files <= listed
+
+
+def test_pictures_of_held_out_combinations_read_back_right(server: ComfyServer, prompt: dict[str, Any], encoder: str) -> None:
+    asked_for = asked(4)
+    assert right(asked_for, drawn(server, prompt, asked_for)) >= 20, "of 24"
+
+
+def test_four_steps_are_enough_for_most(server: ComfyServer, prompt: dict[str, Any], encoder: str) -> None:
+    asked_for = asked(4)
+    set_inputs(prompt, "KSampler", steps=4)
+    try:
+        assert right(asked_for, drawn(server, prompt, asked_for)) >= 14, "of 24"
+    finally:
+        set_inputs(prompt, "KSampler", steps=20)
+
+
+def with_lora(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The workflow with a LoraLoader between the models and all that uses them."""
+    prompt = json.loads(json.dumps(prompt))
+    by_type = {node["class_type"]: node_id for node_id, node in prompt.items()}
+    unet, clip = by_type["UNETLoader"], by_type["DistilledT5Loader"]
+    for node in prompt.values():
+        node["inputs"] |= {name: ["lora", 0] for name, value in node["inputs"].items() if value == [unet, 0]}
+        node["inputs"] |= {name: ["lora", 1] for name, value in node["inputs"].items() if value == [clip, 0]}
+    inputs = {"model": [unet, 0], "clip": [clip, 0], "lora_name": LORA_FILE, "strength_model": 1.0, "strength_clip": 1.0}
+    return prompt | {"lora": {"class_type": "LoraLoader", "inputs": inputs, "_meta": {"title": "Palette"}}}
+
+
+def test_a_lora_works_with_the_student_as_with_the_teacher(server: ComfyServer, prompt: dict[str, Any], encoder: str) -> None:
+    asked_for = asked(4, ("single_object", "colour_shape_binding", "word"))
+    pictures = drawn(server, with_lora(prompt), asked_for)
+    assert right(asked_for, pictures, repainted) >= 8, "of 12"
+    assert right(asked_for, pictures) == 0
+
+
+def from_picture(prompt: dict[str, Any], name: str, denoise: float) -> dict[str, Any]:
+    """The workflow that starts from a picture in the input folder instead of nothing."""
+    prompt = json.loads(json.dumps(prompt))
+    by_type = {node["class_type"]: node_id for node_id, node in prompt.items()}
+    [vae] = [node_id for node_id, node in prompt.items() if node["class_type"] == "VAELoader"]
+    set_inputs(prompt, "KSampler", latent_image=["encoded", 0], denoise=denoise)
+    del prompt[by_type["EmptySD3LatentImage"]]
+    nodes = {
+        "source": {"class_type": "LoadImage", "inputs": {"image": name}},
+        "encoded": {"class_type": "VAEEncode", "inputs": {"pixels": ["source", 0], "vae": [vae, 0]}},
+    }
+    return prompt | {node_id: node | {"_meta": {"title": node_id}} for node_id, node in nodes.items()}
+
+
+def test_a_picture_is_changed_to_what_the_prompt_says_and_else_kept(server: ComfyServer, prompt: dict[str, Any], encoder: str) -> None:
+    """Image to image at half the noise: the place, the shape and the background stay, and the colour becomes the caption's."""
+    kept = 0
+    for number, (scene, _) in enumerate(questions("single_object", 4)):
+        path = server.base / "input" / f"miniature-{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((render(scene, CELL_PX) * 255).round().astype(np.uint8)).save(path)
+        changed = from_picture(prompt, path.name, denoise=0.9)
+        new = repainted(scene)
+        [thing] = new.things
+        set_inputs(changed, "DistilledT5TextEncode", text=f"a {thing.colour} {thing.shape}")
+        [picture] = server.images(server.run(changed))
+        kept += verdict(new, pixels(picture))
+    assert kept >= 3, "of 4"
