@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
+from ..encoder.prompt_length import t5_tokens
 from ..train.token_ids import END, PAD
 
 UNKNOWN_TOKEN, UNKNOWN_SIGN = 2, "\N{REPLACEMENT CHARACTER}"
@@ -43,14 +44,8 @@ def word_positions(clip: Any, prompt: str, word: str) -> list[int]:
 
 def t5_pieces(clip: Any, text: str) -> list[str]:
     """What each T5 token of a text stands for, "" for tokens without text; prompt weights and the like are the tokenizer's."""
-    tokens = clip.tokenize(text)
-    if "t5xxl" not in tokens:
-        raise ValueError(
-            f"This CLIP has no T5 (its tokens are for {', '.join(tokens)}).\n"
-            "What to do: connect a Distilled T5 Loader, or another CLIP for Flux."
-        )
-    names = clip.tokenizer.t5xxl.inv_vocab
-    return [_piece(token[0], names) for chunk in tokens["t5xxl"] for token in chunk]
+    tokens = t5_tokens(clip.tokenize(text))
+    return [_piece(token, clip.tokenizer.t5xxl.inv_vocab) for token, *_ in tokens]
 
 
 def _piece(token: Any, names: dict[int, str]) -> str:
