@@ -34,8 +34,11 @@ def only(corpus: str) -> tuple[str, ...]:
     return (f'stage.0.corpora=[{{kind="lines", path="miniature/prompts/{corpus}.txt"}}]',)
 
 
+MIDDLE = "miniature_student_quarter"
+# The checkpoints of the middle student are the points of the cost curve.
+CURVE = ("checkpoints.every_steps=200", "checkpoints.keep_last=100")
 RUNS = (
-    *(Run(f"miniature_student_{size}", f"miniature-{size}") for size in SIZES),
+    *(Run(f"miniature_student_{size}", f"miniature-{size}", CURVE if size == "quarter" else ()) for size in SIZES),
     Run("quarter_naive", "miniature-quarter", ("stage.0.objective=embedding",)),
     *(Run(f"quarter_{corpus}_only", "miniature-quarter", only(corpus)) for corpus in CORPORA),
 )

@@ -8,15 +8,17 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+import tomllib
 from pathlib import Path
 from typing import Any
 
 from ..train.host import start_comfyui
-from .miniature import CONTEXT_FREE, ROOT, RUNS, SIZES, WORK, Run, student_file
+from .miniature import CONTEXT_FREE, MIDDLE, RUNS, WORK, Run, student_file
+from .miniature_tables import RESULTS, blocks, write
 
-RESULTS = ROOT / "miniature" / "results.json"
 ENCODES = 50
+# A point of the curve needs fewer pictures than a row of the table.
+CURVE_SHARE = 4
 UNTRAINED = "untrained"
 
 
@@ -88,6 +90,33 @@ def shipped_or_made(work: Path, name: str) -> Path | None:
     return next((path for path in places if path.is_file()), None)
 
 
+def training_s(run: Path, steps: int) -> float:
+    """Seconds that a run spent in its first optimizer steps, without validations, previews and checkpoints."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    batch = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))["stage"][0]["batch"]
+    return sum(batch / row["samples_per_s"] for row in rows if "loss" in row and row["step"] <= steps)
+
+
+def curve(painter: Any, work: Path, teacher: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """What the middle student kept of the teacher at each of its checkpoints; empty if it was not trained on this machine."""
+    from ..miniature.measure import scores, share_of
+    from ..miniature.paint import served
+    from ..miniature.world import TASKS
+
+    points, run = [], work / "runs" / MIDDLE
+    for folder in sorted((run / "checkpoints").glob("step-*")):
+        steps = int(folder.name.removeprefix("step-"))
+        found = scores(functools.partial(painter.paint, served(folder / "student.safetensors")), count, TASKS)
+        share = round(share_of(found, teacher["scores"]), 4)
+        points.append({"steps": steps, "training_s": round(training_s(run, steps), 1), "share_of_teacher": share, "n": count})
+    return points
+
+
+def kept_curve() -> list[dict[str, Any]]:
+    """The curve in results.json: where the run's checkpoints are gone, it cannot be measured again."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")).get("curve", []) if RESULTS.is_file() else []
+
+
 def results(comfyui: Path, work: Path, count: int) -> dict[str, Any]:
     """Measure the teacher and every student and baseline that there is."""
     from ..miniature.corruption import load_tokenizer
@@ -120,37 +149,8 @@ def results(comfyui: Path, work: Path, count: int) -> dict[str, Any]:
         "teacher": told["tasks"],
         "teacher_facts": told,
         "students": students,
+        "curve": curve(painter, work, teacher, max(count // CURVE_SHARE, 1)) or kept_curve(),
     }
-
-
-def percent(tasks: dict[str, Any], columns: Sequence[str]) -> list[str]:
-    """Accuracies with the reach of their 95 % intervals."""
-    return [f"{100 * tasks[name]['accuracy']:.1f} ({100 * tasks[name]['low']:.0f}-{100 * tasks[name]['high']:.0f})" for name in columns]
-
-
-def tables(found: dict[str, Any]) -> str:
-    """The scaling-down table, and that of ablations and baselines, as Markdown."""
-    from .measure import table
-
-    columns = list(found["teacher"])
-    head = ["encoder", "weights without tokens", "MB", "encode, ms", *(name.replace("_", " ") for name in columns), "share of teacher"]
-    scaled = [f"miniature_student_{size}" for size in SIZES]
-    by_name = {"teacher": found["teacher_facts"], **{student["name"]: student for student in found["students"]}}
-    parts = []
-    for names in (
-        ["teacher", *(name for name in scaled if name in by_name)],
-        [name for name in by_name if name not in ("teacher", *scaled)],
-    ):
-        rows = [_row(by_name[name], columns) for name in names]
-        parts.append(table(head, rows))
-    return "\n\n".join(parts)
-
-
-def _row(student: dict[str, Any], columns: Sequence[str]) -> list[Any]:
-    weights = student.get("parameters_without_tokens")
-    share = f"{100 * student['share_of_teacher']:.1f} %" if "share_of_teacher" in student else ""
-    size = f"{student['bytes'] / 1e6:.1f}"
-    return [student["name"], f"{weights:,}" if weights else "-", size, student["encode_ms"], *percent(student["tasks"], columns), share]
 
 
 def main() -> None:
@@ -174,7 +174,10 @@ def main() -> None:
         return
     found = results(options.comfyui, options.work, options.count)
     options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(tables(found))
+    if options.out == RESULTS:
+        write(found)
+    for text in blocks(found).values():
+        print(f"\n{text}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""What miniature/results.json says, as tables between the marks of miniature/README.md and as a plot."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .host import ROOT
+from .measure import table
+from .miniature import SIZES
+
+RESULTS, PAGE, PLOT = ROOT / "miniature" / "results.json", ROOT / "miniature" / "README.md", ROOT / "assets" / "miniature-scaling.png"
+SCALED = [f"miniature_student_{size}" for size in SIZES]
+MARKS = "<!-- {0}: python dev.py miniature -->\n\n", "\n\n<!-- end of {0} -->"
+
+
+def blocks(found: dict[str, Any]) -> dict[str, str]:
+    """Every table by the name of its marks."""
+    by_name = {student["name"]: student for student in found["students"]}
+    others = [name for name in by_name if name not in SCALED]
+    return {
+        "scaling": _accuracies([found["teacher_facts"], *(by_name[name] for name in SCALED if name in by_name)]),
+        "ablation": _accuracies([by_name[name] for name in others]),
+        "curve": table(["optimizer steps", "minutes", "share of teacher"], [_point(point) for point in found["curve"]]),
+    }
+
+
+def _accuracies(students: Sequence[dict[str, Any]]) -> str:
+    tasks = list(students[0]["tasks"])
+    head = ["encoder", "weights without tokens", "MB", "encode, ms", *(name.replace("_", " ") for name in tasks), "share of teacher"]
+    return table(head, [_row(student, tasks) for student in students])
+
+
+def _row(student: dict[str, Any], tasks: Sequence[str]) -> list[Any]:
+    weights, share = student.get("parameters_without_tokens"), student.get("share_of_teacher")
+    size = f"{student['bytes'] / 1e6:.1f}"
+    told = [_percent(student["tasks"][task]) for task in tasks]
+    return [
+        student["name"],
+        f"{weights:,}" if weights else None,
+        size,
+        student["encode_ms"],
+        *told,
+        f"{100 * share:.1f} %" if share else None,
+    ]
+
+
+def _percent(score: dict[str, Any]) -> str:
+    """Accuracy in percent with its 95 % interval."""
+    return f"{100 * score['accuracy']:.1f} ({100 * score['low']:.0f}-{100 * score['high']:.0f})"
+
+
+def _point(point: dict[str, Any]) -> list[Any]:
+    return [point["steps"], f"{point['training_s'] / 60:.1f}", f"{100 * point['share_of_teacher']:.1f} %"]
+
+
+def told(page: str, found: dict[str, Any]) -> str:
+    """The page with its tables as `found` has them. Raises ValueError if a table has no marks there."""
+    for name, text in blocks(found).items():
+        start, end = (mark.format(name) for mark in MARKS)
+        page, count = re.subn(re.escape(start) + ".*?" + re.escape(end), lambda _, new=start + text + end: new, page, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(
+                f"The page has {count} places for the table `{name}`; one was expected, between {start.strip()} and {end.strip()}."
+            )
+    return page
+
+
+def write(found: dict[str, Any]) -> None:
+    """Renew the page's tables and the plot."""
+    PAGE.write_text(told(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    plot(found, PLOT)
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Accuracy against the encoder's size, a line per task, and what the middle student kept of the teacher against its steps."""
+    from matplotlib.figure import Figure
+
+    by_name = {student["name"]: student for student in found["students"]}
+    scaled = [by_name[name] for name in reversed(SCALED) if name in by_name] + [found["teacher_facts"]]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    sizes = [student["parameters_without_tokens"] / 1e6 for student in scaled]
+    for task in found["teacher"]:
+        scores = [student["tasks"][task] for student in scaled]
+        reach = [[score["accuracy"] - score["low"] for score in scores], [score["high"] - score["accuracy"] for score in scores]]
+        left.errorbar(sizes, [score["accuracy"] for score in scores], reach, marker="o", capsize=2, label=task.replace("_", " "))
+    left.set(
+        xscale="log",
+        ylim=(-0.02, 1.02),
+        xlabel="weights without the token table, millions (right: the teacher)",
+        ylabel="right pictures, share",
+    )
+    left.legend(fontsize=8)
+    curve = found["curve"]
+    right.plot([point["steps"] for point in curve], [point["share_of_teacher"] for point in curve], marker="o")
+    right.set(ylim=(-0.02, 1.05), xlabel="optimizer steps of the student of a quarter", ylabel="share of the teacher's accuracy")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
