@@ -28,7 +28,7 @@ class DistilledT5EncoderReport(io.ComfyNode):
             category="Distilled T5",
             description=(
                 "Measures what text encoders cost on this machine: parameters, bytes, and the time to load, to encode and to change the "
-                "prompt. Each is encoded with again at every run of the node; other models stay where they are."
+                "prompt, side by side in a table. Other models stay where they are."
             ),
             search_aliases=["text encoder benchmark", "T5 speed", "T5 memory", "compare encoders", "encode time"],
             is_output_node=True,
