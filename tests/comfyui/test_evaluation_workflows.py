@@ -1,4 +1,4 @@
-"""The workflows that measure encoders, in a real server on an untrained miniature: what they show is of this run, never of an earlier one."""
+"""The workflows that measure encoders, in a real server on an untrained miniature: what they show is of this run and of no earlier one."""
 
 from __future__ import annotations
 
