@@ -102,7 +102,7 @@ def attention_map() -> Json:
     canvas.group("3. Size and sampling", "sampling", [size, sampler, decode, scale])
     last = Column(canvas, PICTURE_X, PICTURE_W)
     behind: dict[str, Port] = {"attention": (record, "ATTENTION"), "samples": (sampler, "LATENT"), "image": (scale, "IMAGE")}
-    drawn = last.add("DistilledT5AttentionMapImage", 180, 0, 0.6, inputs=behind, **OUR_LOOK)
+    drawn = last.add("DistilledT5AttentionMapImage", 640, 0, 0.6, inputs=behind, **OUR_LOOK)
     shown = show(last, 120, (drawn, "info"), (drawn, "IMAGE"), "distilled-t5/attention-map")
     canvas.group("4. Where Flux looks", "picture", [drawn, *shown])
     return canvas.to_json()
@@ -126,7 +126,7 @@ def encoder_map() -> Json:
     one, other = encoders(canvas)
     right = Column(canvas, PROMPT_X, PICTURE_W)
     wires: dict[str, Port] = {"clip_1": (one, "CLIP"), "clip_2": (other, "CLIP")}
-    drawn = right.add("DistilledT5EncoderMap", 760, MAP_PROMPTS, 0, inputs=wires, **OUR_LOOK)
+    drawn = right.add("DistilledT5EncoderMap", 760, MAP_PROMPTS, 0, "fixed", inputs=wires, **OUR_LOOK)
     shown = show(right, 120, (drawn, "info"), (drawn, "IMAGE"), "distilled-t5/encoder-map")
     canvas.group("2. The map", "picture", [drawn, *shown])
     return canvas.to_json()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..evaluate.attention import enlarged, from_least_to_most, overlaid, word_positions
 from ..evaluate.attention_recorder import AttentionRecorder, map_of, recording_model
+from .show import shown
 
 Attention = io.Custom("DISTILLED_T5_ATTENTION")
 MAX_STEPS = 10_000
@@ -76,6 +77,7 @@ class DistilledT5AttentionMapImage(io.ComfyNode):
                 "and blocks, at one step or over all. Another step needs no new sampling."
             ),
             search_aliases=["attention map", "attention heatmap", "heat map image", "show attention"],
+            is_output_node=True,
             inputs=[
                 Attention.Input("attention", tooltip="Of Distilled T5 Cross-Attention Map."),
                 io.Latent.Input("samples", tooltip="The LATENT as the sampler gives it: it says which sampling is meant."),
@@ -114,4 +116,5 @@ class DistilledT5AttentionMapImage(io.ComfyNode):
             f"attention to {attention.word.strip()!r} ({len(attention.positions)} T5 tokens), {when}, {len(map_NHW)} pictures: "
             f"{100 * float(map_NHW.min()):.3g} % to {100 * float(map_NHW.max()):.3g} % of each image token's attention"
         )
-        return io.NodeOutput(overlaid(mask_NHW, image, opacity), mask_NHW, info, ui=ui.PreviewText(info))
+        drawn = overlaid(mask_NHW, image, opacity)
+        return io.NodeOutput(drawn, mask_NHW, info, ui=shown(drawn, info, cls))

@@ -39,6 +39,7 @@ class DistilledT5EncoderMap(io.ComfyNode):
                     default=0,
                     min=0,
                     max=MAX_SEED,
+                    control_after_generate=True,
                     tooltip="The map begins with points drawn by this seed; the same seed, the same map.",
                 ),
             ],
