@@ -63,9 +63,9 @@ def check_written_text() -> Json:
     canvas = begin("check-written-text", notes.CHECK_WRITTEN_TEXT)
     unet, loader, vae = load_models(Column(canvas, MODELS_X, MODELS_W), "flux1-dev.safetensors")
     middle = Column(canvas, PROMPT_X, PROMPT_W)
-    asked = middle.add("DistilledT5CommonTextPrompt", 140, 7, "fixed", "validation", **OUR_LOOK)
+    asked = middle.add("DistilledT5CommonTextPrompt", 170, 7, "fixed", "validation", **OUR_LOOK)
     wires: dict[str, Port] = {"clip": (loader, "CLIP"), "text": (asked, "prompt")}
-    encode = middle.add("DistilledT5TextEncode", 240, "", 3.5, inputs=wires, **OUR_LOOK)
+    encode = middle.add("DistilledT5TextEncode", 280, "", 3.5, inputs=wires, **OUR_LOOK)
     negative = middle.add("ConditioningZeroOut", 60, inputs={"conditioning": (encode, "CONDITIONING")}, title="Empty negative")
     canvas.group("2. A text to write", "prompt", [asked, encode, negative])
     right = Column(canvas, SAMPLING_X, SAMPLING_W)
@@ -103,7 +103,7 @@ def attention_map() -> Json:
     last = Column(canvas, PICTURE_X, PICTURE_W)
     behind: dict[str, Port] = {"attention": (record, "ATTENTION"), "samples": (sampler, "LATENT"), "image": (scale, "IMAGE")}
     drawn = last.add("DistilledT5AttentionMapImage", 640, 0, 0.6, inputs=behind, **OUR_LOOK)
-    shown = show(last, 120, (drawn, "info"), (drawn, "IMAGE"), "distilled-t5/attention-map")
+    shown = show(last, 160, (drawn, "info"), (drawn, "IMAGE"), "distilled-t5/attention-map")
     canvas.group("4. Where Flux looks", "picture", [drawn, *shown])
     return canvas.to_json()
 
@@ -127,7 +127,7 @@ def encoder_map() -> Json:
     right = Column(canvas, PROMPT_X, PICTURE_W)
     wires: dict[str, Port] = {"clip_1": (one, "CLIP"), "clip_2": (other, "CLIP")}
     drawn = right.add("DistilledT5EncoderMap", 760, MAP_PROMPTS, 0, "fixed", inputs=wires, **OUR_LOOK)
-    shown = show(right, 120, (drawn, "info"), (drawn, "IMAGE"), "distilled-t5/encoder-map")
+    shown = show(right, 160, (drawn, "info"), (drawn, "IMAGE"), "distilled-t5/encoder-map")
     canvas.group("2. The map", "picture", [drawn, *shown])
     return canvas.to_json()
 

@@ -74,9 +74,11 @@ class AttentionRecorder:
         chunks, x_BCHW, context_BLD = options["cond_or_uncond"], call["x"], call["context"]
         pictures = len(x_BCHW) // len(chunks)
         expected = [embedding.to(context_BLD) for embedding in self._embeddings]
-        rows = [row for row in range(len(x_BCHW)) if chunks[row // pictures] == POSITIVE and _starts_with(context_BLD[row], expected)]
+        rows = [row for row in range(len(x_BCHW)) if _starts_with(context_BLD[row], expected)]
         if not rows:
             return None
+        # A negative of the same text is left out; guiders with more than two texts give the positive another place.
+        rows = [row for row in rows if chunks[row // pictures] == POSITIVE] or rows
         step = step_of(float(options["sigmas"][0]), options["sample_sigmas"].tolist())
         references = sum(_tokens(latent) for latent in call.get("ref_latents") or [])
         return Forward(self.positions, rows, [row % pictures for row in rows], step, context_BLD.shape[1], _grid(x_BCHW), references)

@@ -60,19 +60,20 @@ def measure(clip: Any, name: str, prompt: str, repeats: int, progress: Progress 
     def encode() -> None:
         clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
-    told, device = progress or (lambda _done, _total: None), clip.patcher.load_device
+    tokens, patcher = len(t5_tokens(clip.tokenize(prompt))), clip.patcher
+    told, device = progress or (lambda _done, _total: None), patcher.load_device
     kinds: list[tuple[Callable[[], Any], bool]] = [(clip.load_model, True), (encode, False), (encode, True)]
-    times: list[list[float]] = [[] for _ in kinds]
+    times, total = [list[float]() for _ in kinds], len(kinds) * repeats
+    told(0, total)
     encode()
-    for number in range(repeats):
-        for kind, (action, from_rest) in enumerate(kinds):
-            told(len(kinds) * number + kind, len(kinds) * repeats)
-            if from_rest:
-                put_to_rest(clip)
-            times[kind].append(seconds(action, device))
-    told(len(kinds) * repeats, len(kinds) * repeats)
-    weights, patcher = list(clip.cond_stage_model.parameters()), clip.patcher
-    sizes = (sum(weight.numel() for weight in weights), patcher.model_size(), len(t5_tokens(clip.tokenize(prompt))))
+    for done in range(total):
+        kind = done % len(kinds)
+        action, from_rest = kinds[kind]
+        if from_rest:
+            put_to_rest(clip)
+        times[kind].append(seconds(action, device))
+        told(done + 1, total)
+    sizes = (sum(weight.numel() for weight in clip.cond_stage_model.parameters()), patcher.model_size(), tokens)
     return Cost(name, *sizes, str(patcher.load_device), str(patcher.offload_device), *map(tuple, times))
 
 
