@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ..encoder.files import Progress
@@ -106,6 +105,8 @@ def rows(costs: Sequence[Cost]) -> list[list[str]]:
 
 
 def _row(cost: Cost) -> list[str]:
+    from statistics import median  # ComfyUI does not import it, so its start need not
+
     times = (cost.load_s, cost.encode_s, cost.prompt_change_s)
     return [
         cost.name,

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..evaluate.annotate import boxes
-from ..evaluate.ocr import OcrScore, belongs, mean, normalised, reading_order, score
-from ..evaluate.readers import READERS, Line, make_reader
+from ..evaluate.readers import READERS
 from .progress import progress_bar
 from .show import image_of, pictures_of, shown
 
@@ -54,29 +52,8 @@ class DistilledT5OCRAccuracy(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: Any, expected: str, reader: str) -> io.NodeOutput:
-        show, pictures = progress_bar(), pictures_of(image)
-        show(0, len(pictures))
-        score(expected, [])  # before a reader is loaded for a text that cannot be compared
-        reads, found = make_reader(reader), []
-        for number, picture in enumerate(pictures):
-            show(number, len(pictures))
-            found.append(reading_order(reads.read(picture)))
-        show(len(pictures), len(pictures))
-        scores = [score(expected, lines) for lines in found]
-        drawn = [boxes(picture, lines, [belongs(expected, line) for line in lines]) for picture, lines in zip(pictures, found, strict=True)]
-        whole, report = mean(scores), report_of(expected, reader, found, scores)
-        image = torch.cat([image_of(picture) for picture in drawn])
-        return io.NodeOutput(whole.character, whole.word, whole.sentence, image, report, ui=shown(image, report, cls))
+        from ..evaluate.ocr_report import read_pictures
 
-
-def report_of(expected: str, reader: str, found: list[list[Line]], scores: list[OcrScore]) -> str:
-    """A line for each picture, and their mean."""
-    lines = [f"expected: {normalised(expected)}"]
-    for number, (read, each) in enumerate(zip(found, scores, strict=True), start=1):
-        text = " / ".join(line.text for line in read) or "no text"
-        lines.append(f"picture {number}: {_percent(each)} | {reader} read: {text}")
-    return "\n".join([*lines, f"mean of {len(scores)}: {_percent(mean(scores))}"])
-
-
-def _percent(score_: OcrScore) -> str:
-    return f"characters {100 * score_.character:.1f} %, words {100 * score_.word:.1f} %, sentence {100 * score_.sentence:.1f} %"
+        found = read_pictures(pictures_of(image), expected, reader, progress_bar())
+        drawn, score = torch.cat([image_of(picture) for picture in found.pictures]), found.score
+        return io.NodeOutput(score.character, score.word, score.sentence, drawn, found.text, ui=shown(drawn, found.text, cls))
