@@ -16,8 +16,8 @@ def shown(image_NHW3: Tensor, text: str, cls: type[io.ComfyNode]) -> dict[str, A
 
 
 def image_of(picture: Any) -> Tensor:
-    """A PIL picture as ComfyUI's IMAGE, [1, H, W, 3] from 0 to 1."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+    """An RGB picture of PIL, or uint8 [H, W, 3], as ComfyUI's IMAGE, [1, H, W, 3] from 0 to 1."""
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
 
 
 def pictures_of(image_NHW3: Tensor) -> list[np.ndarray]:
