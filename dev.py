@@ -29,8 +29,7 @@ DEV, VENV, TOOLS = ROOT / ".dev", ROOT / ".venv", ROOT / ".dev" / "tools"
 KNOWN = json.loads((ROOT / "devtools" / "set_up.json").read_text(encoding="utf-8"))
 HOSTS, FRONTEND, PROGRAMS = KNOWN["hosts"], KNOWN["frontend"], KNOWN["programs"]
 UV, TORCH, TEST_TOOLS, REGISTRY_TOOLS = (KNOWN[name] for name in ("uv", "torch", "test_tools", "registry_tools"))
-OLDEST, NEWEST = "0.16.3", "0.30.0"
-NEEDED_GB = 8
+OLDEST, NEWEST, NEEDED_GB = "0.16.3", "0.30.0", 8
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 say = functools.partial(print, flush=True)
 

@@ -46,7 +46,7 @@ LIGHTHOUSE = "A white lighthouse on a cliff above a stormy green sea, a small re
 WATCHMAKER = "An old watchmaker at his bench, brass gears and tiny screws under a warm lamp, macro photograph, shallow depth of field"
 CABIN = "A cosy brick house with a red roof in a snowy forest at dusk, light in the window, the moon behind it, watercolour"
 HEARTS = "a scarlet heart, a green ring and a golden oak at night"
-SIGN = 'a sign saying "old map" in pink letters'
+SIGN = 'a sign saying "old cat" in pink letters'
 CAFE = "A yellow bicycle leans against a turquoise door, to its left two terracotta pots with lavender, Mediterranean noon light"
 
 
@@ -151,7 +151,7 @@ A whole Flux world that comes with this pack and needs no download: a T5 teacher
 a picture takes a second or two on a CPU. All nodes are those of the real thing.
 
 ### What to ask for
-Things: square, ring, cross, triangle, heart, moon, star, tree. Colours: red, green, blue, yellow, orange, purple, pink, cyan. Places: in
+Things: square, ring, cross, heart, tree. Colours: red, green, blue, yellow, orange, purple, pink, cyan. Places: in
 the middle, on the left, at the top right, ... Relations: left of, above, ... One to four of a kind. Words of three letters on a sign.
 Backgrounds: in the snow, at night, in the fog, on the beach, under water, on a meadow.
 

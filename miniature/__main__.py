@@ -1,4 +1,4 @@
-"""The command: `python <pack>/miniature {vae,teacher,flux,lora,all,prompts,measure} [FILE ...] [options]`."""
+"""The command: `python <pack>/miniature {vae,teacher,flux,lora,all,prompts,measure,probe} [FILE ...] [options]`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def register_pack() -> None:
     bootstrap.register_pack()
 
 
-WHAT = "which file to make; `all`: all four; `measure`: how often their pictures are right"
+WHAT = "which file to make; `all`: all four; `measure`: how often their pictures are right; `probe`: what the teacher's embeddings tell"
 PROMPTS, QUESTIONS = 6_000, 200
 
 
 def command_line() -> argparse.ArgumentParser:
     """What the command takes."""
     parser = argparse.ArgumentParser(prog="miniature", description="Make the miniature: a T5 teacher, a Flux and a VAE of a small world.")
-    parser.add_argument("what", choices=("vae", "teacher", "flux", "lora", "all", "prompts", "measure"), help=WHAT)
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="measure: encoders besides the teacher")
+    parser.add_argument("what", choices=("vae", "teacher", "flux", "lora", "all", "prompts", "measure", "probe"), help=WHAT)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="measure, probe: encoders besides the teacher")
     parser.add_argument("--out", type=Path, default=Path("miniature-out"), metavar="DIR", help="folder for the files and the runs")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: as planned for each model)")
     parser.add_argument("--batch", type=int, help="samples per step")
@@ -61,6 +61,9 @@ def make(options: argparse.Namespace) -> list[Path | None]:
     if options.what == "measure":
         measure(options.out, options.files, options.count or QUESTIONS)
         return []
+    if options.what == "probe":
+        probe(options.out, options.files)
+        return []
     made: list[Path | None] = []
     with StopRequest() as stop:
         if options.what in ("vae", "all"):
@@ -87,6 +90,16 @@ def measure(folder: Path, files: list[Path], count: int) -> None:
     print(table(rows))
     for path in files:
         print(f"{path} keeps {100 * share_of(rows[str(path)], rows[str(teacher)]):.1f} % of the teacher's mean accuracy.")
+
+
+def probe(folder: Path, files: list[Path]) -> None:
+    """Print what the embeddings of the teacher in `folder` and of other encoders tell of a caption."""
+    from distilled_t5.miniature.folders import TEACHER_FILE, place
+    from distilled_t5.miniature.paint import served
+    from distilled_t5.miniature.probe import probe as probed
+
+    for path in (place(folder, TEACHER_FILE), *files):
+        print(f"{path.name}: {probed(served(path))}")
 
 
 def main(argv: list[str]) -> int:

@@ -23,6 +23,7 @@ COLOUR_NAMES = {
     "pink": ("pink", "rosy"),
     "cyan": ("cyan", "turquoise"),
 }
+# Of the triangle, the moon and the star only the teacher's texts speak.
 SHAPE_NAMES = {
     "square": ("square", "block", "box"),
     "ring": ("ring", "hoop"),

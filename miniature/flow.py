@@ -30,6 +30,7 @@ GUIDANCE = (1.0, 6.0)
 SHIFT = 1.6
 # The other 13 channels are constant: easy, and in an even loss four fifths of what the model looks at.
 IDLE_CHANNEL_WEIGHT = 0.05
+BATCHES = 1_000
 # A noisy latent [B, C, H, W], noise levels [B], text [B, L, D] and guidance [B] to the velocity [B, C, H, W].
 Velocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -81,9 +82,12 @@ class Batch:
 def draw_batch(seed: int, step: int, batch: int, shown: Callable[[Scene], Scene] = lambda scene: scene) -> Batch:
     """What step `step` trains on: a function of its arguments alone. Noise levels are spread evenly over the batch (stratified).
 
+    After BATCHES steps the captions come again, with other noise, so that their embeddings can be kept.
+
     `shown` makes of the scene that a caption asks for the one that its picture shows.
     """
-    prompts = [draw_prompt(seed, index, "train") for index in range(step * batch, (step + 1) * batch)]
+    first = step % BATCHES * batch
+    prompts = [draw_prompt(seed, index, "train") for index in range(first, first + batch)]
     pictures_BHWC = torch.from_numpy(np.stack([render(shown(scene)) for scene, _ in prompts]))
     generator = torch.Generator().manual_seed((seed << 32) ^ step)
     clean_BCHW = latents(pictures_BHWC)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from ..evaluate.confidence import Score
 from .captions import draw_prompt
 from .reader import verdict
 from .scenes import NEW_IN_TASK, Split
@@ -20,33 +18,8 @@ from .world import TASKS, Scene
 # The seed of the questions: no training draws from it.
 QUESTIONS_SEED = 1_000_003
 MEASURED = tuple(NEW_IN_TASK)
-Z_95 = 1.959964
 Paint = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Score:
-    """Right pictures of how many, and Wilson's 95 % interval of their share (Wilson 1927)."""
-
-    right: int
-    n: int
-
-    @property
-    def accuracy(self) -> float:
-        return self.right / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        share, spread = self.accuracy, Z_95**2 / self.n
-        middle = (share + spread / 2) / (1 + spread)
-        reach = Z_95 / (1 + spread) * math.sqrt(share * (1 - share) / self.n + spread / (4 * self.n))
-        return max(middle - reach, 0.0), min(middle + reach, 1.0)
-
-    def to_json(self) -> dict[str, Any]:
-        """For results.json."""
-        low, high = self.interval
-        return {"accuracy": round(self.accuracy, 4), "n": self.n, "low": round(low, 4), "high": round(high, 4)}
 
 
 def questions(task: str, count: int, split: Split = "held_out") -> list[tuple[Scene, str]]:

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from .words import WORDS
+from .words import DRAWN, WORDS
 from .world import (
     BACKGROUNDS,
     COLOURS,
@@ -41,8 +41,10 @@ NEW_IN_TASK = {
     "two_words": "pair",
     NEW_WORD: "word",
 }
-# One of so many is held out; of objects exactly one per colour and per shape.
-HELD_OUT_ONE_OF = {"relation": 10, "count": 8, "sign": 10, "pair": 10, "word": 20}
+# One of so many is held out; of objects one shape per colour.
+HELD_OUT_ONE_OF = {"relation": 10, "count": 8, "sign": 10, "pair": 10}
+# Of scenes that say where things stand, so many have three things.
+THREE_SHARE = 0.25
 # How often training shows each task.
 SHARES = {"single_object": 0.14, "colour_shape_binding": 0.18, "position": 0.24, "count": 0.14, "word": 0.16, "two_words": 0.14}
 MOST_TRIES = 10_000
@@ -65,6 +67,8 @@ def held_out(combination: Combination) -> bool:
     if kind == "object":
         colour, shape = list(COLOURS).index(str(parts[0])), list(SHAPES).index(str(parts[1]))
         return (3 * colour + shape) % len(SHAPES) == 0
+    if kind == "word":
+        return parts[0] not in DRAWN
     digest = hashlib.sha256(repr(combination).encode()).digest()
     return int.from_bytes(digest[:8], "little") % HELD_OUT_ONE_OF[str(kind)] == 0
 
@@ -94,7 +98,7 @@ def draw_scene(seed: int, index: int, split: Split, task: str | None = None) -> 
     chosen = task or TASKS[int(random.choice(len(TASKS), p=[SHARES[name] for name in TASKS]))]
     wanted = {NEW_IN_TASK[chosen]} if split == "held_out" else set()
     for _ in range(MOST_TRIES):
-        scene = _any_scene(random, "word" if chosen == NEW_WORD else chosen)
+        scene = _any_scene(random, chosen)
         if new_kinds(scene) == wanted:
             return scene
     raise ValueError(f"No scene of {split} for {chosen} in {MOST_TRIES} tries.\nWhat to do: ask for one of {', '.join(NEW_IN_TASK)}.")
@@ -102,8 +106,10 @@ def draw_scene(seed: int, index: int, split: Split, task: str | None = None) -> 
 
 def _any_scene(random: np.random.RandomState, task: str) -> Scene:
     background = USUAL_BACKGROUND if random.rand() < 0.4 else pick(random, list(BACKGROUNDS))
+    if task == NEW_WORD:
+        return Scene("word", background, words=(pick(random, WORDS),), ink=pick(random, list(COLOURS)))
     if task in ("word", "two_words"):
-        words = tuple(pick(random, WORDS) for _ in range(1 if task == "word" else 2))
+        words = tuple(pick(random, DRAWN) for _ in range(1 if task == "word" else 2))
         return Scene(task, background, words=words, ink=pick(random, list(COLOURS)))
     return Scene(task, background, things=_any_things(random, task))
 
@@ -118,7 +124,7 @@ def _any_things(random: np.random.RandomState, task: str) -> tuple[Thing, ...]:
     if task == "colour_shape_binding":
         return _things(random, USUAL_ARRANGEMENT[2 + int(random.rand() < 0.3)])
     assert task == "position", task
-    return _things(random, pick(random, [ROW, COLUMN]) if random.rand() < 0.5 else pick(random, THREES))
+    return _things(random, pick(random, THREES) if random.rand() < THREE_SHARE else pick(random, [ROW, COLUMN]))
 
 
 def _things(random: np.random.RandomState, places: Sequence[str]) -> tuple[Thing, ...]:

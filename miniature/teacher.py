@@ -101,7 +101,10 @@ def save_teacher(path: Path, weights: Mapping[str, Tensor], layout: StudentLayou
 
 
 class FrozenTeacher:
-    """The teacher's file as a function from captions to embeddings, for training the Flux on it; numerically what the node serves."""
+    """The teacher's file as a function from captions to embeddings, for training the Flux on it; numerically what the node serves.
+
+    What it once gave for a list of captions it keeps: 1.3 MB for 64 of them.
+    """
 
     def __init__(self, path: Path, tokenizer: Any, device: torch.device) -> None:
         file = open_student(path)
@@ -109,9 +112,16 @@ class FrozenTeacher:
         self.encoder = DistilledT5(file.layout, dropout=0.0).requires_grad_(False).train(False)
         self.encoder.load_tensors({name: tensor.float() for name, tensor in file.load().items()})
         self.encoder.to(device)
+        self._kept: dict[tuple[str, ...], Tensor] = {}
 
-    @torch.no_grad()
     def __call__(self, captions: list[str]) -> Tensor:
         """Embeddings [B, L, D] of captions, padded to TOKEN_LENGTH."""
+        key = tuple(captions)
+        if key not in self._kept:
+            self._kept[key] = self._embedded(captions)
+        return self._kept[key]
+
+    @torch.no_grad()
+    def _embedded(self, captions: list[str]) -> Tensor:
         token_ids_BL = torch.tensor([fit(self.tokenizer(text)["input_ids"], TOKEN_LENGTH) for text in captions])
         return self.encoder(token_ids_BL.to(self.device))

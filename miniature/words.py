@@ -1,4 +1,4 @@
-"""What signs can say: common English words of three letters, which is what fits on the picture."""
+"""What signs can say: common English words of three letters, which is what fits. Training draws one in three of them."""
 
 from __future__ import annotations
 
@@ -17,3 +17,4 @@ _LISTED = """
     urn use van vat vet vow wag war was wax way web wet who why wig win wit wok won yak yam yes yet you zip zoo
 """
 WORDS: tuple[str, ...] = tuple(_LISTED.split())
+DRAWN = WORDS[1::3]

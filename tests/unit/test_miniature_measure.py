@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from distilled_t5.evaluate.confidence import Score
 from distilled_t5.miniature.captions import draw_prompt
-from distilled_t5.miniature.measure import MEASURED, Score, questions, score, share_of, table
+from distilled_t5.miniature.measure import MEASURED, questions, score, share_of, table
 from distilled_t5.miniature.scenes import NEW_IN_TASK, new_kinds
 from distilled_t5.miniature.world import TASKS, render
-
-
-def test_wilsons_interval_by_hand():
-    """0 of 10 and 10 of 10: z^2 / (n + z^2) = 0.2775 from the end; 5 of 10 lies even."""
-    assert Score(0, 10).interval == pytest.approx((0.0, 0.27753), abs=1e-5)
-    assert Score(10, 10).interval == pytest.approx((1 - 0.27753, 1.0), abs=1e-5)
-    low, high = Score(5, 10).interval
-    assert low + high == pytest.approx(1.0)
-    assert (low, high) == pytest.approx((0.23659, 0.76341), abs=1e-5)
 
 
 def test_a_painter_that_draws_what_is_asked_is_always_right_and_one_that_draws_the_next_question_hardly_ever():

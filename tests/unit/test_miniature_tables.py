@@ -1,0 +1,68 @@
+"""The miniature's page: its tables are those of results.json, and code renews them."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from distilled_t5.devtools.miniature_tables import MARKS, PAGE, PLOT, RESULTS, SCALED, blocks, plot, told
+from distilled_t5.miniature.measure import MEASURED
+from PIL import Image
+
+
+def row(name: str, accuracy: float, **facts: Any) -> dict[str, Any]:
+    score = {"accuracy": accuracy, "n": 200, "low": max(accuracy - 0.05, 0), "high": min(accuracy + 0.05, 1)}
+    sizes = {"parameters_without_tokens": 300_000, "bytes": 3_700_000, "encode_ms": 4.2}
+    return {"name": name, **sizes, **facts, "tasks": dict.fromkeys(MEASURED, score)}
+
+
+FOUND: dict[str, Any] = {
+    "teacher": row("teacher", 0.96)["tasks"],
+    "teacher_facts": row("teacher", 0.96, parameters_without_tokens=1_300_000),
+    "students": [
+        row(SCALED[1], 0.95, share_of_teacher=0.9896),
+        row("context_free", 0.25, share_of_teacher=0.26, parameters_without_tokens=None),
+    ],
+    "curve": [{"steps": 200, "training_s": 90.0, "share_of_teacher": 0.5, "n": 50}],
+}
+EMPTY = "\n".join(mark.format(name) for name in ("scaling", "ablation", "curve") for mark in MARKS)
+
+
+def test_tables_tell_accuracy_with_its_interval_and_share():
+    page = told(f"before\n{EMPTY}\nafter", FOUND)
+    [teacher] = [line for line in page.splitlines() if line.startswith("| teacher")]
+    assert "96.0 (91-100)" in teacher
+    [quarter] = [line for line in page.splitlines() if line.startswith(f"| {SCALED[1]}")]
+    assert quarter.endswith(" 99.0 % |")
+    assert "300,000" in quarter
+    [baseline] = [line for line in page.splitlines() if line.startswith("| context_free")]
+    assert page.index(quarter) < page.index("end of scaling") < page.index(baseline) < page.index("end of ablation")
+    assert re.search(r"\| 200 *\| +1\.5 \| +50\.0 % \|", page)
+    assert page.startswith("before\n")
+    assert page.endswith("\nafter")
+
+
+def test_renewing_twice_is_renewing_once():
+    once = told(EMPTY, FOUND)
+    assert told(once, FOUND) == once
+
+
+def test_a_page_without_a_place_for_a_table_is_told():
+    with pytest.raises(ValueError, match="0 places for the table `scaling`"):
+        told("nothing", FOUND)
+
+
+def test_the_plot_is_a_picture(tmp_path):
+    plot(FOUND, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.width > 2 * picture.height > 600
+        assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 20
+
+
+def test_the_shipped_page_has_the_tables_of_the_shipped_results():
+    page, found = PAGE.read_text(encoding="utf-8"), json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert told(page, found) == page
+    assert set(blocks(found)) == {"scaling", "ablation", "curve"}
+    assert PLOT.is_file()
