@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 
 from .objectives import OBJECTIVES
-from .trajectory import walk
+from .trajectory import Flow, Position, walk
 
 if TYPE_CHECKING:
     from .run import Workshop
@@ -35,6 +36,12 @@ def without_dropout(student: Module) -> Iterator[None]:
         student.train(training)
 
 
+def gaps_by_band(position: Position, flow: Flow, student: Callable[[Tensor], Tensor], bands: int) -> Iterator[tuple[str, Tensor]]:
+    """The band and the per-sample velocity gap [B] of each step of a trajectory from its start."""
+    for sigma, gap_B in walk(position, flow, student, OBJECTIVES["velocity"]):
+        yield band_name(sigma, bands), gap_B
+
+
 class HeldOut:
     """The held-out prompts of this process.
 
@@ -56,9 +63,9 @@ class HeldOut:
         with without_dropout(workshop.student):
             for batch, text in zip(batches, self._texts, strict=True):
                 [position] = workshop.starts([batch], [text])
-                for sigma, loss_B in walk(position, workshop.flow, workshop.embed, OBJECTIVES["velocity"]):
-                    total, count = sums.get(band_name(sigma, bands), (0.0, 0))
-                    sums[band_name(sigma, bands)] = (total + float(loss_B.double().sum()), count + len(loss_B))
+                for band, loss_B in gaps_by_band(position, workshop.flow, workshop.embed, bands):
+                    total, count = sums.get(band, (0.0, 0))
+                    sums[band] = (total + float(loss_B.double().sum()), count + len(loss_B))
         return _mean_over_ranks(workshop.ranks.gather(sums)), len(workshop.schedule.held_out)
 
 

@@ -100,3 +100,24 @@ def test_half_for_files_needs_neither_comfyui_nor_transformers():
 def test_modules_that_touch_no_tensor_need_no_torch(module):
     new = new_modules(ROOT_ALONE + "import importlib\nimportlib.import_module(sys.argv[2])\n", f"distilled_t5.encoder.{module}")
     assert not tops(new) & HEAVY
+
+
+METRICS = (
+    "compbench",
+    "compbench_judges",
+    "confidence",
+    "distances",
+    "embeddings",
+    "local_weights",
+    "ocr",
+    "optional",
+    "pictures",
+    "readers",
+)
+
+
+def test_importing_metrics_imports_no_back_end_and_no_comfyui():
+    every = ONE_MODULE + "".join(f"importlib.import_module('distilled_t5.evaluate.{name}')\n" for name in METRICS)
+    new = tops(new_modules(every, "distilled_t5.evaluate"))
+    assert new & HEAVY <= {"numpy", "torch", "safetensors"}
+    assert not new & {"cv2", "lpips", "skimage", "torch_fidelity", "torchvision"}
