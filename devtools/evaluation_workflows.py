@@ -32,7 +32,7 @@ MAP_PROMPTS = "\n".join(
     f"a {colour} {thing} {where}"
     for where in ("in the snow", "at night")
     for colour in ("red", "green", "blue", "yellow", "purple", "cyan")
-    for thing in ("square", "ring", "heart", "star", "tree")
+    for thing in ("square", "ring", "cross", "heart", "tree")
 )
 
 

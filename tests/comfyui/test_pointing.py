@@ -12,7 +12,7 @@ AT_LEAST = 0.8
 
 
 def test_a_thing_covers_three_by_three_of_six_by_six_tokens_at_its_place():
-    top_left, bottom_right = (tokens_of(Thing("red", "star", where)) for where in ("top left", "bottom right"))
+    top_left, bottom_right = (tokens_of(Thing("red", "heart", where)) for where in ("top left", "bottom right"))
     assert top_left.shape == (6, 6)
     assert top_left[:3, :3].all()
     assert bottom_right[3:, 3:].all()
