@@ -5,10 +5,25 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..miniature.folders import add_model_folders
+from .attention_map import DistilledT5AttentionMapImage, DistilledT5CrossAttentionMap
+from .common_text import DistilledT5CommonTextPrompt
+from .encoder_map import DistilledT5EncoderMap
+from .encoder_report import DistilledT5EncoderReport
 from .loader import DistilledT5Loader
+from .ocr_accuracy import DistilledT5OCRAccuracy
 from .replacements import register_replacements
 from .save import DistilledT5Save
 from .text_encode import DistilledT5TextEncode
+
+ENCODER_NODES: list[type[io.ComfyNode]] = [DistilledT5Loader, DistilledT5TextEncode, DistilledT5Save]
+EVALUATION_NODES: list[type[io.ComfyNode]] = [
+    DistilledT5OCRAccuracy,
+    DistilledT5EncoderMap,
+    DistilledT5CrossAttentionMap,
+    DistilledT5AttentionMapImage,
+    DistilledT5EncoderReport,
+    DistilledT5CommonTextPrompt,
+]
 
 
 class DistilledT5Extension(ComfyExtension):
@@ -19,4 +34,4 @@ class DistilledT5Extension(ComfyExtension):
         await register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [DistilledT5Loader, DistilledT5TextEncode, DistilledT5Save]
+        return [*ENCODER_NODES, *EVALUATION_NODES]

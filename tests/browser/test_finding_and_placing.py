@@ -17,6 +17,12 @@ NODES = {
     "DistilledT5Loader": "Distilled T5 Loader",
     "DistilledT5TextEncode": "Distilled T5 Text Encode",
     "DistilledT5Save": "Distilled T5 Save",
+    "DistilledT5OCRAccuracy": "Distilled T5 OCR Accuracy",
+    "DistilledT5EncoderMap": "Distilled T5 Text Encoder Map",
+    "DistilledT5CrossAttentionMap": "Distilled T5 Cross-Attention Map",
+    "DistilledT5AttentionMapImage": "Distilled T5 Attention Map Image",
+    "DistilledT5EncoderReport": "Distilled T5 Encoder Report",
+    "DistilledT5CommonTextPrompt": "Distilled T5 CommonText Prompt",
 }
 BLUEPRINT = "Flux text with Distilled T5"
 
@@ -82,7 +88,7 @@ def test_names_and_help_pages_are_ours(comfy: ComfyPage, pack_root: Path, nodes_
     names = json.loads((pack_root / "locales" / locale / "nodeDefs.json").read_text(encoding="utf-8"))
     comfy.open(nodes_2=nodes_2, locale=locale, empty=True)
     for place, (node_type, english) in enumerate(NODES.items()):
-        comfy.add(node_type, at=(50 + 350 * place, 300))
+        comfy.add(node_type, at=(50 + 350 * (place % 3), 100 + 350 * (place // 3)))
         [title] = comfy.page.evaluate("(type) => app.graph.nodes.filter(node => node.type === type).map(node => node.title)", node_type)
         assert title == names[node_type]["display_name"]
         assert (title == english) == (locale == "en")

@@ -17,7 +17,17 @@ from distilled_t5.devtools.build_workflows import BLUEPRINT_NAME, WORKFLOWS
 from distilled_t5.devtools.server import ComfyServer, PromptFailed, end_process_group
 from distilled_t5.devtools.stand_ins import link_into
 
-OUR_NODES = ("DistilledT5Loader", "DistilledT5TextEncode", "DistilledT5Save")
+OUR_NODES = (
+    "DistilledT5Loader",
+    "DistilledT5TextEncode",
+    "DistilledT5Save",
+    "DistilledT5OCRAccuracy",
+    "DistilledT5EncoderMap",
+    "DistilledT5CrossAttentionMap",
+    "DistilledT5AttentionMapImage",
+    "DistilledT5EncoderReport",
+    "DistilledT5CommonTextPrompt",
+)
 OLD_NODE = "DualCLIPLoaderT5Base"
 
 
@@ -133,6 +143,11 @@ def test_free_text_is_the_prompt_and_the_name_of_a_new_file_and_files_are_picked
     assert {place for place, kind in kinds.items() if kind == "STRING"} == {
         ("DistilledT5TextEncode", "text"),
         ("DistilledT5Save", "filename"),
+        ("DistilledT5OCRAccuracy", "expected"),
+        ("DistilledT5EncoderMap", "prompts"),
+        ("DistilledT5CrossAttentionMap", "prompt"),
+        ("DistilledT5CrossAttentionMap", "word"),
+        ("DistilledT5EncoderReport", "prompt"),
     }
     assert {kinds["DistilledT5Loader", f"clip_name{number}"] for number in (1, 2)} == {"COMBO"}
 

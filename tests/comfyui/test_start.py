@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ def found(comfyui_path: Path, pack_root: Path, tmp_path_factory: pytest.TempPath
 
 
 def test_the_pack_pulls_no_module_into_comfyui_but_its_own(found: dict[str, Any], pack_root: Path) -> None:
-    assert found["nodes"] == ["DistilledT5Loader", "DistilledT5Save", "DistilledT5TextEncode"]
-    folders = [str(pack_root / part) for part in ("__init__.py", "nodes", "encoder", "miniature/__init__.py", "miniature/folders.py")]
+    assert found["nodes"] == sorted(json.loads((Path(__file__).parent / "schemas.json").read_text(encoding="utf-8")))
+    of_the_trainer = [f"train/{name}.py" for name in ("__init__", "common_text", "corpora", "token_ids")]
+    parts = ("__init__.py", "nodes", "encoder", "evaluate", "miniature/__init__.py", "miniature/folders.py", *of_the_trainer)
+    folders = [str(pack_root / part) for part in parts]
     foreign = {name: file for name, file in found["modules"].items() if not str(file).startswith(tuple(folders))}
     assert foreign == {}, "modules that ComfyUI had not imported itself"
     # The half of the encoder that is trained needs transformers' model code, which takes seconds.

@@ -1,0 +1,64 @@
+"""Prompts as one or two encoders see them: a map of their pooled embeddings (Figure 6 of arXiv:2503.19897), and whether they collapsed."""
+
+# N prompts, L tokens, D width of an embedding
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..encoder.prompt_length import is_padding, t5_tokens
+from .embeddings import effective_rank, map_image, pooled, pooled_distance, tsne
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+LEAST_PROMPTS = 5
+# scikit-learn takes no larger seed.
+SEEDS = 2**32
+
+
+def prompts_of(text: str) -> list[str]:
+    """The different prompts of a text, one on each line. Raises ValueError if they are too few for a map."""
+    prompts = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    if len(prompts) < LEAST_PROMPTS:
+        raise ValueError(
+            f"A map needs at least {LEAST_PROMPTS} different prompts, one on each line; {len(prompts)} came.\n"
+            "What to do: write more prompts; some hundred make a good map."
+        )
+    return prompts
+
+
+def pooled_prompts(clip: Any, prompts: Sequence[str], progress: Callable[[int], None]) -> np.ndarray:
+    """The mean embedding [N, D] of each prompt's T5 tokens without padding, by a CLIP of ComfyUI; `progress(done)` may raise to cancel."""
+    found = []
+    for done, prompt in enumerate(prompts):
+        progress(done)
+        tokens = clip.tokenize(prompt)
+        own_1L = np.array([[not is_padding(token) for token in t5_tokens(tokens)]])
+        text_1LD = clip.encode_from_tokens_scheduled(tokens)[0][0].float().cpu().numpy()
+        found.append(pooled(text_1LD, own_1L)[0])
+    progress(len(prompts))
+    return np.stack(found)
+
+
+def together(embeddings: Mapping[str, np.ndarray], seed: int = 0) -> tuple[Image.Image, str]:
+    """All encoders' points on one map, and how far each has collapsed. Raises ValueError if their widths differ."""
+    widths = {name: points.shape[1] for name, points in embeddings.items()}
+    if len(set(widths.values())) > 1:
+        given = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise ValueError(
+            f"Encoders on one map must give text of one width; these give: {given}.\n"
+            "What to do: connect encoders for the same diffusion model, or one of them alone."
+        )
+    points = tsne(np.concatenate(list(embeddings.values())), seed % SEEDS)
+    ends = np.cumsum([len(each) for each in embeddings.values()])[:-1]
+    picture = map_image(dict(zip(embeddings, np.split(points, ends), strict=True)), "t-SNE of pooled prompts")
+    return picture, "\n".join(f"{name}: {collapse(each)}" for name, each in embeddings.items())
+
+
+def collapse(x_ND: np.ndarray) -> str:
+    """Mean distance and effective rank of an encoder's embeddings, with their number."""
+    return f"mean distance {pooled_distance(x_ND):.4g}, effective rank {effective_rank(x_ND):.1f}, of {len(x_ND)} prompts"

@@ -1,0 +1,49 @@
+"""Pictures read against the text that they should show: the scores, the pictures with boxes, and all of it in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..encoder.files import Progress
+from .annotate import boxes
+from .ocr import OcrScore, belongs, mean, normalised, reading_order, score
+from .readers import Line, make_reader
+
+
+@dataclass(frozen=True)
+class OcrReport:
+    """The mean score, the pictures, uint8 [H,W,3], with green and red boxes, and a line of text for each."""
+
+    score: OcrScore
+    pictures: list[np.ndarray]
+    text: str
+
+
+def read_pictures(pictures: Sequence[np.ndarray], expected: str, reader: str, progress: Progress) -> OcrReport:
+    """Read RGB pictures, uint8 [H,W,3], with a reader by name; `progress(done, total)` may raise to cancel. Raises ValueError."""
+    progress(0, len(pictures))
+    score(expected, [])  # before a reader is loaded for a text that cannot be compared
+    reads, found = make_reader(reader), list[list[Line]]()
+    for done, picture in enumerate(pictures):
+        progress(done, len(pictures))
+        found.append(reading_order(reads.read(picture)))
+    progress(len(pictures), len(pictures))
+    scores = [score(expected, lines) for lines in found]
+    drawn = [boxes(picture, lines, [belongs(expected, line) for line in lines]) for picture, lines in zip(pictures, found, strict=True)]
+    return OcrReport(mean(scores), drawn, in_words(expected, reader, found, scores))
+
+
+def in_words(expected: str, reader: str, found: Sequence[Sequence[Line]], scores: Sequence[OcrScore]) -> str:
+    """What was read in each picture with its scores, and their mean."""
+    lines = [f"expected: {normalised(expected)}"]
+    for number, (read, each) in enumerate(zip(found, scores, strict=True), start=1):
+        text = " / ".join(line.text for line in read) or "no text"
+        lines.append(f"picture {number}: {_percent(each)} | {reader} read: {text}")
+    return "\n".join([*lines, f"mean of {len(scores)}: {_percent(mean(scores))}"])
+
+
+def _percent(score_: OcrScore) -> str:
+    return f"characters {100 * score_.character:.1f} %, words {100 * score_.word:.1f} %, sentence {100 * score_.sentence:.1f} %"

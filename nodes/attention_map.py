@@ -1,0 +1,120 @@
+"""Cross-Attention Map: where in the picture Flux looks at a word of the prompt; one node before the sampler, one behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..evaluate.attention import enlarged, from_least_to_most, overlaid, word_positions
+from ..evaluate.attention_recorder import AttentionRecorder, map_of, recording_model
+from .show import shown
+
+Attention = io.Custom("DISTILLED_T5_ATTENTION")
+MAX_STEPS = 10_000
+# Pixels of a picture per cell of Flux's latent.
+CELL_PX = 8
+
+
+class DistilledT5CrossAttentionMap(io.ComfyNode):
+    """Prepares a Flux model so that it records what it pays attention to."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DistilledT5CrossAttentionMap",
+            display_name="Distilled T5 Cross-Attention Map",
+            category="Distilled T5",
+            description=(
+                "Records, while Flux samples, how much each part of the picture attends to a word of the prompt. The picture stays the "
+                "same to the bit. Behind the sampler, Distilled T5 Attention Map Image shows it."
+            ),
+            search_aliases=["attention map", "attention heatmap", "DAAM", "word heatmap", "where does Flux look"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Flux model, after LoRA nodes; with any text encoder."),
+                io.Clip.Input("clip", tooltip="The CLIP that encodes the prompt: of a Distilled T5 Loader, or T5-XXL's of DualCLIPLoader."),
+                io.String.Input("prompt", multiline=True, tooltip="The prompt. It is encoded here, so it and the map cannot differ."),
+                io.String.Input(
+                    "word", default="", tooltip="A word of the prompt, or several in a row. Each place where it stands counts."
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=3.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Flux guidance. Flux-dev: 2 to 5. Flux-schnell takes none and ignores it.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The model that records: connect the sampler here."),
+                io.Conditioning.Output(display_name="CONDITIONING", tooltip="The encoded prompt: the sampler's positive input."),
+                Attention.Output(display_name="ATTENTION", tooltip="What is recorded, for Distilled T5 Attention Map Image."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, prompt: str, word: str, guidance: float) -> io.NodeOutput:
+        if clip is None:
+            raise ValueError("There is no CLIP.\nWhat to do: connect a Distilled T5 Loader; a checkpoint without text encoders gives none.")
+        positions = word_positions(clip, prompt, word)
+        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt), add_dict={"guidance": guidance})
+        recorder = AttentionRecorder(word, positions, [embedding for embedding, _ in conditioning])
+        return io.NodeOutput(recording_model(model, recorder), conditioning, recorder)
+
+
+class DistilledT5AttentionMapImage(io.ComfyNode):
+    """Shows what a sampling has recorded."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DistilledT5AttentionMapImage",
+            display_name="Distilled T5 Attention Map Image",
+            category="Distilled T5",
+            description=(
+                "Shows the attention that Distilled T5 Cross-Attention Map recorded, as a heat map over the picture: mean over all heads "
+                "and blocks, at one step or over all. Another step needs no new sampling."
+            ),
+            search_aliases=["attention map", "attention heatmap", "heat map image", "show attention"],
+            is_output_node=True,
+            inputs=[
+                Attention.Input("attention", tooltip="Of Distilled T5 Cross-Attention Map."),
+                io.Latent.Input("samples", tooltip="The LATENT as the sampler gives it: it says which sampling is meant."),
+                io.Int.Input("step", default=0, min=0, max=MAX_STEPS, tooltip="The sampling step, from 1. 0: the mean of all steps."),
+                io.Image.Input("image", optional=True, tooltip="The decoded picture to lay the map over. Without it: the map alone."),
+                io.Float.Input(
+                    "opacity",
+                    default=0.6,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="How much of the picture the map hides: 0 nothing, 1 all.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="IMAGE", tooltip="The heat map: yellow where attention to the word is greatest."),
+                io.Mask.Output(display_name="MASK", tooltip="The same map as a mask: 0 where attention is least, 1 where it is greatest."),
+                io.String.Output(display_name="info", tooltip="Word, tokens, steps, and the least and greatest share of attention."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, attention: AttentionRecorder, samples: Any, step: int, image: Any = None, opacity: float = 0.6) -> io.NodeOutput:
+        latent_NCHW = samples["samples"]
+        run = attention.run_of(latent_NCHW)
+        map_NHW = map_of(run, step)
+        height_px, width_px = (CELL_PX * cells for cells in latent_NCHW.shape[-2:]) if image is None else image.shape[1:3]
+        if image is not None and len(image) != len(map_NHW):
+            raise ValueError(
+                f"There are {len(image)} pictures, and {len(map_NHW)} were sampled.\nWhat to do: connect the decoded LATENT, all of it."
+            )
+        mask_NHW = enlarged(from_least_to_most(map_NHW), height_px, width_px)
+        when = f"step {step} of {run.steps}" if step else f"mean of {run.steps} steps"
+        info = (
+            f"attention to {attention.word.strip()!r} ({len(attention.positions)} T5 tokens), {when}, {len(map_NHW)} pictures: "
+            f"{100 * float(map_NHW.min()):.3g} % to {100 * float(map_NHW.max()):.3g} % of each image token's attention"
+        )
+        drawn = overlaid(mask_NHW, image, opacity)
+        return io.NodeOutput(drawn, mask_NHW, info, ui=shown(drawn, info, cls))

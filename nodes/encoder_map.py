@@ -1,0 +1,67 @@
+"""Text Encoder Map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..evaluate.cost import different_names, encoder_name
+from ..evaluate.encoder_map import pooled_prompts, prompts_of, together
+from .common_text import MAX_SEED
+from .progress import progress_bar
+from .show import image_of, shown
+
+
+class DistilledT5EncoderMap(io.ComfyNode):
+    """Shows where prompts lie for one or two encoders."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DistilledT5EncoderMap",
+            display_name="Distilled T5 Text Encoder Map",
+            category="Distilled T5",
+            description=(
+                "Draws prompts as points, near each other where the encoder takes them for alike (t-SNE). Two encoders share one plot: a "
+                "student that learnt well lies on its teacher, one that collapsed lies in a heap."
+            ),
+            search_aliases=["t-SNE", "embedding map", "embedding plot", "compare encoders", "collapse"],
+            is_output_node=True,
+            inputs=[
+                io.Clip.Input("clip_1", tooltip="A text encoder for Flux, for instance the teacher: T5-XXL."),
+                io.Clip.Input("clip_2", optional=True, tooltip="Another one to lie on the same plot: the student."),
+                io.String.Input(
+                    "prompts", multiline=True, tooltip="The prompts, one on each line. At least 5; some hundred make a good map."
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="The map begins with points drawn by this seed; the same seed, the same map.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="IMAGE", tooltip="The plot."),
+                io.String.Output(
+                    display_name="info", tooltip="Mean distance and effective rank of each encoder's embeddings: small if it has collapsed."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip_1: Any, prompts: str, seed: int, clip_2: Any = None) -> io.NodeOutput:
+        clips = [clip for clip in (clip_1, clip_2) if clip is not None]
+        if not clips:
+            raise ValueError("There is no CLIP.\nWhat to do: connect a Distilled T5 Loader; a checkpoint without text encoders gives none.")
+        lines, show = prompts_of(prompts), progress_bar()
+        names, total = different_names([encoder_name(clip) for clip in clips]), len(clips) * len(lines)
+        embeddings = {}
+        for number, (name, clip) in enumerate(zip(names, clips, strict=True)):
+            before = number * len(lines)
+            embeddings[name] = pooled_prompts(clip, lines, lambda done, before=before: show(before + done, total))
+        picture, info = together(embeddings, seed)
+        image = image_of(picture)
+        return io.NodeOutput(image, info, ui=shown(image, info, cls))

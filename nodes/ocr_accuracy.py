@@ -1,0 +1,59 @@
+"""OCR Accuracy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..evaluate.readers import READERS
+from .progress import progress_bar
+from .show import image_of, pictures_of, shown
+
+
+class DistilledT5OCRAccuracy(io.ComfyNode):
+    """Reads the text in pictures and compares it with the text that was asked for."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DistilledT5OCRAccuracy",
+            display_name="Distilled T5 OCR Accuracy",
+            category="Distilled T5",
+            description=(
+                "Reads the text in pictures and says how much of the expected text is there: share of characters, of words, and whole "
+                "sentences, as the paper on the distilled T5 counts them. Boxes show what was read, green where it belongs to the text."
+            ),
+            search_aliases=["OCR", "read text", "text rendering accuracy", "EasyOCR", "Tesseract", "spelling check"],
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("image", tooltip="The pictures, all with the same expected text."),
+                io.String.Input(
+                    "expected", multiline=True, tooltip="What should be written in the picture. Case and punctuation do not count."
+                ),
+                io.Combo.Input(
+                    "reader",
+                    options=list(READERS),
+                    default="easyocr",
+                    tooltip="easyocr, as in the paper: pip install easyocr, and its weights. tesseract: a program of the system.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output(
+                    display_name="character", tooltip="Share of characters that stand in their place, 0 to 1, mean of all pictures."
+                ),
+                io.Float.Output(display_name="word", tooltip="Share of words that were read, 0 to 1, mean of all pictures."),
+                io.Float.Output(display_name="sentence", tooltip="Share of pictures in which the whole text was read, 0 to 1."),
+                io.Image.Output(display_name="IMAGE", tooltip="The pictures with a box around each line: green belongs, red does not."),
+                io.String.Output(display_name="report", tooltip="What was read in each picture, and the scores, as text."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image: Any, expected: str, reader: str) -> io.NodeOutput:
+        from ..evaluate.ocr_report import read_pictures
+
+        found = read_pictures(pictures_of(image), expected, reader, progress_bar())
+        drawn, score = torch.cat([image_of(picture) for picture in found.pictures]), found.score
+        return io.NodeOutput(score.character, score.word, score.sentence, drawn, found.text, ui=shown(drawn, found.text, cls))

@@ -1,0 +1,162 @@
+"""The workflows that measure encoders, in a real server on an untrained miniature: what they show is of this run and of no earlier one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+from distilled_t5.devtools.server import ComfyServer, PromptFailed
+from distilled_t5.devtools.workflow import set_inputs, to_api_prompt
+from distilled_t5.devtools.workflow_parts import MINIATURE_STUDENT, MINIATURE_TEACHER
+from distilled_t5.encoder.files import write_student
+from distilled_t5.encoder.layout import StudentLayout
+from distilled_t5.encoder.metadata import StudentMetadata
+from distilled_t5.miniature.autoencoder import vae_tensors
+from distilled_t5.miniature.folders import FLUX_FILE, VAE_FILE, place
+from distilled_t5.train.flux_layout import FluxLayout
+from distilled_t5.train.stand_ins import drawn
+from PIL import Image
+
+WIDTH = 128
+TEACHER = StudentLayout(d_model=WIDTH, d_ff=64, num_layers=1, num_heads=2, d_kv=16)
+STUDENT = StudentLayout(d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16, hidden_width=32, projected_width=WIDTH)
+
+
+def untrained_miniature(models: Path) -> None:
+    """Files of the miniature's names and kinds with random weights, below ComfyUI's folder of models."""
+    for kind in ("diffusion_models", "text_encoders", "vae"):
+        (models / kind).mkdir(parents=True, exist_ok=True)
+    flux = FluxLayout(width=128, double=1, single=1, text_width=WIDTH)
+    safetensors.torch.save_file(drawn(flux.tensors(), seed=3), place(models, FLUX_FILE))
+    safetensors.torch.save_file(vae_tensors(), place(models, VAE_FILE))
+    for number, (name, layout) in enumerate(((MINIATURE_TEACHER, TEACHER), (MINIATURE_STUDENT, STUDENT))):
+        projection = "mlp" if layout.projected_width else "none"
+        metadata = StudentMetadata(token_length=40, pooled="zero", projection=projection, text_width=WIDTH)
+        write_student(models / "text_encoders" / name, drawn(layout.tensors(), seed=number), metadata)
+
+
+@pytest.fixture(scope="module")
+def host(comfyui_path: Path, pack_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    base = tmp_path_factory.mktemp("server")
+    untrained_miniature(base / "models")
+    with ComfyServer(comfyui=comfyui_path, base=base, pack=pack_root) as running:
+        yield running
+
+
+def prompt_of(host: ComfyServer, name: str) -> dict[str, Any]:
+    workflow = json.loads((host.pack / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    return to_api_prompt(workflow, host.object_info())
+
+
+def saved(host: ComfyServer, prompt: dict[str, Any], entry: dict[str, Any]) -> Image.Image:
+    [picture] = [
+        image for node_id, images in host.images_by_node(entry).items() if prompt[node_id]["class_type"] == "SaveImage" for image in images
+    ]
+    return picture
+
+
+def said(prompt: dict[str, Any], entry: dict[str, Any]) -> str:
+    [node_id] = [node_id for node_id, node in prompt.items() if node["class_type"] == "PreviewAny"]
+    return "".join(entry["outputs"][node_id]["text"])
+
+
+def test_the_attention_map_lies_over_the_whole_picture_and_is_told_in_numbers(host: ComfyServer) -> None:
+    prompt = prompt_of(host, "attention-map")
+    entry = host.run(prompt)
+    assert saved(host, prompt, entry).size == (768, 768)
+    assert said(prompt, entry).startswith("attention to 'heart' (")
+    assert "mean of 20 steps, 1 pictures" in said(prompt, entry)
+    [shown_on_the_node] = [outputs for node_id, outputs in entry["outputs"].items() if "AttentionMapImage" in prompt[node_id]["class_type"]]
+    assert shown_on_the_node["images"]
+
+
+def attention(host: ComfyServer, run: int, seed: int, step: int = 0, **of_the_map: str) -> np.ndarray:
+    """The map of a sampling; `run` makes the host save again what it has kept."""
+    prompt = prompt_of(host, "attention-map")
+    set_inputs(prompt, "KSampler", seed=seed, steps=3)
+    set_inputs(prompt, "DistilledT5AttentionMapImage", step=step, opacity=1.0)
+    set_inputs(prompt, "SaveImage", filename_prefix=f"run-{run}")
+    if of_the_map:
+        set_inputs(prompt, "DistilledT5CrossAttentionMap", **of_the_map)
+    return np.asarray(saved(host, prompt, host.run(prompt)).convert("RGB"), dtype=np.int16)
+
+
+def test_what_comfyui_keeps_between_runs_gives_no_old_and_no_empty_map(host: ComfyServer) -> None:
+    first = attention(host, 1, seed=1)
+    assert np.array_equal(attention(host, 2, seed=1), first), "nothing changed"
+    other_seed = attention(host, 3, seed=2)
+    assert np.abs(other_seed - first).mean() > 0.5
+    of_step = attention(host, 4, seed=2, step=3)
+    assert np.abs(of_step - other_seed).mean() > 0.5
+    assert np.array_equal(attention(host, 5, seed=1), first), "back to the first seed"
+    other_word = attention(host, 6, seed=1, word="ring")
+    assert np.abs(other_word - first).mean() > 0.5
+    host.free()
+    assert np.array_equal(attention(host, 7, seed=1), first), "after all was dropped"
+
+
+def test_another_step_needs_no_new_sampling(host: ComfyServer) -> None:
+    attention(host, 8, seed=5)
+    prompt = prompt_of(host, "attention-map")
+    set_inputs(prompt, "KSampler", seed=5, steps=3)
+    set_inputs(prompt, "DistilledT5AttentionMapImage", step=2, opacity=1.0)
+    set_inputs(prompt, "SaveImage", filename_prefix="run-9")
+    messages = dict(host.run(prompt)["status"]["messages"])
+    kept = {prompt[node_id]["class_type"] for node_id in messages["execution_cached"]["nodes"]}
+    assert {"KSampler", "DistilledT5CrossAttentionMap"} <= kept
+    assert "DistilledT5AttentionMapImage" not in kept
+
+
+def test_two_samplers_on_one_model_get_each_their_own_map(host: ComfyServer) -> None:
+    alone = [attention(host, 20 + seed, seed) for seed in (1, 2)]
+    prompt = prompt_of(host, "attention-map")
+    set_inputs(prompt, "KSampler", seed=1, steps=3)
+    set_inputs(prompt, "DistilledT5AttentionMapImage", opacity=1.0)
+    ids = {prompt[node_id]["class_type"]: node_id for node_id in prompt}
+    sampler, drawer, saver = ids["KSampler"], ids["DistilledT5AttentionMapImage"], ids["SaveImage"]
+    prompt["s2"] = {"class_type": "KSampler", "inputs": {**prompt[sampler]["inputs"], "seed": 2}, "_meta": {"title": "second"}}
+    drawn_again = {**prompt[drawer]["inputs"], "samples": ["s2", 0]}
+    prompt["d2"] = {"class_type": "DistilledT5AttentionMapImage", "inputs": drawn_again, "_meta": {"title": "second"}}
+    prompt["p2"] = {"class_type": "SaveImage", "inputs": {"images": ["d2", 0], "filename_prefix": "second"}, "_meta": {"title": "second"}}
+    prompt[saver]["inputs"]["filename_prefix"] = "first"
+    pictures = host.images_by_node(host.run(prompt))
+    for node_id, expected in zip((saver, "p2"), alone, strict=True):
+        assert np.array_equal(np.asarray(pictures[node_id][0].convert("RGB"), dtype=np.int16), expected)
+
+
+def test_a_word_that_is_not_in_the_prompt_is_told_to_the_user(host: ComfyServer) -> None:
+    with pytest.raises(PromptFailed, match=r"The word 'foxes' is not in the prompt(?s:.*)What to do: give a word") as failure:
+        attention(host, 30, seed=1, word="foxes")
+    prompt = prompt_of(host, "attention-map")
+    assert prompt[failure.value.node_id]["class_type"] == "DistilledT5CrossAttentionMap"
+
+
+def test_the_report_has_a_line_for_each_encoder(host: ComfyServer) -> None:
+    prompt = prompt_of(host, "encoder-report")
+    entry = host.run(prompt)
+    lines = [line for line in said(prompt, entry).splitlines() if line.startswith("| T5")]
+    assert [line.split(" | ")[0] for line in lines] == ["| T5 of width 128, 1 layers", "| T5 of width 32, 1 layers"]
+    assert saved(host, prompt, entry).width > 500
+
+
+def test_the_map_has_both_encoders(host: ComfyServer) -> None:
+    prompt = prompt_of(host, "encoder-map")
+    entry = host.run(prompt)
+    assert saved(host, prompt, entry).size == (768, 768)
+    assert said(prompt, entry).count("of 60 prompts") == 2
+
+
+def test_the_prompt_for_a_text_asks_for_that_text(host: ComfyServer) -> None:
+    prompt = {
+        "1": {"class_type": "DistilledT5CommonTextPrompt", "inputs": {"seed": 7, "split": "validation"}},
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["1", 1]}},
+    }
+    outputs = host.run(prompt)["outputs"]
+    asked, text = ("".join(outputs[node_id]["text"]) for node_id in ("2", "3"))
+    assert text in asked != text
