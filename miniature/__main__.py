@@ -37,6 +37,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, help="peak rate of AdamW; Muon's is ten times that")
     parser.add_argument("--bf16", action="store_true", default=None, help="compute in bfloat16: faster where the processor knows it")
     parser.add_argument("--compile", action="store_true", help="fuse the Flux with torch.compile: 1.5 times as fast, needs a C++ compiler")
+    parser.add_argument("--start", type=Path, metavar="FILE", help="flux: begin with the weights of this file instead of random ones")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, bit for bit")
     parser.add_argument(
         "--count", type=int, help=f"prompts to write for each corpus ({PROMPTS:,}), or to measure of each task ({QUESTIONS})"
@@ -70,7 +71,7 @@ def make(options: argparse.Namespace) -> list[Path | None]:
             made.append(workshop.make_vae(options.out))
         for name, plan, maker in (
             ("teacher", workshop.TEACHER_PLAN, workshop.make_teacher),
-            ("flux", workshop.FLUX_PLAN, functools.partial(workshop.make_flux, fuse=options.compile)),
+            ("flux", workshop.FLUX_PLAN, functools.partial(workshop.make_flux, fuse=options.compile, start=options.start)),
             ("lora", workshop.LORA_PLAN, workshop.make_lora),
         ):
             # `all --resume` goes on where it was: in a model that has no checkpoint yet it begins.

@@ -68,6 +68,15 @@ def host_names(weights: Mapping[str, Tensor], flux: Module) -> dict[str, Tensor]
     return {name if name in wanted else name.removesuffix(".scale") + ".weight": weight for name, weight in weights.items()}
 
 
+def load_weights(flux: Module, path: Path) -> None:
+    """Give a Flux the weights of a file of the miniature. Raises ValueError if they are of another size."""
+    weights = {name: tensor.float() for name, tensor in safetensors.torch.load_file(path).items()}
+    try:
+        flux.load_state_dict(host_names(weights, flux), strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no Flux of this size: {error}\nWhat to do: start from a file that the miniature made.") from error
+
+
 @dataclass(frozen=True)
 class Batch:
     """Clean latents, noise, noise levels, guidance, captions of one step."""

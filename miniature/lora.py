@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Linear, Module, Parameter, ParameterList
 from torch.nn.utils import parametrize
 
-from .flow import FluxSize, host_names, make_flux, published_name
+from .flow import FluxSize, load_weights, make_flux, published_name
 from .world import COLOURS, Scene
 
 RANK = 4
@@ -61,8 +61,7 @@ def trained_part(low_ranks: Mapping[str, LowRank]) -> ParameterList:
 def load_flux(path: Path, text_width: int) -> Module:
     """The miniature's Flux out of its file, float32, as ComfyUI's module."""
     flux = make_flux(FluxSize(), text_width, seed=0)
-    weights = {name: tensor.float() for name, tensor in safetensors.torch.load_file(path).items()}
-    flux.load_state_dict(host_names(weights, flux), strict=True)
+    load_weights(flux, path)
     return flux
 
 

@@ -78,9 +78,11 @@ def make_flux(
     resume: bool = False,
     stop: Stop = never,
     fuse: bool = False,
+    start: Path | None = None,
 ) -> Path | None:
     """Train the Flux on the teacher in `out` and write its file; None if `stop` asked to leave. ComfyUI must be importable.
 
+    It begins with random weights, or with those of the file `start`: so a training can go on whose checkpoints are lost.
     Raises ValueError if there is no teacher yet.
     """
     size, teacher_path = size or FluxSize(), place(out, TEACHER_FILE)
@@ -88,7 +90,10 @@ def make_flux(
         raise ValueError(f"{teacher_path} is not there.\nWhat to do: make the teacher first.")
     frozen = FrozenTeacher(teacher_path, load_tokenizer(comfyui), usual_device())
     flux = flow.make_flux(size, frozen.width, plan.seed).to(usual_device())
-    what = {"flux": asdict(size), "teacher": data_sha256(teacher_path), "shift": flow.SHIFT}
+    what: dict[str, Any] = {"flux": asdict(size), "teacher": data_sha256(teacher_path), "shift": flow.SHIFT}
+    if start is not None:
+        flow.load_weights(flux, start)
+        what["start"] = data_sha256(start)
     predict = predictor(flux, fuse)
 
     def loss_at(step: int) -> torch.Tensor:

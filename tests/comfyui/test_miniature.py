@@ -289,6 +289,15 @@ def test_the_forward_pass_for_training_is_that_of_the_hosts_module():
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_training_begins_with_the_weights_of_a_file_and_only_of_one_of_its_size(tmp_path):
+    written, begun = flow.make_flux(SIZE, 128, seed=5), flow.make_flux(SIZE, 128, seed=6)
+    path = flow.save_flux(tmp_path / "flux.safetensors", dict(written.state_dict()), {}, torch.float32)
+    flow.load_weights(begun, path)
+    assert all(torch.equal(weight, written.state_dict()[name]) for name, weight in begun.state_dict().items())
+    with pytest.raises(ValueError, match="no Flux of this size"):
+        flow.load_weights(flow.make_flux(flow.FluxSize(128, 1, 1), 128, seed=0), path)
+
+
 def test_the_losss_gradient_is_its_numeric_derivative():
     module = flow.make_flux(SIZE, 128, seed=5)
     generator = torch.Generator().manual_seed(0)
