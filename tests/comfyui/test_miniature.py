@@ -295,7 +295,7 @@ def test_a_training_begins_with_the_weights_of_a_file_and_only_of_one_of_its_siz
     flow.load_weights(begun, path)
     assert all(torch.equal(weight, written.state_dict()[name]) for name, weight in begun.state_dict().items())
     with pytest.raises(ValueError, match="no Flux of this size"):
-        flow.load_weights(flow.make_flux(flow.FluxSize(128, 1, 1), 128, seed=0), path)
+        flow.load_weights(flow.make_flux(flow.FluxSize(128, 2, 1), 128, seed=0), path)
 
 
 def test_the_losss_gradient_is_its_numeric_derivative():
