@@ -88,7 +88,7 @@ def run_demo(comfyui: Path, out: Path, train_steps: int) -> dict[str, Any]:
             started = time.monotonic()
             columns = {encoder: draw(server, prompt, encoder, asked()) for encoder in encoders}
             told["drawing_s"] = round(time.monotonic() - started, 1)
-    verdict_sheet(asked(), columns).save(out / SHEET)
+    verdict_sheet(asked(), {Path(name).stem: pictures for name, pictures in columns.items()}).save(out / SHEET)
     told["right"] = {encoder: judged(pictures) for encoder, pictures in columns.items()}
     (out / NUMBERS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     return told

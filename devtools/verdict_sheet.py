@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ..miniature.reader import read, verdict
 from ..miniature.world import Scene
 
-PICTURE_PX, GAP_PX, LINE_PX, TEXT_PX, CAPTION_PX = 192, 12, 18, 13, 300
+PICTURE_PX, GAP_PX, LINE_PX, TEXT_PX, CAPTION_PX, BLOCKS = 168, 12, 18, 13, 200, 2
+ROW_PX = PICTURE_PX + LINE_PX + GAP_PX
 PAPER, INK, RIGHT, WRONG = (255, 255, 255), (32, 32, 32), (0, 120, 50), (190, 30, 30)
 
 
@@ -33,23 +34,24 @@ def told(scene: Scene, picture: Image.Image) -> str:
 
 
 def verdict_sheet(questions: Sequence[tuple[Scene, str]], columns: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
-    """The sheet; every column holds a picture for every question."""
+    """The sheet; every encoder has a picture for every question. Questions stand in two blocks side by side."""
     font = ImageFont.load_default(TEXT_PX)
-    row_px = PICTURE_PX + LINE_PX + GAP_PX
-    width = CAPTION_PX + len(columns) * (PICTURE_PX + GAP_PX) + GAP_PX
-    sheet = Image.new("RGB", (width, GAP_PX + LINE_PX + row_px * len(questions)), PAPER)
+    rows = -(-len(questions) // BLOCKS)
+    block_px = CAPTION_PX + len(columns) * (PICTURE_PX + GAP_PX) + GAP_PX
+    sheet = Image.new("RGB", (BLOCKS * block_px, GAP_PX + LINE_PX + ROW_PX * rows), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for number, name in enumerate(columns):
-        draw.text((_left(number), GAP_PX), name, fill=INK, font=font)
-    for row, (scene, caption) in enumerate(questions):
-        top = GAP_PX + LINE_PX + row * row_px
-        draw.multiline_text((GAP_PX, top), _broken(caption, font), fill=INK, font=font)
+    for block in range(BLOCKS):
+        for number, name in enumerate(columns):
+            draw.text((block * block_px + _left(number), GAP_PX), _short(name, font), fill=INK, font=font)
+    for index, (scene, caption) in enumerate(questions):
+        left, top = index // rows * block_px, GAP_PX + LINE_PX + index % rows * ROW_PX
+        draw.multiline_text((left + GAP_PX, top), _broken(caption, font), fill=INK, font=font)
         for number, pictures in enumerate(columns.values()):
-            shown = pictures[row].convert("RGB").resize((PICTURE_PX, PICTURE_PX), Image.Resampling.NEAREST)
-            sheet.paste(shown, (_left(number), top))
-            said = told(scene, pictures[row])
+            shown = pictures[index].convert("RGB").resize((PICTURE_PX, PICTURE_PX), Image.Resampling.NEAREST)
+            sheet.paste(shown, (left + _left(number), top))
+            said = told(scene, pictures[index])
             colour = RIGHT if said == "right" else WRONG
-            draw.text((_left(number), top + PICTURE_PX + 1), _short(said, font), fill=colour, font=font)
+            draw.text((left + _left(number), top + PICTURE_PX + 1), _short(said, font), fill=colour, font=font)
     return sheet
 
 
