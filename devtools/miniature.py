@@ -6,11 +6,14 @@ Every part that is there already is kept, so a stopped command goes on where it 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..miniature.folders import KINDS, SHIPPED, place
 
@@ -50,10 +53,10 @@ def student_file(work: Path, name: str) -> Path:
     return work / "models" / "text_encoders" / f"{name}.safetensors"
 
 
-def call(*arguments: str | Path) -> None:
+def call(*arguments: str | Path, **extra: str) -> None:
     """Run one of the pack's commands; what it prints is seen. Raises RuntimeError if it does not end well."""
     command = [sys.executable, *map(str, arguments)]
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    code = subprocess.run(command, cwd=ROOT, env={**os.environ, **extra}, check=False).returncode
     if code:
         raise RuntimeError(
             f"{' '.join(command[1:3])} ended with status {code}.\nWhat to do: see what it printed; the same command goes on."
@@ -66,33 +69,58 @@ def make_models(comfyui: Path, work: Path) -> None:
         return
     out = work / "made"
     resume = ["--resume"] if out.is_dir() else []
-    call(ROOT / "miniature", "all", "--bf16", "--out", out, "--comfyui", comfyui, *resume)
+    faster = ["--compile"] if shutil.which("g++") else []
+    call(ROOT / "miniature", "all", *faster, "--out", out, "--comfyui", comfyui, *resume)
     for name in KINDS:
         place(SHIPPED, name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(place(out, name), place(SHIPPED, name))
 
 
-def train_student(run: Run, comfyui: Path, work: Path, steps: int | None, flags: list[str]) -> None:
-    """Train a student by the product's own command, unless it is there."""
+def train_student(run: Run, comfyui: Path, work: Path, steps: int | None) -> None:
+    """Train a student by the product's own command, unless it is there; on one thread, as two students train at the same time."""
     if student_file(work, run.name).is_file():
         return
     folder = work / "runs" / run.name
     settings = [f"output.name={run.name}", *run.settings, *([] if steps is None else [f"stage.0.steps={steps}"])]
     sets = [part for setting in settings for part in ("--set", setting)]
     resume = ["--resume"] if (folder / "checkpoints").is_dir() else []
-    call(ROOT / "train", run.recipe, "--run", folder, "--comfyui", comfyui, *sets, *resume, "--", "--base-directory", work, *flags)
+    host = ["--", "--base-directory", work]
+    call(ROOT / "train", run.recipe, "--run", folder, "--comfyui", comfyui, *sets, *resume, *host, OMP_NUM_THREADS="1")
+
+
+def ship(name: str, work: Path) -> Path:
+    """Put a student that was trained here into the pack, in bfloat16 as the other models of the miniature; what is shipped is measured."""
+    from ..encoder.files import open_student, write_student
+
+    path = SHIPPED / "text_encoders" / f"{name}.safetensors"
+    if student_file(work, name).is_file():
+        file = open_student(student_file(work, name))
+        write_student(path, {key: tensor.bfloat16() for key, tensor in file.load().items()}, file.metadata, overwrite=True)
+    return path
 
 
 def train_baseline(comfyui: Path, work: Path, steps: int | None) -> Path:
     """Train the encoder without context, unless it is there."""
     path = work / f"{CONTEXT_FREE}.safetensors"
     if not path.is_file():
-        call("-m", "distilled_t5.devtools.miniature_results", "--comfyui", comfyui, "--baseline", path, *_steps(steps))
+        call("-m", "distilled_t5.devtools.miniature_results", "--comfyui", comfyui, "--baseline", path, *_steps(steps), OMP_NUM_THREADS="1")
     return path
 
 
 def _steps(steps: int | None) -> list[str]:
     return [] if steps is None else ["--steps", str(steps)]
+
+
+def train_all(comfyui: Path, work: Path, steps: int | None, only: list[str] | None) -> None:
+    """Train every student and the baseline, or those named, as many at a time as there are processor cores; the first trouble is raised."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        running: list[Future[Any]] = [
+            pool.submit(train_student, run, comfyui, work, steps) for run in RUNS if only is None or run.name in only
+        ]
+        if only is None or CONTEXT_FREE in only:
+            running.append(pool.submit(train_baseline, comfyui, work, steps))
+        for one in running:
+            one.result()
 
 
 def main() -> None:
@@ -106,11 +134,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         make_models(options.comfyui, options.work)
-        for run in RUNS:
-            if options.only is None or run.name in options.only:
-                train_student(run, options.comfyui, options.work, options.steps, [])
-        if options.only is None or CONTEXT_FREE in options.only:
-            train_baseline(options.comfyui, options.work, options.steps)
+        train_all(options.comfyui, options.work, options.steps, options.only)
+        ship(MIDDLE, options.work)
         call(
             "-m",
             "distilled_t5.devtools.miniature_results",

@@ -83,10 +83,10 @@ def untrained_file(work: Path) -> Path:
 
 
 def shipped_or_made(work: Path, name: str) -> Path | None:
-    """The student of that name that this machine trained, else the one that the pack ships, else None."""
+    """The student of that name that the pack ships, else the one that this machine trained, else None."""
     from ..miniature.folders import SHIPPED
 
-    places = (student_file(work, name), SHIPPED / "text_encoders" / f"{name}.safetensors")
+    places = (SHIPPED / "text_encoders" / f"{name}.safetensors", student_file(work, name))
     return next((path for path in places if path.is_file()), None)
 
 
