@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,8 @@ def blip(tmp_path_factory):
 
 def yes_by_generation(folder, image: np.ndarray, phrase: str) -> float:
     """P(yes) / (P(yes) + P(no)) of the first word that transformers' own generation would draw from."""
-    model, processor = transformers.BlipForQuestionAnswering.from_pretrained(folder), transformers.BlipProcessor.from_pretrained(folder)
+    model: Any = transformers.BlipForQuestionAnswering.from_pretrained(folder)
+    processor: Any = transformers.BlipProcessor.from_pretrained(folder)
     inputs = processor(images=image, text=f"{phrase}?", return_tensors="pt")
     start = model.config.text_config.bos_token_id
     inputs["input_ids"][:, 0] = start + 1
