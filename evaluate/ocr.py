@@ -41,11 +41,11 @@ def normalised(text: str) -> str:
 
 
 def reading_order(lines: Sequence[Line]) -> list[Line]:
-    """Lines from top to bottom, and from left to right where the middle of one lies within the height of its row's first."""
+    """Lines from top to bottom, and from left to right where the middle of one lies above the foot of its row's first."""
     rows: list[list[Line]] = []
     for line in sorted(lines, key=lambda line: line.box_px[1] + line.box_px[3]):
         first = rows[-1][0] if rows else None
-        if first is not None and 2 * first.box_px[1] < line.box_px[1] + line.box_px[3] < 2 * first.box_px[3]:
+        if first is not None and line.box_px[1] + line.box_px[3] < 2 * first.box_px[3]:
             rows[-1].append(line)
         else:
             rows.append([line])

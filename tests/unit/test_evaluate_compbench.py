@@ -188,6 +188,7 @@ def test_numbers_by_hand():
     assert numeracy_score(prompt, row_of("bird", 3)) == 0
     assert numeracy_score("two men and one painting", row_of("person", 2) + row_of("picture/frame", 1, 50)) == 1
     assert numeracy_score("two red birds", row_of("bird", 2)) == 1
+    assert numeracy_score("two cars", row_of("car", 2) + row_of("car wheel", 4, 50)) == 1, "a label that is the name comes first"
     with pytest.raises(ValueError, match="counts no objects"):
         numeracy_score("the cats", [])
 

@@ -85,6 +85,13 @@ def test_easyocr_gets_an_array_as_it_gets_a_file(tmp_path):
     assert [(line.text, line.box_px) for line in EasyOcrReader().read(np.asarray(sign()))] == expected
 
 
+def test_easyocr_reads_colours_by_their_own_brightness():
+    """Orange on navy: 101 and 45 in brightness, but 60 and 60 with red and blue exchanged."""
+    picture = Image.new("RGB", (320, 128), (0, 60, 84))
+    ImageDraw.Draw(picture).text((20, 30), "BREAD", font=ImageFont.load_default(64), fill=(220, 60, 0))
+    assert [line.text for line in EasyOcrReader().read(np.asarray(picture))] == ["BREAD"]
+
+
 def test_weights_of_a_given_folder_are_read_and_no_import_path_is_left(tmp_path):
     for name in FILES:
         (tmp_path / name).symlink_to(PUBLISHED / name)
