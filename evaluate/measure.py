@@ -78,7 +78,8 @@ class Bench:
         prompts = [question.prompt for question in in_turn(self.work.questions, part.repeats + 1)]
 
         def on_first() -> probes.Numbers:
-            fresh = functools.partial(self.work.load, self.encoder)
+            # Without the check that the encoder fits, which encodes a prompt.
+            fresh = functools.partial(LoadedEncoder.load, self.encoder)
             return probes.cost(fresh, self.work.painter, prompts, part.repeats) if self.work.ranks.is_main else {}
 
         self._measure("cost", {"repeats": part.repeats}, on_first)

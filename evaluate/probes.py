@@ -132,14 +132,10 @@ def _way(painter: Painter, texts: Sequence[Text], seeds: Sequence[int]) -> list[
 def cost(load: Callable[[], LoadedEncoder], painter: Painter, prompts: Sequence[str], repeats: int) -> Numbers:
     """Resident bytes, and seconds of loading, of encoding, and of a change of the prompt, in which the diffusion model is loaded before and
     after: what waits between pressing Run and the first step of the next picture."""
-    loads: list[float] = []
-    encoder = None
-    for _ in range(repeats):
-        encoder = None  # the one before is given back first
-        comfy.model_management.unload_all_models()
-        seconds, encoder = _timed(load)
-        loads.append(seconds)
-    assert encoder is not None
+    # Each is given back before the next one comes.
+    loads = [_timed_load(load)[0] for _ in range(repeats - 1)]
+    seconds, encoder = _timed_load(load)
+    loads.append(seconds)
     encoder.text("a first prompt, which brings the encoder to its device")
     encodes = [_timed(lambda prompt=prompt: encoder.text(prompt))[0] for prompt in _cycled(prompts, repeats)]
     changes = [_timed(lambda prompt=prompt: _change(encoder, painter, prompt))[0] for prompt in _cycled(prompts, repeats + 1)]
@@ -151,6 +147,12 @@ def cost(load: Callable[[], LoadedEncoder], painter: Painter, prompts: Sequence[
         # The first one only brings the diffusion model there.
         "prompt change s": mean_of(changes[1:]),
     }
+
+
+def _timed_load(load: Callable[[], LoadedEncoder]) -> tuple[float, LoadedEncoder]:
+    """Seconds of a load that begins with nothing on the device, and the encoder."""
+    comfy.model_management.unload_all_models()
+    return _timed(load)
 
 
 def _change(encoder: LoadedEncoder, painter: Painter, prompt: str) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ..encoder.stream import sync_folder
 from ..train.disk import UNFINISHED, replace_file
@@ -16,6 +17,7 @@ from ..train.disk import UNFINISHED, replace_file
 MADE_OF = "made_of.json"
 # A batch that is complete and about to be moved to its place, picture by picture.
 COMPLETE = ".complete"
+Item = TypeVar("Item")
 PICTURE = re.compile(r"\d{5,}\.png$")
 
 
@@ -73,7 +75,7 @@ class PictureFolder:
 
 
 def _refuse_others(path: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    differences = [f"  {key}: {before.get(key)} -> {now.get(key)}" for key in before | now if before.get(key) != now.get(key)]
+    differences = [f"  {key}: {before.get(key)} -> {now.get(key)}" for key in {**before, **now} if before.get(key) != now.get(key)]
     if differences:
         raise ValueError(
             f"The pictures in {path} were made of something else:\n"
@@ -88,6 +90,6 @@ def batches(count: int, there: set[int], size: int) -> list[list[int]]:
     return [missing for batch in whole if (missing := [index for index in batch if index not in there])]
 
 
-def share_of_rank(batches_left: Sequence[list[int]], rank: int, ranks: int) -> list[list[int]]:
+def share_of_rank(batches_left: Sequence[Item], rank: int, ranks: int) -> list[Item]:
     """Every `ranks`-th batch, from this process's own number on."""
     return list(batches_left[rank::ranks])

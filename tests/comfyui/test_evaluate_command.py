@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from distilled_t5.devtools.evaluation_world import command, finish, start, write_world
 from distilled_t5.devtools.small_encoders import encode, serve, stock_flux_clip
 from distilled_t5.devtools.trainer import BOUND_S, TWO_PROCESSES
@@ -22,7 +23,6 @@ from distilled_t5.miniature.folders import VAE_FILE, add_model_folders
 from distilled_t5.miniature.measure import questions
 from distilled_t5.miniature.world import SIDE
 from distilled_t5.train.teacher import Teacher
-from torch import zeros
 
 import nodes
 
@@ -98,6 +98,7 @@ def test_probes_tell_the_encoders_apart_and_count_their_prompts(whole):
     assert all(cost[name]["student"]["n"] == 2 for name in ("load s", "encode s", "prompt change s"))
 
 
+@torch.no_grad()
 def test_a_picture_is_the_one_that_stock_nodes_make_of_its_prompt_and_seed_alone(whole):
     add_model_folders(whole.base / "models")
     [model] = nodes.UNETLoader().load_unet("flux.safetensors", "default")
@@ -105,7 +106,7 @@ def test_a_picture_is_the_one_that_stock_nodes_make_of_its_prompt_and_seed_alone
     clip = serve(whole.base / "models" / "text_encoders" / "student.safetensors", dtype=None).clip
     for index, (_, caption) in enumerate(questions("word", 2)):
         conditioning = [[text, {**extras, "guidance": 3.5}] for text, extras in encode(clip, caption)]
-        empty = {"samples": zeros(1, 16, SIDE, SIDE)}
+        empty = {"samples": torch.zeros(1, 16, SIDE, SIDE)}
         [latent] = nodes.KSampler().sample(model, 3 + index, 3, 1.0, "euler", "simple", conditioning, conditioning, empty)
         [expected] = nodes.VAEDecode().decode(vae, latent)
         stock = np.clip(255.0 * expected[0].numpy(), 0, 255).astype(np.uint8)
