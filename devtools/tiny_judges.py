@@ -10,8 +10,8 @@ import torch
 import transformers
 
 SIDE_PX = 32
-LAYERS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-PICTURES = {"image_size": SIDE_PX, "patch_size": 8}
+LAYERS: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+PICTURES: dict[str, Any] = {"image_size": SIDE_PX, "patch_size": 8}
 LABELS = ("cat", "dog", "traffic light")
 WORDS = ("yes", "no", "a", "the", "green", "red", "blue", "bench", "bowl", "car", "?")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -20,7 +20,12 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def save_clip(folder: Path, seed: int = 0) -> Path:
     """A CLIP that reads the letters a to z."""
     signs = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase), "<|startoftext|>", "<|endoftext|>"]
-    ids = {"vocab_size": len(signs), "bos_token_id": len(signs) - 2, "eos_token_id": len(signs) - 1, "max_position_embeddings": 16}
+    ids: dict[str, Any] = {
+        "vocab_size": len(signs),
+        "bos_token_id": len(signs) - 2,
+        "eos_token_id": len(signs) - 1,
+        "max_position_embeddings": 16,
+    }
     config = transformers.CLIPConfig(text_config=LAYERS | ids, vision_config=LAYERS | PICTURES, projection_dim=16)
     tokenizer = transformers.CLIPTokenizer(vocab={sign: number for number, sign in enumerate(signs)}, merges=[])
     pictures = transformers.CLIPImageProcessor(size={"shortest_edge": SIDE_PX}, crop_size={"height": SIDE_PX, "width": SIDE_PX})
@@ -30,7 +35,13 @@ def save_clip(folder: Path, seed: int = 0) -> Path:
 def save_blip(folder: Path, seed: int = 0) -> Path:
     """A BLIP for questions that knows WORDS; the sign before an answer follows them, and the one before a question follows that."""
     words = [*SPECIAL, *WORDS]
-    ids = {"vocab_size": len(words) + 2, "bos_token_id": len(words), "pad_token_id": 0, "sep_token_id": 3, "max_position_embeddings": 40}
+    ids: dict[str, Any] = {
+        "vocab_size": len(words) + 2,
+        "bos_token_id": len(words),
+        "pad_token_id": 0,
+        "sep_token_id": 3,
+        "max_position_embeddings": 40,
+    }
     text = LAYERS | ids | {"encoder_hidden_size": LAYERS["hidden_size"]}
     config = transformers.BlipConfig(text_config=text, vision_config=LAYERS | PICTURES)
     tokenizer = transformers.BertTokenizer(vocab={word: number for number, word in enumerate(words)})
@@ -40,7 +51,7 @@ def save_blip(folder: Path, seed: int = 0) -> Path:
 
 def save_detector(folder: Path, seed: int = 0) -> Path:
     """A YOLOS that tells LABELS apart."""
-    names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: number for number, label in enumerate(LABELS)}}
+    names: dict[str, Any] = {"id2label": dict(enumerate(LABELS)), "label2id": {label: number for number, label in enumerate(LABELS)}}
     config = transformers.YolosConfig(**LAYERS, patch_size=8, image_size=[SIDE_PX, SIDE_PX], num_detection_tokens=5, **names)
     pictures = transformers.YolosImageProcessor(size={"shortest_edge": SIDE_PX, "longest_edge": SIDE_PX})
     return _save(folder, transformers.YolosForObjectDetection(config), seed, pictures)
@@ -48,7 +59,12 @@ def save_detector(folder: Path, seed: int = 0) -> Path:
 
 def save_depth(folder: Path, seed: int = 0) -> Path:
     """A DPT."""
-    sizes = {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8}
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 4,
+        "backbone_out_indices": [0, 1, 2, 3],
+        "neck_hidden_sizes": [8, 8, 8, 8],
+        "fusion_hidden_size": 8,
+    }
     config = transformers.DPTConfig(**LAYERS | PICTURES | sizes)
     pictures = transformers.DPTImageProcessor(size={"height": SIDE_PX, "width": SIDE_PX})
     return _save(folder, transformers.DPTForDepthEstimation(config), seed, pictures)

@@ -103,7 +103,7 @@ def frechet_distance(a_ND: np.ndarray, b_ND: np.ndarray) -> float:
 def _spread(x_ND: np.ndarray) -> np.ndarray:
     """The smallest matrix X with X^T X = the covariance."""
     centred = (x_ND - x_ND.mean(axis=0, dtype=np.float64)) / np.sqrt(len(x_ND) - 1)
-    return np.linalg.qr(centred, mode="r") if len(centred) > centred.shape[1] else centred
+    return np.asarray(np.linalg.qr(centred, mode="r")) if len(centred) > centred.shape[1] else centred
 
 
 def fid(features_ND: np.ndarray, reference_MD: np.ndarray, resamples: int = FID_RESAMPLES, seed: int = 0) -> Fid:

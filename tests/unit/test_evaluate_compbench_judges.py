@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,8 @@ def blip(tmp_path_factory):
 
 def yes_by_generation(folder, image: np.ndarray, phrase: str) -> float:
     """P(yes) / (P(yes) + P(no)) of the first word that transformers' own generation would draw from."""
-    model, processor = transformers.BlipForQuestionAnswering.from_pretrained(folder), transformers.BlipProcessor.from_pretrained(folder)
+    model: Any = transformers.BlipForQuestionAnswering.from_pretrained(folder)
+    processor: Any = transformers.BlipProcessor.from_pretrained(folder)
     inputs = processor(images=image, text=f"{phrase}?", return_tensors="pt")
     start = model.config.text_config.bos_token_id
     inputs["input_ids"][:, 0] = start + 1
@@ -36,7 +39,7 @@ def yes_by_generation(folder, image: np.ndarray, phrase: str) -> float:
 def test_blip_answers_as_transformers_own_generation_does(blip):
     judge, image = BlipVqa(blip), photograph(40, 60)
     found = judge.probabilities_of_yes(image, PHRASES)
-    assert found == pytest.approx([yes_by_generation(blip, image, phrase) for phrase in PHRASES], abs=1e-4)
+    assert found == pytest.approx([yes_by_generation(blip, image, phrase) for phrase in PHRASES], abs=1e-5)
     assert len({round(share, 2) for share in found}) == 3, "the question counts, by much more than rounding does"
     assert judge.score(image, PHRASES) == pytest.approx(np.prod(found))
     assert judge.probabilities_of_yes(photograph(40, 60, seed=1), PHRASES) != pytest.approx(found, abs=1e-3), "the picture counts"

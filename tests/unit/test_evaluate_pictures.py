@@ -130,7 +130,7 @@ def test_clip_scores_are_those_of_the_models_own_forward_pass(clip, tmp_path):
     expected = []
     for image, prompt in zip(images, PROMPTS, strict=True):
         inputs = processor(text=[prompt], images=[image], return_tensors="pt", truncation=True, max_length=16)
-        expected.append(100 * float(model(**inputs).logits_per_image / model.logit_scale.exp()))
+        expected.append(100 * (model(**inputs).logits_per_image / model.logit_scale.exp()).item())
     assert ClipScorer(clip).scores(images, PROMPTS) == pytest.approx(np.maximum(expected, 0), abs=1e-2)
     turned = Path(shutil.copytree(clip, tmp_path / "turned"))
     tensors = load_file(turned / "model.safetensors")
