@@ -49,14 +49,13 @@ def make_teacher(out: Path, comfyui: Path, plan: Plan = TEACHER_PLAN, resume: bo
     """Pretrain the teacher on text and write its encoder; None if `stop` asked to leave."""
     tokenizer, layout = load_tokenizer(comfyui), teacher.LAYOUT
     device = usual_device()
-    model = teacher.make_model(layout, plan.seed)
-    torch.nn.Module.to(model, device)
+    model = teacher.Pretraining(layout, plan.seed).to(device)
 
     def loss_at(step: int) -> torch.Tensor:
         inputs_BL, targets_BT = teacher.draw_batch(tokenizer, plan.seed, step, plan.batch)
-        return teacher.span_loss(model, inputs_BL.to(device), targets_BT.to(device))
+        return model.loss(inputs_BL.to(device), targets_BT.to(device))
 
-    what = {"teacher": asdict(layout)}
+    what = {"teacher": asdict(layout), "neighbours": teacher.NEIGHBOURS}
     trainee = train(model, loss_at, plan, what, out / "teacher-run", resume, stop)
     if trainee is None:
         return None

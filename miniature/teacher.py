@@ -1,7 +1,7 @@
 """The teacher: a small T5 that learns from text alone, before any picture; its encoder is kept.
 
 It gets a text with spans missing and writes down the whole text (the "MASS-style" and "BERT-style" variants of arXiv:1910.10683, table 4).
-With the spans alone as targets the encoder forgot what it had read: see README.md.
+With the spans alone as targets the encoder forgot what it had read: see README.md. And each token has to know its neighbours.
 
 It reads padded texts without a mask, because that is how Flux runs its text encoder.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Linear, Module, ModuleList
 from torch.nn.functional import cross_entropy, linear
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -33,6 +34,8 @@ LAYOUT = StudentLayout(d_model=128, d_ff=384, num_layers=6, num_heads=4, d_kv=32
 # Thrown away after pretraining; the shallower it is, the more the encoder has to know.
 DECODER_LAYERS = 2
 IGNORED = -100
+# Places beside a token that its embedding has to know.
+NEIGHBOURS = (-2, -1, 1, 2)
 
 
 def make_model(layout: StudentLayout, seed: int) -> T5ForConditionalGeneration:
@@ -62,28 +65,56 @@ def draw_batch(tokenizer: Any, seed: int, step: int, batch: int) -> tuple[Tensor
     return inputs_BL, targets_BT.masked_fill(targets_BT == PAD, IGNORED)
 
 
-def span_loss(model: T5ForConditionalGeneration, inputs_BL: Tensor, targets_BT: Tensor) -> Tensor:
-    """Mean cross entropy in nats per target token, among the tokens that the batch's targets hold.
+class Pretraining(Module):
+    """A T5 with heads that say, of each token it has read, which tokens stand beside it; they too are thrown away afterwards.
 
-    The whole table would be by far the widest layer, and a batch of this small language says some hundreds of its 32,128 tokens
-    (a sampled softmax, Jean et al. 2015, arXiv:1412.2007, whose samples are the batch).
+    Flux gives text tokens no places, so that what belongs together must be told by each token's own embedding. A decoder that copies
+    needs only their order, and an encoder pretrained for it alone told a Flux the colours in a caption and not whose they are.
     """
-    everything_BL = torch.ones_like(inputs_BL)
-    encoded_BLM = model.get_encoder()(input_ids=inputs_BL, attention_mask=everything_BL).last_hidden_state
-    hidden_BTM = model.get_decoder()(
-        input_ids=model.prepare_decoder_input_ids_from_labels(targets_BT),
-        encoder_hidden_states=encoded_BLM,
-        encoder_attention_mask=everything_BL,
-    ).last_hidden_state
-    told_BT = targets_BT != IGNORED
-    said, numbers = targets_BT[told_BT].unique(return_inverse=True)
-    logits = linear(hidden_BTM[told_BT] * model.config.d_model**-0.5, model.lm_head.weight[said])
-    return cross_entropy(logits.float(), numbers)
+
+    def __init__(self, layout: StudentLayout, seed: int) -> None:
+        super().__init__()
+        self.t5 = make_model(layout, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.neighbours = ModuleList(Linear(layout.d_model, layout.d_model, bias=False) for _ in NEIGHBOURS)
+
+    def loss(self, inputs_BL: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean cross entropy in nats per target token, plus that per neighbour of a token."""
+        everything_BL = torch.ones_like(inputs_BL)
+        encoded_BLM = self.t5.get_encoder()(input_ids=inputs_BL, attention_mask=everything_BL).last_hidden_state
+        hidden_BTM = self.t5.get_decoder()(
+            input_ids=self.t5.prepare_decoder_input_ids_from_labels(targets_BT),
+            encoder_hidden_states=encoded_BLM,
+            encoder_attention_mask=everything_BL,
+        ).last_hidden_state
+        told_BT = targets_BT != IGNORED
+        return self._surprise(hidden_BTM[told_BT], targets_BT[told_BT]) + self._neighbour_loss(encoded_BLM, inputs_BL)
+
+    def _neighbour_loss(self, encoded_BLM: Tensor, inputs_BL: Tensor) -> Tensor:
+        hidden, wanted = [], []
+        for head, offset in zip(self.neighbours, NEIGHBOURS, strict=True):
+            ahead = max(offset, 0), max(-offset, 0)
+            theirs_BL = inputs_BL[:, ahead[0] : inputs_BL.shape[1] - ahead[1]]
+            read_BL = (theirs_BL != PAD) & (inputs_BL[:, ahead[1] : inputs_BL.shape[1] - ahead[0]] != PAD)
+            hidden.append(head(encoded_BLM[:, ahead[1] : inputs_BL.shape[1] - ahead[0]][read_BL]))
+            wanted.append(theirs_BL[read_BL])
+        return self._surprise(torch.cat(hidden), torch.cat(wanted))
+
+    def _surprise(self, hidden_NM: Tensor, wanted_N: Tensor) -> Tensor:
+        """Mean cross entropy among the tokens that are wanted at all.
+
+        The whole table would be by far the widest layer, and a batch of this small language says some hundreds of its 32,128 tokens
+        (a sampled softmax, Jean et al. 2015, arXiv:1412.2007, whose samples are the batch).
+        """
+        said, numbers = wanted_N.unique(return_inverse=True)
+        logits = linear(hidden_NM * self.t5.config.d_model**-0.5, self.t5.lm_head.weight[said])
+        return cross_entropy(logits.float(), numbers)
 
 
 def encoder_tensors(weights: Mapping[str, Tensor], layout: StudentLayout, dtype: torch.dtype) -> dict[str, Tensor]:
     """The encoder's weights of a whole T5 by their published names; the decoder and the head are left out."""
-    named = {"encoder." + name: tensor for name, tensor in weights.items()}
+    named = {"encoder." + name.removeprefix("t5."): tensor for name, tensor in weights.items()}
     return {name: named[name].to("cpu", dtype).contiguous() for name in layout.tensors()}
 
 

@@ -17,10 +17,10 @@ from distilled_t5.miniature.autoencoder import latents, vae_tensors
 from distilled_t5.miniature.captions import draw_prompt, write_prompts
 from distilled_t5.miniature.corpus import draw_text
 from distilled_t5.miniature.corruption import FIRST_SENTINEL, corrupt, noise_spans, restore
-from distilled_t5.miniature.teacher import IGNORED, make_model, save_teacher, span_loss
+from distilled_t5.miniature.teacher import IGNORED, NEIGHBOURS, Pretraining, save_teacher
 from distilled_t5.miniature.training import Plan, Trainee, train
-from distilled_t5.train.token_ids import END
-from transformers import T5ForConditionalGeneration
+from distilled_t5.train.token_ids import END, PAD
+from torch.nn.functional import cross_entropy
 
 TINY = StudentLayout(d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8, vocab_size=50)
 PACK = Path(__file__).resolve().parents[2]
@@ -69,25 +69,35 @@ def test_what_texts_say_of_a_person_is_always_the_same():
     assert len(homes) == 1
 
 
-def test_the_loss_is_that_of_transformers_own_t5():
-    model = make_model(TINY, seed=0)
-    inputs, targets = torch.randint(2, 50, (3, 9)), torch.randint(2, 50, (3, 5))
-    targets[:, 3:] = IGNORED
-    expected = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), labels=targets).loss
-    torch.testing.assert_close(span_loss(model, inputs, targets), expected)
+def test_the_loss_is_that_of_transformers_own_t5_and_that_of_the_tokens_beside_each():
+    model = Pretraining(TINY, seed=0)
+    inputs, targets = torch.randint(2, 50, (3, 9)), torch.arange(TINY.vocab_size).repeat(3, 1)
+    inputs[0, 6:], targets[1, 5:] = PAD, IGNORED
+    expected = model.t5(input_ids=inputs, attention_mask=torch.ones_like(inputs), labels=targets).loss
+    encoded = model.t5.get_encoder()(input_ids=inputs, attention_mask=torch.ones_like(inputs)).last_hidden_state
+    pairs = [
+        (head(encoded[row, place]), int(inputs[row, place + offset]))
+        for head, offset in zip(model.neighbours, NEIGHBOURS, strict=True)
+        for row, place in itertools.product(range(3), range(9))
+        if 0 <= place + offset < 9 and inputs[row, place] != PAD and inputs[row, place + offset] != PAD
+    ]
+    known = sorted({token for _, token in pairs})
+    logits = torch.stack([hidden for hidden, _ in pairs]) @ model.t5.shared.weight[known].T * TINY.d_model**-0.5
+    beside = cross_entropy(logits, torch.tensor([known.index(token) for _, token in pairs]))
+    torch.testing.assert_close(model.loss(inputs, targets), expected + beside)
 
 
-def loss_at(model: T5ForConditionalGeneration) -> Callable[[int], torch.Tensor]:
+def loss_at(model: Pretraining) -> Callable[[int], torch.Tensor]:
     def loss(step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(step)
         inputs, targets = (torch.randint(2, 50, (4, length), generator=generator) for length in (8, 4))
-        return span_loss(model, inputs, targets)
+        return model.loss(inputs, targets)
 
     return loss
 
 
 def run(folder: Path, resume: bool = False, stop_after: int | None = None, plan: Plan = PLAN) -> Trainee | None:
-    model = make_model(TINY, seed=0)
+    model = Pretraining(TINY, seed=0)
     steps = iter(range(1, 1000))
     return train(model, loss_at(model), plan, {}, folder, resume, lambda: next(steps) == stop_after)
 
@@ -156,13 +166,13 @@ def test_a_folder_with_a_run_is_not_started_over(tmp_path):
 
 
 def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_else():
-    model = make_model(TINY, seed=0)
+    model = Pretraining(TINY, seed=0)
     trainee = Trainee(model, PLAN)
     names = {id(weight): name for name, weight in model.named_parameters()}
     groups = {kind: {names[id(weight)] for weight in opt.param_groups[0]["params"]} for kind, opt in trainee.optimizers.items()}
     assert groups["muon"] | groups["adamw"] == set(names.values())
     assert all("block" in name and "layer_norm" not in name and "relative" not in name for name in groups["muon"])
-    assert "shared.weight" in groups["adamw"]
+    assert "t5.shared.weight" in groups["adamw"]
 
 
 def test_the_rate_rises_stays_and_falls_over_the_last_part_to_nothing():
@@ -172,7 +182,7 @@ def test_the_rate_rises_stays_and_falls_over_the_last_part_to_nothing():
 
 
 def test_the_average_is_of_the_last_steps():
-    model = make_model(TINY, seed=0)
+    model = Pretraining(TINY, seed=0)
     trainee = Trainee(model, Plan(steps=50, warmup_steps=1, average_steps=2))
     for _ in range(8):
         trainee.advance(loss_at(model))
@@ -183,11 +193,11 @@ def test_the_average_is_of_the_last_steps():
 
 
 def test_the_teachers_file_is_a_whole_encoder_that_says_it_has_no_projection(tmp_path):
-    weights = make_model(TINY, seed=0).state_dict()
+    weights = Pretraining(TINY, seed=0).state_dict()
     file = open_student(save_teacher(tmp_path / "t.safetensors", weights, TINY, {}, torch.float32))
     assert file.layout == TINY
     assert (file.metadata.projection, file.metadata.text_width, file.metadata.pooled) == ("none", 16, "zero")
-    assert torch.equal(file.load()["encoder.shared.weight"], weights["shared.weight"])
+    assert torch.equal(file.load()["encoder.shared.weight"], weights["t5.shared.weight"])
 
 
 def test_the_vae_leaves_scale_one_and_the_pictures_latents_lie_between_minus_one_and_one():
