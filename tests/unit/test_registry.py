@@ -133,7 +133,7 @@ def test_required_comfyui_is_well_formed_and_new_enough_for_every_field_used(pyp
 
 
 def test_required_comfyui_is_the_oldest_version_that_dev_py_tests(pyproject: dict[str, Any]) -> None:
-    oldest = re.search(r'^OLDEST, NEWEST = "([\d.]+)"', (ROOT / "dev.py").read_text(encoding="utf-8"), re.MULTILINE)
+    oldest = re.search(r'^OLDEST, NEWEST, NEEDED_GB = "([\d.]+)"', (ROOT / "dev.py").read_text(encoding="utf-8"), re.MULTILINE)
     assert oldest
     assert pyproject["tool"]["comfy"]["requires-comfyui"] == f">={oldest[1]}"
 
