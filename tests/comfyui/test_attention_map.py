@@ -130,7 +130,9 @@ def test_the_word_of_the_teachers_clip_is_found_and_recorded_too(model, stand_in
     assert torch.equal(watched["samples"], plain["samples"])
     image, mask, info = shown(attention_, watched)
     assert image.shape == (1, 48, 64, 3)
-    assert (mask.min(), mask.max()) == (0, 1)
+    # Enlarged, the extremes lie between the pixels.
+    assert 0 <= mask.min() < 0.05
+    assert 0.95 < mask.max() <= 1
     assert info.startswith("attention to 'fox' (2 T5 tokens), mean of 3 steps, 1 pictures: ")
 
 
