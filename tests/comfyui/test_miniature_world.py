@@ -48,8 +48,8 @@ def asked(count: int, tasks: Sequence[str] = TASKS) -> list[Question]:
 
 def drawn(server: ComfyServer, prompt: dict[str, Any], asked_for: Sequence[Question]) -> list[Image.Image]:
     pictures = []
-    for seed, (_, caption) in enumerate(asked_for):
-        set_inputs(prompt, "DistilledT5TextEncode", text=caption)
+    for seed, (_, text) in enumerate(asked_for):
+        set_inputs(prompt, "DistilledT5TextEncode", text=text)
         set_inputs(prompt, "KSampler", seed=seed)
         [picture] = server.images(server.run(prompt))
         pictures.append(picture)
