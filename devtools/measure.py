@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..encoder.layout import Shape, StudentLayout
 from ..encoder.stream import write_stream
+from ..evaluate.provenance import processor
 from .host import ROOT
 
 
@@ -142,7 +143,7 @@ def machine(comfyui: Path, gpu: bool, note: str) -> dict[str, Any]:
     version = re.search('"(.+)"', (comfyui / "comfyui_version.py").read_text(encoding="utf-8"))
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "cpu": processor_name(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": torch.cuda.get_device_name(0) if gpu else None,
@@ -155,13 +156,6 @@ def machine(comfyui: Path, gpu: bool, note: str) -> dict[str, Any]:
         "load_average_at_start": round(psutil.getloadavg()[0], 2),
         "note": note,
     }
-
-
-def processor_name() -> str:
-    """The processor as the system calls it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def save_result(result: dict[str, Any], kind: str, options: argparse.Namespace) -> Path:

@@ -79,8 +79,10 @@ def joint_tsne(embeddings: Mapping[str, np.ndarray], seed: int = 0) -> dict[str,
     """One t-SNE map of several encoders' embeddings, each [N,D] with one D: their points by name. Raises ValueError if D differs."""
     widths = {name: np.shape(x_ND)[-1] for name, x_ND in embeddings.items()}
     if len(set(widths.values())) != 1:
+        given = ", ".join(f"{name} {width}" for name, width in widths.items())
         raise ValueError(
-            f"Encoders on one map must have embeddings of one width; {widths or 'none'} came.\nWhat to do: compare encoders for one model."
+            f"Encoders on one map must give text of one width; these give: {given or 'nothing'}.\n"
+            "What to do: connect encoders for the same diffusion model, or one of them alone."
         )
     starts = np.cumsum([len(x_ND) for x_ND in embeddings.values()])[:-1]
     return dict(zip(embeddings, np.split(tsne(np.concatenate(list(embeddings.values())), seed), starts), strict=True))

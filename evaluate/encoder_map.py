@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..encoder.prompt_length import is_padding, t5_tokens
-from .embeddings import effective_rank, map_image, pooled, pooled_distance, tsne
+from .embeddings import effective_rank, joint_tsne, map_image, pooled, pooled_distance
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,16 +46,7 @@ def pooled_prompts(clip: Any, prompts: Sequence[str], progress: Callable[[int], 
 
 def together(embeddings: Mapping[str, np.ndarray], seed: int = 0) -> tuple[Image.Image, str]:
     """All encoders' points on one map, and how far each has collapsed. Raises ValueError if their widths differ."""
-    widths = {name: points.shape[1] for name, points in embeddings.items()}
-    if len(set(widths.values())) > 1:
-        given = ", ".join(f"{name} {width}" for name, width in widths.items())
-        raise ValueError(
-            f"Encoders on one map must give text of one width; these give: {given}.\n"
-            "What to do: connect encoders for the same diffusion model, or one of them alone."
-        )
-    points = tsne(np.concatenate(list(embeddings.values())), seed % SEEDS)
-    ends = np.cumsum([len(each) for each in embeddings.values()])[:-1]
-    picture = map_image(dict(zip(embeddings, np.split(points, ends), strict=True)), "t-SNE of pooled prompts")
+    picture = map_image(joint_tsne(embeddings, seed % SEEDS), "t-SNE of pooled prompts")
     return picture, "\n".join(f"{name}: {collapse(each)}" for name, each in embeddings.items())
 
 

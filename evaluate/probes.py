@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..train.ranks import Ranks
 from ..train.trajectory import LATENT_CELL_PX, Position
-from ..train.validation import gaps_by_band
 from ..train.velocity import FrozenFlow, held_bytes
-from .distances import latent_rms
+from .distances import latent_rms, velocity_gaps
 from .embeddings import effective_rank, pooled, pooled_distance
 from .encoders import LoadedEncoder, Text, together
 from .intervals import Measured, exact, jackknife, mean_of
@@ -85,10 +84,7 @@ def _gap_of_batch(painter: Painter, flow: FrozenFlow, pair: Pair, bands: int) ->
     """The gap of each prompt, by band."""
     questions, teacher, student = pair
     spoken_BLD = together(student)[0].to(flow.device)
-    steps: dict[str, list[Tensor]] = {}
-    for band, gap_B in gaps_by_band(_start(painter, flow, questions, teacher), flow, lambda _ids: spoken_BLD, bands):
-        steps.setdefault(band, []).append(gap_B.double().cpu())
-    return {band: torch.stack(losses).mean(dim=0).tolist() for band, losses in steps.items()}
+    return velocity_gaps(_start(painter, flow, questions, teacher), flow, lambda _ids: spoken_BLD, bands)
 
 
 def _start(painter: Painter, flow: FrozenFlow, questions: Sequence[Question], teacher: Sequence[Text]) -> Position:

@@ -51,7 +51,7 @@ def machine() -> dict[str, Any]:
     """Processor, memory and GPU."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "cpu": _processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": gpu,
@@ -66,7 +66,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "comfyui": comfyui_version.__version__}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor as the system calls it."""
     listed = Path("/proc/cpuinfo")
     found = CPU_NAME.search(listed.read_text(encoding="utf-8", errors="replace")) if listed.is_file() else None
     return found[1].strip() if found else platform.processor() or platform.machine()

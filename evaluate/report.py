@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..train.disk import replace_file
 from . import provenance
-from .embeddings import map_image, tsne
+from .embeddings import joint_tsne, map_image
 from .page import SMALL_PX, Notes, chosen_questions, page, row
 from .results import Report, losses, markdown, measured_scores, picture_losses, to_json
 
@@ -110,14 +110,10 @@ def _maps(work: Evaluation, measured: Measurements) -> dict[str, Image.Image]:
     part, vectors = work.suite.embedding, measured.vectors
     if part is None or not part.map:
         return {}
-    import numpy as np
-
-    teacher = vectors[work.teacher.name]
-    maps = {}
+    maps, teacher = {}, work.teacher.name
     for student in work.students:
-        points = tsne(np.concatenate([teacher, vectors[student.name]]), seed=work.suite.seed)
-        both = {work.teacher.name: points[: len(teacher)], student.name: points[len(teacher) :]}
-        maps[f"{work.teacher.name} and {student.name}"] = map_image(both, "Pooled embeddings of the same prompts")
+        points = joint_tsne({name: vectors[name] for name in (teacher, student.name)}, seed=work.suite.seed)
+        maps[f"{teacher} and {student.name}"] = map_image(points, "Pooled embeddings of the same prompts")
     return maps
 
 

@@ -98,14 +98,16 @@ class Task(Part):
     def _metrics_fit_the_prompts(self) -> Task:
         kind = self.prompts.kind
         wanted = {
-            "ocr": kind in ("common_text", "miniature"),
+            "ocr": kind == "common_text" or (kind == "miniature" and "word" in self.prompts.category),
             "readback": kind == "miniature",
             "compbench": kind == "compbench",
             "fid": bool(self.prompts.pictures),
         }
         for metric in self.metrics:
             if not wanted.get(metric, True):
-                raise ValueError(f"task {self.name}: metric {metric} has nothing to go by in prompts of kind {kind}")
+                raise ValueError(
+                    f"task {self.name}: metric {metric} has nothing to go by in prompts of kind {kind} {self.prompts.category}".rstrip()
+                )
         if len(set(self.metrics)) < len(self.metrics):
             raise ValueError(f"task {self.name} has a metric twice: {', '.join(self.metrics)}")
         return self

@@ -36,7 +36,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="decides everything that is drawn")
     parser.add_argument("--learning-rate", type=float, help="peak rate of AdamW; Muon's is ten times that")
     parser.add_argument("--bf16", action="store_true", default=None, help="compute in bfloat16: faster where the processor knows it")
-    parser.add_argument("--compile", action="store_true", help="fuse the Flux with torch.compile: 1.5 times as fast, needs a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="fuse the Flux with torch.compile: faster, needs a C++ compiler")
     parser.add_argument("--start", type=Path, metavar="FILE", help="flux: begin with the weights of this file instead of random ones")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, bit for bit")
     parser.add_argument(

@@ -1,0 +1,52 @@
+"""dev.py, stopped: what it runs may clean up, and nothing more is started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+# Under nohup a closed terminal is ignored, which processes inherit: the test's own are as a terminal starts them.
+RUNS_TWO = """
+import signal, sys
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+import dev
+dev.run = lambda _: [dev.run_in_foreground([sys.executable, sys.argv[1]]) for _ in range(2)]
+sys.exit(dev.main([]))
+"""
+CLEANS_UP = """
+import pathlib, time
+folder = pathlib.Path(__file__).parent
+try:
+    print("x", end="", file=(folder / "started").open("a"), flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.5)
+    (folder / "cleaned up").touch()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to forward")
+@pytest.mark.parametrize("to", ["it alone", "its whole terminal"])
+@pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_stopping_dev_py_lets_what_it_runs_clean_up_undisturbed_and_starts_nothing_more(tmp_path: Path, sent: str, to: str) -> None:
+    child = tmp_path / "child.py"
+    child.write_text(CLEANS_UP)
+    running = subprocess.Popen([sys.executable, "-c", RUNS_TWO, str(child)], cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 30
+    while not ((tmp_path / "started").exists() and (tmp_path / "started").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    number = getattr(signal, sent)
+    running.send_signal(number) if to == "it alone" else os.killpg(running.pid, number)
+    assert running.wait(30) == 130
+    assert (tmp_path / "cleaned up").exists()
+    assert (tmp_path / "started").read_text() == "x"
