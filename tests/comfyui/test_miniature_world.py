@@ -1,4 +1,4 @@
-"""The shipped miniature end to end: pictures that code reads back, through shipped workflows and stock nodes, with teacher and student."""
+"""The shipped miniature end to end: pictures that code reads back, through shipped workflows and stock nodes, with its teacher."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def with_lora(prompt: dict[str, Any]) -> dict[str, Any]:
     return prompt | {"lora": {"class_type": "LoraLoader", "inputs": inputs, "_meta": {"title": "Palette"}}}
 
 
-def test_a_lora_works_with_the_student_as_with_the_teacher(server: ComfyServer, prompt: dict[str, Any], encoder: str) -> None:
+def test_a_lora_paints_in_its_own_palette_and_in_no_other(server: ComfyServer, prompt: dict[str, Any], encoder: str) -> None:
     asked_for = asked(8, LEARNT)
     pictures = drawn(server, with_lora(prompt), asked_for)
     assert right(asked_for, pictures, repainted) >= least(encoder, LEARNT, 8, share=0.7)
