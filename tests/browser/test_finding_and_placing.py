@@ -49,7 +49,7 @@ def test_all_names_under_which_people_know_it_are_found(comfy: ComfyPage) -> Non
         expect(comfy.search(query).filter(has_text="Distilled T5 Loader")).to_be_visible()
     results = comfy.search("Distilled T5")
     for title in (*NODES.values(), BLUEPRINT):
-        expect(results.filter(has_text=title)).to_be_visible()
+        expect(results.filter(has=comfy.page.get_by_text(title, exact=True))).to_be_visible()
 
 
 def test_a_node_is_dragged_from_the_library(comfy: ComfyPage, nodes_2: bool) -> None:

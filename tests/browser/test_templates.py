@@ -53,9 +53,10 @@ def test_the_template_browser_shows_each_with_its_picture(comfy: ComfyPage) -> N
     comfy.open()
     dialog = comfy.browse_templates()
     for name in NAMES:
-        picture = dialog.get_by_test_id(f"template-workflow-{name}").get_by_role("img", name=name)
-        picture.scroll_into_view_if_needed()
-        expect(picture).to_have_js_property("naturalWidth", 600)
+        card = dialog.get_by_test_id(f"template-workflow-{name}")
+        # A card gets its picture when it comes into view.
+        card.scroll_into_view_if_needed()
+        expect(card.get_by_role("img", name=name)).to_have_js_property("naturalWidth", 600)
 
 
 def test_the_links_in_the_readme_lead_to_templates(server: ComfyServer, pack_root: Path) -> None:
