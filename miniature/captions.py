@@ -66,8 +66,8 @@ SIGNS = ("a sign that says {}", "a sign saying {}", "{} on a sign", "a sign with
 OPENINGS = ("", "", "", "a picture of ", "we see ", "look, ", "here: ")
 ASIDE_SHARE = 0.5
 # Longer captions get no opening and no remark: all of them fit into TOKEN_LENGTH tokens of T5.
-MANY_WORDS = 12
-TOKEN_LENGTH = 40
+MANY_WORDS = 10
+TOKEN_LENGTH = 34
 
 
 def draw_prompt(seed: int, index: int, split: Split, task: str | None = None) -> tuple[Scene, str]:
@@ -99,8 +99,7 @@ def caption(scene: Scene, random: Random) -> str:
         said = f"{said} {pick(random, BACKGROUND_PHRASES[scene.background])}"
     if len(said.split()) > MANY_WORDS:
         return said
-    said = pick(random, OPENINGS) + said
-    return _with_aside(said, random) if random.rand() < ASIDE_SHARE else said
+    return _with_aside(said, random) if random.rand() < ASIDE_SHARE else pick(random, OPENINGS) + said
 
 
 def _colour(name: str, random: Random) -> str:
@@ -149,11 +148,10 @@ def _related(scene: Scene, random: Random) -> str:
     pair = next(triple for triple in found if alone not in triple)
     first = _relation(pair, random, names[pair[0]], names[pair[2]])
     one, relation, _ = next(triple for triple in found if alone in triple)
-    phrase = pick(random, RELATION_PHRASES[relation if one is alone else INVERSE[relation]])
-    # With a background behind it the long form would be the longest caption of all.
-    short = random.rand() < 0.5 or scene.background != USUAL_BACKGROUND
-    both = "both" if short else f"the {names[pair[0]].split(' ', 2)[2]} and the {names[pair[2]].split(' ', 2)[2]}"
-    return f"{first}, and {names[alone]} {phrase} {both}"
+    phrases = RELATION_PHRASES[relation if one is alone else INVERSE[relation]]
+    # The shortest where a background follows: these are the longest captions of all.
+    phrase = phrases[0] if scene.background != USUAL_BACKGROUND else pick(random, phrases)
+    return f"{first}, and {names[alone]} {phrase} both"
 
 
 def _stands_alone(thing: Thing, found: list[tuple[Thing, str, Thing]]) -> bool:

@@ -17,12 +17,13 @@ from .autoencoder import vae_tensors
 from .corruption import load_tokenizer
 from .flow import FluxSize
 from .folders import FLUX_FILE, LORA_FILE, TEACHER_FILE, VAE_FILE, place
+from .grounding import QUESTIONS
 from .lora import load_flux, repainted, save_lora, trained_part, with_lora
 from .teacher import FrozenTeacher
 from .training import Plan, train
 
 DTYPE = torch.bfloat16
-TEACHER_PLAN = Plan(steps=1_000, batch=64, learning_rate=2e-3)
+TEACHER_PLAN = Plan(steps=2_000, batch=64, learning_rate=2e-3)
 FLUX_PLAN = Plan(steps=12_000, batch=64, learning_rate=2e-3)
 LORA_PLAN = Plan(steps=400, batch=32, learning_rate=5e-3, average_steps=50)
 Stop = Callable[[], bool]
@@ -52,10 +53,12 @@ def make_teacher(out: Path, comfyui: Path, plan: Plan = TEACHER_PLAN, resume: bo
     model = teacher.Pretraining(layout, plan.seed).to(device)
 
     def loss_at(step: int) -> torch.Tensor:
-        inputs_BL, targets_BT = teacher.draw_batch(tokenizer, plan.seed, step, plan.batch)
-        return model.loss(inputs_BL.to(device), targets_BT.to(device))
+        inputs_BL, targets_BT = teacher.draw_batch(tokenizer, plan.seed, step, round(plan.batch * teacher.TEXT_SHARE))
+        captions_BL, answers_BQ = teacher.draw_captions(tokenizer, plan.seed, step, plan.batch)
+        of_texts = model.loss(inputs_BL.to(device), targets_BT.to(device))
+        return of_texts + model.caption_loss(captions_BL.to(device), answers_BQ.to(device))
 
-    what = {"teacher": asdict(layout), "neighbours": teacher.NEIGHBOURS}
+    what = {"teacher": asdict(layout), "neighbours": teacher.NEIGHBOURS, "grounded": QUESTIONS}
     trainee = train(model, loss_at, plan, what, out / "teacher-run", resume, stop)
     if trainee is None:
         return None

@@ -1,7 +1,8 @@
 """The teacher: a small T5 that learns from text alone, before any picture; its encoder is kept.
 
 It gets a text with spans missing and writes down the whole text (the "MASS-style" and "BERT-style" variants of arXiv:1910.10683, table 4).
-With the spans alone as targets the encoder forgot what it had read: see README.md. And each token has to know its neighbours.
+With the spans alone as targets the encoder forgot what it had read: see README.md. Each token has to know its neighbours. And as T5's
+pretraining mixes supervised tasks in (3.5.3 there), so does this: the embeddings of a caption must say what its picture will show.
 
 It reads padded texts without a mask, because that is how Flux runs its text encoder.
 """
@@ -25,15 +26,18 @@ from ..encoder.layout import StudentLayout
 from ..encoder.metadata import StudentMetadata
 from ..encoder.student import DistilledT5, transformers_config
 from ..train.token_ids import END, PAD, fit
-from .captions import TOKEN_LENGTH
+from .captions import TOKEN_LENGTH, draw_prompt
 from .corpus import draw_text
 from .corruption import corrupt, noise_spans
+from .grounding import Grounding, answers
 from .scenes import random_of
 
 LAYOUT = StudentLayout(d_model=128, d_ff=384, num_layers=6, num_heads=4, d_kv=32)
 # Thrown away after pretraining; the shallower it is, the more the encoder has to know.
 DECODER_LAYERS = 2
 IGNORED = -100
+# A step reads as many captions as the plan's batch, and texts in this share of it.
+TEXT_SHARE = 3 / 8
 # Places beside a token that its embedding has to know.
 NEIGHBOURS = (-2, -1, 1, 2)
 
@@ -65,8 +69,15 @@ def draw_batch(tokenizer: Any, seed: int, step: int, batch: int) -> tuple[Tensor
     return inputs_BL, targets_BT.masked_fill(targets_BT == PAD, IGNORED)
 
 
+def draw_captions(tokenizer: Any, seed: int, step: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Token ids [B, L] of a step's captions and the answers [B, Q] to what their pictures show; those of the Flux's training."""
+    prompts = [draw_prompt(seed, index, "train") for index in range(step * batch, (step + 1) * batch)]
+    token_ids_BL = torch.tensor([fit(tokenizer(caption)["input_ids"], TOKEN_LENGTH) for _, caption in prompts])
+    return token_ids_BL, torch.tensor([answers(scene) for scene, _ in prompts])
+
+
 class Pretraining(Module):
-    """A T5 with heads that say, of each token it has read, which tokens stand beside it; they too are thrown away afterwards.
+    """A T5 with heads that say which tokens stand beside each, and what a caption's picture shows; they too are thrown away afterwards.
 
     Flux gives text tokens no places, so that what belongs together must be told by each token's own embedding. A decoder that copies
     needs only their order, and an encoder pretrained for it alone told a Flux the colours in a caption and not whose they are.
@@ -78,15 +89,23 @@ class Pretraining(Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.neighbours = ModuleList(Linear(layout.d_model, layout.d_model, bias=False) for _ in NEIGHBOURS)
+            self.grounding = Grounding(layout.d_model)
+
+    def encode(self, token_ids_BL: Tensor) -> Tensor:
+        """Embeddings [B, L, M]; padding is read as well, as Flux has it."""
+        return self.t5.get_encoder()(input_ids=token_ids_BL, attention_mask=torch.ones_like(token_ids_BL)).last_hidden_state
+
+    def caption_loss(self, token_ids_BL: Tensor, answers_BQ: Tensor) -> Tensor:
+        """Cross entropy in nats of all that a caption's picture shows (Grounding.loss)."""
+        return self.grounding.loss(self.encode(token_ids_BL), answers_BQ)
 
     def loss(self, inputs_BL: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross entropy in nats per target token, plus that per neighbour of a token."""
-        everything_BL = torch.ones_like(inputs_BL)
-        encoded_BLM = self.t5.get_encoder()(input_ids=inputs_BL, attention_mask=everything_BL).last_hidden_state
+        encoded_BLM = self.encode(inputs_BL)
         hidden_BTM = self.t5.get_decoder()(
             input_ids=self.t5.prepare_decoder_input_ids_from_labels(targets_BT),
             encoder_hidden_states=encoded_BLM,
-            encoder_attention_mask=everything_BL,
+            encoder_attention_mask=torch.ones_like(inputs_BL),
         ).last_hidden_state
         told_BT = targets_BT != IGNORED
         return self._surprise(hidden_BTM[told_BT], targets_BT[told_BT]) + self._neighbour_loss(encoded_BLM, inputs_BL)
