@@ -21,8 +21,9 @@ from torch.nn import Embedding, Module, Parameter
 from ..encoder.families import FAMILIES
 from ..miniature.captions import TOKEN_LENGTH
 from ..miniature.paint import Encode
-from ..train.distill import make_optimizer, train_step
+from ..train.distill import train_step
 from ..train.objectives import OBJECTIVES
+from ..train.optimizer import make_optimizer
 from ..train.ranks import Ranks
 from ..train.recipe import Recipe
 from ..train.run import open_workshop

@@ -109,7 +109,8 @@ class World:
 
     def learner(self, device: torch.device, autocast: torch.dtype | None) -> Any:
         """A random student, always the same, with AdamW, on one process."""
-        from ..train.distill import Learner, linear_schedule, make_optimizer
+        from ..train.distill import Learner, linear_schedule
+        from ..train.optimizer import make_optimizer
         from ..train.student_start import make_student
 
         student = make_student(self.student, "random", 0.1, seed=0).to(device)

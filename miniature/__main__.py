@@ -34,9 +34,10 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="optimizer steps (default: as planned for each model)")
     parser.add_argument("--batch", type=int, help="samples per step")
     parser.add_argument("--seed", type=int, help="decides everything that is drawn")
-    parser.add_argument("--learning-rate", type=float, help="peak rate of AdamW; Muon's is ten times that")
+    parser.add_argument("--learning-rate", type=float, help="peak rate of AdamW")
+    parser.add_argument("--muon-learning-rate", type=float, help="peak rate of Muon, which moves the matrices of the blocks")
     parser.add_argument("--bf16", action="store_true", default=None, help="compute in bfloat16: faster where the processor knows it")
-    parser.add_argument("--compile", action="store_true", help="fuse the Flux with torch.compile: faster, needs a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="fuse teacher and Flux with torch.compile: faster, needs a C++ compiler")
     parser.add_argument("--start", type=Path, metavar="FILE", help="flux: begin with the weights of this file instead of random ones")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, bit for bit")
     parser.add_argument(
@@ -56,7 +57,9 @@ def make(options: argparse.Namespace) -> list[Path | None]:
     from distilled_t5.miniature.captions import write_prompts
     from distilled_t5.train.stop import StopRequest
 
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "batch", "seed", "learning_rate", "bf16")}
+    given: dict[str, Any] = {
+        name: getattr(options, name) for name in ("steps", "batch", "seed", "learning_rate", "muon_learning_rate", "bf16")
+    }
     if options.what == "prompts":
         return [*write_prompts(options.out / "prompts", options.count or PROMPTS, options.seed or 0)]
     if options.what == "measure":
@@ -70,7 +73,7 @@ def make(options: argparse.Namespace) -> list[Path | None]:
         if options.what in ("vae", "all"):
             made.append(workshop.make_vae(options.out))
         for name, plan, maker in (
-            ("teacher", workshop.TEACHER_PLAN, workshop.make_teacher),
+            ("teacher", workshop.TEACHER_PLAN, functools.partial(workshop.make_teacher, fuse=options.compile)),
             ("flux", workshop.FLUX_PLAN, functools.partial(workshop.make_flux, fuse=options.compile, start=options.start)),
             ("lora", workshop.LORA_PLAN, workshop.make_lora),
         ):

@@ -23,9 +23,10 @@ from .teacher import FrozenTeacher
 from .training import Plan, train
 
 DTYPE = torch.bfloat16
-TEACHER_PLAN = Plan(steps=2_000, batch=64, learning_rate=2e-3)
-FLUX_PLAN = Plan(steps=12_000, batch=64, learning_rate=2e-3)
-LORA_PLAN = Plan(steps=400, batch=32, learning_rate=5e-3, average_steps=50)
+# T5 does not scale the products of its attention: at Muon's rate for the Flux it learnt hardly anything.
+TEACHER_PLAN = Plan(steps=1_500, batch=64, learning_rate=1e-2, muon_learning_rate=5e-3)
+FLUX_PLAN = Plan(steps=5_000, batch=64, learning_rate=2e-3, muon_learning_rate=1e-2)
+LORA_PLAN = Plan(steps=400, batch=32, learning_rate=5e-3, muon_learning_rate=5e-2, average_steps=50)
 Stop = Callable[[], bool]
 
 
@@ -46,11 +47,15 @@ def make_vae(out: Path) -> Path:
     return path
 
 
-def make_teacher(out: Path, comfyui: Path, plan: Plan = TEACHER_PLAN, resume: bool = False, stop: Stop = never) -> Path | None:
-    """Pretrain the teacher on text and write its encoder; None if `stop` asked to leave."""
+def make_teacher(
+    out: Path, comfyui: Path, plan: Plan = TEACHER_PLAN, resume: bool = False, stop: Stop = never, fuse: bool = False
+) -> Path | None:
+    """Pretrain the teacher on text and write its encoder; None if `stop` asked to leave. `fuse`: by torch.compile, as in make_flux."""
     tokenizer, layout = load_tokenizer(comfyui), teacher.LAYOUT
     device = usual_device()
     model = teacher.Pretraining(layout, plan.seed).to(device)
+    if fuse:
+        model.encode = torch.compile(model.encode, dynamic=False)
 
     def loss_at(step: int) -> torch.Tensor:
         inputs_BL, targets_BT = teacher.draw_batch(tokenizer, plan.seed, step, round(plan.batch * teacher.TEXT_SHARE))

@@ -26,7 +26,6 @@ from ..train.randomness import random_states, restore_random_states
 from ..train.state import Checkpoints, TrainerState
 
 MAX_GRADIENT_NORM = 1.0
-MUON_RATE_PER_ADAM_RATE = 10.0
 ADAM_BETAS = (0.9, 0.95)
 DECAY_SHARE = 0.3
 log = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """One training: optimizer steps, samples per step, seed, peak rate of AdamW, checkpoints, length of the weight average in steps.
+    """One training: optimizer steps, samples per step, seed, peak rates of AdamW and Muon, checkpoints, steps that the average spans.
 
     bf16: compute in bfloat16 where autocast allows it; the weights stay float32.
     """
@@ -43,6 +42,7 @@ class Plan:
     batch: int = 64
     seed: int = 0
     learning_rate: float = 2e-3
+    muon_learning_rate: float = 2e-2
     warmup_steps: int = 100
     average_steps: int = 500
     bf16: bool = False
@@ -75,7 +75,7 @@ class Trainee:
 
     def __init__(self, module: Module, plan: Plan) -> None:
         self.module, self.plan, self.step = module, plan, 0
-        self.optimizers = make_optimizers(module, plan.learning_rate)
+        self.optimizers = make_optimizers(module, plan.learning_rate, plan.muon_learning_rate)
         self.average = {name: weight.detach().clone() for name, weight in module.named_parameters()}
 
     def advance(self, loss_at: Callable[[int], Tensor]) -> float:
@@ -139,7 +139,7 @@ class Trainee:
             log.info(note)
 
 
-def make_optimizers(module: Module, learning_rate: float) -> dict[str, Optimizer]:
+def make_optimizers(module: Module, learning_rate: float, muon_learning_rate: float) -> dict[str, Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for token tables, biases, norms and the layers at both ends."""
     named = list(module.named_parameters())
     matrices = [weight for name, weight in named if weight.ndim == 2 and ("block" in name) and "relative_attention_bias" not in name]
@@ -147,7 +147,7 @@ def make_optimizers(module: Module, learning_rate: float) -> dict[str, Optimizer
     rest = [weight for _, weight in named if id(weight) not in chosen]
     optimizers: dict[str, Optimizer] = {"adamw": AdamW(rest, lr=learning_rate, betas=ADAM_BETAS, weight_decay=0.0)}
     if matrices:
-        optimizers["muon"] = Muon(matrices, lr=learning_rate * MUON_RATE_PER_ADAM_RATE, weight_decay=0.0)
+        optimizers["muon"] = Muon(matrices, lr=muon_learning_rate, weight_decay=0.0)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]

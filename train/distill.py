@@ -8,16 +8,17 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, autocast
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import Module
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from .objectives import Objective
+from .optimizer import MuonAndAdamW, set_rate
 from .trajectory import Flow, Position, advance, gap_at
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Learner:
     """
 
     student: Module
-    optimizer: Optimizer
+    optimizer: Optimizer | MuonAndAdamW
     learning_rate: Callable[[int], float]
     max_gradient_norm: float
     autocast_dtype: torch.dtype | None
@@ -77,11 +78,6 @@ class Learner:
                 "What to do: start a new run with a lower optimizer.learning_rate or more optimizer.warmup_steps, from student.start = the "
                 "student.safetensors of a checkpoint if there is one."
             )
-
-
-def make_optimizer(student: Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> AdamW:
-    """AdamW over the student's parameters, which alone are trained."""
-    return AdamW(student.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
 
 
 def loss_scaler(flow: FrozenFlow) -> GradScaler:
@@ -129,14 +125,13 @@ def train_step(positions: Sequence[Position], flow: Flow, learner: Learner, obje
         total = total + loss.detach()
         moved.append(advance(position, velocity))
     loss_value = float(learner.mean_over_ranks(total))
-    learner.scaler.unscale_(learner.optimizer)
+    learner.scaler.unscale_(cast(Optimizer, learner.optimizer))
     norm = float(clip_grad_norm_(learner.student.parameters(), learner.max_gradient_norm))
     dropped = not (math.isfinite(loss_value) and math.isfinite(norm))
     learning_rate = learner.learning_rate(learner.step)
     if not dropped:
-        for group in learner.optimizer.param_groups:
-            group["lr"] = learning_rate
-        learner.scaler.step(learner.optimizer)
+        set_rate(learner.optimizer, learning_rate)
+        learner.scaler.step(cast(Optimizer, learner.optimizer))
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
     _count(learner, dropped)

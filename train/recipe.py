@@ -113,9 +113,14 @@ class StudentPart(Part):
 
 
 class OptimizerPart(Part):
-    """AdamW, and the learning rate over the run."""
+    """AdamW, with or without Muon, and the learning rate over the run."""
 
     learning_rate: float = Field(gt=0, description="highest learning rate; it falls linearly to 0 at the last step")
+    muon_learning_rate: float = Field(
+        default=0.0,
+        ge=0,
+        description="Muon's highest, for the matrices inside the T5's blocks; it rises and falls as AdamW's. 0: AdamW moves them too",
+    )
     weight_decay: float = Field(ge=0, description="AdamW's decoupled weight decay, per step and learning rate")
     beta1: float = Field(ge=0, lt=1, description="decay of the mean of gradients, per step")
     beta2: float = Field(ge=0, lt=1, description="decay of the mean of squared gradients, per step")

@@ -17,10 +17,11 @@ from ..encoder.errors import StudentFileError
 from ..encoder.files import open_student, unused_path, write_student
 from ..encoder.student import DistilledT5
 from .batches import Batch, Place, Schedule
-from .distill import Learner, linear_schedule, loss_scaler, make_optimizer, train_step
+from .distill import Learner, linear_schedule, loss_scaler, train_step
 from .memory import MemoryNeed
 from .models import load_flow, load_teacher_of, make_student_of, memory_need_of, metadata_of
 from .objectives import OBJECTIVES
+from .optimizer import make_optimizer
 from .preview import Previewer, vae_file
 from .ranks import Ranks
 from .recipe import Recipe
@@ -100,7 +101,7 @@ def open_workshop(recipe: Recipe, ranks: Ranks) -> Workshop:
     part = recipe.optimizer
     learner = Learner(
         student=wrapped,
-        optimizer=make_optimizer(student, part.learning_rate, (part.beta1, part.beta2), part.weight_decay),
+        optimizer=make_optimizer(student, part.learning_rate, (part.beta1, part.beta2), part.weight_decay, part.muon_learning_rate),
         learning_rate=linear_schedule(part.learning_rate, part.warmup_steps, schedule.total_steps),
         max_gradient_norm=part.max_gradient_norm,
         autocast_dtype=torch.bfloat16 if part.autocast == "bf16" else None,

@@ -34,6 +34,8 @@ sys.path.insert(0, str(root))
 if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, which processes inherit
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 import dev
+
+pytestmark = pytest.mark.one_host
 dev.set_up, dev.program, dev.DEV = lambda: comfyui, lambda *_: sys.executable, folder
 dev.link(folder / "python" / "distilled_t5", root)
 sys.exit(dev.main(sys.argv[4:]))

@@ -18,6 +18,8 @@ from distilled_t5.encoder.layout import StudentLayout
 from distilled_t5.encoder.metadata import StudentMetadata
 from distilled_t5.encoder.served import ServingOptions, load_encoder, student_tensors
 
+pytestmark = pytest.mark.one_host
+
 STUDENT = tiny_tensors(FULL_VOCABULARY)
 PER_KIND = 6
 KINDS = [

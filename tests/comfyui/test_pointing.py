@@ -8,6 +8,8 @@ from distilled_t5.evaluate.attention import positions_of
 from distilled_t5.miniature.folders import SHIPPED, TEACHER_FILE, place
 from distilled_t5.miniature.world import Thing
 
+pytestmark = pytest.mark.one_host
+
 AT_LEAST = 0.8
 
 

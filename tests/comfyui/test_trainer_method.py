@@ -14,8 +14,9 @@ import pytest
 import torch
 from distilled_t5.devtools.small_encoders import TINY, student_file
 from distilled_t5.encoder.layout import StudentLayout
-from distilled_t5.train.distill import Learner, NotFinite, follow, linear_schedule, loss_scaler, make_optimizer, train_step
+from distilled_t5.train.distill import Learner, NotFinite, follow, linear_schedule, loss_scaler, train_step
 from distilled_t5.train.objectives import OBJECTIVES, Objective, velocity_gap
+from distilled_t5.train.optimizer import make_optimizer
 from distilled_t5.train.student_start import make_student
 from distilled_t5.train.teacher import Teacher, TeacherText, load_teacher
 from distilled_t5.train.trajectory import Position, advance, draw, gap_at, walk

@@ -22,7 +22,11 @@ from distilled_t5.train.stand_ins import flux_file, teacher_file
 from distilled_t5.train.state import REPLACED, TrainerState, read_checkpoint
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="torchrun hands on signals, and files have limits, on POSIX")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.one_host,
+    pytest.mark.skipif(os.name != "posix", reason="torchrun hands on signals, and files have limits, on POSIX"),
+]
 
 TOTAL_STEPS = 30
 # Long enough to be stopped twice in the middle; trajectories so long that a stop hardly ever falls between two of them.

@@ -1,0 +1,85 @@
+"""What moves the student's weights: AdamW alone, or Muon for the matrices inside the blocks and AdamW for all else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import AdamW, Optimizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+RATE_SHARE = "rate_share"
+
+
+class MuonAndAdamW:
+    """Two optimizers as one, as far as the trainer, its checkpoints and GradScaler ask for one."""
+
+    def __init__(self, muon: Optimizer, adamw: Optimizer) -> None:
+        self._parts = {"muon": muon, "adamw": adamw}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of both; a change of theirs is seen by their optimizer."""
+        return [group for part in self._parts.values() for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        """The state of each weight."""
+        return {weight: state for part in self._parts.values() for weight, state in part.state.items()}
+
+    def step(self) -> None:
+        """Move every weight that has a gradient."""
+        for part in self._parts.values():
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        for part in self._parts.values():
+            part.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both states, by name."""
+        return {name: part.state_dict() for name, part in self._parts.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+
+
+def make_optimizer(
+    student: Module, learning_rate: float, betas: tuple[float, float], weight_decay: float, muon_learning_rate: float = 0.0
+) -> Optimizer | MuonAndAdamW:
+    """The optimizer over the student's parameters, which alone are trained: AdamW, and Muon (torch's) where it has a rate.
+
+    Raises ValueError if it is to be Muon and this torch has none.
+    """
+    named = dict(student.named_parameters())
+    if not muon_learning_rate:
+        return AdamW(named.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    try:
+        from torch.optim import Muon
+    except ImportError as error:
+        raise ValueError(
+            "optimizer.muon_learning_rate needs torch 2.9 or newer.\nWhat to do: set it to 0, or install a newer torch."
+        ) from error
+    matrices = {name: weight for name, weight in named.items() if is_inner_matrix(name, weight)}
+    muon = Muon(matrices.values(), lr=muon_learning_rate, weight_decay=weight_decay)
+    for group in muon.param_groups:
+        group[RATE_SHARE] = muon_learning_rate / learning_rate
+    rest = [weight for name, weight in named.items() if name not in matrices]
+    return MuonAndAdamW(muon, AdamW(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay))
+
+
+def is_inner_matrix(name: str, weight: Tensor) -> bool:
+    """Whether Muon may move this weight: a matrix inside the T5's blocks; token table, biases of place, norms and projection are not."""
+    return weight.ndim == 2 and ".block." in name and "relative_attention_bias" not in name
+
+
+def set_rate(optimizer: Optimizer | MuonAndAdamW, learning_rate: float) -> None:
+    """Set the learning rate of a step; Muon's goes up and down with it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get(RATE_SHARE, 1.0)
