@@ -146,3 +146,22 @@ def test_a_picture_is_changed_to_what_the_prompt_says(server: ComfyServer, promp
         assert not verdict(scene, pixels(picture))
         changed_right += verdict(new, pixels(picture))
     assert changed_right >= 3, "of 8"
+
+
+@pytest.mark.one_host
+def test_minutes_of_training_bring_a_student_near_its_teacher(comfyui_path: Path, tmp_path: Path) -> None:
+    """The product's own command on the shipped recipe, from random values, cut to some minutes of one thread."""
+    settings = [f"stage.0.steps={STEPS}", "validation.every_steps=10", "validation.prompts=48", "preview.vae="]
+    sets = [part for setting in settings for part in ("--set", setting)]
+    command = [sys.executable, str(ROOT / "train"), "miniature-tenth", "--run", str(tmp_path / "run"), "--comfyui", str(comfyui_path), *sets]
+    done = subprocess.run(
+        [*command, "--", "--base-directory", str(tmp_path), "--cpu"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+    assert losses[-1] < LEFT_OF_LOSS * losses[0], losses
