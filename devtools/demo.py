@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKFLOW = ROOT / "example_workflows" / "miniature.json"
 TEACHER, STUDENT = "miniature_teacher.safetensors", "miniature_student_quarter.safetensors"
 OF_EACH_TASK = 2
-TRAINED, TRAIN_STEPS = "demo_student", 800
+TRAINED, TRAIN_STEPS = "demo_student", 1_600
 SHEET, NUMBERS = "contact-sheet.png", "demo.json"
 Question = tuple[Scene, str]
 
@@ -46,7 +46,9 @@ def asked() -> list[Question]:
 
 def train_student(comfyui: Path, base: Path, steps: int) -> list[str]:
     """Train a small student by the product's own command; the names of its files after the first steps and at the end."""
-    settings = [f"output.name={TRAINED}", f"stage.0.steps={steps}", f"checkpoints.every_steps={steps // 8}", "checkpoints.keep_last=8"]
+    followed = max(steps // 10, 1)
+    settings = [f"output.name={TRAINED}", f"stage.0.steps={steps - followed}", f"stage.1.steps={followed}"]
+    settings += [f"checkpoints.every_steps={steps // 8}", "checkpoints.keep_last=8"]
     settings += [f"validation.every_steps={steps}", f"preview.every_steps={steps}", "validation.prompts=32"]
     sets = [part for setting in settings for part in ("--set", setting)]
     run = base / "runs" / TRAINED

@@ -32,18 +32,27 @@ class Run:
     settings: tuple[str, ...] = ()
 
 
+def both(setting: str) -> tuple[str, ...]:
+    """A setting of both stages: the first imitates embeddings, the second follows steps."""
+    return tuple(f"stage.{stage}.{setting}" for stage in range(2))
+
+
 def only(corpus: str) -> tuple[str, ...]:
     """The settings that leave one corpus of the three, at equal steps."""
-    return (f'stage.0.corpora=[{{kind="lines", path="miniature/prompts/{corpus}.txt"}}]',)
+    return both(f'corpora=[{{kind="lines", path="miniature/prompts/{corpus}.txt"}}]')
 
 
 MIDDLE = "miniature_student_quarter"
 # The checkpoints of the middle student are the points of the cost curve.
-CURVE = ("checkpoints.every_steps=200", "checkpoints.keep_last=100")
+CURVE = ("checkpoints.every_steps=600", "checkpoints.keep_last=100")
+# What the ablations share: 2,000 steps in all, four along each trajectory.
+EQUAL = ("stage.0.steps=1400", "stage.1.steps=600", "sampling.steps=4")
+NAIVE = (*EQUAL, *both("objective=embedding"))
 RUNS = (
     *(Run(f"miniature_student_{size}", f"miniature-{size}", CURVE if size == "quarter" else ()) for size in SIZES),
-    Run("quarter_naive", "miniature-quarter", ("stage.0.objective=embedding",)),
-    *(Run(f"quarter_{corpus}_only", "miniature-quarter", only(corpus)) for corpus in CORPORA),
+    Run("quarter_velocity", "miniature-quarter", (*EQUAL, *both("objective=velocity"))),
+    Run("quarter_naive", "miniature-quarter", NAIVE),
+    *(Run(f"quarter_{corpus}_only", "miniature-quarter", (*NAIVE, *only(corpus))) for corpus in CORPORA),
 )
 CONTEXT_FREE = "context_free"
 

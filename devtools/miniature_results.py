@@ -61,8 +61,10 @@ def facts_of(path: Path) -> dict[str, Any]:
 
 
 def objective_of(run: Run) -> str:
-    """velocity or embedding."""
-    return "embedding" if any(setting.endswith("objective=embedding") for setting in run.settings) else "velocity"
+    """The objectives of a run's stages: velocity, embedding, or both, one after the other."""
+    from ..train.recipe import load_recipe
+
+    return ", then ".join(dict.fromkeys(stage.objective for stage in load_recipe(run.recipe, run.settings).stages))
 
 
 def untrained_file(work: Path) -> Path:

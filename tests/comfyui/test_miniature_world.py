@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # The student joins as soon as results.json has it draw anything right.
 ENCODERS = ("miniature_teacher.safetensors",)
 LISTS = (("UNETLoader", "unet_name"), ("VAELoader", "vae_name"), ("DistilledT5Loader", "clip_name2"), ("LoraLoader", "lora_name"))
+# Steps of imitation, a minute of one thread, and how much of the held-out loss after the first twenty may be left then.
+STEPS, LEFT_OF_LOSS = 300, 0.7
 Question = tuple[Scene, str]
 
 
@@ -149,11 +154,20 @@ def test_a_picture_is_changed_to_what_the_prompt_says(server: ComfyServer, promp
 
 
 @pytest.mark.one_host
-def test_minutes_of_training_bring_a_student_near_its_teacher(comfyui_path: Path, tmp_path: Path) -> None:
-    """The product's own command on the shipped recipe, from random values, cut to some minutes of one thread."""
-    settings = [f"stage.0.steps={STEPS}", "validation.every_steps=10", "validation.prompts=48", "preview.vae="]
+def test_minutes_of_training_bring_a_student_nearer_to_its_teacher(comfyui_path: Path, tmp_path: Path) -> None:
+    """The product's own command on the shipped recipe, from random values, cut to a minute or two of one thread."""
+    settings = [f"stage.0.steps={STEPS}", "stage.1.steps=2", "validation.every_steps=20", "validation.prompts=16", "preview.vae="]
     sets = [part for setting in settings for part in ("--set", setting)]
-    command = [sys.executable, str(ROOT / "train"), "miniature-tenth", "--run", str(tmp_path / "run"), "--comfyui", str(comfyui_path), *sets]
+    command = [
+        sys.executable,
+        str(ROOT / "train"),
+        "miniature-tenth",
+        "--run",
+        str(tmp_path / "run"),
+        "--comfyui",
+        str(comfyui_path),
+        *sets,
+    ]
     done = subprocess.run(
         [*command, "--", "--base-directory", str(tmp_path), "--cpu"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -163,5 +177,5 @@ def test_minutes_of_training_bring_a_student_near_its_teacher(comfyui_path: Path
     )
     assert done.returncode == 0, done.stderr
     rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+    losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row and row["step"] <= STEPS]
     assert losses[-1] < LEFT_OF_LOSS * losses[0], losses
