@@ -1,4 +1,7 @@
-"""Measures every encoder of the miniature and writes miniature/results.json; with --baseline, trains the encoder without context."""
+"""Measures every encoder of the miniature and writes miniature/results.json; with --baseline, trains the encoder without context.
+
+Each encoder is measured by a process of its own on one thread, as many at a time as there are processor cores.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,18 @@ import argparse
 import functools
 import json
 import logging
+import os
 import statistics
+import tempfile
 import time
 import tomllib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..train.host import start_comfyui
-from .miniature import CONTEXT_FREE, MIDDLE, RUNS, WORK, Run, student_file
+from .miniature import CONTEXT_FREE, MIDDLE, RUNS, WORK, Run, call, student_file
 from .miniature_tables import RESULTS, blocks, write
 
 ENCODES = 50
@@ -22,17 +29,33 @@ CURVE_SHARE = 4
 UNTRAINED = "untrained"
 
 
-def measured(painter: Any, encode: Any, count: int) -> dict[str, Any]:
-    """Scores by task, and the median time to encode a caption, alone."""
+def measure(comfyui: Path, encoder: Path, count: int, tasks: Sequence[str]) -> dict[str, Any]:
+    """Right pictures by task, and the median time to encode a caption, alone; of an encoder's file."""
+    from ..miniature.corruption import load_tokenizer
     from ..miniature.measure import questions, scores
+    from ..miniature.paint import Painter, served
+    from .context_free import context_free_encoder
 
-    found = scores(functools.partial(painter.paint, encode), count)
+    encode = context_free_encoder(encoder, load_tokenizer(comfyui)) if encoder.stem == CONTEXT_FREE else served(encoder)
+    found = scores(functools.partial(Painter().paint, encode), count, tasks)
     seconds = []
     for _, caption in questions("position", ENCODES):
         started = time.perf_counter()
         encode([caption])
         seconds.append(time.perf_counter() - started)
-    return {"scores": found, "encode_ms": 1000 * statistics.median(seconds)}
+    return {"right": {task: one.right for task, one in found.items()}, "n": count, "encode_ms": 1000 * statistics.median(seconds)}
+
+
+def measured(comfyui: Path, encoder: Path, count: int, tasks: Sequence[str]) -> dict[str, Any]:
+    """What `measure` finds, in a process of its own: scores by task, encode_ms."""
+    from ..evaluate.confidence import Score
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "one.json"
+        asked = ["--encoder", encoder, "--count", str(count), "--tasks", *tasks, "--out", out]
+        call("-m", "distilled_t5.devtools.miniature_results", "--comfyui", comfyui, *asked, OMP_NUM_THREADS="1")
+        found = json.loads(out.read_text(encoding="utf-8"))
+    return {"scores": {task: Score(right, found["n"]) for task, right in found["right"].items()}, "encode_ms": found["encode_ms"]}
 
 
 def entry(name: str, row: dict[str, Any], teacher: dict[str, Any] | None, **facts: Any) -> dict[str, Any]:
@@ -99,19 +122,18 @@ def training_s(run: Path, steps: int) -> float:
     return sum(batch / row["samples_per_s"] for row in rows if "loss" in row and row["step"] <= steps)
 
 
-def curve(painter: Any, work: Path, teacher: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """What the middle student kept of the teacher at each of its checkpoints; empty if it was not trained on this machine."""
-    from ..miniature.measure import scores, share_of
-    from ..miniature.paint import served
-    from ..miniature.world import TASKS
+def curve_files(work: Path) -> list[Path]:
+    """The middle student at each of its checkpoints; empty if it was not trained on this machine."""
+    return sorted((work / "runs" / MIDDLE / "checkpoints").glob("step-*/student.safetensors"))
 
-    points, run = [], work / "runs" / MIDDLE
-    for folder in sorted((run / "checkpoints").glob("step-*")):
-        steps = int(folder.name.removeprefix("step-"))
-        found = scores(functools.partial(painter.paint, served(folder / "student.safetensors")), count, TASKS)
-        share = round(share_of(found, teacher["scores"]), 4)
-        points.append({"steps": steps, "training_s": round(training_s(run, steps), 1), "share_of_teacher": share, "n": count})
-    return points
+
+def point(file: Path, row: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
+    """What the middle student kept of the teacher at a checkpoint."""
+    from ..miniature.measure import share_of
+
+    steps, run = int(file.parent.name.removeprefix("step-")), file.parents[2]
+    share, n = round(share_of(row["scores"], teacher["scores"]), 4), next(iter(row["scores"].values())).count
+    return {"steps": steps, "training_s": round(training_s(run, steps), 1), "share_of_teacher": share, "n": n}
 
 
 def kept_curve() -> list[dict[str, Any]]:
@@ -119,31 +141,35 @@ def kept_curve() -> list[dict[str, Any]]:
     return json.loads(RESULTS.read_text(encoding="utf-8")).get("curve", []) if RESULTS.is_file() else []
 
 
-def results(comfyui: Path, work: Path, count: int) -> dict[str, Any]:
-    """Measure the teacher and every student and baseline that there is."""
-    from ..miniature.corruption import load_tokenizer
+def found_encoders(work: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Name, file and facts of the teacher, of every student that there is, of the untrained one and of the encoder without context."""
     from ..miniature.folders import SHIPPED, TEACHER_FILE, place
-    from ..miniature.paint import Painter, served
-    from .context_free import context_free_encoder
+
+    runs = {run: path for run in RUNS if (path := shipped_or_made(work, run.name)) is not None}
+    untrained, baseline, teacher = untrained_file(work), work / f"{CONTEXT_FREE}.safetensors", place(SHIPPED, TEACHER_FILE)
+    found = {"teacher": (teacher, facts_of(teacher))}
+    found |= {run.name: (path, {"objective": objective_of(run), **facts_of(path)}) for run, path in runs.items()}
+    found |= {UNTRAINED: (untrained, {"objective": "none", **facts_of(untrained)})}
+    if baseline.is_file():
+        found[CONTEXT_FREE] = (baseline, {"objective": objective_of(Run(MIDDLE, "miniature-quarter")), "bytes": baseline.stat().st_size})
+    return found
+
+
+def results(comfyui: Path, work: Path, count: int) -> dict[str, Any]:
+    """Measure the teacher and every student, baseline and point of the curve that there is."""
+    from ..miniature.measure import MEASURED
+    from ..miniature.world import TASKS
     from .measure import machine
 
-    painter, teacher_path = Painter(), place(SHIPPED, TEACHER_FILE)
-    teacher = measured(painter, served(teacher_path), count)
-    students = []
-    for run in RUNS:
-        path = shipped_or_made(work, run.name)
-        if path is not None:
-            row = measured(painter, served(path), count)
-            students.append(entry(run.name, row, teacher, objective=objective_of(run), **facts_of(path)))
-            print(students[-1]["name"], students[-1]["share_of_teacher"], flush=True)
-    row = measured(painter, served(untrained_file(work)), count)
-    students.append(entry(UNTRAINED, row, teacher, objective="none", **facts_of(untrained_file(work))))
-    baseline = work / f"{CONTEXT_FREE}.safetensors"
-    if baseline.is_file():
-        row = measured(painter, context_free_encoder(baseline, load_tokenizer(comfyui)), count)
-        students.append(entry(CONTEXT_FREE, row, teacher, objective="velocity", bytes=baseline.stat().st_size))
+    encoders, files, few = found_encoders(work), curve_files(work), max(count // CURVE_SHARE, 1)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = {name: pool.submit(measured, comfyui, path, count, MEASURED) for name, (path, _) in encoders.items()}
+        points = {file: pool.submit(measured, comfyui, file, few, TASKS) for file in files}
+        teacher = rows.pop("teacher").result()
+        students = [entry(name, row.result(), teacher, **encoders[name][1]) for name, row in rows.items()]
+        curve = [point(file, row.result(), teacher) for file, row in points.items()]
     where = machine(comfyui, gpu=False, note="")
-    told = entry("teacher", teacher, None, **facts_of(teacher_path))
+    told = entry("teacher", teacher, None, **encoders["teacher"][1])
     return {
         "commit": where["commit"],
         "hardware": where,
@@ -151,7 +177,7 @@ def results(comfyui: Path, work: Path, count: int) -> dict[str, Any]:
         "teacher": told["tasks"],
         "teacher_facts": told,
         "students": students,
-        "curve": curve(painter, work, teacher, max(count // CURVE_SHARE, 1)) or kept_curve(),
+        "curve": curve or kept_curve(),
     }
 
 
@@ -162,11 +188,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--baseline", type=Path, help="train the encoder without context into this file")
+    parser.add_argument("--encoder", type=Path, help="measure this file alone")
+    parser.add_argument("--tasks", nargs="*", help="with --encoder: these tasks")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON (default: miniature/results.json)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start_comfyui(options.comfyui.resolve(), [])
+    if options.encoder:
+        found = measure(options.comfyui, options.encoder, options.count, options.tasks)
+        options.out.write_text(json.dumps(found), encoding="utf-8")
+        return
     if options.baseline:
         from ..train.recipe import load_recipe
         from .context_free import train_context_free
