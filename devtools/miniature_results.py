@@ -25,7 +25,7 @@ from .miniature_tables import RESULTS, blocks, write
 
 ENCODES = 50
 # A point of the curve needs fewer pictures than a row of the table.
-CURVE_SHARE = 4
+CURVE_SHARE = 8
 UNTRAINED = "untrained"
 
 
@@ -132,7 +132,7 @@ def point(file: Path, row: dict[str, Any], teacher: dict[str, Any]) -> dict[str,
     from ..miniature.measure import share_of
 
     steps, run = int(file.parent.name.removeprefix("step-")), file.parents[2]
-    share, n = round(share_of(row["scores"], teacher["scores"]), 4), next(iter(row["scores"].values())).count
+    share, n = round(share_of(row["scores"], teacher["scores"]), 4), next(iter(row["scores"].values())).n
     return {"steps": steps, "training_s": round(training_s(run, steps), 1), "share_of_teacher": share, "n": n}
 
 
