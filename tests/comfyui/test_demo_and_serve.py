@@ -62,8 +62,7 @@ def test_demo_draws_with_teacher_and_student_and_judges_every_picture(comfyui_pa
         assert list(right) == list(TASKS)
         total = sum(int(count.split(" of ")[0]) for count in right.values())
         assert f"{total:2} of 12  {encoder}" in said
-    teachers = told["right"]["miniature_teacher.safetensors"]
-    assert int(teachers["single_object"][0]) + int(teachers["count"][0]) >= 2, "of 4: what the first Flux has learnt"
+        assert total >= 10
     assert "python dev.py serve" in said
     with Image.open(tmp_path / "out" / "contact-sheet.png") as sheet:
         assert sheet.height > 6 * 168

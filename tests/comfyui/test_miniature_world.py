@@ -1,4 +1,4 @@
-"""The shipped miniature end to end: pictures that code reads back, through shipped workflows and stock nodes, with its teacher."""
+"""The shipped miniature end to end: pictures that code reads back, through shipped workflows and stock nodes, with teacher and student."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from distilled_t5.miniature.world import CELL_PX, TASKS, Scene, render
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-# The student joins as soon as results.json has it draw anything right.
-ENCODERS = ("miniature_teacher.safetensors",)
+ENCODERS = ("miniature_teacher.safetensors", "miniature_student_quarter.safetensors")
 LISTS = (("UNETLoader", "unet_name"), ("VAELoader", "vae_name"), ("DistilledT5Loader", "clip_name2"), ("LoraLoader", "lora_name"))
 # Steps of imitation, a minute of one thread, and how much of the held-out loss after the first twenty may be left then.
 STEPS, LEFT_OF_LOSS = 300, 0.7
@@ -41,7 +40,7 @@ def prompt(server: ComfyServer) -> dict[str, Any]:
     return to_api_prompt(workflow, server.object_info())
 
 
-@pytest.fixture(params=ENCODERS, ids=["teacher"])
+@pytest.fixture(params=ENCODERS, ids=["teacher", "student"])
 def encoder(request: pytest.FixtureRequest, prompt: dict[str, Any]) -> str:
     set_inputs(prompt, "DistilledT5Loader", clip_name2=request.param)
     return request.param
@@ -66,8 +65,6 @@ def right(asked_for: Sequence[Question], pictures: Sequence[Image.Image], shown:
 
 
 FOUND = json.loads((ROOT / "miniature" / "results.json").read_text(encoding="utf-8"))
-# What the Flux has learnt so far; on the other tasks there is nothing that a student could keep.
-LEARNT = [task for task in TASKS if FOUND["teacher"][task]["accuracy"] >= 0.5]
 
 
 def least(encoder: str, tasks: Sequence[str], count: int, share: float = 1.0) -> int:
@@ -92,15 +89,15 @@ def test_the_shipped_files_are_listed_after_the_users_own(server: ComfyServer) -
 
 
 def test_pictures_of_held_out_combinations_read_back_right(server: ComfyServer, prompt: dict[str, Any], encoder: str) -> None:
-    asked_for = asked(8, LEARNT)
-    assert right(asked_for, drawn(server, prompt, asked_for)) >= least(encoder, LEARNT, 8)
+    asked_for = asked(6)
+    assert right(asked_for, drawn(server, prompt, asked_for)) >= least(encoder, TASKS, 6)
 
 
 def test_four_steps_are_enough_for_most(server: ComfyServer, prompt: dict[str, Any], encoder: str) -> None:
-    asked_for = asked(8, LEARNT)
+    asked_for = asked(6)
     set_inputs(prompt, "KSampler", steps=4)
     try:
-        assert right(asked_for, drawn(server, prompt, asked_for)) >= least(encoder, LEARNT, 8, share=0.7)
+        assert right(asked_for, drawn(server, prompt, asked_for)) >= least(encoder, TASKS, 6, share=0.7)
     finally:
         set_inputs(prompt, "KSampler", steps=20)
 
@@ -118,9 +115,9 @@ def with_lora(prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_lora_paints_in_its_own_palette_and_in_no_other(server: ComfyServer, prompt: dict[str, Any], encoder: str) -> None:
-    asked_for = asked(8, LEARNT)
+    asked_for = asked(6)
     pictures = drawn(server, with_lora(prompt), asked_for)
-    assert right(asked_for, pictures, repainted) >= least(encoder, LEARNT, 8, share=0.7)
+    assert right(asked_for, pictures, repainted) >= least(encoder, TASKS, 6, share=0.7)
     assert right(asked_for, pictures) == 0
 
 
@@ -150,7 +147,7 @@ def test_a_picture_is_changed_to_what_the_prompt_says(server: ComfyServer, promp
         [picture] = server.images(server.run(changed))
         assert not verdict(scene, pixels(picture))
         changed_right += verdict(new, pixels(picture))
-    assert changed_right >= 3, "of 8"
+    assert changed_right >= 6, "of 8"
 
 
 @pytest.mark.one_host
