@@ -135,7 +135,7 @@ def report(told: dict[str, Any], out: Path) -> str:
             *lines,
             f"  ComfyUI's start {told['server_start_s']} s, pictures {told['drawing_s']} s",
             f"The pictures with their verdicts: {out / SHEET}",
-            "A dozen pictures are no measurement: miniature/README.md has more, and what the models have not learnt yet.",
+            "A dozen pictures are no measurement: miniature/README.md has 200 of each task.",
             "To use it in a browser: python dev.py serve, then Templates, Distilled T5, miniature.",
         ]
     )
