@@ -190,4 +190,4 @@ def test_a_prompt_is_a_function_of_seed_index_split_and_task():
     assert draw_prompt(1, 2, "train") == draw_prompt(1, 2, "train")
     different = {draw_prompt(seed, index, "train")[1] for seed in (1, 2) for index in range(10)}
     assert len(different) > 15
-    assert draw_prompt(0, 0, "train")[1] == "a purple plus sign over an azure block in the fog; Xenia's grandmother likes it"
+    assert draw_prompt(0, 0, "train")[1] == "a purple plus sign over an azure block in the fog"
