@@ -25,7 +25,7 @@ from .training import Plan, train
 DTYPE = torch.bfloat16
 # T5 does not scale the products of its attention: at Muon's rate for the Flux it learnt hardly anything.
 TEACHER_PLAN = Plan(steps=1_500, batch=64, learning_rate=1e-2, muon_learning_rate=5e-3)
-FLUX_PLAN = Plan(steps=5_000, batch=64, learning_rate=2e-3, muon_learning_rate=1e-2)
+FLUX_PLAN = Plan(steps=3_200, batch=64, learning_rate=2e-3, muon_learning_rate=1e-2)
 LORA_PLAN = Plan(steps=400, batch=32, learning_rate=5e-3, muon_learning_rate=5e-2, average_steps=50)
 Stop = Callable[[], bool]
 

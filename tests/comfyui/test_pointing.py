@@ -34,5 +34,6 @@ def test_each_case_asks_for_a_thing_of_its_scene_by_a_word_of_its_caption():
 @pytest.mark.slow
 def test_four_of_five_maps_point_at_the_thing():
     found = pointing(SHIPPED, place(SHIPPED, TEACHER_FILE), 100)
-    assert (found.n, found.n_right >= 90) == (100, True)
+    assert found.n == 100
+    assert found.n_right >= 90, "the Flux draws what it is asked for"
     assert found.hits >= AT_LEAST * found.n, f"{found.hits} of {found.n}; of {found.n_right} right pictures {found.hits_in_right}"
