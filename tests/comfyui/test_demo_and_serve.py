@@ -21,6 +21,8 @@ from distilled_t5.devtools.server import free_port
 from distilled_t5.miniature.world import TASKS
 from PIL import Image
 
+pytestmark = pytest.mark.one_host
+
 PACK_AS_MODULE = (
     "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); import conftest; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
 )
@@ -35,7 +37,6 @@ if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, which processes inhe
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 import dev
 
-pytestmark = pytest.mark.one_host
 dev.set_up, dev.program, dev.DEV = lambda: comfyui, lambda *_: sys.executable, folder
 dev.link(folder / "python" / "distilled_t5", root)
 sys.exit(dev.main(sys.argv[4:]))
