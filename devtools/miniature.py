@@ -44,15 +44,17 @@ def only(corpus: str) -> tuple[str, ...]:
 
 MIDDLE = "miniature_student_quarter"
 # The checkpoints of the middle student are the points of the cost curve.
-CURVE = ("checkpoints.every_steps=600", "checkpoints.keep_last=100")
-# What the ablations share: 2,000 steps in all, four along each trajectory.
-EQUAL = ("stage.0.steps=1400", "stage.1.steps=600", "sampling.steps=4")
-NAIVE = (*EQUAL, *both("objective=embedding"))
+CURVE = ("checkpoints.every_steps=500", "checkpoints.keep_last=100")
+NAIVE = both("objective=embedding")
+# What the short runs share: 2,000 steps in all, of one objective.
+SHORT = ("stage.0.steps=1000", "stage.1.steps=1000")
+MIDDLE_RUN = Run(MIDDLE, "miniature-quarter", CURVE)
 RUNS = (
-    *(Run(f"miniature_student_{size}", f"miniature-{size}", CURVE if size == "quarter" else ()) for size in SIZES),
-    Run("quarter_velocity", "miniature-quarter", (*EQUAL, *both("objective=velocity"))),
+    *(MIDDLE_RUN if size == "quarter" else Run(f"miniature_student_{size}", f"miniature-{size}") for size in SIZES),
     Run("quarter_naive", "miniature-quarter", NAIVE),
-    *(Run(f"quarter_{corpus}_only", "miniature-quarter", (*NAIVE, *only(corpus))) for corpus in CORPORA),
+    Run("short_velocity", "miniature-quarter", (*SHORT, *both("objective=velocity"))),
+    Run("short_naive", "miniature-quarter", (*SHORT, *NAIVE)),
+    *(Run(f"short_naive_{corpus}", "miniature-quarter", (*SHORT, *NAIVE, *only(corpus))) for corpus in CORPORA),
 )
 CONTEXT_FREE = "context_free"
 

@@ -1,6 +1,6 @@
 """Measures every encoder of the miniature and writes miniature/results.json; with --baseline, trains the encoder without context.
 
-Each encoder is measured by a process of its own on one thread, as many at a time as there are processor cores.
+The numbers are those of the product's own command: `evaluate miniature`, with a process on each processor core.
 """
 
 from __future__ import annotations
@@ -10,62 +10,106 @@ import functools
 import json
 import logging
 import os
+import shutil
 import statistics
-import tempfile
 import time
 import tomllib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..train.host import start_comfyui
-from .miniature import CONTEXT_FREE, MIDDLE, RUNS, WORK, Run, call, student_file
+from .miniature import CONTEXT_FREE, MIDDLE, MIDDLE_RUN, ROOT, RUNS, WORK, Run, call, student_file
 from .miniature_tables import RESULTS, blocks, write
+
+if TYPE_CHECKING:
+    from ..evaluate.confidence import Score
+    from ..evaluate.suite import Suite
 
 ENCODES = 50
 # A point of the curve needs fewer pictures than a row of the table.
 CURVE_SHARE = 8
 UNTRAINED = "untrained"
+KEPT_PROBES = ("collapse", "velocity_gap")
 
 
-def measure(comfyui: Path, encoder: Path, count: int, tasks: Sequence[str]) -> dict[str, Any]:
-    """Right pictures by task, and the median time to encode a caption, alone; of an encoder's file."""
+@dataclass(frozen=True)
+class Row:
+    """What is measured of an encoder: right pictures by task, milliseconds to encode a caption (median or mean, alone), other numbers."""
+
+    scores: dict[str, Score]
+    encode_ms: float | None = None
+    probes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def asked_suite(count: int, *, probes: bool) -> Suite:
+    """The shipped suite with `count` prompts for each task; without probes it paints only the tasks that the share of the teacher is of."""
+    from ..evaluate.suite import load_suite
+    from ..miniature.world import TASKS
+
+    suite = load_suite("miniature")
+    tasks = [task for task in suite.tasks if probes or task.name in TASKS]
+    limited = [task.model_copy(update={"prompts": task.prompts.model_copy(update={"limit": count})}) for task in tasks]
+    left_out = {} if probes else dict.fromkeys(("embedding", "velocity_gap", "latent_distance", "cost"))
+    return suite.model_copy(update={"tasks": tuple(limited), **left_out})
+
+
+def evaluate(comfyui: Path, suite: Suite, students: Sequence[Path], out: Path) -> list[Row]:
+    """The rows of the teacher and the students, by the evaluation's command, a process on each processor core; what is painted stays."""
+    if (out / "results.json").is_file():  # a run that came to its end: everything is measured anew
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    asked = out / "asked.toml"
+    asked.write_text(suite.to_toml(), encoding="utf-8")
+    given = [part for path in students for part in ("--student", path)]
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(os.cpu_count()))
+    call(*ranks, ROOT / "evaluate" / "__main__.py", asked, *given, "--out", out, "--comfyui", comfyui, "--", "--cpu", OMP_NUM_THREADS="1")
+    return rows_of(json.loads((out / "results.json").read_text(encoding="utf-8")))
+
+
+def rows_of(found: dict[str, Any]) -> list[Row]:
+    """The rows in an evaluation's results.json, in the order of its encoders."""
+    from ..evaluate.confidence import Score
+
+    rows = []
+    for encoder in found["encoders"]:
+        of_encoder = {task: told["scores"]["readback"][encoder] for task, told in found["tasks"].items()}
+        scores = {task: Score(round(one["value"] * one["n"]), one["n"]) for task, one in of_encoder.items()}
+        probes = {
+            probe: {name: by_encoder[encoder] for name, by_encoder in numbers.items() if encoder in by_encoder}
+            for probe, numbers in found["probes"].items()
+        }
+        seconds = probes.get("cost", {}).get("encode s")
+        rows.append(Row(scores, None if seconds is None else 1000 * seconds["value"], probes))
+    return rows
+
+
+def measure_context_free(comfyui: Path, file: Path, count: int) -> Row:
+    """The row of the encoder without context, which is no file that ComfyUI loads."""
     from ..miniature.corruption import load_tokenizer
     from ..miniature.measure import questions, scores
-    from ..miniature.paint import Painter, served
+    from ..miniature.paint import Painter
     from .context_free import context_free_encoder
 
-    encode = context_free_encoder(encoder, load_tokenizer(comfyui)) if encoder.stem == CONTEXT_FREE else served(encoder)
-    found = scores(functools.partial(Painter().paint, encode), count, tasks)
+    encode = context_free_encoder(file, load_tokenizer(comfyui))
+    found = scores(functools.partial(Painter().paint, encode), count)
     seconds = []
     for _, caption in questions("position", ENCODES):
         started = time.perf_counter()
         encode([caption])
         seconds.append(time.perf_counter() - started)
-    return {"right": {task: one.right for task, one in found.items()}, "n": count, "encode_ms": 1000 * statistics.median(seconds)}
+    return Row(found, 1000 * statistics.median(seconds))
 
 
-def measured(comfyui: Path, encoder: Path, count: int, tasks: Sequence[str]) -> dict[str, Any]:
-    """What `measure` finds, in a process of its own: scores by task, encode_ms."""
-    from ..evaluate.confidence import Score
-
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "one.json"
-        asked = ["--encoder", encoder, "--count", str(count), "--tasks", *tasks, "--out", out]
-        call("-m", "distilled_t5.devtools.miniature_results", "--comfyui", comfyui, *asked, OMP_NUM_THREADS="1")
-        found = json.loads(out.read_text(encoding="utf-8"))
-    return {"scores": {task: Score(right, found["n"]) for task, right in found["right"].items()}, "encode_ms": found["encode_ms"]}
-
-
-def entry(name: str, row: dict[str, Any], teacher: dict[str, Any] | None, **facts: Any) -> dict[str, Any]:
+def entry(name: str, row: Row, teacher: Row | None, **facts: Any) -> dict[str, Any]:
     """What results.json says about one encoder."""
     from ..miniature.measure import mean_accuracy, share_of
 
-    found = row["scores"]
-    told = {"name": name, **facts, "tasks": {task: one.to_json() for task, one in found.items()}}
-    told |= {"mean_accuracy": round(mean_accuracy(found), 4), "encode_ms": round(row["encode_ms"], 2)}
-    return told if teacher is None else told | {"share_of_teacher": round(share_of(found, teacher["scores"]), 4)}
+    told = {"name": name, **facts, "tasks": {task: one.to_json() for task, one in row.scores.items()}}
+    told |= {"mean_accuracy": round(mean_accuracy(row.scores), 4), "encode_ms": row.encode_ms and round(row.encode_ms, 2)}
+    told |= {"probes": {name: numbers for name, numbers in row.probes.items() if name in KEPT_PROBES}}
+    return told if teacher is None else told | {"share_of_teacher": round(share_of(row.scores, teacher.scores), 4)}
 
 
 def facts_of(path: Path) -> dict[str, Any]:
@@ -127,49 +171,46 @@ def curve_files(work: Path) -> list[Path]:
     return sorted((work / "runs" / MIDDLE / "checkpoints").glob("step-*/student.safetensors"))
 
 
-def point(file: Path, row: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
-    """What the middle student kept of the teacher at a checkpoint."""
+def point(file: Path, row: Row, teacher: Row) -> dict[str, Any]:
+    """What the middle student kept of the teacher at a checkpoint, on the same pictures."""
     from ..miniature.measure import share_of
 
     steps, run = int(file.parent.name.removeprefix("step-")), file.parents[2]
-    share, n = round(share_of(row["scores"], teacher["scores"]), 4), next(iter(row["scores"].values())).n
+    share, n = round(share_of(row.scores, teacher.scores), 4), next(iter(row.scores.values())).n
     return {"steps": steps, "training_s": round(training_s(run, steps), 1), "share_of_teacher": share, "n": n}
 
 
-def kept_curve() -> list[dict[str, Any]]:
-    """The curve in results.json: where the run's checkpoints are gone, it cannot be measured again."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")).get("curve", []) if RESULTS.is_file() else []
+def curve_of(comfyui: Path, work: Path, count: int) -> list[dict[str, Any]]:
+    """The middle student at its checkpoints; where they are gone, what results.json says, since it cannot be measured again."""
+    files = curve_files(work)
+    if not files:
+        return json.loads(RESULTS.read_text(encoding="utf-8")).get("curve", []) if RESULTS.is_file() else []
+    teacher, *students = evaluate(comfyui, asked_suite(count, probes=False), files, work / "curve")
+    return [point(file, row, teacher) for file, row in zip(files, students, strict=True)]
 
 
 def found_encoders(work: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Name, file and facts of the teacher, of every student that there is, of the untrained one and of the encoder without context."""
-    from ..miniature.folders import SHIPPED, TEACHER_FILE, place
-
+    """Name, file and facts of every student that there is, and of the untrained one."""
     runs = {run: path for run in RUNS if (path := shipped_or_made(work, run.name)) is not None}
-    untrained, baseline, teacher = untrained_file(work), work / f"{CONTEXT_FREE}.safetensors", place(SHIPPED, TEACHER_FILE)
-    found = {"teacher": (teacher, facts_of(teacher))}
-    found |= {run.name: (path, {"objective": objective_of(run), **facts_of(path)}) for run, path in runs.items()}
-    found |= {UNTRAINED: (untrained, {"objective": "none", **facts_of(untrained)})}
-    if baseline.is_file():
-        found[CONTEXT_FREE] = (baseline, {"objective": objective_of(Run(MIDDLE, "miniature-quarter")), "bytes": baseline.stat().st_size})
-    return found
+    found = {run.name: (path, {"objective": objective_of(run), **facts_of(path)}) for run, path in runs.items()}
+    untrained = untrained_file(work)
+    return found | {UNTRAINED: (untrained, {"objective": "none", **facts_of(untrained)})}
 
 
 def results(comfyui: Path, work: Path, count: int) -> dict[str, Any]:
     """Measure the teacher and every student, baseline and point of the curve that there is."""
-    from ..miniature.measure import MEASURED
-    from ..miniature.world import TASKS
+    from ..miniature.folders import SHIPPED, TEACHER_FILE, place
     from .measure import machine
 
-    encoders, files, few = found_encoders(work), curve_files(work), max(count // CURVE_SHARE, 1)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = {name: pool.submit(measured, comfyui, path, count, MEASURED) for name, (path, _) in encoders.items()}
-        points = {file: pool.submit(measured, comfyui, file, few, TASKS) for file in files}
-        teacher = rows.pop("teacher").result()
-        students = [entry(name, row.result(), teacher, **encoders[name][1]) for name, row in rows.items()]
-        curve = [point(file, row.result(), teacher) for file, row in points.items()]
-    where = machine(comfyui, gpu=False, note="")
-    told = entry("teacher", teacher, None, **encoders["teacher"][1])
+    where, encoders = machine(comfyui, gpu=False, note=""), found_encoders(work)
+    files = [path for path, _ in encoders.values()]
+    teacher, *rows = evaluate(comfyui, asked_suite(count, probes=True), files, work / "evaluation")
+    students = [entry(name, row, teacher, **facts) for (name, (_, facts)), row in zip(encoders.items(), rows, strict=True)]
+    baseline = work / f"{CONTEXT_FREE}.safetensors"
+    if baseline.is_file():
+        facts = {"objective": objective_of(MIDDLE_RUN), "bytes": baseline.stat().st_size}
+        students.append(entry(CONTEXT_FREE, measure_context_free(comfyui, baseline, count), teacher, **facts))
+    told = entry("teacher", teacher, None, **facts_of(place(SHIPPED, TEACHER_FILE)))
     return {
         "commit": where["commit"],
         "hardware": where,
@@ -177,7 +218,7 @@ def results(comfyui: Path, work: Path, count: int) -> dict[str, Any]:
         "teacher": told["tasks"],
         "teacher_facts": told,
         "students": students,
-        "curve": curve or kept_curve(),
+        "curve": curve_of(comfyui, work, max(count // CURVE_SHARE, 1)),
     }
 
 
@@ -188,17 +229,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--baseline", type=Path, help="train the encoder without context into this file")
-    parser.add_argument("--encoder", type=Path, help="measure this file alone")
-    parser.add_argument("--tasks", nargs="*", help="with --encoder: these tasks")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON (default: miniature/results.json)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start_comfyui(options.comfyui.resolve(), [])
-    if options.encoder:
-        found = measure(options.comfyui, options.encoder, options.count, options.tasks)
-        options.out.write_text(json.dumps(found), encoding="utf-8")
-        return
     if options.baseline:
         from ..train.recipe import load_recipe
         from .context_free import train_context_free

@@ -23,6 +23,7 @@ def blocks(found: dict[str, Any]) -> dict[str, str]:
     return {
         "scaling": _accuracies([found["teacher_facts"], *(by_name[name] for name in SCALED if name in by_name)]),
         "ablation": _accuracies([by_name[name] for name in others]),
+        "probes": _probes([found["teacher_facts"], *found["students"]]),
         "curve": table(["optimizer steps", "minutes", "share of teacher"], [_point(point) for point in found["curve"]]),
     }
 
@@ -45,6 +46,23 @@ def _row(student: dict[str, Any], tasks: Sequence[str]) -> list[Any]:
         *told,
         f"{100 * share:.1f} %" if share else None,
     ]
+
+
+def _probes(encoders: Sequence[dict[str, Any]]) -> str:
+    """Collapse and velocity gap, of those of which they were measured."""
+    measured = [encoder for encoder in encoders if encoder.get("probes")]
+    names = list(dict.fromkeys((probe, name) for encoder in measured for probe, numbers in encoder["probes"].items() for name in numbers))
+    head = ["encoder", *(name if probe == "collapse" else f"gap, {name}" for probe, name in names)]
+    return table(head, [[encoder["name"], *(_probe(encoder["probes"], *name) for name in names)] for encoder in measured])
+
+
+def _probe(probes: dict[str, Any], probe: str, name: str) -> str | None:
+    """A number with its 95 % interval."""
+    one = probes.get(probe, {}).get(name)
+    if one is None:
+        return None
+    spread = "" if one["low"] is None else f" ({one['low']:.3g} to {one['high']:.3g})"
+    return f"{one['value']:.3g}{spread}"
 
 
 def _percent(score: dict[str, Any]) -> str:

@@ -18,23 +18,27 @@ def row(name: str, accuracy: float, **facts: Any) -> dict[str, Any]:
     return {"name": name, **sizes, **facts, "tasks": dict.fromkeys(MEASURED, score)}
 
 
+PROBES = {
+    "collapse": {"effective rank": {"value": 31.4159, "n": 210, "low": 30.0, "high": 33.0}},
+    "velocity_gap": {"sigma 0.75-1.00": {"value": 0.00012345, "n": 56, "low": None, "high": None}},
+}
 FOUND: dict[str, Any] = {
     "teacher": row("teacher", 0.96)["tasks"],
     "teacher_facts": row("teacher", 0.96, parameters_without_tokens=1_300_000),
     "students": [
-        row(SCALED[1], 0.95, share_of_teacher=0.9896),
+        row(SCALED[1], 0.95, share_of_teacher=0.9896, probes=PROBES),
         row("context_free", 0.25, share_of_teacher=0.26, parameters_without_tokens=None),
     ],
     "curve": [{"steps": 200, "training_s": 90.0, "share_of_teacher": 0.5, "n": 50}],
 }
-EMPTY = "\n".join(mark.format(name) for name in ("scaling", "ablation", "curve") for mark in MARKS)
+EMPTY = "\n".join(mark.format(name) for name in ("scaling", "ablation", "probes", "curve") for mark in MARKS)
 
 
 def test_tables_tell_accuracy_with_its_interval_and_share():
     page = told(f"before\n{EMPTY}\nafter", FOUND)
     [teacher] = [line for line in page.splitlines() if line.startswith("| teacher")]
     assert "96.0 (91-100)" in teacher
-    [quarter] = [line for line in page.splitlines() if line.startswith(f"| {SCALED[1]}")]
+    quarter = next(line for line in page.splitlines() if line.startswith(f"| {SCALED[1]}"))
     assert quarter.endswith(" 99.0 % |")
     assert "300,000" in quarter
     [baseline] = [line for line in page.splitlines() if line.startswith("| context_free")]
@@ -42,6 +46,12 @@ def test_tables_tell_accuracy_with_its_interval_and_share():
     assert re.search(r"\| 200 *\| +1\.5 \| +50\.0 % \|", page)
     assert page.startswith("before\n")
     assert page.endswith("\nafter")
+
+
+def test_collapse_and_velocity_gap_stand_beside_those_that_they_were_measured_of():
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in blocks(FOUND)["probes"].splitlines()]
+    assert rows[0] == ["encoder", "effective rank", "gap, sigma 0.75-1.00"]
+    assert rows[2:] == [[SCALED[1], "31.4 (30 to 33)", "0.000123"]]
 
 
 def test_renewing_twice_is_renewing_once():
@@ -64,5 +74,5 @@ def test_the_plot_is_a_picture(tmp_path):
 def test_the_shipped_page_has_the_tables_of_the_shipped_results():
     page, found = PAGE.read_text(encoding="utf-8"), json.loads(RESULTS.read_text(encoding="utf-8"))
     assert told(page, found) == page
-    assert set(blocks(found)) == {"scaling", "ablation", "curve"}
+    assert set(blocks(found)) == {"scaling", "ablation", "probes", "curve"}
     assert PLOT.is_file()
