@@ -1,11 +1,13 @@
-"""Judges small enough for a test, with random weights, in the folders that transformers itself writes: CLIP, BLIP, a detector, depth."""
+"""Judges for tests, with random weights: CLIP, BLIP, a detector and depth in small, as transformers writes them; Inception; AlexNet."""
 
 from __future__ import annotations
 
 import string
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import safetensors.torch
 import torch
 import transformers
 
@@ -14,6 +16,14 @@ LAYERS: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidde
 PICTURES: dict[str, Any] = {"image_size": SIDE_PX, "patch_size": 8}
 LABELS = ("cat", "dog", "traffic light")
 WORDS = ("yes", "no", "a", "the", "green", "red", "blue", "bench", "bowl", "car", "?")
+# channels in and out, kernel, stride, padding of AlexNet's convolutions, and whether its pooling stands before them
+CONVOLUTIONS = {
+    0: (3, 64, 11, 4, 2, False),
+    3: (64, 192, 5, 1, 2, True),
+    6: (192, 384, 3, 1, 1, True),
+    8: (384, 256, 3, 1, 1, False),
+    10: (256, 256, 3, 1, 1, False),
+}
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -68,6 +78,31 @@ def save_depth(folder: Path, seed: int = 0) -> Path:
     config = transformers.DPTConfig(**LAYERS | PICTURES | sizes)
     pictures = transformers.DPTImageProcessor(size={"height": SIDE_PX, "width": SIDE_PX})
     return _save(folder, transformers.DPTForDepthEstimation(config), seed, pictures)
+
+
+def save_inception(path: Path) -> Path:
+    """torch-fidelity's Inception, whole, its layers filled by chance."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    empty = path.with_suffix(".pth")
+    torch.save({}, empty)
+    with torch.random.fork_rng(devices=[]), mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"):
+        torch.manual_seed(0)
+        network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(empty))
+    empty.unlink()
+    safetensors.torch.save_file(network.state_dict(), path)
+    return path
+
+
+def save_alexnet(path: Path) -> Path:
+    """The convolutions of an AlexNet under torchvision's names."""
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for number, (inputs, outputs, kernel, *_) in CONVOLUTIONS.items():
+        shape = (outputs, inputs, kernel, kernel)
+        tensors[f"features.{number}.weight"] = torch.randn(shape, generator=generator) / (inputs * kernel**2) ** 0.5
+        tensors[f"features.{number}.bias"] = torch.randn(outputs, generator=generator) * 0.1
+    torch.save(tensors, path)
+    return path
 
 
 def _save(folder: Path, model: Any, seed: int, processor: Any) -> Path:

@@ -141,4 +141,4 @@ def read_picture(path: Path) -> np.ndarray:
     from PIL import Image
 
     with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
+        return np.array(picture.convert("RGB"))  # writable, as torch wants it

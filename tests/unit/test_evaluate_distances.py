@@ -8,6 +8,7 @@ import lpips
 import numpy as np
 import pytest
 import torch
+from distilled_t5.devtools.tiny_judges import CONVOLUTIONS, save_alexnet
 from distilled_t5.evaluate.distances import Lpips, latent_rms, velocity_gaps
 from distilled_t5.train.trajectory import Position
 from torch import nn
@@ -62,27 +63,9 @@ def test_steps_of_one_band_are_averaged_by_prompt():
     assert gaps == pytest.approx([4 * mean, mean])
 
 
-# channels in and out, kernel, stride, padding of AlexNet's convolutions, and whether its pooling stands before them
-CONVOLUTIONS = {
-    0: (3, 64, 11, 4, 2, False),
-    3: (64, 192, 5, 1, 2, True),
-    6: (192, 384, 3, 1, 1, True),
-    8: (384, 256, 3, 1, 1, False),
-    10: (256, 256, 3, 1, 1, False),
-}
-
-
 @pytest.fixture(scope="module")
 def alexnet(tmp_path_factory):
-    """The convolutions of an AlexNet under torchvision's names, filled by chance."""
-    generator, tensors = torch.Generator().manual_seed(0), {}
-    for number, (inputs, outputs, kernel, *_) in CONVOLUTIONS.items():
-        shape = (outputs, inputs, kernel, kernel)
-        tensors[f"features.{number}.weight"] = torch.randn(shape, generator=generator) / (inputs * kernel**2) ** 0.5
-        tensors[f"features.{number}.bias"] = torch.randn(outputs, generator=generator) * 0.1
-    path = tmp_path_factory.mktemp("lpips") / "alexnet.pth"
-    torch.save(tensors, path)
-    return path
+    return save_alexnet(tmp_path_factory.mktemp("lpips") / "alexnet.pth")
 
 
 def lpips_by_hand(path: Path, a: np.ndarray, b: np.ndarray) -> float:

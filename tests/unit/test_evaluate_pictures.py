@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from distilled_t5.devtools.tiny_judges import SIDE_PX, save_clip
+from distilled_t5.devtools.tiny_judges import SIDE_PX, save_clip, save_inception
 from distilled_t5.evaluate import pictures
 from distilled_t5.evaluate.pictures import ClipScorer, Inception, fid, frechet_distance, metric_name
 from safetensors.torch import load_file, save_file
@@ -67,16 +67,7 @@ def test_what_has_no_distance_is_refused(bad):
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory):
-    """torch-fidelity's Inception, its layers filled by chance."""
-    network = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
-    path = tmp_path_factory.mktemp("inception") / "weights.safetensors"
-    empty = path.with_suffix(".pth")
-    torch.save({}, empty)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, tensors: None)
-        network.__init__("inception", ["2048"], feature_extractor_weights_path=str(empty))
-    save_file(network.state_dict(), path)
-    return path
+    return save_inception(tmp_path_factory.mktemp("inception") / "weights.safetensors")
 
 
 def photographs(count: int, side: int = 40) -> np.ndarray:
