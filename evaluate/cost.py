@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..encoder.files import Progress
 from ..encoder.prompt_length import t5_tokens
@@ -15,6 +15,7 @@ from .annotate import table_picture
 if TYPE_CHECKING:
     from PIL import Image
 
+Found = TypeVar("Found")
 HEADING = ("encoder", "parameters", "weights", "tokens", "runs on", "rests on", "load", "encode", "prompt change")
 EVERYTHING = 1e30  # bytes
 
@@ -70,14 +71,14 @@ def measure(clip: Any, name: str, prompt: str, repeats: int, progress: Progress 
         action, from_rest = kinds[kind]
         if from_rest:
             put_to_rest(clip)
-        times[kind].append(seconds(action, device))
+        times[kind].append(timed(action, device)[0])
         told(done + 1, total)
     sizes = (sum(weight.numel() for weight in clip.cond_stage_model.parameters()), patcher.model_size(), tokens)
     return Cost(name, *sizes, str(patcher.load_device), str(patcher.offload_device), *map(tuple, times))
 
 
-def seconds(action: Callable[[], Any], device: Any) -> float:
-    """How long an action takes, what it leaves to the device included."""
+def timed(action: Callable[[], Found], device: Any) -> tuple[float, Found]:
+    """Seconds by the clock that an action takes, what it leaves to the device included, and what it gives."""
     import torch
 
     def wait() -> None:
@@ -86,9 +87,9 @@ def seconds(action: Callable[[], Any], device: Any) -> float:
 
     wait()
     start = time.perf_counter()
-    action()
+    result = action()
     wait()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
 
 
 def put_to_rest(clip: Any) -> None:

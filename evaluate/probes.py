@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from ..train.ranks import Ranks
 from ..train.trajectory import LATENT_CELL_PX, Position
 from ..train.velocity import FrozenFlow, held_bytes
+from .cost import timed
 from .distances import latent_rms, velocity_gaps
 from .embeddings import effective_rank, pooled, pooled_distance
 from .encoders import LoadedEncoder, Text, together
@@ -132,9 +132,10 @@ def cost(load: Callable[[], LoadedEncoder], painter: Painter, prompts: Sequence[
     loads = [_timed_load(load)[0] for _ in range(repeats - 1)]
     seconds, encoder = _timed_load(load)
     loads.append(seconds)
+    device = encoder.clip.patcher.load_device
     encoder.text("a first prompt, which brings the encoder to its device")
-    encodes = [_timed(lambda prompt=prompt: encoder.text(prompt))[0] for prompt in _cycled(prompts, repeats)]
-    changes = [_timed(lambda prompt=prompt: _change(encoder, painter, prompt))[0] for prompt in _cycled(prompts, repeats + 1)]
+    encodes = [timed(lambda prompt=prompt: encoder.text(prompt), device)[0] for prompt in _cycled(prompts, repeats)]
+    changes = [timed(lambda prompt=prompt: _change(encoder, painter, prompt), device)[0] for prompt in _cycled(prompts, repeats + 1)]
     return {
         "weights": exact(sum(weight.numel() for weight in encoder.teacher.text_model.parameters())),
         "resident bytes": exact(held_bytes(encoder.clip.cond_stage_model)),
@@ -148,7 +149,7 @@ def cost(load: Callable[[], LoadedEncoder], painter: Painter, prompts: Sequence[
 def _timed_load(load: Callable[[], LoadedEncoder]) -> tuple[float, LoadedEncoder]:
     """Seconds of a load that begins with nothing on the device, and the encoder."""
     comfy.model_management.unload_all_models()
-    return _timed(load)
+    return timed(load, comfy.model_management.text_encoder_device())
 
 
 def _change(encoder: LoadedEncoder, painter: Painter, prompt: str) -> None:
@@ -158,12 +159,3 @@ def _change(encoder: LoadedEncoder, painter: Painter, prompt: str) -> None:
 
 def _cycled(prompts: Sequence[str], count: int) -> list[str]:
     return [prompts[number % len(prompts)] for number in range(count)]
-
-
-def _timed(action: Callable[[], Found]) -> tuple[float, Found]:
-    """Seconds by the clock, the GPU's work included, and what the action gives."""
-    started = time.perf_counter()
-    result = action()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, result

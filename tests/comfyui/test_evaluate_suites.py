@@ -123,7 +123,7 @@ def compbench_score(suite: Suite, category: str, prompt: str, picture: np.ndarra
 def check_text_and_compbench(suite: Suite, out: Path, found: dict[str, Any]) -> None:
     """What the quick suite and the paper's have in common, again from the pictures as they lie there."""
     reader = make_reader("tesseract", None, ("en",))
-    targets = [one.target for one in common_text("validation", 3, 0)]
+    targets = [one.target or "" for one in common_text("validation", 3, 0)]
     for encoder in ENCODERS:
         read = [
             ocr.score(target, reader.read(picture)) for target, picture in zip(targets, pictures(out, encoder, "common_text"), strict=True)
