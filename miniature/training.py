@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, autocast
 from torch.nn import Module
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW, Muon, Optimizer
 
+from ..train.optimizer import make_optimizer, set_rate
 from ..train.randomness import random_states, restore_random_states
 from ..train.state import Checkpoints, TrainerState
 
 MAX_GRADIENT_NORM = 1.0
 ADAM_BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.0
 DECAY_SHARE = 0.3
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Trainee:
 
     def __init__(self, module: Module, plan: Plan) -> None:
         self.module, self.plan, self.step = module, plan, 0
-        self.optimizers = make_optimizers(module, plan.learning_rate, plan.muon_learning_rate)
+        self.optimizer = make_optimizer(module, plan.learning_rate, ADAM_BETAS, WEIGHT_DECAY, plan.muon_learning_rate)
         self.average = {name: weight.detach().clone() for name, weight in module.named_parameters()}
 
     def advance(self, loss_at: Callable[[int], Tensor]) -> float:
@@ -87,11 +88,9 @@ class Trainee:
             raise RuntimeError(f"The loss of step {self.step} is {float(loss)}.\nWhat to do: start anew with a lower --learning-rate.")
         loss.backward()
         clip_grad_norm_(self.module.parameters(), MAX_GRADIENT_NORM)
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * self.plan.rate(self.step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        set_rate(self.optimizer, self.plan.learning_rate * self.plan.rate(self.step))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._move_average()
         return float(loss.detach())
@@ -110,9 +109,9 @@ class Trainee:
     def state(self, recipe_sha256: str) -> TrainerState:
         """All that is needed to go on bit for bit."""
         weights = {name: weight.detach().clone() for name, weight in self.module.named_parameters()}
-        optimizer = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         position = {"average": self.average, "planned_steps": self.plan.steps}
-        return TrainerState(self.step, 0, self.step, 0, weights, optimizer, {}, random_states({}), recipe_sha256, position=position)
+        moments = self.optimizer.state_dict()
+        return TrainerState(self.step, 0, self.step, 0, weights, moments, {}, random_states({}), recipe_sha256, position=position)
 
     def restore(self, state: TrainerState, recipe_sha256: str) -> None:
         """Go on from `state`. Raises ValueError if it is of another plan, or of another length and the rate has begun to fall."""
@@ -133,25 +132,9 @@ class Trainee:
             for name, weight in self.module.named_parameters():
                 weight.copy_(state.student[name])
         self.average = {name: state.position["average"][name].to(weight.device) for name, weight in self.average.items()}
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state.optimizer[name])
+        self.optimizer.load_state_dict(state.optimizer)
         for note in restore_random_states(state.rng, {}):
             log.info(note)
-
-
-def make_optimizers(module: Module, learning_rate: float, muon_learning_rate: float) -> dict[str, Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for token tables, biases, norms and the layers at both ends."""
-    named = list(module.named_parameters())
-    matrices = [weight for name, weight in named if weight.ndim == 2 and ("block" in name) and "relative_attention_bias" not in name]
-    chosen = {id(weight) for weight in matrices}
-    rest = [weight for _, weight in named if id(weight) not in chosen]
-    optimizers: dict[str, Optimizer] = {"adamw": AdamW(rest, lr=learning_rate, betas=ADAM_BETAS, weight_decay=0.0)}
-    if matrices:
-        optimizers["muon"] = Muon(matrices, lr=muon_learning_rate, weight_decay=0.0)
-    for optimizer in optimizers.values():
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return optimizers
 
 
 def train(

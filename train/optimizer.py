@@ -1,4 +1,4 @@
-"""What moves the student's weights: AdamW alone, or Muon for the matrices inside the blocks and AdamW for all else."""
+"""What moves weights that are trained: AdamW alone, or Muon for the matrices inside the blocks and AdamW for all else."""
 
 from __future__ import annotations
 
@@ -51,14 +51,15 @@ class MuonAndAdamW:
 
 
 def make_optimizer(
-    student: Module, learning_rate: float, betas: tuple[float, float], weight_decay: float, muon_learning_rate: float = 0.0
+    module: Module, learning_rate: float, betas: tuple[float, float], weight_decay: float, muon_learning_rate: float = 0.0
 ) -> Optimizer | MuonAndAdamW:
-    """The optimizer over the student's parameters, which alone are trained: AdamW, and Muon (torch's) where it has a rate.
+    """The optimizer over a module's parameters: AdamW, and Muon (torch's) where it has a rate and the module has blocks.
 
     Raises ValueError if it is to be Muon and this torch has none.
     """
-    named = dict(student.named_parameters())
-    if not muon_learning_rate:
+    named = dict(module.named_parameters())
+    matrices = {name: weight for name, weight in named.items() if is_inner_matrix(name, weight)}
+    if not muon_learning_rate or not matrices:
         return AdamW(named.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
     try:
         from torch.optim import Muon
@@ -66,7 +67,6 @@ def make_optimizer(
         raise ValueError(
             "optimizer.muon_learning_rate needs torch 2.9 or newer.\nWhat to do: set it to 0, or install a newer torch."
         ) from error
-    matrices = {name: weight for name, weight in named.items() if is_inner_matrix(name, weight)}
     muon = Muon(matrices.values(), lr=muon_learning_rate, weight_decay=weight_decay)
     for group in muon.param_groups:
         group[RATE_SHARE] = muon_learning_rate / learning_rate
@@ -75,8 +75,8 @@ def make_optimizer(
 
 
 def is_inner_matrix(name: str, weight: Tensor) -> bool:
-    """Whether Muon may move this weight: a matrix inside the T5's blocks; token table, biases of place, norms and projection are not."""
-    return weight.ndim == 2 and ".block." in name and "relative_attention_bias" not in name
+    """Whether Muon may move this weight: a matrix in a block of a T5 or a Flux; token table, biases of place, norms, both ends are not."""
+    return weight.ndim == 2 and "block" in name and "relative_attention_bias" not in name
 
 
 def set_rate(optimizer: Optimizer | MuonAndAdamW, learning_rate: float) -> None:

@@ -169,7 +169,8 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_else():
     model = Pretraining(TINY, seed=0)
     trainee = Trainee(model, PLAN)
     names = {id(weight): name for name, weight in model.named_parameters()}
-    groups = {kind: {names[id(weight)] for weight in opt.param_groups[0]["params"]} for kind, opt in trainee.optimizers.items()}
+    muon, adamw = trainee.optimizer.param_groups
+    groups = {kind: {names[id(weight)] for weight in group["params"]} for kind, group in (("muon", muon), ("adamw", adamw))}
     assert groups["muon"] | groups["adamw"] == set(names.values())
     assert all("block" in name and "layer_norm" not in name and "relative" not in name for name in groups["muon"])
     assert "t5.shared.weight" in groups["adamw"]
