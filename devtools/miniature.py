@@ -46,8 +46,8 @@ MIDDLE = "miniature_student_quarter"
 # The checkpoints of the middle student are the points of the cost curve.
 CURVE = ("checkpoints.every_steps=500", "checkpoints.keep_last=100")
 NAIVE = both("objective=embedding")
-# What the short runs share: 2,000 steps in all, of one objective.
-SHORT = ("stage.0.steps=1000", "stage.1.steps=1000")
+# What the short runs share: 2,000 steps in all, of one objective, four along each trajectory.
+SHORT = ("stage.0.steps=1000", "stage.1.steps=1000", "sampling.steps=4")
 MIDDLE_RUN = Run(MIDDLE, "miniature-quarter", CURVE)
 RUNS = (
     *(MIDDLE_RUN if size == "quarter" else Run(f"miniature_student_{size}", f"miniature-{size}") for size in SIZES),
