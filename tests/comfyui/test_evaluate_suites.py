@@ -29,7 +29,7 @@ PROMPTS = {
     "texture": ["a red bench and a green car", "a wooden bench", "a metal car"],
     "spatial": ["a cat next to a dog", "a dog on the left of a cat", "a cat on the top of a traffic light"],
     "3d_spatial": ["a cat in front of a dog", "a dog behind a cat", "a traffic light in front of a cat"],
-    "numeracy": ["two cats and a dog", "three dogs", "a cat and two traffic lights"],
+    "numeracy": ["two cats and a dog", "three dogs", "a cat and two dogs"],
 }
 CAPTIONS = ["a cat", "a dog on a bench", "a red car"]
 ENCODERS = ("teacher", "student")

@@ -173,7 +173,28 @@ def test_singulars(many, one):
 
 
 def test_what_a_prompt_counts():
-    assert counted_objects("three cats, a red bird and eight mice on the table") == [(3, "cat"), (1, "red bird"), (8, "mouse")]
+    assert counted_objects("three cats, a red bird and eight mice on the table") == [(3, "cat"), (1, "bird"), (8, "mouse")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("three clocks ticked on the wall", [(3, "clock")]),
+        ("four chairs and one giraffe provided seating at the zoo", [(4, "chair"), (1, "giraffe")]),
+        ("a chicken, four birds, and four microphones sang a lively tune", [(1, "chicken"), (4, "bird"), (4, "microphone")]),
+        ("three camels shared a burger", [(3, "camel")]),
+        ("two computers and one television", [(2, "computer"), (1, "television")]),
+    ],
+)
+def test_what_the_benchmarks_sentences_count_is_not_taken_for_their_verbs(prompt, expected):
+    assert counted_objects(prompt) == expected
+
+
+def test_a_verb_costs_no_score_and_cocos_own_names_do():
+    assert numeracy_score("three clocks ticked on the wall", row_of("clock", 3)) == 1
+    assert numeracy_score("two phones and one sofa", row_of("cell phone", 2) + row_of("couch", 1, 50)) == 1
+    left, right = Detection("couch", (0, 0, 10, 10), 1.0), Detection("dining table", (300, 0, 310, 10), 1.0)
+    assert spatial_score("a sofa on the left of a table", [left, right], (400, 400)) == 1
 
 
 def row_of(label: str, count: int, top: float = 0.0) -> list[Detection]:
