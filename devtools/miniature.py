@@ -44,7 +44,7 @@ def only(corpus: str) -> tuple[str, ...]:
 
 MIDDLE = "miniature_student_quarter"
 # The checkpoints of the middle student are the points of the cost curve.
-CURVE = ("checkpoints.every_steps=500", "checkpoints.keep_last=100")
+CURVE = ("checkpoints.every_steps=1000", "checkpoints.keep_last=100")
 NAIVE = both("objective=embedding")
 # What the short runs share: 2,000 steps in all, of one objective, four along each trajectory.
 SHORT = ("stage.0.steps=1000", "stage.1.steps=1000", "sampling.steps=4")

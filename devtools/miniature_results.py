@@ -14,23 +14,25 @@ import shutil
 import statistics
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..train.host import start_comfyui
 from .miniature import CONTEXT_FREE, MIDDLE, MIDDLE_RUN, ROOT, RUNS, WORK, Run, call, student_file
-from .miniature_tables import RESULTS, blocks, write
+from .miniature_tables import RESULTS, SCALED, blocks, write
 
 if TYPE_CHECKING:
     from ..evaluate.confidence import Score
     from ..evaluate.suite import Suite
 
 ENCODES = 50
-# A point of the curve needs fewer pictures than a row of the table.
-CURVE_SHARE = 8
+# An ablation, and a point of the curve, need fewer pictures than a row of the scaling table.
+ABLATION_SHARE, CURVE_SHARE = 2, 8
 UNTRAINED = "untrained"
+# An encoder's file, and facts about it.
+Found = tuple[Path, dict[str, Any]]
 KEPT_PROBES = ("collapse", "velocity_gap")
 
 
@@ -189,7 +191,7 @@ def curve_of(comfyui: Path, work: Path, count: int) -> list[dict[str, Any]]:
     return [point(file, row, teacher) for file, row in zip(files, students, strict=True)]
 
 
-def found_encoders(work: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def found_encoders(work: Path) -> dict[str, Found]:
     """Name, file and facts of every student that there is, and of the untrained one."""
     runs = {run: path for run in RUNS if (path := shipped_or_made(work, run.name)) is not None}
     found = {run.name: (path, {"objective": objective_of(run), **facts_of(path)}) for run, path in runs.items()}
@@ -197,19 +199,26 @@ def found_encoders(work: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     return found | {UNTRAINED: (untrained, {"objective": "none", **facts_of(untrained)})}
 
 
+def _measured(comfyui: Path, encoders: Mapping[str, Found], count: int, out: Path) -> tuple[Row, list[dict[str, Any]]]:
+    """The teacher's row, and what results.json says about these encoders, on the same `count` pictures of each task."""
+    teacher, *rows = evaluate(comfyui, asked_suite(count, probes=True), [path for path, _ in encoders.values()], out)
+    return teacher, [entry(name, row, teacher, **facts) for (name, (_, facts)), row in zip(encoders.items(), rows, strict=True)]
+
+
 def results(comfyui: Path, work: Path, count: int) -> dict[str, Any]:
     """Measure the teacher and every student, baseline and point of the curve that there is."""
     from ..miniature.folders import SHIPPED, TEACHER_FILE, place
     from .measure import machine
 
-    where, encoders = machine(comfyui, gpu=False, note=""), found_encoders(work)
-    files = [path for path, _ in encoders.values()]
-    teacher, *rows = evaluate(comfyui, asked_suite(count, probes=True), files, work / "evaluation")
-    students = [entry(name, row, teacher, **facts) for (name, (_, facts)), row in zip(encoders.items(), rows, strict=True)]
+    where, encoders, fewer = machine(comfyui, gpu=False, note=""), found_encoders(work), max(count // ABLATION_SHARE, 1)
+    scaled = {name: found for name, found in encoders.items() if name in SCALED}
+    others = {name: found for name, found in encoders.items() if name not in SCALED}
+    teacher, students = _measured(comfyui, scaled, count, work / "evaluation")
+    teacher_on_fewer, ablations = _measured(comfyui, others, fewer, work / "ablation")
     baseline = work / f"{CONTEXT_FREE}.safetensors"
     if baseline.is_file():
         facts = {"objective": objective_of(MIDDLE_RUN), "bytes": baseline.stat().st_size}
-        students.append(entry(CONTEXT_FREE, measure_context_free(comfyui, baseline, count), teacher, **facts))
+        ablations.append(entry(CONTEXT_FREE, measure_context_free(comfyui, baseline, fewer), teacher_on_fewer, **facts))
     told = entry("teacher", teacher, None, **facts_of(place(SHIPPED, TEACHER_FILE)))
     return {
         "commit": where["commit"],
@@ -217,7 +226,7 @@ def results(comfyui: Path, work: Path, count: int) -> dict[str, Any]:
         "count": count,
         "teacher": told["tasks"],
         "teacher_facts": told,
-        "students": students,
+        "students": [*students, *ablations],
         "curve": curve_of(comfyui, work, max(count // CURVE_SHARE, 1)),
     }
 

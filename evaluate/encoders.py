@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,11 @@ from ..encoder.errors import StudentFileError
 from ..encoder.files import open_student
 from ..train.host import model_file
 from ..train.teacher import Teacher, literal, load_teacher
+from .fingerprint import fingerprint
 from .suite import Suite
 
 NO_CLIP_L = "none"
 NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]+")
-# Of a file this many slices of this size are looked at, evenly spread: the whole of a small one, 16 MB of a large one.
-SLICES, SLICE_BYTES = 256, 1 << 16
 PAD = 0
 
 
@@ -81,19 +79,6 @@ def _clip_l_of(path: Path, clip_l: Path | None) -> Path | None:
     except StudentFileError:
         # A T5-XXL, or a file that loading will refuse with reasons.
         return clip_l
-
-
-def fingerprint(path: Path) -> str:
-    """SHA-256 of a file's size and of slices all over it, in hexadecimal digits: the whole of a file up to 16 MB."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    whole = size <= SLICES * SLICE_BYTES
-    places = range(0, size, SLICE_BYTES) if whole else [number * (size - SLICE_BYTES) // (SLICES - 1) for number in range(SLICES)]
-    with path.open("rb") as file:
-        for place in places:
-            file.seek(place)
-            digest.update(file.read(SLICE_BYTES))
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,11 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from . import compbench, ocr
+from .fingerprint import fingerprint
+from .optional import needed
 from .questions import Question
 from .readers import make_reader
 from .suite import PART_OF_METRIC, Suite, Task
 
 if TYPE_CHECKING:
+    from .pictures import Inception
     from .suite import CompbenchPart, OcrPart, WeightsPart
 
 # RGB pictures, uint8 [H, W, 3].
@@ -26,13 +32,57 @@ Judge = Callable[[Sequence[Question], Pictures, Pictures], list[dict[str, float]
 OF_SETS = ("fid",)
 # Those that look at the teacher's picture too, and so say nothing about the teacher.
 AGAINST_TEACHER = ("lpips",)
+# Fields of a suite's parts that name a file or folder of weights.
+NAMES_OF_WEIGHTS = ("weights", "vqa", "detector", "depth")
 OF_ATTRIBUTES = ("color", "shape", "texture")
 
 
-def judged_by(metric: str, suite: Suite) -> dict[str, Any]:
-    """What decides a metric's verdicts, besides the pictures."""
+def judged_by(metric: str, suite: Suite, questions: Sequence[Question]) -> dict[str, Any]:
+    """What decides a metric's verdicts, besides the pictures: the suite's part, its weights, what the questions compare with."""
     part = getattr(suite, PART_OF_METRIC.get(metric, ""), None)
-    return {"metric": metric, "part": None if part is None else part.model_dump()}
+    said = {} if part is None else part.model_dump()
+    weights = {name: _weights_of(str(said[name])) for name in NAMES_OF_WEIGHTS if said.get(name)}
+    asked = [[question.target, _photograph_of(question) if metric in OF_SETS else None] for question in questions]
+    compared = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    return {"metric": metric, "part": said or None, "weights": weights, "compared with": compared}
+
+
+@functools.cache
+def _weights_of(path: str) -> list[list[str]]:
+    """Names and fingerprints of a judge's files; empty where nothing lies."""
+    place = Path(path).expanduser()
+    files = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place] if place.is_file() else []
+    return [[file.name, fingerprint(file)] for file in files]
+
+
+def _photograph_of(question: Question) -> list[Any] | None:
+    return None if question.photograph is None else [question.photograph.name, question.photograph.stat().st_size]
+
+
+def check_judges(suite: Suite) -> None:
+    """Call in every judge once and let it go, so that what is missing is told before anything is painted. Raises ValueError."""
+    checked: set[tuple[str, str]] = set()
+    for task in suite.tasks:
+        for metric in task.metrics:
+            which = (metric, task.prompts.category if metric == "compbench" else "")
+            if metric == "readback" or which in checked:
+                continue
+            checked.add(which)
+            if metric in OF_SETS:
+                inception(suite, "cpu")
+            else:
+                make_judge(metric, task, suite, "cpu")
+    if suite.embedding is not None and suite.embedding.map:
+        for module, package in (("sklearn.manifold", "scikit-learn"), ("matplotlib.figure", "matplotlib")):
+            needed(module, package, "The map of the embeddings")
+
+
+def inception(suite: Suite, device: str) -> Inception:
+    """The network of the suite's FID."""
+    from .pictures import Inception
+
+    assert suite.fid is not None, "the suite is checked"
+    return Inception(Path(suite.fid.weights).expanduser(), device)
 
 
 def make_judge(metric: str, task: Task, suite: Suite, device: str) -> Judge:
@@ -59,8 +109,8 @@ def _scene_of(question: Question) -> Any:
     return question.scene
 
 
-def _ocr_judge(part: OcrPart, _device: str) -> Judge:
-    reader = make_reader(part.reader, Path(part.weights).expanduser() if part.weights else None, part.languages)
+def _ocr_judge(part: OcrPart, device: str) -> Judge:
+    reader = make_reader(part.reader, Path(part.weights).expanduser() if part.weights else None, part.languages, device)
 
     def judge(questions: Sequence[Question], pictures: Pictures, _teachers: Pictures) -> list[dict[str, float]]:
         scores = [ocr.score(question.target or "", reader.read(picture)) for question, picture in zip(questions, pictures, strict=True)]

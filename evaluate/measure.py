@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from . import probes
+from . import probes, provenance
 from .encoders import EncoderFile, LoadedEncoder, Text
 from .generate import questions_sha256
 from .intervals import Measured
@@ -82,7 +82,8 @@ class Bench:
             fresh = functools.partial(LoadedEncoder.load, self.encoder)
             return probes.cost(fresh, self.work.painter, prompts, part.repeats) if self.work.ranks.is_main else {}
 
-        self._measure("cost", {"repeats": part.repeats}, on_first)
+        asked = {"repeats": part.repeats, "prompts": prompts, "machine": provenance.machine()}
+        self._measure("cost", {**asked, **self.encoder.made_of(), **self.work.painter_is}, on_first)
 
     def collapse(self) -> None:
         """Pooled embeddings, how far apart they are and how many directions they fill."""
@@ -90,7 +91,7 @@ class Bench:
         if part is None:
             return
         asked = in_turn(self.work.questions, part.prompts)
-        decided_by = {"prompts": questions_sha256(asked), **self.encoder.made_of()}
+        decided_by = {"prompts": questions_sha256(asked), **self.encoder.made_of(), **provenance.computed_with()}
         vectors = self._vectors(asked, decided_by)
         self.found.vectors[self.encoder.name] = vectors
         self._measure("collapse", decided_by, lambda: probes.collapse(vectors))
@@ -102,14 +103,14 @@ class Bench:
         if not ranks.any_of(vectors is None):
             assert vectors is not None, "no process lacks them"
             return vectors
-        vectors = probes.pooled_vectors(self.load(), asked, ranks)
+        vectors = probes.pooled_vectors(self.load(), asked, self.work.team)
         if ranks.is_main:
             kept.put_array(name, decided_by, vectors)
         return vectors
 
     def beside_teacher(self, asked: list[Question], teacher_texts: Callable[[], list[Text]]) -> None:
         """The velocity gap and the way of the latents."""
-        suite, painter, ranks = self.work.suite, self.work.painter, self.work.ranks
+        suite, painter, team = self.work.suite, self.work.painter, self.work.team
         texts = _once(lambda: probes.texts_of(self.load(), asked))
 
         def pairs(prompts: int) -> list[probes.Pair]:
@@ -120,14 +121,14 @@ class Bench:
             self._measure(
                 "velocity_gap",
                 self._decided_by(asked, part.model_dump()),
-                lambda: probes.velocity_gap(painter, pairs(part.prompts), part.sigma_bands, ranks),
+                lambda: probes.velocity_gap(painter, pairs(part.prompts), part.sigma_bands, team),
             )
         if suite.latent_distance is not None:
             distance = suite.latent_distance
             self._measure(
                 "latent_distance",
                 self._decided_by(asked, distance.model_dump()),
-                lambda: probes.latent_distance(painter, pairs(distance.prompts), ranks),
+                lambda: probes.latent_distance(painter, pairs(distance.prompts), team),
             )
 
     def _decided_by(self, asked: list[Question], part: Mapping[str, Any]) -> dict[str, Any]:

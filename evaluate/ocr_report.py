@@ -22,11 +22,14 @@ class OcrReport:
     text: str
 
 
-def read_pictures(pictures: Sequence[np.ndarray], expected: str, reader: str, progress: Progress) -> OcrReport:
-    """Read RGB pictures, uint8 [H,W,3], with a reader by name; `progress(done, total)` may raise to cancel. Raises ValueError."""
+def read_pictures(pictures: Sequence[np.ndarray], expected: str, reader: str, device: str, progress: Progress) -> OcrReport:
+    """Read RGB pictures, uint8 [H,W,3], with a reader by name on a device of torch; `progress(done, total)` may raise to cancel.
+
+    Raises ValueError.
+    """
     progress(0, len(pictures))
     score(expected, [])  # before a reader is loaded for a text that cannot be compared
-    reads, found = make_reader(reader), list[list[Line]]()
+    reads, found = make_reader(reader, device=device), list[list[Line]]()
     for done, picture in enumerate(pictures):
         progress(done, len(pictures))
         found.append(reading_order(reads.read(picture)))

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import comfy.model_management
 import numpy as np
@@ -23,6 +24,9 @@ from .intervals import Measured, exact, jackknife, mean_of
 from .painter import Painter
 from .questions import Question
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 Numbers = dict[str, Measured]
@@ -30,20 +34,34 @@ Numbers = dict[str, Measured]
 Pair = tuple[list[Question], list[Text], list[Text]]
 
 
-def shared_out(ranks: Ranks, items: Sequence[Item], work: Callable[[Item], Found]) -> list[Found]:
+@dataclass(frozen=True)
+class Team:
+    """The processes of an evaluation, and their progress bar: `bar(items of this process, what it does, unit)`."""
+
+    ranks: Ranks
+    bar: Callable[[int, str, str], tqdm]
+
+
+def shared_out(team: Team, items: Sequence[Item], work: Callable[[Item], Found], what: str, unit: str = "batch") -> list[Found]:
     """What `work` makes of each item, in their order, on every process; each process does its own part."""
-    parts = ranks.gather([work(item) for item in items[ranks.rank :: ranks.world]])
+    ranks = team.ranks
+    mine, made = items[ranks.rank :: ranks.world], list[Found]()
+    with team.bar(len(mine), what, unit) as bar:
+        for item in mine:
+            made.append(work(item))
+            bar.update()
+    parts = ranks.gather(made)
     return [parts[number % ranks.world][number // ranks.world] for number in range(len(items))]
 
 
-def pooled_vectors(encoder: LoadedEncoder, questions: Sequence[Question], ranks: Ranks) -> np.ndarray:
+def pooled_vectors(encoder: LoadedEncoder, questions: Sequence[Question], team: Team) -> np.ndarray:
     """The mean embedding of each prompt's own tokens, [N, D], float32."""
 
     def of_one(question: Question) -> np.ndarray:
         text = encoder.text(question.prompt)
         return pooled(text.text_1LD[:, : text.own_tokens].numpy())[0]
 
-    return np.stack(shared_out(ranks, questions, of_one))
+    return np.stack(shared_out(team, questions, of_one, f"{encoder.file.name}: embeddings", "prompt"))
 
 
 def collapse(vectors_ND: np.ndarray) -> Numbers:
@@ -70,12 +88,12 @@ def pairs(questions: Sequence[Question], teacher: Sequence[Text], student: Seque
             yield [questions[place] for place in some], [teacher[place] for place in some], [student[place] for place in some]
 
 
-def velocity_gap(painter: Painter, found: Sequence[Pair], bands: int, ranks: Ranks) -> Numbers:
+def velocity_gap(painter: Painter, found: Sequence[Pair], bands: int, team: Team) -> Numbers:
     """The mean squared gap of the velocities along the teacher's trajectories, by band of noise level: the trainer's held-out loss."""
     # A clone, since the trainer's own view of the model has it compute with quantised weights otherwise than the sampler.
     flow = FrozenFlow(painter.model.clone())
     flow.load()
-    per_batch = shared_out(ranks, list(found), lambda pair: _gap_of_batch(painter, flow, pair, bands))
+    per_batch = shared_out(team, list(found), lambda pair: _gap_of_batch(painter, flow, pair, bands), "velocity gap")
     names = sorted({band for batch in per_batch for band in batch}, reverse=True)
     return {f"sigma {band}": mean_of([value for batch in per_batch for value in batch[band]]) for band in names}
 
@@ -103,9 +121,9 @@ def _start(painter: Painter, flow: FrozenFlow, questions: Sequence[Question], te
     )
 
 
-def latent_distance(painter: Painter, found: Sequence[Pair], ranks: Ranks) -> Numbers:
+def latent_distance(painter: Painter, found: Sequence[Pair], team: Team) -> Numbers:
     """The root mean square of the difference of teacher's and student's latents after each step, as the diffusion model sees them."""
-    per_batch = shared_out(ranks, list(found), lambda pair: _way_apart(painter, pair))
+    per_batch = shared_out(team, list(found), lambda pair: _way_apart(painter, pair), "latent distance")
     per_prompt = [prompt for batch in per_batch for prompt in batch]
     return {f"after step {step}": mean_of([prompt[step - 1] for prompt in per_prompt]) for step in range(1, painter.sampling.steps + 1)}
 
@@ -137,7 +155,7 @@ def cost(load: Callable[[], LoadedEncoder], painter: Painter, prompts: Sequence[
     encodes = [timed(lambda prompt=prompt: encoder.text(prompt), device)[0] for prompt in _cycled(prompts, repeats)]
     changes = [timed(lambda prompt=prompt: _change(encoder, painter, prompt), device)[0] for prompt in _cycled(prompts, repeats + 1)]
     return {
-        "weights": exact(sum(weight.numel() for weight in encoder.teacher.text_model.parameters())),
+        "weights": exact(sum(weight.numel() for weight in encoder.clip.cond_stage_model.parameters())),
         "resident bytes": exact(held_bytes(encoder.clip.cond_stage_model)),
         "load s": mean_of(loads),
         "encode s": mean_of(encodes),

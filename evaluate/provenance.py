@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
@@ -14,6 +15,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# ComfyUI's flags that decide how numbers are computed; others only move weights about.
+DECISIVE_FLAG = re.compile("fp(8|16|32|64)|bf16|attention|fast|channels_last|deterministic|upcast|cpu|directml")
 CPU_NAME = re.compile(r"model name\s*:\s*(.+)")
 
 
@@ -38,6 +41,7 @@ def commit_of(root: Path = ROOT) -> str | None:
     return next((line.split()[0] for line in lines if line.endswith(f" {name}") and COMMIT.match(line)), None)
 
 
+@functools.cache
 def sources_sha256(root: Path = ROOT) -> str:
     """A digest of the pack's own Python sources: equal sources, equal digest, committed or not."""
     digest = hashlib.sha256()
@@ -64,6 +68,22 @@ def versions() -> dict[str, str]:
     import comfyui_version
 
     return {"python": platform.python_version(), "torch": torch.__version__, "comfyui": comfyui_version.__version__}
+
+
+def computed_with() -> dict[str, str]:
+    """What decides a picture's last bits besides models, prompts and seeds: kind of device, versions, flags of ComfyUI, which must run."""
+    import comfy.cli_args
+    import comfy.model_management
+
+    parser, given = comfy.cli_args.parser, vars(comfy.cli_args.args)
+    chosen = {name: value for name, value in given.items() if value and DECISIVE_FLAG.search(name) and value != parser.get_default(name)}
+    told = [f"{name}={sorted(map(str, value)) if isinstance(value, (list, set)) else value}" for name, value in sorted(chosen.items())]
+    found = versions()
+    return {
+        "device": comfy.model_management.get_torch_device().type,
+        "host": f"ComfyUI {found['comfyui']}, torch {found['torch']}",
+        "flags of ComfyUI": " ".join(told) or "none",
+    }
 
 
 def processor() -> str:

@@ -59,9 +59,9 @@ class Reader(Protocol):
 
 
 class EasyOcrReader:
-    """EasyOCR's CRAFT and the recognition network that it takes for the languages, in fp32."""
+    """EasyOCR's CRAFT and the recognition network that it takes for the languages, in fp32, on one device."""
 
-    def __init__(self, weights_folder: Path | None = None, languages: Sequence[str] = ENGLISH) -> None:
+    def __init__(self, weights_folder: Path | None = None, languages: Sequence[str] = ENGLISH, device: str = "cpu") -> None:
         easyocr = needed("easyocr", "easyocr", "Reading text with EasyOCR")
         self._cv2 = needed("cv2", "opencv-python-headless", "Reading text with EasyOCR")
         files = _weights(easyocr, languages)
@@ -71,10 +71,13 @@ class EasyOcrReader:
         try:
             with _import_paths_kept():
                 # Without quantisation a CPU reads what a GPU reads.
-                self._reader = easyocr.Reader(list(languages), quantize=False, **_places(folder))
+                self._reader = easyocr.Reader(list(languages), quantize=False, gpu=False, **_places(folder))
         except FileNotFoundError as error:  # so it calls a file with a wrong checksum
             damaged = [name for name in files if name in str(error)]
             raise ValueError(_without_weights(folder, files, damaged)) from error
+        # With gpu=True it would spread over all GPUs at once, also those of torchrun's other processes.
+        self._reader.device = device
+        self._reader.detector, self._reader.recognizer = self._reader.detector.to(device), self._reader.recognizer.to(device)
 
     def read(self, image: np.ndarray) -> list[Line]:
         """The lines in an RGB picture, uint8 [H,W,3]."""
@@ -146,7 +149,7 @@ def _without_weights(folder: Path, files: Mapping[str, str], damaged: Sequence[s
 class TesseractReader:
     """The system's Tesseract, looking for text anywhere in the picture."""
 
-    def __init__(self, weights_folder: Path | None = None, languages: Sequence[str] = ENGLISH) -> None:
+    def __init__(self, weights_folder: Path | None = None, languages: Sequence[str] = ENGLISH, _device: str = "cpu") -> None:
         self._program = next((path for path in map(shutil.which, TESSERACT_PLACES) if path), None)
         if self._program is None:
             raise ValueError(
@@ -217,11 +220,14 @@ def checked_image(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-READERS: dict[str, Callable[[Path | None, Sequence[str]], Reader]] = {"easyocr": EasyOcrReader, "tesseract": TesseractReader}
+READERS: dict[str, Callable[[Path | None, Sequence[str], str], Reader]] = {"easyocr": EasyOcrReader, "tesseract": TesseractReader}
 
 
-def make_reader(name: str, weights_folder: Path | None = None, languages: Sequence[str] = ENGLISH) -> Reader:
-    """A reader by name, with weights from a folder or from its own usual place; nothing is downloaded. Raises ValueError."""
+def make_reader(name: str, weights_folder: Path | None = None, languages: Sequence[str] = ENGLISH, device: str = "cpu") -> Reader:
+    """A reader by name, with weights from a folder or from its own usual place, on a device of torch; nothing is downloaded.
+
+    Raises ValueError.
+    """
     if name not in READERS:
         raise ValueError(f"There is no reader {name!r}; the readers are {', '.join(READERS)}.\nWhat to do: choose one of them.")
-    return READERS[name](weights_folder, languages)
+    return READERS[name](weights_folder, languages, device)

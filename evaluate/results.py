@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .intervals import Measured, mean_of
+from .intervals import Measured, mean_of, mean_of_differences
 
 # Values of pictures by task, number and encoder, in the order of the task's questions.
 Scores = dict[str, dict[str, dict[str, list[float]]]]
 MOST_COLUMNS = 6
+INTERVALS = (
+    "95 % intervals: Wilson's for shares of right pictures, the bootstrap's for means (Student's of fewer than ten), "
+    "the jackknife's for collapse."
+)
 PROBES = {
     "collapse": "Collapse: mean distance of pooled embeddings, and how many directions they fill",
     "velocity_gap": "Velocity gap to the teacher by noise level",
@@ -22,12 +26,13 @@ PROBES = {
 
 @dataclass(frozen=True)
 class Shown:
-    """How a number is written: its name, what it is multiplied with, digits after the point, and whether more is better."""
+    """How a number is written: its name, factor, digits after the point, whether more is better; and the width of its range."""
 
     name: str
     factor: float = 100.0
     digits: int = 1
     more_is_better: bool = True
+    whole: float = 1.0
 
 
 SHOWN = {
@@ -35,7 +40,7 @@ SHOWN = {
     "ocr_character": Shown("characters"),
     "ocr_word": Shown("words"),
     "ocr_sentence": Shown("sentences"),
-    "clip_score": Shown("CLIP", 1.0, 2),
+    "clip_score": Shown("CLIP", 1.0, 2, whole=100.0),
     "FID": Shown("FID", 1.0, 2, more_is_better=False),
     "lpips": Shown("LPIPS", 1.0, 3, more_is_better=False),
 }
@@ -61,7 +66,7 @@ def losses(scores: Scores, teacher: str) -> dict[str, dict[str, dict[str, Measur
     return {
         task: {
             number: {
-                encoder: mean_of([_loss(number, one, other) for one, other in zip(by_encoder[teacher], values, strict=True)])
+                encoder: mean_of_differences([_loss(number, one, other) for one, other in zip(by_encoder[teacher], values, strict=True)])
                 for encoder, values in by_encoder.items()
                 if encoder != teacher
             }
@@ -79,7 +84,7 @@ def _loss(number: str, teacher: float, student: float) -> float:
 def picture_losses(scores: Scores, teacher: str, students: Sequence[str]) -> dict[str, dict[str, list[float]]]:
     """How much worse each student's picture is than the teacher's, by task and student, in the order of the questions.
 
-    A picture's loss is the mean over the task's numbers; tasks that rate no picture by itself are left out.
+    A picture's loss is the mean over the task's numbers, each as a share of its range; tasks that rate no picture by itself are left out.
     """
     return {
         task: {student: _of_pictures(numbers, teacher, student) for student in students}
@@ -89,12 +94,11 @@ def picture_losses(scores: Scores, teacher: str, students: Sequence[str]) -> dic
 
 
 def _of_pictures(numbers: Mapping[str, Mapping[str, Sequence[float]]], teacher: str, student: str) -> list[float]:
-    each = [
-        [_loss(number, one, other) for one, other in zip(by_encoder[teacher], by_encoder[student], strict=True)]
-        if teacher in by_encoder
-        else list(by_encoder[student])  # a distance from the teacher
-        for number, by_encoder in numbers.items()
-    ]
+    each = []
+    for number, by_encoder in numbers.items():
+        # A distance from the teacher is a loss as it is.
+        before = by_encoder.get(teacher, [0.0] * len(by_encoder[student]))
+        each.append([_loss(number, one, other) / shown(number).whole for one, other in zip(before, by_encoder[student], strict=True)])
     return [statistics.fmean(of_picture) for of_picture in zip(*each, strict=True)]
 
 
@@ -199,7 +203,7 @@ def markdown(report: Report) -> str:
     """The report's tables: the scores as the paper writes them, then everything with its interval and count."""
     plain = score_table(report)
     parts = [f"# {report.suite}", "", _markdown_table(plain, spread=False), ""]
-    parts += ["95 % intervals: Wilson's for shares of right pictures, the bootstrap's for means, the jackknife's for collapse.", ""]
+    parts += [INTERVALS, ""]
     for one in tables(report):
         parts += [f"## {one.caption}", "", _markdown_table(one, spread=True), ""]
     return "\n".join(parts)

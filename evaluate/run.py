@@ -19,10 +19,13 @@ from ..train.ranks import Ranks
 from ..train.report import FILE_INTERVAL_S, TERMINAL_INTERVAL_S, logging_to
 from ..train.run_directory import lock
 from ..train.stop import StopRequest
+from . import provenance
 from .encoders import EncoderFile, LoadedEncoder, find_encoders, fingerprint
 from .generate import left_to_paint, made_of, paint_all
+from .judge import check_judges
 from .measure import measure_all
 from .painter import Painter, Sampling, load_vae
+from .probes import Team
 from .questions import Question, read_questions
 from .report import write_all
 from .scores import Kept
@@ -30,7 +33,7 @@ from .store import PictureFolder
 from .suite import Suite
 from .verdicts import judge_all
 
-NOTICE = "\nStopping after this batch: what is painted stays, and the same command goes on. A second signal ends it at once.\n"
+NOTICE = "\nStopping after what is in work (a batch, a judge, a probe): the same command goes on there. A second signal ends it at once.\n"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,12 @@ class Evaluation:
     @property
     def kept(self) -> Kept:
         """Numbers that are measured once."""
-        return Kept(self.out / "scores")
+        return Kept(self.out / "scores", provenance.sources_sha256())
+
+    @property
+    def team(self) -> Team:
+        """Those among whom judging and probing are shared out."""
+        return Team(self.ranks, self.bar)
 
     def pictures(self, encoder: EncoderFile, task: str) -> PictureFolder:
         """Where an encoder's pictures of a task lie."""
@@ -124,9 +132,11 @@ def open_evaluation(suite: Suite, students: Sequence[str], out: Path, ranks: Ran
         "its weights held in": part.dtype,
         "vae": fingerprint(vae),
         "sampling": str(sampling),
+        **provenance.computed_with(),
     }
     work = Evaluation(suite, out, ranks, questions, encoders, Painter(model, load_vae(vae), sampling), painter_is)
     if ranks.is_main:
+        check_judges(suite)
         for encoder in encoders:
             for task, asked in questions.items():
                 work.pictures(encoder, task).claim(made_of(encoder, painter_is, asked))

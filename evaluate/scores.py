@@ -1,4 +1,4 @@
-"""What judges have said about pictures, kept picture by picture so that no picture is judged twice."""
+"""What judges and probes have found, kept per encoder, task and metric so that nothing is measured twice."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from ..train.ranks import Ranks
 
 
 class Kept:
-    """Numbers by name in a folder, each with what decided it; what was decided by something else is not found."""
+    """Numbers by name in a folder, each with what decided it and the code that computed it; what other code, models or judges found is
+    not found here."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, code: str = "") -> None:
+        self.folder, self._code = folder, code
 
     def get(self, name: str, decided_by: Mapping[str, Any]) -> Any:
         """What was kept under a name; None if there is nothing, or something that another judge said."""
@@ -26,13 +27,14 @@ class Kept:
         if not path.is_file():
             return None
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content["found"] if content["decided_by"] == json.loads(json.dumps(decided_by)) else None
+        same = content["decided_by"] == json.loads(json.dumps(decided_by)) and content.get("code") == self._code
+        return content["found"] if same else None
 
     def put(self, name: str, decided_by: Mapping[str, Any], found: Any) -> None:
         """Keep it, whole or not at all."""
         path = self.folder / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"decided_by": decided_by, "found": found}
+        content = {"decided_by": decided_by, "code": self._code, "found": found}
         replace_file(path, json.dumps(content, indent=1, allow_nan=False).encode())
 
     def get_array(self, name: str, decided_by: Mapping[str, Any]) -> np.ndarray | None:

@@ -16,7 +16,7 @@ import numpy as np
 from .confidence import Z_95
 from .generate import made_of
 from .intervals import Measured
-from .judge import AGAINST_TEACHER, OF_SETS, by_number, judged_by, make_judge
+from .judge import AGAINST_TEACHER, OF_SETS, by_number, inception, judged_by, make_judge
 from .probes import shared_out
 from .questions import Question
 from .results import Scores
@@ -69,7 +69,7 @@ class Bench:
         self.asked = work.questions[task.name]
         device = str(work.painter.model.load_device)
         self._judge = functools.cache(lambda: make_judge(metric, task, work.suite, device))
-        self._inception = functools.cache(lambda: _inception(work, device))
+        self._inception = functools.cache(lambda: inception(work.suite, device))
 
     def scores(self, encoder: EncoderFile) -> dict[str, list[float]]:
         """The scores of an encoder's pictures, by number."""
@@ -84,21 +84,14 @@ class Bench:
         work = self.work
         compared = [encoder, work.teacher] if self.metric in AGAINST_TEACHER else [encoder]
         pictures = [made_of(one, work.painter_is, self.asked) for one in compared]
-        decided_by = {**judged_by(self.metric, work.suite), "pictures": pictures}
+        decided_by = {**judged_by(self.metric, work.suite, self.asked), "pictures": pictures}
         return kept_or_made(work.kept, work.ranks, f"{encoder.name}/{self.task.name}.{self.metric}", decided_by, make)
 
     def _in_groups(self, encoder: EncoderFile, work_on: Callable[[EncoderFile, list[Question]], list[Any]]) -> list[Any]:
         """What `work_on` makes of every question, in groups that the processes share."""
         groups = [self.asked[start : start + AT_ONCE] for start in range(0, len(self.asked), AT_ONCE)]
-        mine = len(groups[self.work.ranks.rank :: self.work.ranks.world])
-        with self.work.bar(mine, f"{encoder.name}: {self.metric} of {self.task.name}", "batch") as bar:
-
-            def of_group(group: list[Question]) -> list[Any]:
-                found = work_on(encoder, group)
-                bar.update()
-                return found
-
-            per_group = shared_out(self.work.ranks, groups, of_group)
+        what = f"{encoder.name}: {self.metric} of {self.task.name}"
+        per_group = shared_out(self.work.team, groups, functools.partial(work_on, encoder), what)
         return [one for group in per_group for one in group]
 
     def _judged(self, encoder: EncoderFile, group: list[Question]) -> list[dict[str, float]]:
@@ -127,13 +120,6 @@ class Bench:
         """The features [D] of the photograph that the prompt was written to, in its own size."""
         assert question.photograph is not None, "the suite is checked: FID has photographs"
         return self._inception().features(read_picture(question.photograph)[None])[0]
-
-
-def _inception(work: Evaluation, device: str) -> Any:
-    from .pictures import Inception
-
-    assert work.suite.fid is not None, "the suite is checked"
-    return Inception(Path(work.suite.fid.weights).expanduser(), device)
 
 
 def read_picture(path: Path) -> np.ndarray:

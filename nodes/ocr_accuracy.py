@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy_api.latest import io
 
@@ -54,6 +55,7 @@ class DistilledT5OCRAccuracy(io.ComfyNode):
     def execute(cls, image: Any, expected: str, reader: str) -> io.NodeOutput:
         from ..evaluate.ocr_report import read_pictures
 
-        found = read_pictures(pictures_of(image), expected, reader, progress_bar())
+        device = str(comfy.model_management.get_torch_device())
+        found = read_pictures(pictures_of(image), expected, reader, device, progress_bar())
         drawn, score = torch.cat([image_of(picture) for picture in found.pictures]), found.score
         return io.NodeOutput(score.character, score.word, score.sentence, drawn, found.text, ui=shown(drawn, found.text, cls))

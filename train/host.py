@@ -138,7 +138,7 @@ def model_file(name: str, kind: str) -> Path:
             return place.resolve()
     raise ValueError(
         f"{name} was not found, neither as a path nor in {', '.join(folders)}.\n"
-        f"What to do: put it into ComfyUI's models/{kind}, or give its path in the recipe."
+        f"What to do: put it into ComfyUI's models/{kind}, or give its path."
     )
 
 

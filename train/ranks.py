@@ -167,7 +167,8 @@ class Ranks:
     def _lost(self, error: BaseException) -> RanksError:
         return RanksError(
             f"Rank {self.rank} of {self.world} stops because another process of the run died or does not answer: {_first_line(error)}\n"
-            "What to do: look for that process's own message; mend what it says, then run the same command with --resume."
+            "What to do: look for that process's own message; mend what it says, then run the same command with --resume "
+            "(evaluate goes on without it)."
         )
 
 

@@ -10,7 +10,7 @@ import pytest
 from distilled_t5.devtools.tiny_judges import SIDE_PX, save_blip, save_clip, save_depth, save_detector
 from distilled_t5.evaluate import compbench
 from distilled_t5.evaluate.compbench_judges import BlipVqa, TransformersDepth, TransformersDetector
-from distilled_t5.evaluate.judge import by_number, judged_by, make_judge
+from distilled_t5.evaluate.judge import by_number, check_judges, judged_by, make_judge
 from distilled_t5.evaluate.pictures import ClipScorer
 from distilled_t5.evaluate.questions import Question, read_questions
 from distilled_t5.evaluate.scores import Kept, kept_or_made
@@ -111,10 +111,38 @@ def test_missing_weights_are_an_error_that_says_what_to_do(paper, tmp_path):
 
 
 def test_what_decides_a_verdict_is_its_metric_and_the_part_of_the_suite(paper):
-    assert judged_by("readback", paper) == {"metric": "readback", "part": None}
-    assert judged_by("ocr", paper)["part"] == {"reader": "tesseract", "weights": "", "languages": ("en",)}
+    readback = judged_by("readback", paper, asked("a", "b"))
+    assert (readback["metric"], readback["part"], readback["weights"]) == ("readback", None, {})
+    assert judged_by("ocr", paper, [])["part"] == {"reader": "tesseract", "weights": "", "languages": ("en",)}
     assert by_number([{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 4.0}]) == {"a": [1.0, 3.0], "b": [2.0, 4.0]}
     assert by_number([]) == {}
+
+
+def test_another_target_photograph_or_network_decides_anew(tmp_path):
+    (tmp_path / "0.png").write_bytes(b"one")
+    (tmp_path / "inception.safetensors").write_bytes(b"weights")
+    here = load_suite("paper", [f"fid.weights={tmp_path / 'inception.safetensors'}"])
+    fid_of = [Question("coco", 0, "a cat", 0, photograph=tmp_path / "0.png")]
+    before = judged_by("fid", here, fid_of)
+    assert judged_by("fid", here, fid_of) == before
+    (tmp_path / "0.png").write_bytes(b"another")
+    assert judged_by("fid", here, fid_of) != before
+    (tmp_path / "other.safetensors").write_bytes(b"weightS")
+    there = load_suite("paper", [f"fid.weights={tmp_path / 'other.safetensors'}"])
+    assert judged_by("fid", here, fid_of)["weights"] != judged_by("fid", there, fid_of)["weights"]
+    assert judged_by("ocr", here, asked("a", target="X")) != judged_by("ocr", here, asked("a", target="Y"))
+
+
+def test_numbers_of_other_code_are_not_found(tmp_path):
+    Kept(tmp_path, "code 1").put("student/cost", {"a": 1}, 7)
+    assert Kept(tmp_path, "code 1").get("student/cost", {"a": 1}) == 7
+    assert Kept(tmp_path, "code 2").get("student/cost", {"a": 1}) is None
+
+
+def test_missing_judges_are_told_before_anything_is_painted(paper, tmp_path):
+    with pytest.raises(ValueError, match="FID needs its weights"):
+        check_judges(paper.model_copy(update={"lpips": None, "tasks": paper.tasks[-1:]}))
+    check_judges(paper.model_copy(update={"tasks": paper.tasks[:-1]}))
 
 
 def test_what_is_kept_is_made_once_and_again_when_something_else_decides_it(tmp_path):

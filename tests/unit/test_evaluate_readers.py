@@ -85,6 +85,14 @@ def test_easyocr_gets_an_array_as_it_gets_a_file(tmp_path):
     assert [(line.text, line.box_px) for line in EasyOcrReader().read(np.asarray(sign()))] == expected
 
 
+def test_easyocr_is_on_the_device_that_it_is_given_and_on_no_other():
+    """With EasyOCR's own gpu=True its networks are spread over all GPUs, and torchrun's processes get into each other's way."""
+    reader = EasyOcrReader(device="cpu:0")
+    assert [type(network).__name__ for network in (reader._reader.detector, reader._reader.recognizer)] == ["CRAFT", "Model"]
+    assert reader._reader.device == "cpu:0"
+    assert {line.text for line in reader.read(np.asarray(sign()))} == {"Hello World", "Fresh bread"}
+
+
 def test_easyocr_reads_colours_by_their_own_brightness():
     """Orange on navy: 101 and 45 in brightness, but 60 and 60 with red and blue exchanged."""
     picture = Image.new("RGB", (320, 128), (0, 60, 84))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from distilled_t5.evaluate.intervals import Measured, exact, jackknife, mean_of
+from distilled_t5.evaluate.intervals import Measured, exact, jackknife, mean_of, mean_of_differences
 from distilled_t5.evaluate.provenance import commit_of
 from distilled_t5.evaluate.results import (
     Report,
@@ -41,14 +41,36 @@ def test_a_mean_has_an_interval_that_holds_it_and_a_single_value_has_none():
     measured = mean_of(values)
     assert measured.value == pytest.approx(0.3625) and measured.n == 8
     assert measured.low is not None and measured.high is not None
-    # The standard error is 0.0581.
-    assert measured.low == pytest.approx(0.3625 - 1.96 * 0.0543, abs=0.02)
-    assert measured.high == pytest.approx(0.3625 + 1.96 * 0.0543, abs=0.02)
+    # The deviation is 0.16202, over the root of 8; Student's t of 7 degrees of freedom is 2.365.
+    assert measured.low == pytest.approx(0.3625 - 2.365 * 0.16202 / 8**0.5, abs=1e-4)
+    assert measured.high == pytest.approx(0.3625 + 2.365 * 0.16202 / 8**0.5, abs=1e-4)
+    many = mean_of([0.2, 0.4] * 50)
+    assert many.low == pytest.approx(0.3 - 1.96 * 0.01, abs=0.004), "the bootstrap's"
     assert mean_of(values) == measured, "the same values give the same interval"
     assert mean_of([0.5]) == Measured(0.5, 1)
     assert exact(7) == Measured(7, 1, 7, 7)
     with pytest.raises(ValueError, match="What to do: "):
         mean_of([])
+
+
+def test_differences_are_no_shares():
+    none = mean_of_differences([0.0] * 200)
+    # Wilson's bound of 0 of 200: 3.8415 / 203.8415.
+    assert (none.value, none.low, none.high) == (0, pytest.approx(-0.01885, abs=1e-4), pytest.approx(0.01885, abs=1e-4))
+    few = mean_of_differences([1.0] * 3 + [0.0] * 197)
+    assert few.value == pytest.approx(0.015) and few.low == pytest.approx(0.0, abs=0.006)
+    mixed = mean_of_differences([1.0] * 3 + [-1.0] + [0.0] * 196)
+    assert mixed.low is not None and mixed.high is not None and mixed.low < 0 < mixed.high
+    assert mean_of_differences([0.5, 0.7]).low == pytest.approx(0.6 - 12.706 * 0.1, abs=1e-3)
+
+
+def test_the_jackknife_does_not_take_the_tasks_turn_for_chance():
+    """8 tasks in turn, each of its own level: the mean's error is that of noise within tasks and between samples, not of 2 tasks a part."""
+    random = np.random.default_rng(1)
+    samples = np.tile(np.arange(8.0) * 10, 100)[:, None] + random.normal(size=(800, 1))
+    measured = jackknife(samples, lambda part: float(part.mean()))
+    assert measured.high is not None
+    assert measured.high - measured.value == pytest.approx(1.96 * float(samples.std()) / 800**0.5, rel=0.5)
 
 
 def test_the_jackknife_of_a_mean_is_the_means_own_standard_error():
@@ -80,6 +102,11 @@ def test_the_loss_of_a_picture_is_the_mean_over_its_numbers():
     # characters 0.75, words 1, distance 0.3; and -0.25, 0, 0.1
     assert found["text"]["s"] == pytest.approx([(0.75 + 1.0 + 0.3) / 3, (-0.25 + 0.0 + 0.1) / 3])
     assert picture_losses(SCORES, "t", []) == {}
+
+
+def test_a_clip_score_weighs_as_much_as_a_distance_from_0_to_1():
+    scores = {"coco": {"clip_score": {"t": [30.0, 30.0], "s": [29.0, 27.0]}, "lpips": {"s": [0.9, 0.1]}}}
+    assert picture_losses(scores, "t", ["s"])["coco"]["s"] == pytest.approx([(0.01 + 0.9) / 2, (0.03 + 0.1) / 2])
 
 
 def test_fewer_is_better_where_a_number_is_a_distance():
