@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import comfy.cli_args
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from distilled_t5.devtools.evaluation_world import command, finish, start, write
 from distilled_t5.devtools.small_encoders import encode, serve, stock_flux_clip
 from distilled_t5.devtools.trainer import BOUND_S, TWO_PROCESSES
 from distilled_t5.evaluate.encoders import EncoderFile, LoadedEncoder, find_encoders, fingerprint
+from distilled_t5.evaluate.provenance import computed_with
 from distilled_t5.evaluate.questions import read_questions
 from distilled_t5.evaluate.suite import load_suite
 from distilled_t5.evaluate.verdicts import read_picture
@@ -197,6 +199,15 @@ def test_what_cannot_be_evaluated_is_refused_with_advice(whole, comfyui_path, tm
 
 def suite_of(whole: World, *settings: str) -> Any:
     return load_suite(str(whole.base / "tiny.toml"), settings)
+
+
+def test_flags_that_decide_numbers_are_told_and_others_are_not(monkeypatch):
+    before = computed_with()
+    assert (before["device"], before["flags of ComfyUI"]) == ("cpu", "cpu=True")
+    monkeypatch.setattr(comfy.cli_args.args, "lowvram", True)
+    assert computed_with() == before, "how weights are moved about is no matter"
+    monkeypatch.setattr(comfy.cli_args.args, "fp8_e4m3fn_text_enc", True)
+    assert computed_with()["flags of ComfyUI"] == "cpu=True fp8_e4m3fn_text_enc=True"
 
 
 def test_encoders_are_found_once_each_under_names_of_their_own(whole, tmp_path):

@@ -108,7 +108,7 @@ def test_a_text_of_signs_alone_is_refused_before_a_reader_is_loaded():
 def test_cancel_ends_reading_between_two_pictures(cancelled, monkeypatch):
     read: list[int] = []
     reader = SimpleNamespace(read=lambda picture: read.append(len(picture)) or [])
-    monkeypatch.setattr("distilled_t5.evaluate.ocr_report.make_reader", lambda _name: reader)
+    monkeypatch.setattr("distilled_t5.evaluate.ocr_report.make_reader", lambda _name, device: reader)
     cancelled(3)
     with pytest.raises(InterruptProcessingException):
         DistilledT5OCRAccuracy.execute(torch.zeros(5, 8, 8, 3), "x", "easyocr")
