@@ -166,7 +166,7 @@ def test_the_report_counts_what_the_encoder_holds_and_says_where_it_was_measured
 def test_each_time_is_taken_as_often_as_asked_in_a_state_that_is_known(clip, monkeypatch):
     events: list[str] = []
     monkeypatch.setattr(cost, "put_to_rest", lambda _clip: events.append("rest"))
-    monkeypatch.setattr(cost, "seconds", lambda action, _device: (action(), events.append(action.__name__), float(len(events)))[-1])
+    monkeypatch.setattr(cost, "timed", lambda action, _device: ((action(), events.append(action.__name__), float(len(events)))[-1], None))
     told: list[tuple[int, int]] = []
     found = cost.measure(clip, "x", "a red fox", 2, lambda done, total: told.append((done, total)))
     assert events == ["rest", "load_model", "encode", "rest", "encode"] * 2
