@@ -1,4 +1,4 @@
-"""What miniature/results.json says, as tables between the marks of miniature/README.md and as a plot."""
+"""What miniature/results.json says, as tables between the marks of README.md and miniature/README.md, and as a plot."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from .miniature import SIZES
 
 RESULTS, PAGE, PLOT = ROOT / "miniature" / "results.json", ROOT / "miniature" / "README.md", ROOT / "assets" / "miniature-scaling.png"
 SCALED = [f"miniature_student_{size}" for size in SIZES]
+README = ROOT / "README.md"
+TABLES = {PAGE: ("scaling", "ablation", "probes", "curve"), README: ("summary",)}
 MARKS = "<!-- {0}: python dev.py miniature -->\n\n", "\n\n<!-- end of {0} -->"
 
 
@@ -24,6 +26,7 @@ def blocks(found: dict[str, Any]) -> dict[str, str]:
         "scaling": _accuracies([found["teacher_facts"], *(by_name[name] for name in SCALED if name in by_name)]),
         "ablation": _accuracies([by_name[name] for name in others]),
         "probes": _probes([found["teacher_facts"], *found["students"]]),
+        "summary": _summary([found["teacher_facts"], *(by_name[name] for name in SCALED if name in by_name)]),
         "curve": table(["optimizer steps", "minutes", "share of teacher"], [_point(point) for point in found["curve"]]),
     }
 
@@ -32,6 +35,16 @@ def _accuracies(students: Sequence[dict[str, Any]]) -> str:
     tasks = list(students[0]["tasks"])
     head = ["encoder", "weights without tokens", "MB", "encode, ms", *(name.replace("_", " ") for name in tasks), "share of teacher"]
     return table(head, [_row(student, tasks) for student in students])
+
+
+def _summary(students: Sequence[dict[str, Any]]) -> str:
+    """The scaling table without intervals, for a reader in a hurry."""
+    tasks = list(students[0]["tasks"])
+    rows = []
+    for student in students:
+        share, right = student.get("share_of_teacher", 1.0), [f"{100 * student['tasks'][task]['accuracy']:.1f}" for task in tasks]
+        rows.append([student["name"], f"{student['parameters_without_tokens'] / 1e6:.2f} M", *right, f"{100 * share:.1f} %"])
+    return table(["encoder", "weights", *(name.replace("_", " ") for name in tasks), "share of teacher"], rows)
 
 
 def _row(student: dict[str, Any], tasks: Sequence[str]) -> list[Any]:
@@ -74,9 +87,10 @@ def _point(point: dict[str, Any]) -> list[Any]:
     return [point["steps"], f"{point['training_s'] / 60:.1f}", f"{100 * point['share_of_teacher']:.1f} %"]
 
 
-def told(page: str, found: dict[str, Any]) -> str:
-    """The page with its tables as `found` has them. Raises ValueError if a table has no marks there."""
-    for name, text in blocks(found).items():
+def told(page: str, found: dict[str, Any], names: Sequence[str] = TABLES[PAGE]) -> str:
+    """The page with these tables as `found` has them. Raises ValueError if a table has no marks there."""
+    for name in names:
+        text = blocks(found)[name]
         start, end = (mark.format(name) for mark in MARKS)
         page, count = re.subn(re.escape(start) + ".*?" + re.escape(end), lambda _, new=start + text + end: new, page, flags=re.DOTALL)
         if count != 1:
@@ -87,8 +101,9 @@ def told(page: str, found: dict[str, Any]) -> str:
 
 
 def write(found: dict[str, Any]) -> None:
-    """Renew the page's tables and the plot."""
-    PAGE.write_text(told(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    """Renew the pages' tables and the plot."""
+    for page, names in TABLES.items():
+        page.write_text(told(page.read_text(encoding="utf-8"), found, names), encoding="utf-8")
     plot(found, PLOT)
 
 

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from distilled_t5.devtools.miniature_tables import MARKS, PAGE, PLOT, RESULTS, SCALED, blocks, plot, told
+from distilled_t5.devtools.miniature_tables import MARKS, PLOT, RESULTS, SCALED, TABLES, blocks, plot, told
 from distilled_t5.miniature.measure import MEASURED
 from PIL import Image
 
@@ -54,6 +54,12 @@ def test_collapse_and_velocity_gap_stand_beside_those_that_they_were_measured_of
     assert rows[2:] == [[SCALED[1], "31.4 (30 to 33)", "0.000123"]]
 
 
+def test_the_summary_has_the_teacher_as_the_whole_and_no_intervals():
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in blocks(FOUND)["summary"].splitlines()]
+    assert [rows[2][0], rows[2][1], rows[2][-1]] == ["teacher", "1.30 M", "100.0 %"]
+    assert [rows[3][0], rows[3][2], rows[3][-1]] == [SCALED[1], "95.0", "99.0 %"]
+
+
 def test_renewing_twice_is_renewing_once():
     once = told(EMPTY, FOUND)
     assert told(once, FOUND) == once
@@ -72,7 +78,9 @@ def test_the_plot_is_a_picture(tmp_path):
 
 
 def test_the_shipped_page_has_the_tables_of_the_shipped_results():
-    page, found = PAGE.read_text(encoding="utf-8"), json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert told(page, found) == page
-    assert set(blocks(found)) == {"scaling", "ablation", "probes", "curve"}
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    for path, names in TABLES.items():
+        page = path.read_text(encoding="utf-8")
+        assert told(page, found, names) == page
+    assert set(blocks(found)) == {name for names in TABLES.values() for name in names}
     assert PLOT.is_file()
