@@ -21,6 +21,7 @@ from torch.nn import Embedding, Module, Parameter
 from ..encoder.families import FAMILIES
 from ..miniature.captions import TOKEN_LENGTH
 from ..miniature.paint import Encode
+from ..train.disk import replace_file
 from ..train.distill import train_step
 from ..train.objectives import OBJECTIVES
 from ..train.optimizer import make_optimizer
@@ -66,7 +67,7 @@ def train_context_free(recipe: Recipe, path: Path) -> None:
             report, positions = train_step(positions, workshop.flow, learner, objective)
             if learner.step % recipe.validation.every_steps == 0:
                 print(f"context-free: step {learner.step} of {workshop.schedule.total_steps}, loss {report.loss:.4f}", flush=True)
-    safetensors.torch.save_file({name: weight.contiguous() for name, weight in student.state_dict().items()}, path)
+    replace_file(path, safetensors.torch.save({name: weight.contiguous() for name, weight in student.state_dict().items()}))
 
 
 def context_free_encoder(path: Path, tokenizer: Any) -> Encode:

@@ -1,6 +1,6 @@
 """Makes and measures the miniature: `python dev.py miniature`. Models where they are missing, students, baselines, tables.
 
-Every part that is there already is kept, so a stopped command goes on where it was.
+Every part that is there already is kept, so a stopped command goes on where it was; the context-free baseline alone starts over.
 """
 
 from __future__ import annotations
@@ -8,19 +8,24 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+
+import psutil
 
 from ..miniature.folders import KINDS, SHIPPED, place
+from .children import call, stop_children
+from .ending import interrupt_when_asked
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".dev" / "miniature"
 SIZES = ("half", "quarter", "tenth", "fortieth")
 CORPORA = ("objects", "semantics", "text")
+# What a process that trains or paints holds, bytes.
+OF_ONE_PROCESS = 2e9
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,11 @@ class Run:
     name: str
     recipe: str
     settings: tuple[str, ...] = ()
+
+    @property
+    def all_settings(self) -> tuple[str, ...]:
+        """Everything that is set otherwise than in the recipe, its name included."""
+        return (f"output.name={self.name}", *self.settings)
 
 
 def both(setting: str) -> tuple[str, ...]:
@@ -46,7 +56,7 @@ MIDDLE = "miniature_student_quarter"
 # All files of the miniature together stay below 30 MB; the half would be the last straw.
 SHIPPED_STUDENTS = (MIDDLE, "miniature_student_tenth", "miniature_student_fortieth")
 # The checkpoints of the middle student are the points of the cost curve.
-CURVE = ("checkpoints.every_steps=1000", "checkpoints.keep_last=100")
+CURVE = ("checkpoints.every_steps=500", "checkpoints.keep_last=100")
 NAIVE = both("objective=embedding")
 # What the short runs share: 2,000 steps in all, of one objective, four along each trajectory.
 SHORT = ("stage.0.steps=1000", "stage.1.steps=1000", "sampling.steps=4")
@@ -66,14 +76,13 @@ def student_file(work: Path, name: str) -> Path:
     return work / "models" / "text_encoders" / f"{name}.safetensors"
 
 
-def call(*arguments: str | Path, **extra: str) -> None:
-    """Run one of the pack's commands; what it prints is seen. Raises RuntimeError if it does not end well."""
-    command = [sys.executable, *map(str, arguments)]
-    code = subprocess.run(command, cwd=ROOT, env={**os.environ, **extra}, check=False).returncode
-    if code:
-        raise RuntimeError(
-            f"{' '.join(command[1:3])} ended with status {code}.\nWhat to do: see what it printed; the same command goes on."
-        )
+def processes() -> int:
+    """How many processes may train or paint at the same time: one per core as far as the memory goes, one where they would share a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 1
+    return max(1, min(os.cpu_count() or 1, int(psutil.virtual_memory().available / OF_ONE_PROCESS)))
 
 
 def make_models(comfyui: Path, work: Path) -> None:
@@ -89,79 +98,118 @@ def make_models(comfyui: Path, work: Path) -> None:
         shutil.copyfile(place(out, name), place(SHIPPED, name))
 
 
-def train_student(run: Run, comfyui: Path, work: Path, steps: int | None) -> None:
+def train_student(run: Run, comfyui: Path, work: Path) -> None:
     """Train a student by the product's own command, unless it is there; on one thread, as two students train at the same time."""
+    from ..train.run_directory import RunDirectory
+
     if student_file(work, run.name).is_file():
+        check_recipe(run, student_file(work, run.name))
         return
     folder = work / "runs" / run.name
-    settings = [f"output.name={run.name}", *run.settings, *([] if steps is None else [f"stage.0.steps={steps}"])]
-    sets = [part for setting in settings for part in ("--set", setting)]
-    resume = ["--resume"] if (folder / "checkpoints").is_dir() else []
+    sets = [part for setting in run.all_settings for part in ("--set", setting)]
+    resume = ["--resume"] if RunDirectory(folder).has_checkpoints else []
     host = ["--", "--base-directory", work]
     call(ROOT / "train", run.recipe, "--run", folder, "--comfyui", comfyui, *sets, *resume, *host, OMP_NUM_THREADS="1")
 
 
-def ship(name: str, work: Path) -> Path:
-    """Put a student that was trained here into the pack, in bfloat16 as the other models of the miniature; what is shipped is measured."""
+def check_recipe(run: Run, path: Path) -> None:
+    """Raise RuntimeError if a student's file was not made by its run as it is described today."""
+    from ..encoder.files import open_student
+    from ..train.recipe import load_recipe
+
+    made_by = open_student(path).metadata.facts.get("distilled_t5.recipe_sha256")
+    if made_by != load_recipe(run.recipe, run.all_settings).sha256:
+        raise RuntimeError(
+            f"{path} was made by another recipe than {run.recipe} is with the settings of {run.name} now.\n"
+            f"What to do: delete it and its run, {path.parents[2] / 'runs' / run.name}; it is trained again."
+        )
+
+
+def in_bfloat16(name: str, work: Path) -> Path:
+    """A trained student in bfloat16, as the other models of the miniature are: what is measured. Made where it is missing or of another."""
     from ..encoder.files import open_student, write_student
 
-    path = SHIPPED / "text_encoders" / f"{name}.safetensors"
-    if student_file(work, name).is_file():
-        file = open_student(student_file(work, name))
+    file, path = open_student(student_file(work, name)), work / "bfloat16" / f"{name}.safetensors"
+    if not path.is_file() or made_from(path) != made_from(student_file(work, name)):
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_student(path, {key: tensor.bfloat16() for key, tensor in file.load().items()}, file.metadata, overwrite=True)
     return path
 
 
-def train_baseline(comfyui: Path, work: Path, steps: int | None) -> Path:
-    """Train the encoder without context, unless it is there."""
-    path = work / f"{CONTEXT_FREE}.safetensors"
-    if not path.is_file():
-        call("-m", "distilled_t5.devtools.miniature_results", "--comfyui", comfyui, "--baseline", path, *_steps(steps), OMP_NUM_THREADS="1")
+def made_from(path: Path) -> tuple[str | None, str | None]:
+    """What tells one training of a student from another: its recipe and how many steps it took."""
+    from ..encoder.files import open_student
+
+    facts = open_student(path).metadata.facts
+    return facts.get("distilled_t5.recipe_sha256"), facts.get("distilled_t5.steps")
+
+
+def ship(name: str, work: Path) -> Path:
+    """Put a student that was trained here into the pack, unless it lies there already."""
+    path = SHIPPED / "text_encoders" / f"{name}.safetensors"
+    if student_file(work, name).is_file() and not (path.is_file() and made_from(path) == made_from(student_file(work, name))):
+        shutil.copyfile(in_bfloat16(name, work), path)
     return path
 
 
-def _steps(steps: int | None) -> list[str]:
-    return [] if steps is None else ["--steps", str(steps)]
+def train_baseline(comfyui: Path, work: Path, steps: int | None) -> None:
+    """Train the encoder without context, unless it is there."""
+    path = work / f"{CONTEXT_FREE}.safetensors"
+    if not path.is_file():
+        given = [] if steps is None else ["--steps", str(steps)]
+        call("-m", "distilled_t5.devtools.miniature_results", "--comfyui", comfyui, "--baseline", path, *given, OMP_NUM_THREADS="1")
 
 
-def train_all(comfyui: Path, work: Path, steps: int | None, only: list[str] | None) -> None:
-    """Train every student and the baseline, or those named, as many at a time as there are processor cores; the first trouble is raised."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        running: list[Future[Any]] = [
-            pool.submit(train_student, run, comfyui, work, steps) for run in RUNS if only is None or run.name in only
-        ]
-        if only is None or CONTEXT_FREE in only:
-            running.append(pool.submit(train_baseline, comfyui, work, steps))
-        for one in running:
+def train_all(comfyui: Path, work: Path, steps: int | None, names: list[str] | None) -> None:
+    """Train every student and the baseline, or those named, several at a time; the first trouble stops all and is raised."""
+    few = () if steps is None else both(f"steps={steps}")
+    runs = [Run(run.name, run.recipe, (*run.settings, *few)) for run in RUNS if names is None or run.name in names]
+    tasks = [partial(train_student, run, comfyui, work) for run in runs]
+    if names is None or CONTEXT_FREE in names:
+        tasks.append(partial(train_baseline, comfyui, work, steps))
+    pool = ThreadPoolExecutor(processes())
+    try:
+        done, _ = wait([pool.submit(task) for task in tasks], return_when=FIRST_EXCEPTION)
+        for one in done:
             one.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        stop_children()
+
+
+def command_line() -> argparse.ArgumentParser:
+    """What the command takes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--comfyui", type=Path, required=True, help="folder of ComfyUI's main.py")
+    parser.add_argument("--work", type=Path, help="folder for runs and students (default: .dev/miniature, of a trial .dev/miniature/trial)")
+    parser.add_argument("--count", type=int, default=200, help="pictures of each task that an encoder is asked for")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each stage: a trial; nothing is shipped, no page renewed")
+    names = [*(run.name for run in RUNS), CONTEXT_FREE]
+    parser.add_argument("--only", nargs="*", choices=names, metavar="NAME", help="train only these students: " + ", ".join(names))
+    return parser
 
 
 def main() -> None:
     """Read the command line, then make and measure all there is."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--comfyui", type=Path, required=True, help="folder of ComfyUI's main.py")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder for runs and students (default: .dev/miniature)")
-    parser.add_argument("--count", type=int, default=200, help="pictures of each task that an encoder is asked for")
-    parser.add_argument("--steps", type=int, help="optimizer steps of each student (default: as in the recipes)")
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="train only these students: " + ", ".join(run.name for run in RUNS))
-    options = parser.parse_args()
+    options = command_line().parse_args()
+    interrupt_when_asked()
+    trial = options.steps is not None or options.work is not None
+    work = (options.work or (WORK if options.steps is None else WORK / "trial")).resolve()
     try:
-        make_models(options.comfyui, options.work)
-        train_all(options.comfyui, options.work, options.steps, options.only)
-        for name in SHIPPED_STUDENTS:
-            ship(name, options.work)
-        call(
-            "-m",
-            "distilled_t5.devtools.miniature_results",
-            "--comfyui",
-            options.comfyui,
-            "--work",
-            options.work,
-            "--count",
-            str(options.count),
-        )
+        make_models(options.comfyui, work)
+        train_all(options.comfyui, work, options.steps, options.only)
+        if not trial:
+            for name in SHIPPED_STUDENTS:
+                ship(name, work)
+        out = ["--out", work / "results.json"] if trial else []
+        measuring = ("-m", "distilled_t5.devtools.miniature_results", "--comfyui", options.comfyui, "--work", work)
+        call(*measuring, "--count", str(options.count), *out)
     except (RuntimeError, OSError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        stop_children()
+        print("\nStopped; the same command goes on.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -9,40 +9,61 @@ import argparse
 import functools
 import json
 import logging
-import os
+import math
 import shutil
-import statistics
-import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import safetensors.torch
+
+from ..train.disk import replace_file
 from ..train.host import start_comfyui
-from .miniature import CONTEXT_FREE, MIDDLE, MIDDLE_RUN, ROOT, RUNS, WORK, Run, call, student_file
+from ..train.recipe import load_recipe
+from .children import call
+from .miniature import (
+    CONTEXT_FREE,
+    MIDDLE,
+    MIDDLE_RUN,
+    ROOT,
+    RUNS,
+    WORK,
+    Run,
+    both,
+    in_bfloat16,
+    made_from,
+    processes,
+    student_file,
+)
 from .miniature_tables import RESULTS, SCALED, blocks, write
 
 if TYPE_CHECKING:
     from ..evaluate.confidence import Score
     from ..evaluate.suite import Suite
 
-ENCODES = 50
 # An ablation, and a point of the curve, need fewer pictures than a row of the scaling table.
 ABLATION_SHARE, CURVE_SHARE = 2, 8
 UNTRAINED = "untrained"
 # An encoder's file, and facts about it.
 Found = tuple[Path, dict[str, Any]]
+# Folders of what is painted: for the scaling table, the ablations and the curve.
+PARTS = ("evaluation", "ablation", "curve")
+RESAMPLES = 2000
 KEPT_PROBES = ("collapse", "velocity_gap")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured of an encoder: right pictures by task, milliseconds to encode a caption (median or mean, alone), other numbers."""
+    """What is measured of an encoder: right pictures by task, milliseconds to encode a caption (mean, alone), other numbers; and
+    whether each picture is right (1.0 or 0.0), by task."""
 
     scores: dict[str, Score]
     encode_ms: float | None = None
     probes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    verdicts: dict[str, list[float]] = field(default_factory=dict)
 
 
 def asked_suite(count: int, *, probes: bool) -> Suite:
@@ -59,19 +80,17 @@ def asked_suite(count: int, *, probes: bool) -> Suite:
 
 def evaluate(comfyui: Path, suite: Suite, students: Sequence[Path], out: Path) -> list[Row]:
     """The rows of the teacher and the students, by the evaluation's command, a process on each processor core; what is painted stays."""
-    if (out / "results.json").is_file():  # a run that came to its end: everything is measured anew
-        shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     asked = out / "asked.toml"
     asked.write_text(suite.to_toml(), encoding="utf-8")
     given = [part for path in students for part in ("--student", path)]
-    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(os.cpu_count()))
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes()))
     call(*ranks, ROOT / "evaluate" / "__main__.py", asked, *given, "--out", out, "--comfyui", comfyui, "--", "--cpu", OMP_NUM_THREADS="1")
-    return rows_of(json.loads((out / "results.json").read_text(encoding="utf-8")))
+    return rows_of(json.loads((out / "results.json").read_text(encoding="utf-8")), out / "scores")
 
 
-def rows_of(found: dict[str, Any]) -> list[Row]:
-    """The rows in an evaluation's results.json, in the order of its encoders."""
+def rows_of(found: dict[str, Any], kept: Path) -> list[Row]:
+    """The rows in an evaluation's results.json, in the order of its encoders; `kept` is the folder of its scores."""
     from ..evaluate.confidence import Score
 
     rows = []
@@ -83,25 +102,43 @@ def rows_of(found: dict[str, Any]) -> list[Row]:
             for probe, numbers in found["probes"].items()
         }
         seconds = probes.get("cost", {}).get("encode s")
-        rows.append(Row(scores, None if seconds is None else 1000 * seconds["value"], probes))
+        verdicts = {task: _verdicts(kept / encoder / f"{task}.readback.json") for task in of_encoder}
+        rows.append(Row(scores, None if seconds is None else 1000 * seconds["value"], probes, verdicts))
     return rows
 
 
+def _verdicts(file: Path) -> list[float]:
+    return json.loads(file.read_text(encoding="utf-8"))["found"]["readback"]
+
+
 def measure_context_free(comfyui: Path, file: Path, count: int) -> Row:
-    """The row of the encoder without context, which is no file that ComfyUI loads."""
+    """The row of the encoder without context, which is no file that ComfyUI loads, so its times are not comparable and not taken."""
     from ..miniature.corruption import load_tokenizer
-    from ..miniature.measure import questions, scores
+    from ..miniature.measure import scores
     from ..miniature.paint import Painter
     from .context_free import context_free_encoder
 
     encode = context_free_encoder(file, load_tokenizer(comfyui))
-    found = scores(functools.partial(Painter().paint, encode), count)
-    seconds = []
-    for _, caption in questions("position", ENCODES):
-        started = time.perf_counter()
-        encode([caption])
-        seconds.append(time.perf_counter() - started)
-    return Row(found, 1000 * statistics.median(seconds))
+    return Row(scores(functools.partial(Painter().paint, encode), count))
+
+
+def share_interval(student: Row, teacher: Row) -> tuple[float, float] | None:
+    """The 95 % interval of the share of the teacher's mean accuracy, by resampling the questions of each task, the same for both; None
+    where single verdicts are not known."""
+    from ..miniature.world import TASKS
+
+    if not student.verdicts or not teacher.verdicts:
+        return None
+    random, drawn = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        sums = [0.0, 0.0]
+        for task in TASKS:
+            chosen = random.integers(len(teacher.verdicts[task]), size=len(teacher.verdicts[task]))
+            for which, row in enumerate((student, teacher)):
+                sums[which] += float(np.asarray(row.verdicts[task])[chosen].mean())
+        drawn.append(sums[0] / sums[1] if sums[1] else math.nan)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return round(float(low), 4), round(float(high), 4)
 
 
 def entry(name: str, row: Row, teacher: Row | None, **facts: Any) -> dict[str, Any]:
@@ -111,7 +148,10 @@ def entry(name: str, row: Row, teacher: Row | None, **facts: Any) -> dict[str, A
     told = {"name": name, **facts, "tasks": {task: one.to_json() for task, one in row.scores.items()}}
     told |= {"mean_accuracy": round(mean_accuracy(row.scores), 4), "encode_ms": row.encode_ms and round(row.encode_ms, 2)}
     told |= {"probes": {name: numbers for name, numbers in row.probes.items() if name in KEPT_PROBES}}
-    return told if teacher is None else told | {"share_of_teacher": round(share_of(row.scores, teacher.scores), 4)}
+    if teacher is None:
+        return told
+    share, interval = round(share_of(row.scores, teacher.scores), 4), share_interval(row, teacher)
+    return told | {"share_of_teacher": share, "share_interval": interval}
 
 
 def facts_of(path: Path) -> dict[str, Any]:
@@ -129,10 +169,17 @@ def facts_of(path: Path) -> dict[str, Any]:
     }
 
 
+def context_free_facts(file: Path) -> dict[str, Any]:
+    """Size of the encoder without context; its file is float32, and is told as half as large, as the others are."""
+    tensors = safetensors.torch.load_file(file)
+    sizes = {name: tensor.numel() for name, tensor in tensors.items()}
+    steps = sum(stage.steps for stage in load_recipe(MIDDLE_RUN.recipe).stages)
+    counted = {"parameters": sum(sizes.values()), "parameters_without_tokens": sizes["place"]}
+    return {**counted, "bytes": 2 * sum(sizes.values()), "steps": steps}
+
+
 def objective_of(run: Run) -> str:
     """The objectives of a run's stages: velocity, embedding, or both, one after the other."""
-    from ..train.recipe import load_recipe
-
     return ", then ".join(dict.fromkeys(stage.objective for stage in load_recipe(run.recipe, run.settings).stages))
 
 
@@ -142,7 +189,6 @@ def untrained_file(work: Path) -> Path:
     from ..encoder.metadata import StudentMetadata
     from ..miniature.captions import TOKEN_LENGTH
     from ..miniature.teacher import LAYOUT
-    from ..train.recipe import load_recipe
     from ..train.student_start import RANDOM, make_student
 
     path = student_file(work, UNTRAINED)
@@ -153,12 +199,14 @@ def untrained_file(work: Path) -> Path:
     return path
 
 
-def shipped_or_made(work: Path, name: str) -> Path | None:
-    """The student of that name that the pack ships, else the one that this machine trained, else None."""
+def measured_file(work: Path, name: str) -> Path | None:
+    """The file of a student that is measured, in bfloat16: the pack's, unless this machine trained another of the name; None: neither."""
     from ..miniature.folders import SHIPPED
 
-    places = (SHIPPED / "text_encoders" / f"{name}.safetensors", student_file(work, name))
-    return next((path for path in places if path.is_file()), None)
+    shipped, made = SHIPPED / "text_encoders" / f"{name}.safetensors", student_file(work, name)
+    if made.is_file() and not (shipped.is_file() and made_from(shipped) == made_from(made)):
+        return in_bfloat16(name, work)
+    return shipped if shipped.is_file() else None
 
 
 def training_s(run: Path, steps: int) -> float:
@@ -169,17 +217,25 @@ def training_s(run: Path, steps: int) -> float:
 
 
 def curve_files(work: Path) -> list[Path]:
-    """The middle student at each of its checkpoints; empty if it was not trained on this machine."""
-    return sorted((work / "runs" / MIDDLE / "checkpoints").glob("step-*/student.safetensors"))
+    """The middle student at its checkpoints, at every second one while it imitates; empty if it was not trained on this machine."""
+    imitation = load_recipe(MIDDLE_RUN.recipe).stages[0].steps
+    found = sorted((work / "runs" / MIDDLE / "checkpoints").glob("step-*/student.safetensors"))
+    return [file for file in found if steps_of(file) >= imitation or steps_of(file) % 1000 == 0]
+
+
+def steps_of(checkpoint: Path) -> int:
+    """The optimizer steps that a checkpoint's student has taken."""
+    return int(checkpoint.parent.name.removeprefix("step-"))
 
 
 def point(file: Path, row: Row, teacher: Row) -> dict[str, Any]:
     """What the middle student kept of the teacher at a checkpoint, on the same pictures."""
     from ..miniature.measure import share_of
 
-    steps, run = int(file.parent.name.removeprefix("step-")), file.parents[2]
+    steps, run = steps_of(file), file.parents[2]
     share, n = round(share_of(row.scores, teacher.scores), 4), next(iter(row.scores.values())).n
-    return {"steps": steps, "training_s": round(training_s(run, steps), 1), "share_of_teacher": share, "n": n}
+    interval = share_interval(row, teacher)
+    return {"steps": steps, "training_s": round(training_s(run, steps), 1), "share_of_teacher": share, "share_interval": interval, "n": n}
 
 
 def curve_of(comfyui: Path, work: Path, count: int) -> list[dict[str, Any]]:
@@ -187,15 +243,16 @@ def curve_of(comfyui: Path, work: Path, count: int) -> list[dict[str, Any]]:
     files = curve_files(work)
     if not files:
         return json.loads(RESULTS.read_text(encoding="utf-8")).get("curve", []) if RESULTS.is_file() else []
-    teacher, *students = evaluate(comfyui, asked_suite(count, probes=False), files, work / "curve")
+    teacher, *students = evaluate(comfyui, asked_suite(count, probes=False), files, work / PARTS[2])
     return [point(file, row, teacher) for file, row in zip(files, students, strict=True)]
 
 
 def found_encoders(work: Path) -> dict[str, Found]:
     """Name, file and facts of every student that there is, and of the untrained one."""
-    runs = {run: path for run in RUNS if (path := shipped_or_made(work, run.name)) is not None}
+    runs = {run: path for run in RUNS if (path := measured_file(work, run.name)) is not None}
     found = {run.name: (path, {"objective": objective_of(run), **facts_of(path)}) for run, path in runs.items()}
-    untrained = untrained_file(work)
+    untrained_file(work)
+    untrained = in_bfloat16(UNTRAINED, work)
     return found | {UNTRAINED: (untrained, {"objective": "none", **facts_of(untrained)})}
 
 
@@ -210,14 +267,19 @@ def results(comfyui: Path, work: Path, count: int) -> dict[str, Any]:
     from ..miniature.folders import SHIPPED, TEACHER_FILE, place
     from .measure import machine
 
+    done = work / "measured"
+    if done.is_file():  # by a command that came to its end: everything is measured anew
+        for folder in PARTS:
+            shutil.rmtree(work / folder, ignore_errors=True)
+        done.unlink()
     where, encoders, fewer = machine(comfyui, gpu=False, note=""), found_encoders(work), max(count // ABLATION_SHARE, 1)
     scaled = {name: found for name, found in encoders.items() if name in SCALED}
     others = {name: found for name, found in encoders.items() if name not in SCALED}
-    teacher, students = _measured(comfyui, scaled, count, work / "evaluation")
-    teacher_on_fewer, ablations = _measured(comfyui, others, fewer, work / "ablation")
+    teacher, students = _measured(comfyui, scaled, count, work / PARTS[0])
+    teacher_on_fewer, ablations = _measured(comfyui, others, fewer, work / PARTS[1])
     baseline = work / f"{CONTEXT_FREE}.safetensors"
     if baseline.is_file():
-        facts = {"objective": objective_of(MIDDLE_RUN), "bytes": baseline.stat().st_size}
+        facts = {"objective": objective_of(MIDDLE_RUN), **context_free_facts(baseline)}
         ablations.append(entry(CONTEXT_FREE, measure_context_free(comfyui, baseline, fewer), teacher_on_fewer, **facts))
     told = entry("teacher", teacher, None, **facts_of(place(SHIPPED, TEACHER_FILE)))
     return {
@@ -244,14 +306,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start_comfyui(options.comfyui.resolve(), [])
     if options.baseline:
-        from ..train.recipe import load_recipe
         from .context_free import train_context_free
 
-        settings = [] if options.steps is None else [f"stage.0.steps={options.steps}"]
+        settings = () if options.steps is None else both(f"steps={options.steps}")
         train_context_free(load_recipe("miniature-quarter", settings), options.baseline)
         return
     found = results(options.comfyui, options.work, options.count)
-    options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    replace_file(options.out, (json.dumps(found, indent=2) + "\n").encode())
+    (options.work / "measured").touch()
     if options.out == RESULTS:
         write(found)
     for text in blocks(found).values():

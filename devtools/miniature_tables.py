@@ -27,13 +27,21 @@ def blocks(found: dict[str, Any]) -> dict[str, str]:
         "ablation": _accuracies([by_name[name] for name in others]),
         "probes": _probes([found["teacher_facts"], *found["students"]]),
         "summary": _summary([found["teacher_facts"], *(by_name[name] for name in SCALED if name in by_name)]),
-        "curve": table(["optimizer steps", "minutes", "share of teacher"], [_point(point) for point in found["curve"]]),
+        "curve": table(["optimizer steps", "minutes", "share of teacher", "n of each task"], [_point(point) for point in found["curve"]]),
     }
 
 
 def _accuracies(students: Sequence[dict[str, Any]]) -> str:
     tasks = list(students[0]["tasks"])
-    head = ["encoder", "weights without tokens", "MB", "encode, ms", *(name.replace("_", " ") for name in tasks), "share of teacher"]
+    head = [
+        "encoder",
+        "weights without tokens",
+        "MB",
+        "encode, ms",
+        *(name.replace("_", " ") for name in tasks),
+        "share of teacher",
+        "n of each",
+    ]
     return table(head, [_row(student, tasks) for student in students])
 
 
@@ -48,7 +56,7 @@ def _summary(students: Sequence[dict[str, Any]]) -> str:
 
 
 def _row(student: dict[str, Any], tasks: Sequence[str]) -> list[Any]:
-    weights, share = student.get("parameters_without_tokens"), student.get("share_of_teacher")
+    weights = student.get("parameters_without_tokens")
     size = f"{student['bytes'] / 1e6:.1f}"
     told = [_percent(student["tasks"][task]) for task in tasks]
     return [
@@ -57,8 +65,18 @@ def _row(student: dict[str, Any], tasks: Sequence[str]) -> list[Any]:
         size,
         student["encode_ms"],
         *told,
-        f"{100 * share:.1f} %" if share else None,
+        _share(student),
+        next(iter(student["tasks"].values()))["n"],
     ]
+
+
+def _share(told: dict[str, Any]) -> str | None:
+    """What is kept of the teacher, with its 95 % interval where it is known."""
+    if told.get("share_of_teacher") is None:
+        return None
+    interval = told.get("share_interval")
+    spread = f" ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})" if interval else ""
+    return f"{100 * told['share_of_teacher']:.1f} %{spread}"
 
 
 def _probes(encoders: Sequence[dict[str, Any]]) -> str:
@@ -84,7 +102,7 @@ def _percent(score: dict[str, Any]) -> str:
 
 
 def _point(point: dict[str, Any]) -> list[Any]:
-    return [point["steps"], f"{point['training_s'] / 60:.1f}", f"{100 * point['share_of_teacher']:.1f} %"]
+    return [point["steps"], f"{point['training_s'] / 60:.1f}", _share(point), point["n"]]
 
 
 def told(page: str, found: dict[str, Any], names: Sequence[str] = TABLES[PAGE]) -> str:

@@ -23,6 +23,7 @@ def register_pack() -> None:
 
 WHAT = "which file to make; `all`: all four; `measure`: how often their pictures are right; `probe`: what the teacher's embeddings tell"
 PROMPTS, QUESTIONS = 6_000, 200
+OUT = Path("miniature-out")
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -30,7 +31,9 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="miniature", description="Make the miniature: a T5 teacher, a Flux and a VAE of a small world.")
     parser.add_argument("what", choices=("vae", "teacher", "flux", "lora", "all", "prompts", "measure", "probe"), help=WHAT)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="measure, probe: encoders besides the teacher")
-    parser.add_argument("--out", type=Path, default=Path("miniature-out"), metavar="DIR", help="folder for the files and the runs")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help=f"folder of the files and runs (default: {OUT}; of measure and probe: what is shipped)"
+    )
     parser.add_argument("--steps", type=int, help="optimizer steps (default: as planned for each model)")
     parser.add_argument("--batch", type=int, help="samples per step")
     parser.add_argument("--seed", type=int, help="decides everything that is drawn")
@@ -49,8 +52,10 @@ def command_line() -> argparse.ArgumentParser:
 
 def make(options: argparse.Namespace) -> list[Path | None]:
     """Make what is asked for; None stands for what was stopped."""
+    from distilled_t5.miniature.folders import SHIPPED
     from distilled_t5.train.host import find_comfyui, start_comfyui
 
+    options.out = options.out or (SHIPPED if options.what in ("measure", "probe") else OUT)
     comfyui = find_comfyui(options.comfyui)
     start_comfyui(comfyui, [])
     from distilled_t5.miniature import make as workshop

@@ -26,7 +26,7 @@ FOUND: dict[str, Any] = {
     "teacher": row("teacher", 0.96)["tasks"],
     "teacher_facts": row("teacher", 0.96, parameters_without_tokens=1_300_000),
     "students": [
-        row(SCALED[1], 0.95, share_of_teacher=0.9896, probes=PROBES),
+        row(SCALED[1], 0.95, share_of_teacher=0.9896, share_interval=[0.9712, 1.0031], probes=PROBES),
         row("context_free", 0.25, share_of_teacher=0.26, parameters_without_tokens=None),
     ],
     "curve": [{"steps": 200, "training_s": 90.0, "share_of_teacher": 0.5, "n": 50}],
@@ -39,11 +39,11 @@ def test_tables_tell_accuracy_with_its_interval_and_share():
     [teacher] = [line for line in page.splitlines() if line.startswith("| teacher")]
     assert "96.0 (91-100)" in teacher
     quarter = next(line for line in page.splitlines() if line.startswith(f"| {SCALED[1]}"))
-    assert quarter.endswith(" 99.0 % |")
+    assert re.search(r" 99\.0 % \(97\.1-100\.3\) \| +200 \|$", quarter)
     assert "300,000" in quarter
     [baseline] = [line for line in page.splitlines() if line.startswith("| context_free")]
     assert page.index(quarter) < page.index("end of scaling") < page.index(baseline) < page.index("end of ablation")
-    assert re.search(r"\| 200 *\| +1\.5 \| +50\.0 % \|", page)
+    assert re.search(r"\| 200 *\| +1\.5 \| +50\.0 % \| +50 \|", page)
     assert page.startswith("before\n")
     assert page.endswith("\nafter")
 
