@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ..evaluate.suite import Suite
 
 # An ablation, and a point of the curve, need fewer pictures than a row of the scaling table.
-ABLATION_SHARE, CURVE_SHARE = 2, 8
+ABLATION_SHARE, CURVE_SHARE = 4, 8
 UNTRAINED = "untrained"
 # An encoder's file, and facts about it.
 Found = tuple[Path, dict[str, Any]]

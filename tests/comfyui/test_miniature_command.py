@@ -1,0 +1,92 @@
+"""`dev.py miniature` as a whole: a trial of two steps from students to tables, its second run, and its stop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from distilled_t5.devtools.miniature import MIDDLE, ROOT, SHIPPED_STUDENTS, Run, check_recipe, made_from, ship, student_file
+from distilled_t5.devtools.miniature_tables import PLOT, RESULTS, TABLES
+from distilled_t5.devtools.trainer import BOUND_S
+from distilled_t5.miniature.folders import SHIPPED
+from distilled_t5.miniature.measure import MEASURED
+
+pytestmark = [pytest.mark.one_host, pytest.mark.skipif(os.name == "nt", reason="Windows has none of these signals and links")]
+
+NAME = "miniature_student_fortieth"
+
+
+def start(comfyui: Path, folder: Path, *options: str) -> subprocess.Popen[str]:
+    """The command with its work in a folder, as dev.py starts it."""
+    (folder / "python").mkdir(exist_ok=True)
+    if not (folder / "python" / "distilled_t5").is_symlink():
+        (folder / "python" / "distilled_t5").symlink_to(ROOT)
+    command = [sys.executable, "-m", "distilled_t5.devtools.miniature", "--comfyui", str(comfyui), "--work", str(folder / "work"), *options]
+    env = {**os.environ, "PYTHONPATH": str(folder / "python"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kept_files() -> dict[Path, str]:
+    """What the repository keeps of the miniature, by digest."""
+    paths = [*SHIPPED.rglob("*.safetensors"), RESULTS, PLOT, *TABLES]
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def test_a_trial_trains_measures_and_touches_nothing_that_is_kept(comfyui_path, tmp_path):
+    before, options = kept_files(), ("--steps", "2", "--count", "2", "--only", NAME)
+    process = start(comfyui_path, tmp_path, *options)
+    said = process.communicate(timeout=BOUND_S)[0]
+    assert process.returncode == 0, said
+    found = json.loads((tmp_path / "work" / "results.json").read_text(encoding="utf-8"))
+    by_name = {one["name"]: one for one in found["students"]}
+    assert set(by_name) == {*SHIPPED_STUDENTS, "untrained"}
+    assert by_name[NAME]["steps"] == 4, "the trial's own, two steps of each stage, not the shipped one"
+    assert set(found["teacher"]) == set(MEASURED) == set(by_name[NAME]["tasks"])
+    assert {task["n"] for task in found["teacher"].values()} == {2}
+    assert by_name[MIDDLE]["share_of_teacher"] > by_name["untrained"]["share_of_teacher"] == 0
+    assert by_name[MIDDLE]["bytes"] == (SHIPPED / "text_encoders" / f"{MIDDLE}.safetensors").stat().st_size
+    assert "| teacher" in said
+    trained = student_file(tmp_path / "work", NAME)
+    age = trained.stat().st_mtime_ns
+    process = start(comfyui_path, tmp_path, *options)
+    said = process.communicate(timeout=BOUND_S)[0]
+    assert process.returncode == 0, said
+    assert trained.stat().st_mtime_ns == age, "a student that is there is kept"
+    assert kept_files() == before
+    with pytest.raises(RuntimeError, match=r"another recipe(.|\n)*What to do: delete it"):
+        check_recipe(Run(NAME, "miniature-fortieth"), trained)
+
+
+def test_ctrl_c_ends_it_with_its_students_saved(comfyui_path, tmp_path):
+    process = start(comfyui_path, tmp_path, "--steps", "100000", "--only", NAME)
+    metrics, deadline = tmp_path / "work" / "runs" / NAME / "metrics.jsonl", time.monotonic() + BOUND_S
+    while not (metrics.is_file() and metrics.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=BOUND_S)[0]
+    assert process.returncode == 130, said
+    assert "Stopped; the same command goes on." in said
+    assert "Traceback" not in said
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert list((metrics.parent / "checkpoints").glob("step-*/student.safetensors")), "it saved before it ended"
+
+
+def test_what_is_shipped_is_what_was_trained_and_stays_as_it_is(tmp_path):
+    path = SHIPPED / "text_encoders" / f"{MIDDLE}.safetensors"
+    trained = student_file(tmp_path, MIDDLE)
+    trained.parent.mkdir(parents=True)
+    trained.write_bytes(path.read_bytes())
+    age = path.stat().st_mtime_ns
+    assert made_from(path)[1] == "7000"
+    assert ship(MIDDLE, tmp_path) == path
+    assert path.stat().st_mtime_ns == age
