@@ -77,6 +77,18 @@ def test_the_plot_is_a_picture(tmp_path):
         assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 20
 
 
+def test_the_shipped_results_tell_the_student_that_follows_from_the_one_that_imitates():
+    """Mean distances of embeddings do not overlap, nor do the shares of the teacher."""
+    found = {one["name"]: one for one in json.loads(RESULTS.read_text(encoding="utf-8"))["students"]}
+    follows, imitates = found[SCALED[1]], found["quarter_naive"]
+    assert (follows["objective"], imitates["objective"]) == ("embedding, then velocity", "embedding")
+    assert follows["steps"] == imitates["steps"]
+    distances = [one["probes"]["collapse"]["pooled distance"] for one in (follows, imitates)]
+    assert distances[0]["high"] < distances[1]["low"]
+    assert imitates["share_interval"][1] < follows["share_interval"][0]
+    assert follows["share_of_teacher"] >= 0.97
+
+
 def test_the_shipped_page_has_the_tables_of_the_shipped_results():
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
     for path, names in TABLES.items():
