@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -70,8 +69,6 @@ def start_comfyui(folder: Path, flags: Sequence[str]) -> None:
     arguments = parsed.args
     _refuse_flags_of_main({name for name, value in vars(arguments).items() if value != parsed.parser.get_default(name)})
     _refuse_fast_products(arguments)
-    if arguments.deterministic:  # as main.py does; cuBLAS reads it at its first product
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     importlib.import_module("folder_paths")
     _add_model_paths(folder, arguments.extra_model_paths_config)
 
