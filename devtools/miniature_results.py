@@ -34,8 +34,8 @@ from .miniature import (
     Run,
     both,
     in_bfloat16,
-    made_from,
     processes,
+    same_weights,
     student_file,
 )
 from .miniature_tables import RESULTS, SCALED, blocks, write
@@ -204,7 +204,7 @@ def measured_file(work: Path, name: str) -> Path | None:
     from ..miniature.folders import SHIPPED
 
     shipped, made = SHIPPED / "text_encoders" / f"{name}.safetensors", student_file(work, name)
-    if made.is_file() and not (shipped.is_file() and made_from(shipped) == made_from(made)):
+    if made.is_file() and not same_weights(shipped, made):
         return in_bfloat16(name, work)
     return shipped if shipped.is_file() else None
 
