@@ -203,8 +203,7 @@ def fetched_frontend() -> str:
 
 def main_host() -> Path:
     """ComfyUI from COMFYUI_PATH, else the one whose custom_nodes folder we lie in, else our own copy of the newest."""
-    given = os.environ.get("COMFYUI_PATH", "").strip()
-    if given:
+    if given := os.environ.get("COMFYUI_PATH", "").strip():
         path = Path(given).expanduser().resolve()
         if not (path / "main.py").is_file() or not (path / "comfy").is_dir():
             raise Trouble(f"COMFYUI_PATH is {given}, but no ComfyUI lies there: a folder with main.py and comfy/ was expected.")
@@ -304,12 +303,14 @@ def steps_of_test(options: argparse.Namespace, host: Path) -> dict[str, Callable
     if options.fast:
         return steps
     steps["pyright"] = lambda step: run_step(step, "pyright", "--level", "warning")
+    fewer = [] if options.all_hosts else ["-m", "not one_host"]
     for wanted in dict.fromkeys([version, *(HOSTS if options.all_hosts else (OLDEST,))]):
         path = functools.partial(fetched_host, wanted) if wanted != version else lambda: host
-        tier = ["pytest", "tests/comfyui", *only] + (["-m", "not one_host"] if wanted != version and not options.all_hosts else [])
+        tier = ["pytest", "tests/comfyui", *only, *(fewer if wanted != version else [])]
         steps[f"comfyui {wanted}"] = lambda step, path=path, tier=tier: run_step(step, *tier, COMFYUI_PATH=str(path()))
-    for name, page in {f"browser {version}": lambda: "", f"frontend {FRONTEND[0]}": fetched_frontend}.items():
-        steps[name] = lambda step, page=page: run_step(step, "pytest", "tests/browser", *only, COMFYUI_PATH=str(host), FRONTEND_PATH=page())
+    for name, page in {f"browser {version}": str, f"frontend {FRONTEND[0]}": fetched_frontend}.items():
+        tier = ["pytest", "tests/browser", *only, *(fewer if page is not str else [])]
+        steps[name] = lambda step, page=page, tier=tier: run_step(step, *tier, COMFYUI_PATH=str(host), FRONTEND_PATH=page())
     return steps
 
 

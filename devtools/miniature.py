@@ -64,6 +64,9 @@ MIDDLE_RUN = Run(MIDDLE, "miniature-quarter", CURVE)
 RUNS = (
     *(MIDDLE_RUN if size == "quarter" else Run(f"miniature_student_{size}", f"miniature-{size}") for size in SIZES),
     Run("quarter_naive", "miniature-quarter", NAIVE),
+    # The same two from other random values, on other prompts and noise: how much a seed decides.
+    Run("quarter_seed_1", "miniature-quarter", ("seed=1",)),
+    Run("quarter_naive_seed_1", "miniature-quarter", ("seed=1", *NAIVE)),
     Run("short_velocity", "miniature-quarter", (*SHORT, *both("objective=velocity"))),
     Run("short_naive", "miniature-quarter", (*SHORT, *NAIVE)),
     *(Run(f"short_naive_{corpus}", "miniature-quarter", (*SHORT, *NAIVE, *only(corpus))) for corpus in CORPORA),

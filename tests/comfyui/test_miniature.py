@@ -141,6 +141,7 @@ def test_the_command_makes_files_whose_headers_say_what_made_them(made, comfyui_
     assert [line["step"] for line in losses] == [3]
 
 
+@pytest.mark.one_host
 def test_a_run_that_is_resumed_after_its_end_writes_the_same_files_again(made, comfyui_path):
     before = {name: place(made, name).read_bytes() for name in (TEACHER_FILE, FLUX_FILE)}
     output = run(comfyui_path, made, "all", "--steps", "3", "--resume")
@@ -341,6 +342,7 @@ def test_a_step_draws_every_band_of_noise_and_any_guidance():
     assert batch.guidance_B.max() > 5.0
 
 
+@pytest.mark.one_host
 def test_a_flux_that_was_trained_on_two_pictures_draws_them_for_their_captions(tmp_path):
     """Learning, saving, stock loading, sampling, decoding and reading agree with each other: under a minute of one core."""
     few, generator = flow.draw_batch(0, 0, 2), torch.Generator().manual_seed(0)

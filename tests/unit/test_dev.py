@@ -299,19 +299,20 @@ def test_each_extent_of_test_runs_the_tiers_it_names(dev: ModuleType, tmp_path: 
     assert {step for step in everywhere if step.startswith("comfyui")} == {f"comfyui {version}" for version in dev.HOSTS}
 
 
-def test_the_older_comfyui_leaves_out_what_is_about_our_own_processes(
+def test_the_older_comfyui_and_the_newer_page_leave_out_what_is_about_our_own_processes(
     dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host, taken = comfyui_folder(tmp_path / "ComfyUI"), dict[str, tuple[str, ...]]()
     monkeypatch.setattr(dev, "fetched_host", lambda _version: tmp_path)
+    monkeypatch.setattr(dev, "fetched_frontend", lambda: "page")
     monkeypatch.setattr(dev, "run_step", lambda step, *command, **_extra: taken.setdefault(step, command))
     for extent in ([], ["--all-hosts"]):
         taken.clear()
         for step, action in dev.steps_of_test(dev.command_line().parse_args(["test", *extent]), host).items():
-            if step.startswith("comfyui"):
-                action(step)
+            action(step)
         assert ("not one_host" in taken["comfyui 0.16.3"]) == (not extent)
-        assert "not one_host" not in taken["comfyui 0.30.0"]
+        assert ("not one_host" in taken[f"frontend {dev.FRONTEND[0]}"]) == (not extent)
+        assert "not one_host" not in taken["comfyui 0.30.0"] + taken["browser 0.30.0"]
 
 
 def test_a_step_that_fails_does_not_stop_the_next_one(
