@@ -138,8 +138,8 @@ def test_a_picture_is_enlarged_by_the_keyboard_and_closed_again(shown):
 def test_on_a_narrow_screen_nothing_is_wider_than_the_page(shown):
     """Also when the window was wide before: a row that left the screen remembers how large it was."""
     shown.set_viewport_size({"width": 1600, "height": 1000})
-    for row in rows_of(shown).all():
-        row.scroll_into_view_if_needed()
+    for shown_row in rows_of(shown).all():
+        shown_row.scroll_into_view_if_needed()
         shown.evaluate("() => new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
     shown.evaluate("() => scrollTo(0, 0)")
     shown.set_viewport_size({"width": 360, "height": 800})
