@@ -17,6 +17,11 @@ def interrupt_when_asked() -> None:
         number = getattr(signal, name, None)
         if number is not None and (name == "SIGINT" or signal.getsignal(number) != signal.SIG_IGN):
             signal.signal(number, signal.default_int_handler)
+    interrupt_at_the_end_of_the_parent()
+
+
+def interrupt_at_the_end_of_the_parent() -> None:
+    """From now on the end of the parent process raises KeyboardInterrupt (not on Windows, where a child does not see it)."""
     if os.name != "nt":
         threading.Thread(target=_interrupt_at_the_end_of, args=(os.getppid(),), daemon=True).start()
 

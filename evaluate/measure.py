@@ -15,10 +15,9 @@ from .encoders import EncoderFile, LoadedEncoder, Text
 from .generate import questions_sha256
 from .intervals import Measured
 from .questions import Question, in_turn
-from .scores import kept_or_made
+from .scores import Part, kept_or_made
 
 if TYPE_CHECKING:
-    from ..train.stop import StopRequest
     from .run import Evaluation
 
 Found = TypeVar("Found")
@@ -38,8 +37,8 @@ class Measurements:
             self.numbers.setdefault(probe, {}).setdefault(name, {})[encoder] = measured
 
 
-def measure_all(work: Evaluation, stop: StopRequest) -> Measurements | None:
-    """Collapse, velocity gap, way of the latents and cost, as far as the suite asks for them; None if a signal asked to stop."""
+def measure_all(work: Evaluation) -> Measurements:
+    """Collapse, velocity gap, way of the latents and cost, as far as the suite asks for them. Raises Stopped if a signal asked for it."""
     found = Measurements()
     paired = [part.prompts for part in (work.suite.velocity_gap, work.suite.latent_distance) if part is not None]
     asked = in_turn(work.questions, max(paired, default=0))
@@ -50,8 +49,7 @@ def measure_all(work: Evaluation, stop: StopRequest) -> Measurements | None:
         if encoder is not work.teacher:
             probes_of_encoder.append(functools.partial(bench.beside_teacher, asked, teacher_texts))
         for probe in probes_of_encoder:
-            if work.ranks.any_of(stop.requested):
-                return None
+            work.team.leave_if_asked()
             probe()
     return found
 
@@ -77,7 +75,7 @@ class Bench:
             return
         prompts = [question.prompt for question in in_turn(self.work.questions, part.repeats + 1)]
 
-        def on_first() -> probes.Numbers:
+        def on_first(_part: Part) -> probes.Numbers:
             # Without the check that the encoder fits, which encodes a prompt.
             fresh = functools.partial(LoadedEncoder.load, self.encoder)
             return probes.cost(fresh, self.work.painter, prompts, part.repeats) if self.work.ranks.is_main else {}
@@ -94,7 +92,7 @@ class Bench:
         decided_by = {"prompts": questions_sha256(asked), **self.encoder.made_of(), **provenance.computed_with()}
         vectors = self._vectors(asked, decided_by)
         self.found.vectors[self.encoder.name] = vectors
-        self._measure("collapse", decided_by, lambda: probes.collapse(vectors))
+        self._measure("collapse", decided_by, lambda _part: probes.collapse(vectors))
 
     def _vectors(self, asked: list[Question], decided_by: Mapping[str, Any]) -> np.ndarray:
         """The pooled embeddings; they lie in a file of their own once they are made."""
@@ -121,14 +119,14 @@ class Bench:
             self._measure(
                 "velocity_gap",
                 self._decided_by(asked, part.model_dump()),
-                lambda: probes.velocity_gap(painter, pairs(part.prompts), part.sigma_bands, team),
+                lambda done: probes.velocity_gap(painter, pairs(part.prompts), part.sigma_bands, team, done),
             )
         if suite.latent_distance is not None:
             distance = suite.latent_distance
             self._measure(
                 "latent_distance",
                 self._decided_by(asked, distance.model_dump()),
-                lambda: probes.latent_distance(painter, pairs(distance.prompts), team),
+                lambda done: probes.latent_distance(painter, pairs(distance.prompts), team, done),
             )
 
     def _decided_by(self, asked: list[Question], part: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,10 +134,10 @@ class Bench:
         teacher = work.teacher.made_of()
         return {"part": part, "prompts": questions_sha256(asked), "teacher": teacher, **self.encoder.made_of(), **work.painter_is}
 
-    def _measure(self, probe: str, decided_by: Mapping[str, Any], make: Callable[[], probes.Numbers]) -> None:
-        def made() -> dict[str, Any]:
+    def _measure(self, probe: str, decided_by: Mapping[str, Any], make: Callable[[Part], probes.Numbers]) -> None:
+        def made(part: Part) -> dict[str, Any]:
             log.info("%s: %s", self.encoder.name, probe.replace("_", " "))
-            return {name: measured.to_json() for name, measured in make().items()}
+            return {name: measured.to_json() for name, measured in make(part).items()}
 
         found = kept_or_made(self.work.kept, self.work.ranks, f"{self.encoder.name}/{probe}", decided_by, made)
         self.found.add(probe, self.encoder.name, {name: Measured.from_json(one) for name, one in found.items()})

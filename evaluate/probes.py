@@ -5,15 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import comfy.model_management
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..train.ranks import Ranks
 from ..train.trajectory import LATENT_CELL_PX, Position
 from ..train.velocity import FrozenFlow, held_bytes
 from .cost import timed
@@ -23,35 +21,14 @@ from .encoders import LoadedEncoder, Text, together
 from .intervals import Measured, exact, jackknife, mean_of
 from .painter import Painter
 from .questions import Question
+from .team import Team
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
+    from .scores import Part
 
-Item = TypeVar("Item")
-Found = TypeVar("Found")
 Numbers = dict[str, Measured]
 # Teacher's and student's texts of prompts that can go through the diffusion model together.
 Pair = tuple[list[Question], list[Text], list[Text]]
-
-
-@dataclass(frozen=True)
-class Team:
-    """The processes of an evaluation, and their progress bar: `bar(items of this process, what it does, unit)`."""
-
-    ranks: Ranks
-    bar: Callable[[int, str, str], tqdm]
-
-
-def shared_out(team: Team, items: Sequence[Item], work: Callable[[Item], Found], what: str, unit: str = "batch") -> list[Found]:
-    """What `work` makes of each item, in their order, on every process; each process does its own part."""
-    ranks = team.ranks
-    mine, made = items[ranks.rank :: ranks.world], list[Found]()
-    with team.bar(len(mine), what, unit) as bar:
-        for item in mine:
-            made.append(work(item))
-            bar.update()
-    parts = ranks.gather(made)
-    return [parts[number % ranks.world][number // ranks.world] for number in range(len(items))]
 
 
 def pooled_vectors(encoder: LoadedEncoder, questions: Sequence[Question], team: Team) -> np.ndarray:
@@ -61,7 +38,7 @@ def pooled_vectors(encoder: LoadedEncoder, questions: Sequence[Question], team: 
         text = encoder.text(question.prompt)
         return pooled(text.text_1LD[:, : text.own_tokens].numpy())[0]
 
-    return np.stack(shared_out(team, questions, of_one, f"{encoder.file.name}: embeddings", "prompt"))
+    return np.stack(team.share_out(questions, of_one, f"{encoder.file.name}: embeddings", "prompt"))
 
 
 def collapse(vectors_ND: np.ndarray) -> Numbers:
@@ -88,12 +65,12 @@ def pairs(questions: Sequence[Question], teacher: Sequence[Text], student: Seque
             yield [questions[place] for place in some], [teacher[place] for place in some], [student[place] for place in some]
 
 
-def velocity_gap(painter: Painter, found: Sequence[Pair], bands: int, team: Team) -> Numbers:
+def velocity_gap(painter: Painter, found: Sequence[Pair], bands: int, team: Team, part: Part | None = None) -> Numbers:
     """The mean squared gap of the velocities along the teacher's trajectories, by band of noise level: the trainer's held-out loss."""
     # A clone, since the trainer's own view of the model has it compute with quantised weights otherwise than the sampler.
     flow = FrozenFlow(painter.model.clone())
     flow.load()
-    per_batch = shared_out(team, list(found), lambda pair: _gap_of_batch(painter, flow, pair, bands), "velocity gap")
+    per_batch = team.share_out(found, lambda pair: _gap_of_batch(painter, flow, pair, bands), "velocity gap", part=part)
     names = sorted({band for batch in per_batch for band in batch}, reverse=True)
     return {f"sigma {band}": mean_of([value for batch in per_batch for value in batch[band]]) for band in names}
 
@@ -121,9 +98,9 @@ def _start(painter: Painter, flow: FrozenFlow, questions: Sequence[Question], te
     )
 
 
-def latent_distance(painter: Painter, found: Sequence[Pair], team: Team) -> Numbers:
+def latent_distance(painter: Painter, found: Sequence[Pair], team: Team, part: Part | None = None) -> Numbers:
     """The root mean square of the difference of teacher's and student's latents after each step, as the diffusion model sees them."""
-    per_batch = shared_out(team, list(found), lambda pair: _way_apart(painter, pair), "latent distance")
+    per_batch = team.share_out(found, lambda pair: _way_apart(painter, pair), "latent distance", part=part)
     per_prompt = [prompt for batch in per_batch for prompt in batch]
     return {f"after step {step}": mean_of([prompt[step - 1] for prompt in per_prompt]) for step in range(1, painter.sampling.steps + 1)}
 

@@ -25,20 +25,21 @@ from .generate import left_to_paint, made_of, paint_all
 from .judge import check_judges
 from .measure import measure_all
 from .painter import Painter, Sampling, load_vae
-from .probes import Team
 from .questions import Question, read_questions
 from .report import write_all
 from .scores import Kept
 from .store import PictureFolder
 from .suite import Suite
+from .team import Stopped, Team
 from .verdicts import judge_all
 
-NOTICE = "\nStopping after what is in work (a batch, a judge, a probe): the same command goes on there. A second signal ends it at once.\n"
+NOTICE = "\nStopping after the batch that is in work: the same command goes on there. A second signal ends it at once.\n"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation works on: the suite, its folder, its processes, its prompts, its encoders (the teacher first), what paints."""
+    """What an evaluation works on: the suite, its folder, its processes, its prompts, its encoders (the teacher first), what paints; and
+    the signal at which it stops."""
 
     suite: Suite
     out: Path
@@ -47,6 +48,7 @@ class Evaluation:
     encoders: list[EncoderFile]
     painter: Painter
     painter_is: dict[str, str]
+    stop: StopRequest
 
     @property
     def teacher(self) -> EncoderFile:
@@ -64,7 +66,7 @@ class Evaluation:
     @property
     def team(self) -> Team:
         """Those among whom judging and probing are shared out."""
-        return Team(self.ranks, self.bar)
+        return Team(self.ranks, self.bar, lambda: self.stop.requested)
 
     def pictures(self, encoder: EncoderFile, task: str) -> PictureFolder:
         """Where an encoder's pictures of a task lie."""
@@ -93,12 +95,11 @@ def evaluate(suite: Suite, students: Sequence[str], out: Path, ranks: Ranks) -> 
         if ranks.is_main:
             open_things.enter_context(_own_folder(out))
         stop = open_things.enter_context(StopRequest(NOTICE))
-        work = open_evaluation(suite, students, out, ranks)
-        if not _paint(work, stop):
-            return None
-        verdicts = judge_all(work, stop)
-        measured = None if verdicts is None else measure_all(work, stop)
-        if verdicts is None or measured is None:
+        work = open_evaluation(suite, students, out, ranks, stop)
+        try:
+            _paint(work)
+            verdicts, measured = judge_all(work), measure_all(work)
+        except Stopped:
             return None
         return write_all(work, verdicts, measured, time.monotonic() - started_s) if ranks.is_main else out
 
@@ -118,7 +119,7 @@ def _own_folder(out: Path) -> Iterator[None]:
         yield
 
 
-def open_evaluation(suite: Suite, students: Sequence[str], out: Path, ranks: Ranks) -> Evaluation:
+def open_evaluation(suite: Suite, students: Sequence[str], out: Path, ranks: Ranks, stop: StopRequest) -> Evaluation:
     """Read prompts, find encoders, load what paints. Raises ValueError for whatever is missing or does not fit together."""
     questions = read_questions(suite)
     encoders = find_encoders(suite, students)
@@ -134,7 +135,7 @@ def open_evaluation(suite: Suite, students: Sequence[str], out: Path, ranks: Ran
         "sampling": str(sampling),
         **provenance.computed_with(),
     }
-    work = Evaluation(suite, out, ranks, questions, encoders, Painter(model, load_vae(vae), sampling), painter_is)
+    work = Evaluation(suite, out, ranks, questions, encoders, Painter(model, load_vae(vae), sampling), painter_is, stop)
     if ranks.is_main:
         check_judges(suite)
         for encoder in encoders:
@@ -152,13 +153,12 @@ def _check_guidance(name: str, takes_guidance: bool, guidance: float | None) -> 
         raise ValueError(f"{name} takes no guidance (schnell).\nWhat to do: leave sampling.guidance out.")
 
 
-def _paint(work: Evaluation, stop: StopRequest) -> bool:
-    """Paint what is missing, encoder by encoder; whether all is there, or a signal asked to stop."""
+def _paint(work: Evaluation) -> None:
+    """Paint what is missing, encoder by encoder. Raises Stopped if a signal asked for it."""
     for encoder in work.encoders:
         folders = {task: work.pictures(encoder, task) for task in work.questions}
         left = left_to_paint(folders, work.questions, work.suite.sampling.batch, work.ranks)
         with work.bar(sum(len(batch.questions) for batch in left), encoder.name, "picture") as bar:
-            done = paint_all(work.painter, partial(work.load, encoder), left, bar, lambda: stop.requested)
+            done = paint_all(work.painter, partial(work.load, encoder), left, bar, lambda: work.stop.requested)
         if work.ranks.any_of(not done):
-            return False
-    return True
+            raise Stopped

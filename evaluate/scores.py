@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ class Kept:
         content = {"decided_by": decided_by, "code": self._code, "found": found}
         replace_file(path, json.dumps(content, indent=1, allow_nan=False).encode())
 
+    def remove(self, name: str) -> None:
+        """Keep it no longer."""
+        (self.folder / f"{name}.json").unlink(missing_ok=True)
+
     def get_array(self, name: str, decided_by: Mapping[str, Any]) -> np.ndarray | None:
         """An array that was kept under a name, if it is whole and was decided by the same."""
         path, digest = self.folder / f"{name}.npy", self.get(name, decided_by)
@@ -54,11 +59,41 @@ class Kept:
         self.put(name, decided_by, sha256(path))
 
 
-def kept_or_made(kept: Kept, ranks: Ranks, name: str, decided_by: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-    """What is kept under the name, else what `make` gives on every process, which rank 0 keeps. Rank 0 looks, so that all do the same."""
+@dataclass(frozen=True)
+class Part:
+    """What was done of something that is kept as a whole, by place, when a signal stopped the work on it."""
+
+    kept: Kept
+    name: str
+    decided_by: Mapping[str, Any]
+
+    @property
+    def _own_name(self) -> str:
+        return f"{self.name}.part"
+
+    def read(self) -> dict[int, Any]:
+        """What was done, if it was decided by the same."""
+        return {int(place): found for place, found in (self.kept.get(self._own_name, self.decided_by) or {}).items()}
+
+    def write(self, done: Mapping[int, Any]) -> None:
+        """Keep it for the next time."""
+        self.kept.put(self._own_name, self.decided_by, done)
+
+    def drop(self) -> None:
+        """Remove it, since the whole is kept."""
+        self.kept.remove(self._own_name)
+
+
+def kept_or_made(kept: Kept, ranks: Ranks, name: str, decided_by: Mapping[str, Any], make: Callable[[Part], Any]) -> Any:
+    """What is kept under the name, else what `make` gives on every process, which rank 0 keeps. Rank 0 looks, so that all do the same.
+
+    `make` is given the part that an earlier call got done before a signal stopped it.
+    """
     found = ranks.share(kept.get(name, decided_by) if ranks.is_main else None)
     if found is None:
-        found = make()
+        part = Part(kept, name, decided_by)
+        found = make(part)
         if ranks.is_main:
             kept.put(name, decided_by, found)
+            part.drop()
     return found

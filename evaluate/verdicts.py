@@ -17,13 +17,11 @@ from .confidence import Z_95
 from .generate import made_of
 from .intervals import Measured
 from .judge import AGAINST_TEACHER, OF_SETS, by_number, inception, judged_by, make_judge
-from .probes import shared_out
 from .questions import Question
 from .results import Scores
-from .scores import kept_or_made
+from .scores import Part, kept_or_made
 
 if TYPE_CHECKING:
-    from ..train.stop import StopRequest
     from .encoders import EncoderFile
     from .run import Evaluation
     from .suite import Task
@@ -40,8 +38,8 @@ class Verdicts:
     sets: dict[str, dict[str, dict[str, Measured]]] = field(default_factory=dict)
 
 
-def judge_all(work: Evaluation, stop: StopRequest) -> Verdicts | None:
-    """What all judges say; None if a signal asked to stop."""
+def judge_all(work: Evaluation) -> Verdicts:
+    """What all judges say. Raises Stopped if a signal asked for it."""
     found = Verdicts()
     # The judges' networks are not the host's: it must not keep the memory full of its own.
     comfy.model_management.unload_all_models()
@@ -50,8 +48,7 @@ def judge_all(work: Evaluation, stop: StopRequest) -> Verdicts | None:
         for metric in task.metrics:
             bench = Bench(work, task, metric)
             for encoder in work.students if metric in AGAINST_TEACHER else work.encoders:
-                if work.ranks.any_of(stop.requested):
-                    return None
+                work.team.leave_if_asked()
                 if metric in OF_SETS:
                     name, measured = bench.distance_of_sets(encoder)
                     of_sets.setdefault(name, {})[encoder.name] = measured
@@ -73,25 +70,27 @@ class Bench:
 
     def scores(self, encoder: EncoderFile) -> dict[str, list[float]]:
         """The scores of an encoder's pictures, by number."""
-        return self._kept(encoder, lambda: by_number(self._in_groups(encoder, self._judged)))
+        return self._kept(encoder, lambda part: by_number(self._in_groups(encoder, self._judged, part)))
 
     def distance_of_sets(self, encoder: EncoderFile) -> tuple[str, Measured]:
         """The FID of an encoder's pictures to the photographs, under the name that says whose features they are."""
-        name, content = self._kept(encoder, lambda: self._fid(encoder))
+        name, content = self._kept(encoder, lambda _part: self._fid(encoder))
         return name, Measured.from_json(content)
 
-    def _kept(self, encoder: EncoderFile, make: Callable[[], Any]) -> Any:
+    def _kept(self, encoder: EncoderFile, make: Callable[[Part], Any]) -> Any:
         work = self.work
         compared = [encoder, work.teacher] if self.metric in AGAINST_TEACHER else [encoder]
         pictures = [made_of(one, work.painter_is, self.asked) for one in compared]
         decided_by = {**judged_by(self.metric, work.suite, self.asked), "pictures": pictures}
         return kept_or_made(work.kept, work.ranks, f"{encoder.name}/{self.task.name}.{self.metric}", decided_by, make)
 
-    def _in_groups(self, encoder: EncoderFile, work_on: Callable[[EncoderFile, list[Question]], list[Any]]) -> list[Any]:
+    def _in_groups(
+        self, encoder: EncoderFile, work_on: Callable[[EncoderFile, list[Question]], list[Any]], part: Part | None = None
+    ) -> list[Any]:
         """What `work_on` makes of every question, in groups that the processes share."""
         groups = [self.asked[start : start + AT_ONCE] for start in range(0, len(self.asked), AT_ONCE)]
         what = f"{encoder.name}: {self.metric} of {self.task.name}"
-        per_group = shared_out(self.work.team, groups, functools.partial(work_on, encoder), what)
+        per_group = self.work.team.share_out(groups, functools.partial(work_on, encoder), what, part=part)
         return [one for group in per_group for one in group]
 
     def _judged(self, encoder: EncoderFile, group: list[Question]) -> list[dict[str, float]]:

@@ -50,3 +50,39 @@ def test_stopping_dev_py_lets_what_it_runs_clean_up_undisturbed_and_starts_nothi
     assert running.wait(30) == 130
     assert (tmp_path / "cleaned up").exists()
     assert (tmp_path / "started").read_text() == "x"
+
+
+TESTS = """
+import pathlib, time
+import pytest
+
+folder = pathlib.Path(__file__).parent
+
+@pytest.fixture
+def server():
+    (folder / "started").touch()
+    yield
+    (folder / "cleaned up").touch()
+
+def test_long(server):
+    time.sleep(60)
+"""
+RUNS_TESTS = """
+import runpy, sys, dev
+dev.run_in_foreground([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", sys.argv[1]])
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows tells no process that its parent ended")
+def test_tests_clean_up_when_dev_py_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "test_long.py").write_text(TESTS)
+    of_all_tiers = str(ROOT / "tests" / "conftest.py")
+    (tmp_path / "conftest.py").write_text(f"import runpy\npytest_configure = runpy.run_path({of_all_tiers!r})['pytest_configure']\n")
+    running = subprocess.Popen([sys.executable, "-c", RUNS_TESTS, str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    for step in ("started", "cleaned up"):
+        deadline = time.monotonic() + 30
+        while not (tmp_path / step).exists():
+            assert time.monotonic() < deadline, f"not {step}"
+            time.sleep(0.02)
+        running.kill()
+    running.wait()

@@ -149,7 +149,7 @@ def test_what_is_kept_is_made_once_and_again_when_something_else_decides_it(tmp_
     kept, made = Kept(tmp_path / "scores"), []
 
     def ask(decided_by: dict[str, Any]) -> Any:
-        return kept_or_made(kept, Ranks(), "student/task.ocr", decided_by, lambda: made.append(1) or {"a": [0.1, 2 / 3]})
+        return kept_or_made(kept, Ranks(), "student/task.ocr", decided_by, lambda _part: made.append(1) or {"a": [0.1, 2 / 3]})
 
     assert ask({"languages": ("en",)}) == ask({"languages": ("en",)}) == {"a": [0.1, 2 / 3]}
     assert len(made) == 1

@@ -1,0 +1,139 @@
+"""Judging and probing, stopped by a signal: every process leaves, what was done is kept, and nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from distilled_t5.evaluate.scores import Kept, kept_or_made
+from distilled_t5.evaluate.team import Stopped, Team
+from distilled_t5.train.ranks import Ranks
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DECIDED_BY = {"judge": "a"}
+
+
+def silent(total: int, what: str, unit: str) -> tqdm:
+    return tqdm(total=total, disable=True)
+
+
+class Work:
+    """Squares by number; a signal comes in the middle of the `signal_at`-th of them."""
+
+    def __init__(self, kept: Kept, signal_at: int | None = None) -> None:
+        self.kept, self.signal_at, self.done = kept, signal_at, list[int]()
+        self.team = Team(Ranks(), silent, lambda: len(self.done) == self.signal_at)
+
+    def square(self, number: int) -> list[float]:
+        self.done.append(number)
+        return [number * number / 3]
+
+    def run(self, decided_by: dict[str, str] | None = None) -> list[list[float]]:
+        items = range(5)
+        return kept_or_made(
+            self.kept,
+            Ranks(),
+            "student/task",
+            DECIDED_BY if decided_by is None else decided_by,
+            lambda part: self.team.share_out(items, self.square, "squares", part=part),
+        )
+
+
+def test_a_signal_ends_the_work_after_the_item_in_hand_and_the_next_call_does_the_others(tmp_path):
+    kept = Kept(tmp_path)
+    first = Work(kept, signal_at=2)
+    with pytest.raises(Stopped):
+        first.run()
+    assert first.done == [0, 1]
+    second = Work(kept)
+    assert second.run() == [[number * number / 3] for number in range(5)]
+    assert second.done == [2, 3, 4]
+    assert [path.name for path in tmp_path.rglob("*.json")] == ["task.json"], "the part went when the whole was kept"
+    assert Work(kept).run() == second.run()
+    assert second.done == [2, 3, 4]
+
+
+def test_two_signals_lose_nothing_either(tmp_path):
+    kept, seen = Kept(tmp_path), list[int]()
+    for signal_at in (1, 2, None):
+        work = Work(kept, signal_at)
+        if signal_at is None:
+            work.run()
+        else:
+            with pytest.raises(Stopped):
+                work.run()
+        seen += work.done
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_what_another_judge_did_is_not_taken(tmp_path):
+    with pytest.raises(Stopped):
+        Work(Kept(tmp_path), signal_at=2).run()
+    other = Work(Kept(tmp_path))
+    other.run({"judge": "b"})
+    assert other.done == [0, 1, 2, 3, 4]
+
+
+def test_work_without_a_part_starts_over(tmp_path):
+    work = Work(Kept(tmp_path), signal_at=2)
+    for _ in range(2):
+        work.done.clear()
+        with pytest.raises(Stopped):
+            work.team.share_out(range(5), work.square, "squares")
+        assert work.done == [0, 1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_that_comes_in_the_last_item_stops_at_the_next_look(tmp_path):
+    work = Work(Kept(tmp_path), signal_at=5)
+    assert len(work.run()) == 5
+    with pytest.raises(Stopped):
+        work.team.leave_if_asked()
+
+
+TOGETHER = (
+    f"import runpy; runpy.run_path({str(ROOT / 'tests' / 'conftest.py')!r})"
+    + """
+import json, sys
+from pathlib import Path
+folder = Path(sys.argv[1])
+
+from distilled_t5.evaluate.scores import Kept, kept_or_made
+from distilled_t5.evaluate.team import Stopped, Team
+from distilled_t5.train.ranks import Ranks
+from tqdm import tqdm
+
+with Ranks.open("cpu") as ranks:
+    told = {"stopped": [], "done": []}
+    for signal_at in (2, None):
+        done = []
+        # Only the second process hears the signal.
+        team = Team(ranks, lambda total, what, unit: tqdm(total=total, disable=True), lambda: ranks.rank == 1 and len(done) == signal_at)
+        work = lambda number: done.append(number) or number * number / 3
+        try:
+            told["found"] = kept_or_made(Kept(folder), ranks, "a/b", {}, lambda part: team.share_out(range(9), work, "", part=part))
+            told["stopped"].append(False)
+        except Stopped:
+            told["stopped"].append(True)
+        told["done"].append(done)
+    (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(told))
+"""
+)
+
+
+@pytest.mark.slow
+def test_two_processes_leave_together_and_share_out_what_is_left(tmp_path):
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run([*launcher, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    one, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert one["stopped"] == other["stopped"] == [True, False]
+    assert (one["done"][0], other["done"][0]) == ([0, 2, 4, 6, 8], [1, 3])
+    assert (one["done"][1], other["done"][1]) == ([5], [7])
+    assert one["found"] == other["found"] == [number * number / 3 for number in range(9)]
