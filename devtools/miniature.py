@@ -72,6 +72,8 @@ RUNS = (
     *(Run(f"short_naive_{corpus}", "miniature-quarter", (*SHORT, *NAIVE, *only(corpus))) for corpus in CORPORA),
 )
 CONTEXT_FREE = "context_free"
+# By seed, the student that follows and its twin that only imitates, for as many steps.
+PAIRS = {0: (MIDDLE, "quarter_naive"), 1: ("quarter_seed_1", "quarter_naive_seed_1")}
 
 
 def student_file(work: Path, name: str) -> Path:

@@ -9,7 +9,6 @@ import argparse
 import functools
 import json
 import logging
-import math
 import shutil
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from .miniature import (
     CONTEXT_FREE,
     MIDDLE,
     MIDDLE_RUN,
+    PAIRS,
     ROOT,
     RUNS,
     WORK,
@@ -49,7 +49,7 @@ ABLATION_SHARE, CURVE_SHARE = 4, 8
 UNTRAINED = "untrained"
 # An encoder's file, and facts about it.
 Found = tuple[Path, dict[str, Any]]
-# Folders of what is painted: for the scaling table, the ablations and the curve.
+# Folders of what is painted: for the scaling table and the pairs, the other ablations and the curve.
 PARTS = ("evaluation", "ablation", "curve")
 RESAMPLES = 2000
 KEPT_PROBES = ("collapse", "velocity_gap")
@@ -125,20 +125,50 @@ def measure_context_free(comfyui: Path, file: Path, count: int) -> Row:
 def share_interval(student: Row, teacher: Row) -> tuple[float, float] | None:
     """The 95 % interval of the share of the teacher's mean accuracy, by resampling the questions of each task, the same for both; None
     where single verdicts are not known."""
+    drawn = _drawn_again([student, teacher])
+    # Of verdicts that are all alike, resampling says nothing.
+    return None if drawn is None or np.ptp(drawn[:, 0]) == 0 else _interval(drawn[:, 0] / drawn[:, 1])
+
+
+def _drawn_again(rows: Sequence[Row]) -> np.ndarray | None:
+    """Mean accuracies [resamples, rows] on questions of each task drawn again, the same for all rows; None without single verdicts."""
     from ..miniature.world import TASKS
 
-    if not student.verdicts or not teacher.verdicts:
+    if not all(row.verdicts for row in rows):
         return None
-    random, drawn = np.random.default_rng(0), []
-    for _ in range(RESAMPLES):
-        sums = [0.0, 0.0]
+    random, drawn = np.random.default_rng(0), np.zeros((RESAMPLES, len(rows)))
+    for one in drawn:
         for task in TASKS:
-            chosen = random.integers(len(teacher.verdicts[task]), size=len(teacher.verdicts[task]))
-            for which, row in enumerate((student, teacher)):
-                sums[which] += float(np.asarray(row.verdicts[task])[chosen].mean())
-        drawn.append(sums[0] / sums[1] if sums[1] else math.nan)
-    low, high = np.percentile(drawn, (2.5, 97.5))
+            verdicts = np.array([row.verdicts[task] for row in rows])
+            one += verdicts[:, random.integers(verdicts.shape[1], size=verdicts.shape[1])].mean(axis=1)
+    return drawn / len(TASKS)
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, (2.5, 97.5))
     return round(float(low), 4), round(float(high), 4)
+
+
+def pair(seed: int, following: Row, naive: Row, teacher: Row, minutes: Sequence[float | None]) -> dict[str, Any]:
+    """What following is worth, in shares of the teacher, on the same questions; minutes of training of both."""
+    from ..miniature.measure import share_of
+
+    shares = [share_of(row.scores, teacher.scores) for row in (following, naive)]
+    drawn = _drawn_again([following, naive, teacher])
+    told = {"seed": seed, "following": round(shares[0], 4), "naive": round(shares[1], 4), "difference": round(shares[0] - shares[1], 4)}
+    interval = None if drawn is None else _interval((drawn[:, 0] - drawn[:, 1]) / drawn[:, 2])
+    return {**told, "interval": interval, "n": next(iter(naive.scores.values())).n, "minutes": list(minutes)}
+
+
+def training_minutes(work: Path, name: str) -> float | None:
+    """Minutes that a student was trained for; None if that was not on this machine."""
+    run, steps = work / "runs" / name, sum(stage.steps for run in RUNS if run.name == name for stage in stages_of(run))
+    return round(training_s(run, steps) / 60, 1) if (run / "metrics.jsonl").is_file() else None
+
+
+def stages_of(run: Run) -> Sequence[Any]:
+    """The stages of a run's recipe."""
+    return load_recipe(run.recipe, run.all_settings).stages
 
 
 def entry(name: str, row: Row, teacher: Row | None, **facts: Any) -> dict[str, Any]:
@@ -180,7 +210,7 @@ def context_free_facts(file: Path) -> dict[str, Any]:
 
 def objective_of(run: Run) -> str:
     """The objectives of a run's stages: velocity, embedding, or both, one after the other."""
-    return ", then ".join(dict.fromkeys(stage.objective for stage in load_recipe(run.recipe, run.settings).stages))
+    return ", then ".join(dict.fromkeys(stage.objective for stage in stages_of(run)))
 
 
 def untrained_file(work: Path) -> Path:
@@ -256,10 +286,11 @@ def found_encoders(work: Path) -> dict[str, Found]:
     return found | {UNTRAINED: (untrained, {"objective": "none", **facts_of(untrained)})}
 
 
-def _measured(comfyui: Path, encoders: Mapping[str, Found], count: int, out: Path) -> tuple[Row, list[dict[str, Any]]]:
-    """The teacher's row, and what results.json says about these encoders, on the same `count` pictures of each task."""
+def _measured(comfyui: Path, encoders: Mapping[str, Found], count: int, out: Path) -> tuple[dict[str, Row], list[dict[str, Any]]]:
+    """The rows of the teacher and of these encoders, and what results.json says about them, on the same `count` pictures of each task."""
     teacher, *rows = evaluate(comfyui, asked_suite(count, probes=True), [path for path, _ in encoders.values()], out)
-    return teacher, [entry(name, row, teacher, **facts) for (name, (_, facts)), row in zip(encoders.items(), rows, strict=True)]
+    told = [entry(name, row, teacher, **facts) for (name, (_, facts)), row in zip(encoders.items(), rows, strict=True)]
+    return {"teacher": teacher, **dict(zip(encoders, rows, strict=True))}, told
 
 
 def results(comfyui: Path, work: Path, count: int) -> dict[str, Any]:
@@ -273,15 +304,20 @@ def results(comfyui: Path, work: Path, count: int) -> dict[str, Any]:
             shutil.rmtree(work / folder, ignore_errors=True)
         done.unlink()
     where, encoders, fewer = machine(comfyui, gpu=False, note=""), found_encoders(work), max(count // ABLATION_SHARE, 1)
-    scaled = {name: found for name, found in encoders.items() if name in SCALED}
-    others = {name: found for name, found in encoders.items() if name not in SCALED}
-    teacher, students = _measured(comfyui, scaled, count, work / PARTS[0])
-    teacher_on_fewer, ablations = _measured(comfyui, others, fewer, work / PARTS[1])
+    whole = (*SCALED, *(name for names in PAIRS.values() for name in names))
+    rows, students = _measured(comfyui, {name: found for name, found in encoders.items() if name in whole}, count, work / PARTS[0])
+    others = {name: found for name, found in encoders.items() if name not in whole}
+    rows_on_fewer, ablations = _measured(comfyui, others, fewer, work / PARTS[1])
     baseline = work / f"{CONTEXT_FREE}.safetensors"
     if baseline.is_file():
         facts = {"objective": objective_of(MIDDLE_RUN), **context_free_facts(baseline)}
-        ablations.append(entry(CONTEXT_FREE, measure_context_free(comfyui, baseline, fewer), teacher_on_fewer, **facts))
-    told = entry("teacher", teacher, None, **facts_of(place(SHIPPED, TEACHER_FILE)))
+        ablations.append(entry(CONTEXT_FREE, measure_context_free(comfyui, baseline, fewer), rows_on_fewer["teacher"], **facts))
+    told = entry("teacher", rows["teacher"], None, **facts_of(place(SHIPPED, TEACHER_FILE)))
+    pairs = [
+        pair(seed, *(rows[name] for name in names), rows["teacher"], [training_minutes(work, name) for name in names])
+        for seed, names in PAIRS.items()
+        if rows.keys() >= {*names}
+    ]
     return {
         "commit": where["commit"],
         "hardware": where,
@@ -289,6 +325,7 @@ def results(comfyui: Path, work: Path, count: int) -> dict[str, Any]:
         "teacher": told["tasks"],
         "teacher_facts": told,
         "students": [*students, *ablations],
+        "pairs": pairs,
         "curve": curve_of(comfyui, work, max(count // CURVE_SHARE, 1)),
     }
 

@@ -14,7 +14,7 @@ from .miniature import SIZES
 RESULTS, PAGE, PLOT = ROOT / "miniature" / "results.json", ROOT / "miniature" / "README.md", ROOT / "assets" / "miniature-scaling.png"
 SCALED = [f"miniature_student_{size}" for size in SIZES]
 README = ROOT / "README.md"
-TABLES = {PAGE: ("scaling", "ablation", "probes", "curve"), README: ("summary",)}
+TABLES = {PAGE: ("scaling", "ablation", "pairs", "probes", "curve"), README: ("summary",)}
 MARKS = "<!-- {0}: python dev.py miniature -->\n\n", "\n\n<!-- end of {0} -->"
 
 
@@ -25,6 +25,7 @@ def blocks(found: dict[str, Any]) -> dict[str, str]:
     return {
         "scaling": _accuracies([found["teacher_facts"], *(by_name[name] for name in SCALED if name in by_name)]),
         "ablation": _accuracies([by_name[name] for name in others]),
+        "pairs": _pairs(found.get("pairs", [])),
         "probes": _probes([found["teacher_facts"], *found["students"]]),
         "summary": _summary([found["teacher_facts"], *(by_name[name] for name in SCALED if name in by_name)]),
         "curve": table(["optimizer steps", "minutes", "share of teacher", "n of each task"], [_point(point) for point in found["curve"]]),
@@ -52,7 +53,7 @@ def _summary(students: Sequence[dict[str, Any]]) -> str:
     for student in students:
         share, right = student.get("share_of_teacher", 1.0), [f"{100 * student['tasks'][task]['accuracy']:.1f}" for task in tasks]
         rows.append([student["name"], f"{student['parameters_without_tokens'] / 1e6:.2f} M", *right, f"{100 * share:.1f} %"])
-    return table(["encoder", "weights", *(name.replace("_", " ") for name in tasks), "share of teacher"], rows)
+    return table(["encoder", "weights without tokens", *(name.replace("_", " ") for name in tasks), "share of teacher"], rows)
 
 
 def _row(student: dict[str, Any], tasks: Sequence[str]) -> list[Any]:
@@ -68,6 +69,20 @@ def _row(student: dict[str, Any], tasks: Sequence[str]) -> list[Any]:
         _share(student),
         next(iter(student["tasks"].values()))["n"],
     ]
+
+
+def _pairs(pairs: Sequence[dict[str, Any]]) -> str:
+    """What following is worth at equal steps, by seed."""
+    head = ["seed", "follows", "imitates", "difference", "n of each", "minutes, follows", "minutes, imitates"]
+    return table(head, [_pair(one) for one in pairs])
+
+
+def _pair(one: dict[str, Any]) -> list[Any]:
+    interval = one["interval"]
+    spread = f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ""
+    shares = [f"{100 * one[name]:.1f} %" for name in ("following", "naive")]
+    minutes = [None if value is None else f"{value:.1f}" for value in one["minutes"]]
+    return [one["seed"], *shares, f"{100 * one['difference']:.1f}{spread}", one["n"], *minutes]
 
 
 def _share(told: dict[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from distilled_t5.devtools.miniature import MIDDLE
-from distilled_t5.devtools.miniature_results import Row, asked_suite, curve_files, entry, point, rows_of, share_interval, training_s
+from distilled_t5.devtools.miniature_results import Row, asked_suite, curve_files, entry, pair, point, rows_of, share_interval, training_s
 from distilled_t5.evaluate.confidence import Score
 from distilled_t5.miniature.measure import MEASURED
 from distilled_t5.miniature.world import TASKS
@@ -59,6 +59,24 @@ def test_a_share_has_the_interval_of_questions_drawn_again_for_both():
     assert interval[0] == pytest.approx(8 / 9 - 1.96 * 0.0122 / 0.9, abs=0.006)
     assert interval[1] == pytest.approx(8 / 9 + 1.96 * 0.0122 / 0.9, abs=0.006)
     assert share_interval(Row({}), teacher) is None
+
+
+def test_a_student_with_nothing_right_has_a_share_and_no_interval():
+    teacher, student = (Row({}, verdicts=dict.fromkeys(TASKS, right)) for right in ([1.0, 1.0, 0.0], [0.0] * 3))
+    assert share_interval(student, teacher) is None
+
+
+def test_a_pair_tells_the_difference_on_the_same_questions_with_an_interval_narrower_than_that_of_a_share():
+    def of(right: list[float]) -> Row:
+        return Row(dict.fromkeys(TASKS, Score(int(sum(right)), len(right))), verdicts=dict.fromkeys(TASKS, right))
+
+    teacher, following, naive = of([1.0] * 100), of([1.0] * 60 + [0.0] * 40), of([1.0] * 55 + [0.0] * 45)
+    told = pair(1, following, naive, teacher, (38.0, None))
+    assert (told["seed"], told["following"], told["naive"], told["difference"], told["n"]) == (1, 0.6, 0.55, 0.05, 100)
+    # In each of 6 tasks 5 of 100 questions: 600 pairs, deviation of the mean difference sqrt(0.05 * 0.95 / 600) = 0.0089.
+    assert told["interval"] == pytest.approx((0.05 - 1.96 * 0.0089, 0.05 + 1.96 * 0.0089), abs=0.004)
+    assert told["minutes"] == [38.0, None]
+    assert pair(1, Row(following.scores), naive, teacher, (None, None))["interval"] is None
 
 
 def run_with_checkpoints(work: Path, *steps: int) -> Path:

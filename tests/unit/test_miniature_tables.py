@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from distilled_t5.devtools.miniature_tables import MARKS, PLOT, RESULTS, SCALED, TABLES, blocks, plot, told
+from distilled_t5.devtools.miniature_tables import MARKS, PAGE, PLOT, RESULTS, SCALED, TABLES, blocks, plot, told
 from distilled_t5.miniature.measure import MEASURED
 from PIL import Image
 
@@ -29,9 +29,20 @@ FOUND: dict[str, Any] = {
         row(SCALED[1], 0.95, share_of_teacher=0.9896, share_interval=[0.9712, 1.0031], probes=PROBES),
         row("context_free", 0.25, share_of_teacher=0.26, parameters_without_tokens=None),
     ],
+    "pairs": [
+        {
+            "seed": 1,
+            "following": 0.99,
+            "naive": 0.8,
+            "difference": 0.19,
+            "interval": [0.16, 0.22],
+            "n": 200,
+            "minutes": [38.06, None],
+        }
+    ],
     "curve": [{"steps": 200, "training_s": 90.0, "share_of_teacher": 0.5, "n": 50}],
 }
-EMPTY = "\n".join(mark.format(name) for name in ("scaling", "ablation", "probes", "curve") for mark in MARKS)
+EMPTY = "\n".join(mark.format(name) for name in TABLES[PAGE] for mark in MARKS)
 
 
 def test_tables_tell_accuracy_with_its_interval_and_share():
@@ -52,6 +63,11 @@ def test_collapse_and_velocity_gap_stand_beside_those_that_they_were_measured_of
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in blocks(FOUND)["probes"].splitlines()]
     assert rows[0] == ["encoder", "effective rank", "gap, sigma 0.75-1.00"]
     assert rows[2:] == [[SCALED[1], "31.4 (30 to 33)", "0.000123"]]
+
+
+def test_a_pair_is_told_with_the_interval_of_its_difference():
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in blocks(FOUND)["pairs"].splitlines()]
+    assert rows[2] == ["1", "99.0 %", "80.0 %", "19.0 (16.0 to 22.0)", "200", "38.1", "-"]
 
 
 def test_the_summary_has_the_teacher_as_the_whole_and_no_intervals():
