@@ -314,9 +314,9 @@ def results(comfyui: Path, work: Path, count: int) -> dict[str, Any]:
         ablations.append(entry(CONTEXT_FREE, measure_context_free(comfyui, baseline, fewer), rows_on_fewer["teacher"], **facts))
     told = entry("teacher", rows["teacher"], None, **facts_of(place(SHIPPED, TEACHER_FILE)))
     pairs = [
-        pair(seed, *(rows[name] for name in names), rows["teacher"], [training_minutes(work, name) for name in names])
-        for seed, names in PAIRS.items()
-        if rows.keys() >= {*names}
+        pair(seed, rows[following], rows[naive], rows["teacher"], [training_minutes(work, name) for name in (following, naive)])
+        for seed, (following, naive) in PAIRS.items()
+        if rows.keys() >= {following, naive}
     ]
     return {
         "commit": where["commit"],
