@@ -359,7 +359,7 @@ def command_line() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True)
     testing = commands.add_parser("test", help="ruff, pyright and pytest: unit, ComfyUI (newest and oldest supported) and browser tests")
     extent = testing.add_mutually_exclusive_group()
-    extent.add_argument("--fast", action="store_true", help="the checkers and the unit tests only, under a minute")
+    extent.add_argument("--fast", action="store_true", help="ruff and the unit tests only, two minutes")
     extent.add_argument("--all-hosts", action="store_true", help="the ComfyUI tests on every supported version")
     testing.add_argument("-k", metavar="EXPR", help="only the tests whose names match, as in pytest")
     commands.add_parser("demo", help="draw with teacher and student in a real ComfyUI, into demo-output/; --train trains a student first")
