@@ -6,6 +6,7 @@ import threading
 import time
 
 POLL_S = 0.5
+_ending = threading.Event()
 
 
 def interrupt_when_asked() -> None:
@@ -16,14 +17,27 @@ def interrupt_when_asked() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and (name == "SIGINT" or signal.getsignal(number) != signal.SIG_IGN):
-            signal.signal(number, signal.default_int_handler)
-    interrupt_at_the_end_of_the_parent()
+            signal.signal(number, _on_signal)
+    interrupt_at_the_end_of(os.getppid())
 
 
-def interrupt_at_the_end_of_the_parent() -> None:
-    """From now on the end of the parent process raises KeyboardInterrupt (not on Windows, where a child does not see it)."""
+def interrupt_at_the_end_of(parent_pid: int) -> None:
+    """From now on the end of the parent process raises KeyboardInterrupt, unless `end_begins` was called before.
+
+    Not on Windows, where a process does not see that its parent ended.
+    """
     if os.name != "nt":
-        threading.Thread(target=_interrupt_at_the_end_of, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_interrupt_at_the_end_of, args=(parent_pid,), daemon=True).start()
+
+
+def end_begins() -> None:
+    """The process is cleaning up: it is not disturbed when its parent ends, too, as job managers have it (a termination, then a kill)."""
+    _ending.set()
+
+
+def _on_signal(_number: int, _frame: object) -> None:
+    end_begins()
+    raise KeyboardInterrupt
 
 
 def _interrupt_at_the_end_of(parent_pid: int) -> None:
@@ -32,4 +46,5 @@ def _interrupt_at_the_end_of(parent_pid: int) -> None:
         time.sleep(POLL_S)
     main_thread = threading.main_thread().ident
     assert main_thread is not None, "it runs"
-    signal.pthread_kill(main_thread, signal.SIGINT)
+    if not _ending.is_set():
+        signal.pthread_kill(main_thread, signal.SIGINT)

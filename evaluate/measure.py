@@ -42,7 +42,7 @@ def measure_all(work: Evaluation) -> Measurements:
     found = Measurements()
     paired = [part.prompts for part in (work.suite.velocity_gap, work.suite.latent_distance) if part is not None]
     asked = in_turn(work.questions, max(paired, default=0))
-    teacher_texts = _once(lambda: probes.texts_of(work.load(work.teacher), asked))
+    teacher_texts = _once(lambda: probes.texts_of(work.load(work.teacher), asked, work.team))
     for encoder in work.encoders:
         bench = Bench(work, encoder, found, _once(functools.partial(work.load, encoder)))
         probes_of_encoder: list[Callable[[], None]] = [bench.cost, bench.collapse]
@@ -109,24 +109,25 @@ class Bench:
     def beside_teacher(self, asked: list[Question], teacher_texts: Callable[[], list[Text]]) -> None:
         """The velocity gap and the way of the latents."""
         suite, painter, team = self.work.suite, self.work.painter, self.work.team
-        texts = _once(lambda: probes.texts_of(self.load(), asked))
+        batch = suite.sampling.batch
+        texts = _once(lambda: probes.texts_of(self.load(), asked, team))
 
         def pairs(prompts: int) -> list[probes.Pair]:
-            return [*probes.pairs(asked[:prompts], teacher_texts()[:prompts], texts()[:prompts], suite.sampling.batch)]
+            return [*probes.pairs(asked[:prompts], teacher_texts()[:prompts], texts()[:prompts], batch)]
 
         if suite.velocity_gap is not None:
             part = suite.velocity_gap
             self._measure(
                 "velocity_gap",
                 self._decided_by(asked, part.model_dump()),
-                lambda done: probes.velocity_gap(painter, pairs(part.prompts), part.sigma_bands, team, done),
+                lambda done: probes.velocity_gap(painter, pairs(part.prompts), part.sigma_bands, team, done.cut_by(batch=batch)),
             )
         if suite.latent_distance is not None:
             distance = suite.latent_distance
             self._measure(
                 "latent_distance",
                 self._decided_by(asked, distance.model_dump()),
-                lambda done: probes.latent_distance(painter, pairs(distance.prompts), team, done),
+                lambda done: probes.latent_distance(painter, pairs(distance.prompts), team, done.cut_by(batch=batch)),
             )
 
     def _decided_by(self, asked: list[Question], part: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,6 +137,7 @@ class Bench:
 
     def _measure(self, probe: str, decided_by: Mapping[str, Any], make: Callable[[Part], probes.Numbers]) -> None:
         def made(part: Part) -> dict[str, Any]:
+            self.work.team.leave_if_asked()
             log.info("%s: %s", self.encoder.name, probe.replace("_", " "))
             return {name: measured.to_json() for name, measured in make(part).items()}
 

@@ -49,9 +49,13 @@ def collapse(vectors_ND: np.ndarray) -> Numbers:
     }
 
 
-def texts_of(encoder: LoadedEncoder, questions: Sequence[Question]) -> list[Text]:
-    """The texts of some questions, in RAM."""
-    return [encoder.text(question.prompt) for question in questions]
+def texts_of(encoder: LoadedEncoder, questions: Sequence[Question], team: Team) -> list[Text]:
+    """The texts of some questions, in RAM of every process. Raises Stopped after a signal to one of them."""
+    texts = []
+    for question in questions:
+        team.leave_if_asked()
+        texts.append(encoder.text(question.prompt))
+    return texts
 
 
 def pairs(questions: Sequence[Question], teacher: Sequence[Text], student: Sequence[Text], batch: int) -> Iterator[Pair]:

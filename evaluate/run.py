@@ -33,7 +33,7 @@ from .suite import Suite
 from .team import Stopped, Team
 from .verdicts import judge_all
 
-NOTICE = "\nStopping after the batch that is in work: the same command goes on there. A second signal ends it at once.\n"
+NOTICE = "\nStopping after the batch that is in work: the same command goes on. A second signal ends it at once.\n"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,10 @@ class Part:
     @property
     def _own_name(self) -> str:
         return f"{self.name}.part"
+
+    def cut_by(self, **how: Any) -> Part:
+        """The same, if its places also depend on something that the whole does not depend on."""
+        return replace(self, decided_by={**self.decided_by, **how})
 
     def read(self) -> dict[int, Any]:
         """What was done, if it was decided by the same."""

@@ -39,28 +39,29 @@ class Team:
     ) -> list[Found]:
         """What `work` makes of each item, in their order, on every process; each process does its own part.
 
-        After a signal no further item is begun: what is done then goes into `part`, from where the next call takes it, and Stopped is
-        raised. Only what JSON can hold may go into a part.
+        After a signal to one of them no process begins a further item: what is done then goes into `part`, from where the next call takes
+        it, and Stopped is raised. Only what JSON can hold may go into a part, and the same items must have the same places.
         """
-        done: dict[int, Found] = self.ranks.share(part.read() if part is not None and self.ranks.is_main else {})
+        ranks = self.ranks
+        done: dict[int, Found] = ranks.share(part.read() if part is not None and ranks.is_main else {})
         left = [place for place in range(len(items)) if place not in done]
-        for made in self.ranks.gather(self._own_share(left, items, work, what, unit)):
-            done |= made
-        if len(done) == len(items):
-            return [done[place] for place in range(len(items))]
-        if part is not None and self.ranks.is_main:
-            part.write(done)
-        raise Stopped
-
-    def _own_share(
-        self, left: Sequence[int], items: Sequence[Item], work: Callable[[Item], Found], what: str, unit: str
-    ) -> dict[int, Found]:
-        """What this process makes of its items before a signal, by their places."""
-        mine, made = left[self.ranks.rank :: self.ranks.world], dict[int, Found]()
-        with self.bar(len(mine), what, unit) as bar:
-            for place in mine:
-                if self.stop():
+        rounds = [left[start : start + ranks.world] for start in range(0, len(left), ranks.world)]
+        made, stopped = dict[int, Found](), False
+        with self.bar(len(left[ranks.rank :: ranks.world]), what, unit) as bar:
+            for places in rounds:
+                # Before each round all agree: one that left alone would wait for the others until it is taken for lost.
+                stopped = ranks.any_of(self.stop())
+                if stopped:
                     break
-                made[place] = work(items[place])
-                bar.update()
-        return made
+                if ranks.rank < len(places):
+                    place = places[ranks.rank]
+                    made[place] = work(items[place])
+                    bar.update()
+        for more in ranks.gather(made):
+            done |= more
+        if stopped:
+            if part is not None and done and ranks.is_main:
+                part.write(done)
+            ranks.barrier()  # under torchrun the first process that leaves has the others ended
+            raise Stopped
+        return [done[place] for place in range(len(items))]

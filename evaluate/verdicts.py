@@ -67,6 +67,7 @@ class Bench:
         device = str(work.painter.model.load_device)
         self._judge = functools.cache(lambda: make_judge(metric, task, work.suite, device))
         self._inception = functools.cache(lambda: inception(work.suite, device))
+        self._photographs = functools.cache(lambda: np.stack(self._in_groups(work.teacher, self._photographed)))
 
     def scores(self, encoder: EncoderFile) -> dict[str, list[float]]:
         """The scores of an encoder's pictures, by number."""
@@ -107,13 +108,13 @@ class Bench:
         def painted(one: EncoderFile, group: list[Question]) -> list[np.ndarray]:
             return [*self._inception().features(np.stack(self._pictures(one, group)))]
 
-        def photographed(_one: EncoderFile, group: list[Question]) -> list[np.ndarray]:
-            return [self._photograph(question) for question in group]
-
-        found = fid(np.stack(self._in_groups(encoder, painted)), np.stack(self._in_groups(encoder, photographed)))
+        found = fid(np.stack(self._in_groups(encoder, painted)), self._photographs())
         reach = Z_95 * found.deviation
         measured = Measured(found.value, found.n, found.value - reach, found.value + reach)
         return self._inception().metric_name, measured.to_json()
+
+    def _photographed(self, _encoder: EncoderFile, group: list[Question]) -> list[np.ndarray]:
+        return [self._photograph(question) for question in group]
 
     def _photograph(self, question: Question) -> np.ndarray:
         """The features [D] of the photograph that the prompt was written to, in its own size."""

@@ -28,10 +28,18 @@ register_pack()
 
 def pytest_configure() -> None:
     """A dev.py that is killed passes nothing on: its tests clean up all the same, and end."""
-    from distilled_t5.devtools.ending import interrupt_at_the_end_of_the_parent
+    from distilled_t5.devtools.ending import interrupt_at_the_end_of
 
-    if os.environ.get("STARTED_BY_DEV_PY") == str(os.getppid()):
-        interrupt_at_the_end_of_the_parent()
+    parent_pid = os.getppid()
+    if os.environ.get("STARTED_BY_DEV_PY") == str(parent_pid):
+        interrupt_at_the_end_of(parent_pid)
+
+
+def pytest_keyboard_interrupt() -> None:
+    """From here on fixtures are taken down."""
+    from distilled_t5.devtools.ending import end_begins
+
+    end_begins()
 
 
 @pytest.fixture(scope="session")

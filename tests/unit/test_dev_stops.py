@@ -62,27 +62,44 @@ folder = pathlib.Path(__file__).parent
 def server():
     (folder / "started").touch()
     yield
+    (folder / "cleaning up").touch()
+    time.sleep(2)
     (folder / "cleaned up").touch()
 
 def test_long(server):
     time.sleep(60)
 """
 RUNS_TESTS = """
-import runpy, sys, dev
+import sys, dev
 dev.run_in_foreground([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", sys.argv[1]])
+"""
+HOOKS = """
+import runpy
+ours = runpy.run_path({path!r})
+pytest_configure, pytest_keyboard_interrupt = ours["pytest_configure"], ours["pytest_keyboard_interrupt"]
 """
 
 
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path.name}"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows tells no process that its parent ended")
-def test_tests_clean_up_when_dev_py_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [None, "SIGTERM"])
+def test_tests_clean_up_undisturbed_when_dev_py_is_killed(tmp_path: Path, first: str | None) -> None:
     (tmp_path / "test_long.py").write_text(TESTS)
-    of_all_tiers = str(ROOT / "tests" / "conftest.py")
-    (tmp_path / "conftest.py").write_text(f"import runpy\npytest_configure = runpy.run_path({of_all_tiers!r})['pytest_configure']\n")
+    (tmp_path / "conftest.py").write_text(HOOKS.format(path=str(ROOT / "tests" / "conftest.py")))
     running = subprocess.Popen([sys.executable, "-c", RUNS_TESTS, str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
-    for step in ("started", "cleaned up"):
-        deadline = time.monotonic() + 30
-        while not (tmp_path / step).exists():
-            assert time.monotonic() < deadline, f"not {step}"
-            time.sleep(0.02)
+    try:
+        wait_for(tmp_path / "started")
+        if first:
+            running.send_signal(getattr(signal, first))
+            wait_for(tmp_path / "cleaning up")
+    finally:
         running.kill()
-    running.wait()
+        running.wait()
+    wait_for(tmp_path / "cleaned up")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from distilled_t5.evaluate.scores import Kept, kept_or_made
+from distilled_t5.evaluate.scores import Kept, Part, kept_or_made
 from distilled_t5.evaluate.team import Stopped, Team
 from distilled_t5.train.ranks import Ranks
 from tqdm import tqdm
@@ -78,6 +78,28 @@ def test_what_another_judge_did_is_not_taken(tmp_path):
     assert other.done == [0, 1, 2, 3, 4]
 
 
+def test_what_was_cut_otherwise_is_not_taken(tmp_path):
+    def batches(size: int) -> list[list[int]]:
+        return [list(range(start, min(start + size, 6))) for start in range(0, 6, size)]
+
+    def ask(size: int, signal_at: int | None) -> list[float]:
+        work = Work(Kept(tmp_path), signal_at)
+
+        def all_of(part: Part) -> list[float]:
+            whole = work.team.share_out(
+                batches(size), lambda batch: [work.square(one)[0] for one in batch], "", part=part.cut_by(batch=size)
+            )
+            return [one for batch in whole for one in batch]
+
+        return kept_or_made(work.kept, Ranks(), "student/task", DECIDED_BY, all_of)
+
+    for size in (3, 2, 1):
+        with pytest.raises(Stopped):
+            ask(size, signal_at=size)
+    assert ask(2, None) == [number * number / 3 for number in range(6)]
+    assert [path.name for path in tmp_path.rglob("*.json")] == ["task.json"]
+
+
 def test_work_without_a_part_starts_over(tmp_path):
     work = Work(Kept(tmp_path), signal_at=2)
     for _ in range(2):
@@ -130,10 +152,10 @@ def test_two_processes_leave_together_and_share_out_what_is_left(tmp_path):
     script = tmp_path / "together.py"
     script.write_text(TOGETHER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run([*launcher, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run([*launcher, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
     one, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert one["stopped"] == other["stopped"] == [True, False]
-    assert (one["done"][0], other["done"][0]) == ([0, 2, 4, 6, 8], [1, 3])
-    assert (one["done"][1], other["done"][1]) == ([5], [7])
+    assert (one["done"][0], other["done"][0]) == ([0, 2], [1, 3]), "none goes on while the other waits"
+    assert (one["done"][1], other["done"][1]) == ([4, 6, 8], [5, 7])
     assert one["found"] == other["found"] == [number * number / 3 for number in range(9)]
