@@ -51,7 +51,7 @@ class Outcome:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of every child process: offline for model hubs, silent for telemetry, UTF-8 everywhere."""
+    """The environment of every child process: offline for model hubs, silent for telemetry, UTF-8 everywhere, and whose child it is."""
     plain = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", "COMFYUI_PATH", "VIRTUAL_ENV")}
     fixed = {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "DEBIAN_FRONTEND": "noninteractive"}
     return plain | fixed | {"STARTED_BY_DEV_PY": str(os.getpid())} | extra

@@ -9,6 +9,7 @@ import argparse
 import functools
 import json
 import logging
+import math
 import shutil
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -124,9 +125,8 @@ def measure_context_free(comfyui: Path, file: Path, count: int) -> Row:
 
 def share_interval(student: Row, teacher: Row) -> tuple[float, float] | None:
     """The 95 % interval of the share of the teacher's mean accuracy, by resampling the questions of each task, the same for both; None
-    where single verdicts are not known."""
+    where single verdicts are not known or all are alike."""
     drawn = _drawn_again([student, teacher])
-    # Of verdicts that are all alike, resampling says nothing.
     return None if drawn is None or np.ptp(drawn[:, 0]) == 0 else _interval(drawn[:, 0] / drawn[:, 1])
 
 
@@ -162,13 +162,8 @@ def pair(seed: int, following: Row, naive: Row, teacher: Row, minutes: Sequence[
 
 def training_minutes(work: Path, name: str) -> float | None:
     """Minutes that a student was trained for; None if that was not on this machine."""
-    run, steps = work / "runs" / name, sum(stage.steps for run in RUNS if run.name == name for stage in stages_of(run))
-    return round(training_s(run, steps) / 60, 1) if (run / "metrics.jsonl").is_file() else None
-
-
-def stages_of(run: Run) -> Sequence[Any]:
-    """The stages of a run's recipe."""
-    return load_recipe(run.recipe, run.all_settings).stages
+    run = work / "runs" / name
+    return round(training_s(run) / 60, 1) if (run / "metrics.jsonl").is_file() else None
 
 
 def entry(name: str, row: Row, teacher: Row | None, **facts: Any) -> dict[str, Any]:
@@ -210,7 +205,7 @@ def context_free_facts(file: Path) -> dict[str, Any]:
 
 def objective_of(run: Run) -> str:
     """The objectives of a run's stages: velocity, embedding, or both, one after the other."""
-    return ", then ".join(dict.fromkeys(stage.objective for stage in stages_of(run)))
+    return ", then ".join(dict.fromkeys(stage.objective for stage in load_recipe(run.recipe, run.settings).stages))
 
 
 def untrained_file(work: Path) -> Path:
@@ -239,8 +234,8 @@ def measured_file(work: Path, name: str) -> Path | None:
     return shipped if shipped.is_file() else None
 
 
-def training_s(run: Path, steps: int) -> float:
-    """Seconds that a run spent in its first optimizer steps, without validations, previews and checkpoints."""
+def training_s(run: Path, steps: float = math.inf) -> float:
+    """Seconds that a run spent in its first optimizer steps, or in all, without validations, previews and checkpoints."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     batch = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))["stage"][0]["batch"]
     return sum(batch / row["samples_per_s"] for row in rows if "loss" in row and row["step"] <= steps)

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 from distilled_t5.devtools.miniature import MIDDLE
-from distilled_t5.devtools.miniature_results import Row, asked_suite, curve_files, entry, pair, point, rows_of, share_interval, training_s
+from distilled_t5.devtools.miniature_results import (
+    Row,
+    asked_suite,
+    curve_files,
+    entry,
+    pair,
+    point,
+    rows_of,
+    share_interval,
+    training_minutes,
+    training_s,
+)
 from distilled_t5.evaluate.confidence import Score
 from distilled_t5.miniature.measure import MEASURED
 from distilled_t5.miniature.world import TASKS
@@ -102,7 +113,10 @@ def test_the_curve_has_every_second_point_of_imitation_and_every_point_of_follow
 
 def test_a_point_tells_steps_seconds_of_training_and_share(tmp_path):
     run = run_with_checkpoints(tmp_path, 2)
-    assert (training_s(run, 1), training_s(run, 2)) == (0.5, 2.5)
+    assert (training_s(run, 1), training_s(run, 2), training_s(run)) == (0.5, 2.5, 2.5)
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 3, "loss": 1.0, "samples_per_s": 0.16}) + "\n")  # 200 s more
+    assert (training_minutes(tmp_path, MIDDLE), training_minutes(tmp_path, "elsewhere")) == (3.4, None)
     file = run / "checkpoints" / "step-000002" / "student.safetensors"
     told = point(file, Row(dict.fromkeys(TASKS, Score(2, 4))), Row(dict.fromkeys(TASKS, Score(4, 4))))
     assert told == {"steps": 2, "training_s": 2.5, "share_of_teacher": 0.5, "share_interval": None, "n": 4}
