@@ -264,10 +264,11 @@ def point(file: Path, row: Row, teacher: Row) -> dict[str, Any]:
 
 
 def curve_of(comfyui: Path, work: Path, count: int) -> list[dict[str, Any]]:
-    """The middle student at its checkpoints; where they are gone, what results.json says, since it cannot be measured again."""
+    """The middle student at its checkpoints; where they are gone, what results.json says, since it cannot be measured again (a trial
+    without has no curve)."""
     files = curve_files(work)
     if not files:
-        return json.loads(RESULTS.read_text(encoding="utf-8")).get("curve", []) if RESULTS.is_file() else []
+        return json.loads(RESULTS.read_text(encoding="utf-8")).get("curve", []) if work == WORK and RESULTS.is_file() else []
     teacher, *students = evaluate(comfyui, asked_suite(count, probes=False), files, work / PARTS[2])
     return [point(file, row, teacher) for file, row in zip(files, students, strict=True)]
 

@@ -12,6 +12,7 @@ from distilled_t5.devtools.miniature_results import (
     Row,
     asked_suite,
     curve_files,
+    curve_of,
     entry,
     pair,
     point,
@@ -109,6 +110,10 @@ def test_the_curve_has_every_second_point_of_imitation_and_every_point_of_follow
     run_with_checkpoints(tmp_path, 500, 1000, 1500, 4500, 5000, 5500, 7000)
     assert [int(file.parent.name[5:]) for file in curve_files(tmp_path)] == [1000, 5000, 5500, 7000]
     assert curve_files(tmp_path / "elsewhere") == []
+
+
+def test_a_trial_without_checkpoints_does_not_tell_the_kept_curve_as_its_own(tmp_path):
+    assert curve_of(tmp_path, tmp_path, 1) == []
 
 
 def test_a_point_tells_steps_seconds_of_training_and_share(tmp_path):
