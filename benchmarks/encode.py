@@ -14,11 +14,12 @@ from typing import Any
 
 import psutil
 import torch
-from distilled_t5.devtools import measure, stand_ins
-from distilled_t5.devtools.host import start_comfyui
-from distilled_t5.devtools.model_sizes import FluxSizes
+from distilled_t5.benchmarks.support import measuring as measure
+from distilled_t5.benchmarks.support.model_sizes import FluxSizes
+from distilled_t5.devtools.comfyui.in_process import start_comfyui
+from distilled_t5.devtools.models import random_models as stand_ins
 from distilled_t5.encoder.files import write_student
-from distilled_t5.encoder.layout import StudentLayout
+from distilled_t5.students.t5.layout import StudentLayout
 from safetensors.torch import save_file
 
 PROMPTS = (

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distilled_t5.devtools import measure
-from distilled_t5.devtools.host import start_comfyui
-from distilled_t5.encoder.layout import StudentLayout
+from distilled_t5.benchmarks.support import measuring as measure
+from distilled_t5.devtools.comfyui.in_process import start_comfyui
+from distilled_t5.students.t5.layout import StudentLayout
 from torch import Tensor, nn
 
 PROMPTS = (
@@ -107,7 +107,7 @@ def resident_mb(clip: Any) -> float:
 
 def as_trained(layout: StudentLayout, tensors: dict[str, Tensor], clip: Any, prompts: tuple[str, ...]) -> Tensor:
     """Embeddings of the training implementation for the same tokens."""
-    from distilled_t5.encoder.student import DistilledT5
+    from distilled_t5.students.t5.trained import DistilledT5
 
     student = DistilledT5(layout).eval()
     student.load_tensors(tensors)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distilled_t5.devtools import measure
-from distilled_t5.devtools.host import ROOT, start_comfyui
-from distilled_t5.devtools.server import ComfyServer
-from distilled_t5.devtools.start_cost import measured
-from distilled_t5.devtools.watch import Watched
+from distilled_t5.benchmarks.support import measuring as measure
+from distilled_t5.benchmarks.support.start_cost import measured
+from distilled_t5.devtools.comfyui.in_process import ROOT, start_comfyui
+from distilled_t5.devtools.comfyui.server import ComfyServer
+from distilled_t5.devtools.comfyui.watch import Watched
 from distilled_t5.encoder.files import write_student
-from distilled_t5.encoder.layout import StudentLayout
+from distilled_t5.students.t5.layout import StudentLayout
 
 # A published pack should take less; ComfyUI polls for Cancel, so an instant stop is not to be had.
 EXPECTED_START_S, EXPECTED_CANCEL_S = 0.3, 0.5

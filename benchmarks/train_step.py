@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from distilled_t5.devtools import measure
-from distilled_t5.devtools.host import start_comfyui
-from distilled_t5.devtools.training_worlds import GUIDANCE, TRAJECTORY_STEPS, World, real_world, small_world
+from distilled_t5.benchmarks.support import measuring as measure
+from distilled_t5.benchmarks.support.training_worlds import GUIDANCE, TRAJECTORY_STEPS, World, real_world, small_world
+from distilled_t5.devtools.comfyui.in_process import start_comfyui
 from torch import Tensor
 
 REAL_TEXT_TOKENS = (77, 256, 512)
@@ -156,8 +156,8 @@ class Bench:
     @contextlib.contextmanager
     def in_order(self, order: str, checkpointed: bool) -> Iterator[Callable[[Any, Any], tuple[float, Any]]]:
         """The step of an order of work, with the diffusion model made ready for it."""
-        from distilled_t5.train.block_checkpoint import replaced_forward
-        from distilled_t5.train.velocity import differentiable
+        from distilled_t5.diffusion.block_checkpoint import replaced_forward
+        from distilled_t5.diffusion.frozen import differentiable
 
         model = self.flow.model.diffusion_model
         with contextlib.ExitStack() as stack:

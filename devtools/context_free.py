@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from torch.nn import Embedding, Module, Parameter
 
-from ..encoder.families import FAMILIES
-from ..miniature.captions import TOKEN_LENGTH
+from ..diffusion.frozen import differentiable
+from ..families import FAMILIES
 from ..miniature.paint import Encode
-from ..train.disk import replace_file
+from ..runtime.disk import replace_file
+from ..runtime.ranks import Ranks
+from ..students.t5.tokens import fit
 from ..train.distill import train_step
 from ..train.objectives import OBJECTIVES
 from ..train.optimizer import make_optimizer
-from ..train.ranks import Ranks
 from ..train.recipe import Recipe
 from ..train.run import open_workshop
-from ..train.token_ids import fit
-from ..train.velocity import differentiable
+from ..world.captions import TOKEN_LENGTH
 
 VOCABULARY = 32_128
 

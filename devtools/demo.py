@@ -22,13 +22,13 @@ from typing import Any
 
 from PIL import Image
 
-from ..miniature.measure import questions
-from ..miniature.reader import verdict
-from ..miniature.world import TASKS, Scene
-from .ending import interrupt_when_asked
-from .server import ComfyServer
-from .verdict_sheet import pixels, verdict_sheet
-from .workflow import set_inputs, to_api_prompt
+from ..world.pictures import TASKS, Scene
+from ..world.questions import questions
+from ..world.reader import verdict
+from .comfyui.ending import interrupt_when_asked
+from .comfyui.server import ComfyServer
+from .comfyui.workflow import set_inputs, to_api_prompt
+from .demo_sheet import pixels, verdict_sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOW = ROOT / "example_workflows" / "miniature.json"

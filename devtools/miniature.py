@@ -16,9 +16,10 @@ from pathlib import Path
 
 import psutil
 
-from ..miniature.folders import KINDS, SHIPPED, place
-from .children import call, stop_children
-from .ending import interrupt_when_asked
+from ..miniature.files import KINDS, place
+from ..runtime.model_folders import SHIPPED
+from .comfyui.children import call, stop_children
+from .comfyui.ending import interrupt_when_asked
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".dev" / "miniature"

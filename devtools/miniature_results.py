@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import safetensors.torch
 
-from ..train.disk import replace_file
-from ..train.host import start_comfyui
+from ..runtime.comfyui import start_comfyui
+from ..runtime.disk import replace_file
 from ..train.recipe import load_recipe
-from .children import call
+from .comfyui.children import call
+from .docs.miniature_tables import RESULTS, SCALED, blocks, write
 from .miniature import (
     CONTEXT_FREE,
     MIDDLE,
@@ -39,7 +40,6 @@ from .miniature import (
     same_weights,
     student_file,
 )
-from .miniature_tables import RESULTS, SCALED, blocks, write
 
 if TYPE_CHECKING:
     from ..evaluate.confidence import Score
@@ -70,7 +70,7 @@ class Row:
 def asked_suite(count: int, *, probes: bool) -> Suite:
     """The shipped suite with `count` prompts for each task; without probes it paints only the tasks that the share of the teacher is of."""
     from ..evaluate.suite import load_suite
-    from ..miniature.world import TASKS
+    from ..world.pictures import TASKS
 
     suite = load_suite("miniature")
     tasks = [task for task in suite.tasks if probes or task.name in TASKS]
@@ -132,7 +132,7 @@ def share_interval(student: Row, teacher: Row) -> tuple[float, float] | None:
 
 def _drawn_again(rows: Sequence[Row]) -> np.ndarray | None:
     """Mean accuracies [resamples, rows] on questions of each task drawn again, the same for all rows; None without single verdicts."""
-    from ..miniature.world import TASKS
+    from ..world.pictures import TASKS
 
     if not all(row.verdicts for row in rows):
         return None
@@ -212,9 +212,9 @@ def untrained_file(work: Path) -> Path:
     """The middle student as it is before its first step: what chance gives."""
     from ..encoder.files import write_student
     from ..encoder.metadata import StudentMetadata
-    from ..miniature.captions import TOKEN_LENGTH
     from ..miniature.teacher import LAYOUT
     from ..train.student_start import RANDOM, make_student
+    from ..world.captions import TOKEN_LENGTH
 
     path = student_file(work, UNTRAINED)
     if not path.is_file():
@@ -226,7 +226,7 @@ def untrained_file(work: Path) -> Path:
 
 def measured_file(work: Path, name: str) -> Path | None:
     """The file of a student that is measured, in bfloat16: the pack's, unless this machine trained another of the name; None: neither."""
-    from ..miniature.folders import SHIPPED
+    from ..runtime.model_folders import SHIPPED
 
     shipped, made = SHIPPED / "text_encoders" / f"{name}.safetensors", student_file(work, name)
     if made.is_file() and not same_weights(shipped, made):
@@ -291,8 +291,9 @@ def _measured(comfyui: Path, encoders: Mapping[str, Found], count: int, out: Pat
 
 def results(comfyui: Path, work: Path, count: int) -> dict[str, Any]:
     """Measure the teacher and every student, baseline and point of the curve that there is."""
-    from ..miniature.folders import SHIPPED, TEACHER_FILE, place
-    from .measure import machine
+    from ..benchmarks.support.measuring import machine
+    from ..miniature.files import TEACHER_FILE, place
+    from ..runtime.model_folders import SHIPPED
 
     done = work / "measured"
     if done.is_file():  # by a command that came to its end: everything is measured anew

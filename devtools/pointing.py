@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..evaluate.attention import points_inside, positions_of, word_positions
 from ..evaluate.attention_recorder import AttentionRecorder, map_of, recording_model
-from ..miniature.captions import SHAPE_NAMES
-from ..miniature.folders import SHIPPED, TEACHER_FILE, place
-from ..miniature.measure import questions
-from ..miniature.world import PLACES, SHAPE_SIDE, SIDE, Scene, Thing
-from .host import start_comfyui
+from ..miniature.files import TEACHER_FILE, place
+from ..runtime.model_folders import SHIPPED
+from ..world.captions import SHAPE_NAMES
+from ..world.pictures import PLACES, SHAPE_SIDE, SIDE, Scene, Thing
+from ..world.questions import questions
+from .comfyui.in_process import start_comfyui
 
 TASKS = ("single_object", "colour_shape_binding", "position")
 STEPS, GUIDANCE = 20, 3.5
@@ -64,7 +65,7 @@ def pointing(folder: Path, encoder: Path, count: int = 100) -> Pointing:
     """Play the pointing game with the Flux and the VAE of a folder and an encoder's file. ComfyUI must be importable."""
     from ..encoder.served import ServingOptions, load_encoder
     from ..miniature.paint import Painter
-    from ..miniature.reader import verdict
+    from ..world.reader import verdict
 
     painter, clip = Painter(folder), load_encoder(str(encoder), None, ServingOptions(dtype=torch.float32)).clip
     hits = right = hits_in_right = 0

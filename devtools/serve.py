@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from .ending import interrupt_when_asked
-from .server import ComfyServer
-from .stand_ins import ensure_all, link_into
+from .comfyui.ending import interrupt_when_asked
+from .comfyui.server import ComfyServer
+from .models.random_models import ensure_all, link_into
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".dev"

@@ -9,9 +9,9 @@ from pathlib import Path
 import comfy.utils
 from torch import Tensor
 
-from .errors import StudentFileError, listed
+from ..runtime.errors import StudentFileError, listed
+from ..students.t5.layout import Shape
 from .files import SAFETENSORS, check_finite, load_tensors, read_header
-from .layout import Shape
 
 # Width and depth of the text half of OpenAI's CLIP ViT-L/14, which the host's own config fixes.
 WIDTH, LAYERS, FEED_FORWARD = 768, 12, 3072

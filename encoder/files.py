@@ -17,12 +17,13 @@ import safetensors
 import torch
 from torch import Tensor
 
+from ..runtime.disk import sync_folder
+from ..runtime.errors import StudentFileError, listed, printable
+from ..students.t5.layout import SHARED, Shape, StudentLayout, read_layout
 from .dialects import published_names, split_twin
-from .errors import StudentFileError, listed, printable
 from .foreign import refuse_foreign, refuse_unprojected
-from .layout import SHARED, Shape, StudentLayout, read_layout
 from .metadata import HASH_KEY, HEADER_HASH_KEY, KEY, NO_HASH, StudentMetadata, check_against_layout, described, read_metadata
-from .stream import SAFETENSORS_NAMES, sync_folder, write_stream
+from .stream import SAFETENSORS_NAMES, write_stream
 from .torch_zip import check_torch_zip, load_torch_zip
 
 SAFETENSORS = (".safetensors", ".sft")

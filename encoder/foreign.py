@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .errors import StudentFileError
-from .layout import NAMED_SIZES, POSITION_BIAS, SHARED, Shape
+from ..runtime.errors import StudentFileError
+from ..students.t5.layout import NAMED_SIZES, POSITION_BIAS, SHARED, Shape
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 
-from .errors import StudentFileError, printable
-from .families import FAMILIES
-from .layout import StudentLayout
+from ..families import FAMILIES
+from ..runtime.errors import StudentFileError, printable
+from ..students.t5.layout import StudentLayout
 
 FORMAT_VERSION = "1"
 AUTHORS_TOKEN_LENGTH = 256

@@ -22,11 +22,11 @@ from comfy.text_encoders.flux import FluxTokenizer
 from comfy.text_encoders.t5 import T5
 from torch import Tensor, nn
 
+from ..families import FAMILIES
+from ..runtime.errors import StudentFileError, listed
+from ..students.t5.layout import StudentLayout
 from .clip_l import load_for_host, open_clip_l
-from .errors import StudentFileError, listed
-from .families import FAMILIES
 from .files import FLOAT_NAMES, Progress, StudentFile, not_finite, open_student
-from .layout import StudentLayout
 from .lora_log import fold_t5xxl_lora_lines
 from .metadata import MAX_TOKENS, StudentMetadata, of_changed_weights
 

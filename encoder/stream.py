@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -56,19 +55,6 @@ def write_stream(
         os.fsync(file.fileno())
     assert done == total, "a tensor was not of the size that was announced"
     return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last through a power cut, where the system can (POSIX)."""
-    if os.name != "posix":
-        return
-    # Some network file systems take no fsync of a folder, or do not open one; the files are on the disk already.
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _order(sizes: Sizes) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import StudentFileError, printable
+from ..runtime.errors import StudentFileError, printable
 
 CHUNK_BYTES = 1 << 20
 # The table of names of a T5-XXL takes 30 kB and 1,500 bytes that could be tuples.

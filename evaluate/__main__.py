@@ -49,7 +49,7 @@ def main(options: argparse.Namespace, flags: list[str]) -> int:
         print("\nStopped.", file=sys.stderr)
         return 130
     except Exception as error:
-        from distilled_t5.train.failure import ADVICE, ISSUES, explained
+        from distilled_t5.runtime.failure import ADVICE, ISSUES, explained
 
         sentence = explained(error, None)
         fault = f"This is a fault of the evaluation, not of what you gave it.\n{ADVICE}report it at {ISSUES} with the lines below."
@@ -62,12 +62,12 @@ def main(options: argparse.Namespace, flags: list[str]) -> int:
 def run(options: argparse.Namespace, flags: list[str]) -> int:
     """Evaluate a suite under ComfyUI started with these flags; the exit status."""
     from distilled_t5.evaluate.suite import load_suite
-    from distilled_t5.train.host import find_comfyui, start_comfyui
+    from distilled_t5.runtime.comfyui import find_comfyui, start_comfyui
 
     suite = load_suite(options.suite, options.set)
     start_comfyui(find_comfyui(options.comfyui), flags)
     import torch
-    from distilled_t5.train.ranks import Ranks
+    from distilled_t5.runtime.ranks import Ranks
 
     with Ranks.open("cuda" if torch.cuda.is_available() and "--cpu" not in flags else "cpu") as ranks:
         # Only now: ComfyUI looks at the current GPU when it is imported, and each process shall look at its own.

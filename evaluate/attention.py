@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 from ..encoder.prompt_length import t5_tokens
-from ..train.token_ids import END, PAD
+from ..students.t5.tokens import END, PAD
 
 UNKNOWN_TOKEN, UNKNOWN_SIGN = 2, "\N{REPLACEMENT CHARACTER}"
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a space

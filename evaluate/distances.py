@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.optional import needed
 from ..train.trajectory import Flow, Position
 from ..train.validation import gaps_by_band
 from .local_weights import frozen, load_file
-from .optional import needed
 from .pictures import checked_images
 
 ALEXNET_SOURCE = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .optional import needed
+from ..runtime.optional import needed
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encoder.errors import StudentFileError
 from ..encoder.files import open_student
-from ..train.host import model_file
-from ..train.teacher import Teacher, literal, load_teacher
+from ..encoder.teacher import Teacher, literal, load_teacher
+from ..runtime.comfyui import model_file
+from ..runtime.errors import StudentFileError
 from .fingerprint import fingerprint
 from .suite import Suite
 

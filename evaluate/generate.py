@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..train.ranks import Ranks
+from ..runtime.ranks import Ranks
 from .encoders import EncoderFile, LoadedEncoder, Text, of_one_length, together
 from .painter import Painter
 from .questions import Question

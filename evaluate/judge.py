@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from ..runtime.optional import needed
 from . import compbench, ocr
 from .fingerprint import fingerprint
-from .optional import needed
 from .questions import Question
 from .readers import make_reader
 from .suite import PART_OF_METRIC, Suite, Task
@@ -98,7 +98,7 @@ def make_judge(metric: str, task: Task, suite: Suite, device: str) -> Judge:
 
 def _readback(questions: Sequence[Question], pictures: Pictures, _teachers: Pictures) -> list[dict[str, float]]:
     """Whether the miniature's exact reader finds in the picture all that the scene asks for."""
-    from ..miniature.reader import verdict
+    from ..world.reader import verdict
 
     pairs = zip(questions, pictures, strict=True)
     return [{"readback": float(verdict(_scene_of(question), picture / 255.0))} for question, picture in pairs]

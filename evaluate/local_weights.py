@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encoder.errors import listed, printable
 from ..encoder.files import SAFETENSORS, load_tensors
+from ..runtime.errors import listed, printable
 
 CONFIG, TOKENIZERS = "config.json", ("tokenizer.json", "vocab.json", "vocab.txt")
 FETCH = "fetch it whole, and give the path to where it lies"

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import comfy.sample
@@ -37,15 +36,6 @@ class Sampling:
     def __str__(self) -> str:
         guided = "without guidance" if self.guidance is None else f"guidance {self.guidance:g}"
         return f"{SAMPLER} {SCHEDULER}, {self.steps} steps, {guided}, {self.resolution_px} px"
-
-
-def load_vae(path: Path) -> Any:
-    """A VAE as the stock VAELoader loads it. Raises ValueError for a file that is none."""
-    tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
-    vae = comfy.sd.VAE(sd=tensors, metadata=metadata)
-    if vae.first_stage_model is None:
-        raise ValueError(f"{path.name} is no VAE that ComfyUI knows.\nWhat to do: name the VAE of the diffusion model (ae.safetensors).")
-    return vae
 
 
 class Painter:

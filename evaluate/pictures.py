@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..runtime.optional import needed
 from .local_weights import frozen, load_file, load_folder, load_processor
-from .optional import needed
 
 INCEPTION_FEATURES = "2048"
 # The Inception of the FID's authors as torch-fidelity, pytorch-fid and torchmetrics read it; its SHA-256 begins as its name ends.

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..diffusion.frozen import FrozenFlow, held_bytes
 from ..train.trajectory import LATENT_CELL_PX, Position
-from ..train.velocity import FrozenFlow, held_bytes
 from .cost import timed
 from .distances import latent_rms, velocity_gaps
 from .embeddings import effective_rank, pooled, pooled_distance

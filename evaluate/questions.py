@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..train.common_text import common_text
-from ..train.corpora import PromptError, compbench_files, located, read_file
+from ..prompts.common_text import common_text
+from ..prompts.corpora import PromptError, compbench_files, located, read_file
 from .compbench import RELATIONS_2D, RELATIONS_3D, numeracy_score, relation_in
 
 if TYPE_CHECKING:
-    from ..miniature.world import Scene
+    from ..world.pictures import Scene
     from .suite import Prompts, Suite, Task
 
 RELATIONS = {"spatial": RELATIONS_2D, "3d_spatial": RELATIONS_3D}
@@ -80,7 +80,7 @@ def _compbench(source: Prompts) -> list[str]:
 
 
 def _miniature(source: Prompts) -> list[dict[str, Any]]:
-    from ..miniature.measure import questions
+    from ..world.questions import questions
 
     asked = questions(source.category, source.limit)
     return [{"prompt": caption, "scene": scene, "target": " ".join(scene.words).upper() or None} for scene, caption in asked]

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..train.corpora import pip_install
-from .optional import needed
+from ..runtime.optional import needed, pip_install
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..train.disk import replace_file
+from ..runtime.disk import replace_file
 from . import provenance
 from .embeddings import joint_tsne, map_image
 from .page import SMALL_PX, Notes, chosen_questions, page, row

@@ -12,19 +12,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..train.disk import replace_file
-from ..train.host import model_file
-from ..train.models import open_flux
-from ..train.ranks import Ranks
-from ..train.report import FILE_INTERVAL_S, TERMINAL_INTERVAL_S, logging_to
-from ..train.run_directory import lock
-from ..train.stop import StopRequest
+from ..diffusion.files import open_flux
+from ..diffusion.vae import load_vae
+from ..runtime.comfyui import model_file
+from ..runtime.disk import replace_file
+from ..runtime.lock import lock
+from ..runtime.logs import FILE_INTERVAL_S, TERMINAL_INTERVAL_S, logging_to
+from ..runtime.ranks import Ranks
+from ..runtime.stop import StopRequest
 from . import provenance
 from .encoders import EncoderFile, LoadedEncoder, find_encoders, fingerprint
 from .generate import left_to_paint, made_of, paint_all
 from .judge import check_judges
 from .measure import measure_all
-from .painter import Painter, Sampling, load_vae
+from .painter import Painter, Sampling
 from .questions import Question, read_questions
 from .report import write_all
 from .scores import Kept

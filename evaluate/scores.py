@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..train.disk import replace_file, sha256
-from ..train.ranks import Ranks
+from ..runtime.disk import replace_file, sha256
+from ..runtime.ranks import Ranks
 
 
 class Kept:

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ..encoder.stream import sync_folder
-from ..train.disk import UNFINISHED, replace_file
+from ..runtime.disk import UNFINISHED, replace_file, sync_folder
 
 # What decides the pictures of a folder; one of other models or prompts is not mixed in.
 MADE_OF = "made_of.json"

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ..train.corpora import COMPBENCH_CATEGORIES
-from ..train.recipe import FROM_LIST, NOT_EMPTY, Count, FileStem, Part, Text
-from ..train.recipe_file import find_recipe, read_recipe
-from ..train.toml_text import write_toml
+from ..config.files import find_recipe, read_recipe
+from ..config.parts import FROM_LIST, NOT_EMPTY, Count, FileStem, Part, Text
+from ..config.toml import write_toml
+from ..prompts.corpora import COMPBENCH_CATEGORIES
 
 SHIPPED = Path(__file__).resolve().parent / "suites"
 # Kinds of prompts that come from a file or folder, and those that are made here.
@@ -79,7 +79,7 @@ class Prompts(Part):
 
 
 def _miniature_tasks() -> tuple[str, ...]:
-    from ..miniature.scenes import NEW_IN_TASK  # brings numpy, which importing this module need not
+    from ..world.scenes import NEW_IN_TASK  # brings numpy, which importing this module need not
 
     return tuple(NEW_IN_TASK)
 

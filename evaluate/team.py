@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from ..train.ranks import Ranks
+from ..runtime.ranks import Ranks
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -52,15 +52,15 @@ def command_line() -> argparse.ArgumentParser:
 
 def make(options: argparse.Namespace) -> list[Path | None]:
     """Make what is asked for; None stands for what was stopped."""
-    from distilled_t5.miniature.folders import SHIPPED
-    from distilled_t5.train.host import find_comfyui, start_comfyui
+    from distilled_t5.runtime.comfyui import find_comfyui, start_comfyui
+    from distilled_t5.runtime.model_folders import SHIPPED
 
     options.out = options.out or (SHIPPED if options.what in ("measure", "probe") else OUT)
     comfyui = find_comfyui(options.comfyui)
     start_comfyui(comfyui, [])
     from distilled_t5.miniature import make as workshop
-    from distilled_t5.miniature.captions import write_prompts
-    from distilled_t5.train.stop import StopRequest
+    from distilled_t5.runtime.stop import StopRequest
+    from distilled_t5.world.captions import write_prompts
 
     given: dict[str, Any] = {
         name: getattr(options, name) for name in ("steps", "batch", "seed", "learning_rate", "muon_learning_rate", "bf16")
@@ -91,7 +91,7 @@ def make(options: argparse.Namespace) -> list[Path | None]:
 
 def measure(folder: Path, files: list[Path], count: int) -> None:
     """Print the accuracies of the teacher in `folder` and of other encoders."""
-    from distilled_t5.miniature.folders import TEACHER_FILE, place
+    from distilled_t5.miniature.files import TEACHER_FILE, place
     from distilled_t5.miniature.measure import measure_files, share_of, table
 
     teacher = place(folder, TEACHER_FILE)
@@ -103,7 +103,7 @@ def measure(folder: Path, files: list[Path], count: int) -> None:
 
 def probe(folder: Path, files: list[Path]) -> None:
     """Print what the embeddings of the teacher in `folder` and of other encoders tell of a caption."""
-    from distilled_t5.miniature.folders import TEACHER_FILE, place
+    from distilled_t5.miniature.files import TEACHER_FILE, place
     from distilled_t5.miniature.paint import served
     from distilled_t5.miniature.probe import probe as probed
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .asides import DAYS, FEELINGS, JOBS, KIN, OCCASIONS, PEOPLE, TIMES, TOWNS
-from .captions import BACKGROUND_PHRASES, COLOUR_NAMES, SHAPE_NAMES, draw_prompt, with_article
-from .scenes import Choice, pick, random_of
-from .words import WORDS
+from ..world.asides import DAYS, FEELINGS, JOBS, KIN, OCCASIONS, PEOPLE, TIMES, TOWNS
+from ..world.captions import BACKGROUND_PHRASES, COLOUR_NAMES, SHAPE_NAMES, draw_prompt, with_article
+from ..world.scenes import Choice, pick, random_of
+from ..world.words import WORDS
 
 Random = np.random.RandomState
 

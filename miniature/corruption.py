@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..train.token_ids import END
+from ..students.t5.tokens import END
 
 NOISE_SHARE, MEAN_SPAN = 0.15, 3.0
 # The tokenizer's <extra_id_0>; <extra_id_1> is the number below it, and so on.

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..train.flux_layout import HEAD_WIDTH, FluxLayout
-from ..train.stand_ins import drawn
+from ..families.flux_tensors import HEAD_WIDTH, FluxLayout
+from ..runtime.random_weights import drawn
+from ..world.captions import draw_prompt
+from ..world.pictures import Scene, render
 from .autoencoder import RGB, latents
-from .captions import draw_prompt
-from .world import Scene, render
 
 GUIDANCE = (1.0, 6.0)
 # Noise levels are drawn evenly and shifted towards noise, where layout and letters are settled; further than the host shifts Flux (1.15).

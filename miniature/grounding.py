@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.functional import cross_entropy
 
-from .font import GLYPHS
-from .world import BACKGROUNDS, COLOURS, LETTERS_IN_A_WORD, LINES, PLACES, SHAPES, Scene
+from ..world.font import GLYPHS
+from ..world.pictures import BACKGROUNDS, COLOURS, LETTERS_IN_A_WORD, LINES, PLACES, SHAPES, Scene
 
 NOTHING = 0
 COLOUR_NUMBERS, SHAPE_NUMBERS, LETTER_NUMBERS = (

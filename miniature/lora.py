@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import Linear, Module, Parameter, ParameterList
 from torch.nn.utils import parametrize
 
+from ..world.pictures import COLOURS, Scene
 from .flow import FluxSize, load_weights, make_flux, published_name
-from .world import COLOURS, Scene
 
 RANK = 4
 # A LoRA of text and picture streams alike; norms, embeddings and the output stay.

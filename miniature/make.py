@@ -15,8 +15,8 @@ from ..encoder.files import data_sha256
 from . import flow, teacher
 from .autoencoder import vae_tensors
 from .corruption import load_tokenizer
+from .files import FLUX_FILE, LORA_FILE, TEACHER_FILE, VAE_FILE, place
 from .flow import FluxSize
-from .folders import FLUX_FILE, LORA_FILE, TEACHER_FILE, VAE_FILE, place
 from .grounding import QUESTIONS
 from .lora import load_flux, repainted, save_lora, trained_part, with_lora
 from .teacher import FrozenTeacher

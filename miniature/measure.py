@@ -10,21 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from ..evaluate.confidence import Score
-from .captions import draw_prompt
-from .reader import verdict
-from .scenes import NEW_IN_TASK, Split
-from .world import TASKS, Scene
+from ..world.pictures import TASKS
+from ..world.questions import questions
+from ..world.reader import verdict
+from ..world.scenes import NEW_IN_TASK, Split
 
 # The seed of the questions: no training draws from it.
 QUESTIONS_SEED = 1_000_003
 MEASURED = tuple(NEW_IN_TASK)
 Paint = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 log = logging.getLogger(__name__)
-
-
-def questions(task: str, count: int, split: Split = "held_out") -> list[tuple[Scene, str]]:
-    """`count` scenes of a task with their captions: the same ones for every encoder."""
-    return [draw_prompt(QUESTIONS_SEED, index, split, task) for index in range(count)]
 
 
 def score(paint: Paint, task: str, count: int, split: Split = "held_out") -> Score:

@@ -12,11 +12,13 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+from ..diffusion.vae import load_vae
 from ..encoder.served import ServingOptions, load_encoder
 from ..evaluate import painter
-from ..evaluate.painter import Encode, Sampling, load_vae
-from .folders import FLUX_FILE, SHIPPED, VAE_FILE, place
-from .world import SIDE_PX
+from ..evaluate.painter import Encode, Sampling
+from ..runtime.model_folders import SHIPPED
+from ..world.pictures import SIDE_PX
+from .files import FLUX_FILE, VAE_FILE, place
 
 __all__ = ["Encode", "Painter", "Sampling", "served"]
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ..evaluate.embeddings import effective_rank, pooled
-from .captions import draw_prompt
-from .world import Scene
+from ..world.captions import draw_prompt
+from ..world.pictures import Scene
 
 if TYPE_CHECKING:
     from .paint import Encode

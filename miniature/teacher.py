@@ -22,15 +22,15 @@ from torch.nn.functional import cross_entropy, linear
 from transformers import T5Config, T5ForConditionalGeneration
 
 from ..encoder.files import open_student, write_student
-from ..encoder.layout import StudentLayout
 from ..encoder.metadata import StudentMetadata
-from ..encoder.student import DistilledT5, transformers_config
-from ..train.token_ids import END, PAD, fit
-from .captions import TOKEN_LENGTH, draw_prompt
+from ..students.t5.layout import StudentLayout
+from ..students.t5.tokens import END, PAD, fit
+from ..students.t5.trained import DistilledT5, transformers_config
+from ..world.captions import TOKEN_LENGTH, draw_prompt
+from ..world.scenes import random_of
 from .corpus import draw_text
 from .corruption import corrupt, noise_spans
 from .grounding import Grounding, answers
-from .scenes import random_of
 
 LAYOUT = StudentLayout(d_model=128, d_ff=384, num_layers=6, num_heads=4, d_kv=32)
 # Thrown away after pretraining; the shallower it is, the more the encoder has to know.

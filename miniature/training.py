@@ -21,8 +21,8 @@ from torch import Tensor, autocast
 from torch.nn import Module
 from torch.nn.utils import clip_grad_norm_
 
+from ..runtime.randomness import random_states, restore_random_states
 from ..train.optimizer import make_optimizer, set_rate
-from ..train.randomness import random_states, restore_random_states
 from ..train.state import Checkpoints, TrainerState
 
 MAX_GRADIENT_NORM = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..miniature.folders import add_model_folders
+from ..runtime.model_folders import add_model_folders
 from .attention_map import DistilledT5AttentionMapImage, DistilledT5CrossAttentionMap
 from .common_text import DistilledT5CommonTextPrompt
 from .encoder_map import DistilledT5EncoderMap

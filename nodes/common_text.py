@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..train.common_text import MIX, Split, common_text
+from ..prompts.common_text import MIX, Split, common_text
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 

@@ -8,9 +8,9 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..encoder.clip_l import in_order
-from ..encoder.families import FAMILIES
 from ..encoder.files import CHOICES
 from ..encoder.served import ServingOptions, load_encoder
+from ..families import FAMILIES
 from .model_files import FOLDER, NO_FILE, clip_l_names, dtype_of, fingerprint, path_of, text_encoder_names
 from .progress import progress_bar
 

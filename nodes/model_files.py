@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import folder_paths
 
-from ..encoder.errors import StudentFileError
 from ..encoder.files import SAFETENSORS, not_written, open_student, unused_path
+from ..runtime.errors import StudentFileError
 
 Choice = TypeVar("Choice")
 FOLDER = "text_encoders"

@@ -28,7 +28,7 @@ register_pack()
 
 def pytest_configure() -> None:
     """A dev.py that is killed passes nothing on: its tests clean up all the same, and end."""
-    from distilled_t5.devtools.ending import interrupt_at_the_end_of
+    from distilled_t5.devtools.comfyui.ending import interrupt_at_the_end_of
 
     parent_pid = os.getppid()
     if os.environ.get("STARTED_BY_DEV_PY") == str(parent_pid):
@@ -37,7 +37,7 @@ def pytest_configure() -> None:
 
 def pytest_keyboard_interrupt() -> None:
     """From here on fixtures are taken down."""
-    from distilled_t5.devtools.ending import end_begins
+    from distilled_t5.devtools.comfyui.ending import end_begins
 
     end_begins()
 

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         print("\nStopped before training began.", file=sys.stderr)
         return 130
     except Exception as error:
-        from distilled_t5.train.failure import BUG, explained
+        from distilled_t5.runtime.failure import BUG, explained
 
         sentence = explained(error, recipe)
         print(f"\n{sentence or BUG}", file=sys.stderr, flush=True)
@@ -75,12 +75,12 @@ def main(argv: list[str]) -> int:
 
 def run(recipe: Any, options: argparse.Namespace, flags: list[str]) -> int:
     """Train or estimate a recipe under ComfyUI started with these flags; the exit status."""
-    from distilled_t5.train.host import check_output_folder, find_comfyui, start_comfyui
+    from distilled_t5.runtime.comfyui import check_output_folder, find_comfyui, start_comfyui
 
     start_comfyui(find_comfyui(options.comfyui), flags)
     import torch
-    from distilled_t5.train import stand_ins
-    from distilled_t5.train.ranks import Ranks
+    from distilled_t5.runtime.ranks import Ranks
+    from distilled_t5.train import smoke_models as stand_ins
 
     if recipe.diffusion_model.file == stand_ins.NAME:
         # Models this small gain nothing from threads, and lose minutes to those that wait for a busy core (14 s against 143 s seen).

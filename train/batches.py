@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .prompts import Prompt, PromptMix, hold_out, read_corpus
+from ..prompts.mix import Prompt, PromptMix, hold_out, read_corpus
 from .recipe import Recipe, Stage
 from .trajectory import Draw, draw
 

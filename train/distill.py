@@ -22,7 +22,7 @@ from .optimizer import MuonAndAdamW, set_rate
 from .trajectory import Flow, Position, advance, gap_at
 
 if TYPE_CHECKING:
-    from .velocity import FrozenFlow
+    from ..diffusion.frozen import FrozenFlow
 
 SKIPS_IN_A_ROW = 10
 

@@ -10,15 +10,15 @@ from typing import TypeVar
 import comfy.model_management
 import torch
 
+from ..diffusion.frozen import differentiable, held_bytes
+from ..runtime.ranks import Ranks
 from .distill import train_step
 from .memory import GB, SAVED_BYTES, part_lines, ram_parts
 from .objectives import OBJECTIVES
-from .ranks import Ranks
 from .recipe import Recipe
 from .report import memory_mb, reset_peak_memory
 from .run import Workshop, open_workshop
 from .teacher_chunks import chunk_of
-from .velocity import differentiable, held_bytes
 
 MEASURED_STEPS = 3
 Result = TypeVar("Result")

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..encoder.layout import StudentLayout
+from ..config.files import SHIPPED
+from ..students.t5.layout import StudentLayout
 from .objectives import OBJECTIVES
 from .recipe import Recipe, Stage
-from .recipe_file import SHIPPED
 from .teacher_chunks import chunk_of
 
 GB = 1e9

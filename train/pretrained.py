@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import T5Config
 
 from ..encoder.dialects import published_names, split_twin
-from ..encoder.errors import StudentFileError, listed, printable
 from ..encoder.files import check_finite, load_tensors
 from ..encoder.foreign import refuse_foreign
-from ..encoder.layout import SHARED, StudentLayout
+from ..runtime.errors import StudentFileError, listed, printable
+from ..students.t5.layout import SHARED, StudentLayout
 
 # In the order in which transformers itself looks for them; each may also come in shards, with an index.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")

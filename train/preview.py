@@ -13,11 +13,11 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..runtime.comfyui import model_file
+from ..runtime.randomness import undisturbed
 from .batches import Batch
 from .contact_sheet import contact_sheet, picture_difference
-from .host import model_file
 from .models import metadata_of
-from .randomness import undisturbed
 from .recipe import Recipe
 from .trajectory import Position, draw
 from .validation import without_dropout
@@ -25,9 +25,9 @@ from .validation import without_dropout
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..encoder.teacher import TeacherText
     from .report import Reporter
     from .run import Workshop
-    from .teacher import TeacherText
 
 # Batches of previews are drawn from numbers that neither stages nor the held-out prompts reach.
 PREVIEW_BASE = 1 << 30

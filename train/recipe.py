@@ -7,28 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from ..encoder.layout import StudentLayout
-from .recipe_file import RecipeError, find_recipe, read_recipe
-from .toml_text import KeyPath, dotted, toml_value, write_toml
-
-
-def _file_stem(name: str) -> str:
-    plain = name.replace("-", "").replace("_", "").replace(".", "")
-    if not (plain.isascii() and plain.isalnum()) or name[0] in ".-" or name.endswith((".", ".safetensors", ".toml")):
-        raise ValueError("expected a file name of letters, digits, '_', '-' and '.', without folder and ending")
-    return name
-
-
-def _frozen(entries: Any) -> Any:
-    return tuple(entries) if isinstance(entries, list) else entries
-
-
-def _not_empty(entries: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not entries:
-        raise ValueError("expected at least one entry")
-    return entries
+from ..config.files import RecipeError, find_recipe, read_recipe
+from ..config.parts import FROM_LIST, NOT_EMPTY, Count, FileStem, Part, Text
+from ..config.toml import KeyPath, dotted, toml_value, write_toml
+from ..students.t5.layout import StudentLayout
 
 
 def _objective(name: str) -> str:
@@ -39,20 +23,9 @@ def _objective(name: str) -> str:
     return name
 
 
-Text = Annotated[str, Field(min_length=1)]
-FileStem = Annotated[Text, AfterValidator(_file_stem)]
 ObjectiveName = Annotated[str, AfterValidator(_objective)]
-FROM_LIST = BeforeValidator(_frozen)
-NOT_EMPTY = AfterValidator(_not_empty)
-Count = Annotated[int, Field(ge=1)]
 TokenLength = Annotated[int, Field(ge=2, le=4096)]
 Guidance = Annotated[float, Field(ge=0)]
-
-
-class Part(BaseModel):
-    """A part of a recipe: nothing unknown in it, nothing converted, nothing changed afterwards."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TeacherPart(Part):

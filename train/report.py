@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -21,7 +21,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from .disk import replace_file
+from ..runtime.disk import replace_file
+from ..runtime.logs import FILE_INTERVAL_S, TERMINAL_INTERVAL_S, logging_to
 from .run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 MB = 1_000_000
-# Every module of this package logs below this name.
-LOGGER = __name__.rpartition(".train.")[0] or __name__
-TERMINAL_INTERVAL_S, FILE_INTERVAL_S = 0.2, 30.0
 JPEG_QUALITY = 92
 NO_TENSORBOARD = "TensorBoard is not installed; `pip install tensorboard` adds its curves. metrics.jsonl has the same numbers."
 log = logging.getLogger(__name__)
@@ -178,35 +176,6 @@ def reset_peak_memory() -> None:
     """Forget what the GPU's tensors took so far."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
-
-
-@contextlib.contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """While open, what this package logs goes to the file and above the progress bar; what ComfyUI logs goes to the file as well."""
-    to_file = logging.FileHandler(path, encoding="utf-8")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    above_bar = _AboveBar()
-    ours, root = logging.getLogger(LOGGER), logging.getLogger()
-    before = ours.level, ours.propagate
-    # Not propagated: ComfyUI's handlers would print every line a second time, through the bar.
-    ours.propagate = False
-    ours.setLevel(logging.INFO)
-    ours.addHandler(above_bar)
-    for logger in (ours, root):
-        logger.addHandler(to_file)
-    try:
-        yield
-    finally:
-        for logger in (ours, root):
-            logger.removeHandler(to_file)
-        ours.removeHandler(above_bar)
-        ours.level, ours.propagate = before
-        to_file.close()
-
-
-class _AboveBar(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _step_of(line: bytes) -> int | None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..runtime.randomness import random_states, restore_random_states
 from .distill import SKIPS_IN_A_ROW
-from .randomness import random_states, restore_random_states
 from .state import Checkpoints, TrainerState
 from .trajectory import Position
 

@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encoder.errors import StudentFileError
+from ..diffusion.frozen import FrozenFlow, differentiable, usable_bytes
 from ..encoder.files import open_student, unused_path, write_student
-from ..encoder.student import DistilledT5
+from ..encoder.teacher import Teacher, TeacherText
+from ..runtime.errors import StudentFileError
+from ..runtime.ranks import Ranks
+from ..runtime.stop import StopRequest
+from ..students.t5.trained import DistilledT5
 from .batches import Batch, Place, Schedule
 from .distill import Learner, linear_schedule, loss_scaler, train_step
 from .memory import MemoryNeed
@@ -23,18 +27,14 @@ from .models import load_flow, load_teacher_of, make_student_of, memory_need_of,
 from .objectives import OBJECTIVES
 from .optimizer import make_optimizer
 from .preview import Previewer, vae_file
-from .ranks import Ranks
 from .recipe import Recipe
 from .report import Reporter
 from .resume import gather_state, restore
 from .run_directory import RunDirectory
 from .state import STUDENT, Checkpoints
-from .stop import StopRequest
-from .teacher import Teacher, TeacherText
 from .teacher_chunks import TeacherChunks
 from .trajectory import Position
 from .validation import HeldOut, lower
-from .velocity import FrozenFlow, differentiable, usable_bytes
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..encoder.stream import sync_folder
-from .disk import UNFINISHED, replace_file, sha256, sync_file
-from .packing import pack, unpack
+from ..runtime.disk import UNFINISHED, replace_file, sha256, sync_file, sync_folder
+from ..runtime.packing import pack, unpack
 
 FORMAT = 1
 CHECKPOINT = re.compile(r"step-(\d{6,})$")

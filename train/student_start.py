@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..encoder.errors import StudentFileError
 from ..encoder.files import open_student, read_header
-from ..encoder.layout import StudentLayout
-from ..encoder.student import DistilledT5
+from ..runtime.errors import StudentFileError
+from ..students.t5.layout import StudentLayout
+from ..students.t5.trained import DistilledT5
 from .pretrained import read_pretrained
 
 RANDOM = "random"

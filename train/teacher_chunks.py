@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..encoder.teacher import Teacher, TeacherText
     from .batches import Schedule
-    from .teacher import Teacher, TeacherText
 
 
 def chunk_of(trajectory: int, prompts: int, chunk_prompts: int, trajectories: int) -> range:

@@ -15,8 +15,8 @@ from .objectives import OBJECTIVES
 from .trajectory import Flow, Position, walk
 
 if TYPE_CHECKING:
+    from ..encoder.teacher import TeacherText
     from .run import Workshop
-    from .teacher import TeacherText
 
 
 def band_name(sigma: float, bands: int) -> str:

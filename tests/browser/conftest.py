@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from distilled_t5.devtools.browser import PACK, ComfyPage, chromium, find_chromium, pack_server
-from distilled_t5.devtools.server import ComfyServer
-from distilled_t5.devtools.stand_ins import ensure_all, link_into
+from distilled_t5.devtools.comfyui.server import ComfyServer
+from distilled_t5.devtools.docs.browser import PACK, ComfyPage, chromium, find_chromium, pack_server
+from distilled_t5.devtools.models.random_models import ensure_all, link_into
 from playwright.sync_api import BrowserContext, expect
 
 ROOT = Path(__file__).resolve().parent.parent.parent

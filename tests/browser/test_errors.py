@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from distilled_t5.devtools.browser import ComfyPage
-from distilled_t5.devtools.server import ComfyServer
+from distilled_t5.devtools.comfyui.server import ComfyServer
+from distilled_t5.devtools.docs.browser import ComfyPage
 from playwright.sync_api import expect
 
 CASES = {

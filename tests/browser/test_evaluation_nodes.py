@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from distilled_t5.devtools.browser import ComfyPage
+from distilled_t5.devtools.docs.browser import ComfyPage
 from playwright.sync_api import expect
 
 TOLD = """(text) => app.graph.nodes.some(node => node.type === 'PreviewAny'

@@ -10,8 +10,8 @@ from distilled_t5.evaluate.intervals import Measured, exact
 from distilled_t5.evaluate.page import Notes, page, row
 from distilled_t5.evaluate.questions import Question
 from distilled_t5.evaluate.results import Report, losses, measured_scores, picture_losses
-from distilled_t5.miniature.captions import draw_prompt
-from distilled_t5.miniature.world import CELL_PX, render
+from distilled_t5.world.captions import draw_prompt
+from distilled_t5.world.pictures import CELL_PX, render
 from PIL import Image
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from distilled_t5.devtools.browser import ComfyPage
-from distilled_t5.devtools.server import ComfyServer
-from distilled_t5.devtools.tiny_students import FULL_VOCABULARY, tiny_tensors
+from distilled_t5.devtools.comfyui.server import ComfyServer
+from distilled_t5.devtools.docs.browser import ComfyPage
 from distilled_t5.encoder.files import write_student
 from distilled_t5.encoder.metadata import StudentMetadata
+from distilled_t5.tests.support.tiny_students import FULL_VOCABULARY, tiny_tensors
 from playwright.sync_api import expect
 
 NODES = {

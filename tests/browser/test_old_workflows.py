@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distilled_t5.devtools.browser import ComfyPage
-from distilled_t5.devtools.server import ComfyServer
+from distilled_t5.devtools.comfyui.server import ComfyServer
+from distilled_t5.devtools.docs.browser import ComfyPage
 from playwright.sync_api import expect
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "example_workflows"

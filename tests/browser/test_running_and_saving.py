@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distilled_t5.devtools.browser import ComfyPage
-from distilled_t5.devtools.server import ComfyServer
+from distilled_t5.devtools.comfyui.server import ComfyServer
+from distilled_t5.devtools.docs.browser import ComfyPage
 from playwright.sync_api import expect
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "example_workflows"

@@ -54,7 +54,7 @@ def comfyui_path() -> Path:
 @pytest.fixture(scope="session")
 def stand_ins() -> Path:
     """A folder of small stand-in models, laid out as ComfyUI's `models`; made once and kept below .dev."""
-    from distilled_t5.devtools.stand_ins import ensure_all
+    from distilled_t5.devtools.models.random_models import ensure_all
 
     folder = ROOT / ".dev" / "stand-ins"
     ensure_all(folder)
@@ -64,7 +64,7 @@ def stand_ins() -> Path:
 @pytest.fixture(scope="session")
 def server(comfyui_path: Path, pack_root: Path, tmp_path_factory: pytest.TempPathFactory, stand_ins: Path) -> Iterator[object]:
     """A running ComfyUI with the pack installed as a user would; `.url` is its address."""
-    from distilled_t5.devtools.server import ComfyServer
+    from distilled_t5.devtools.comfyui.server import ComfyServer
 
     with ComfyServer(comfyui=comfyui_path, base=tmp_path_factory.mktemp("server"), pack=pack_root) as running:
         yield running

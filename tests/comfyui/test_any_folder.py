@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from distilled_t5.devtools.server import ComfyServer
-from distilled_t5.devtools.stand_ins import link_into
+from distilled_t5.devtools.comfyui.server import ComfyServer
+from distilled_t5.devtools.models.random_models import link_into
 
 NOT_SOURCES = shutil.ignore_patterns(".git", ".venv", ".dev", "demo-output", "__pycache__")
 # What ComfyUI itself keeps: settings, its database, its log, thumbnails, pictures.

@@ -13,13 +13,13 @@ import safetensors.torch
 import torch
 from comfy_extras.nodes_custom_sampler import BasicGuider, BasicScheduler, KSamplerSelect, RandomNoise, SamplerCustomAdvanced
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux
-from distilled_t5.devtools.small_encoders import serve, stock_flux_clip, student_file
 from distilled_t5.evaluate import attention
 from distilled_t5.evaluate.attention import attention_on, overlaid, points_inside, positions_of, t5_pieces, word_positions
 from distilled_t5.evaluate.attention_recorder import KEPT_RUNS, OVERRIDE, map_of, step_of
+from distilled_t5.families.flux_tensors import FluxLayout
 from distilled_t5.nodes.attention_map import DistilledT5AttentionMapImage, DistilledT5CrossAttentionMap
-from distilled_t5.train.flux_layout import FluxLayout
-from distilled_t5.train.stand_ins import drawn
+from distilled_t5.runtime.random_weights import drawn
+from distilled_t5.tests.support.small_encoders import serve, stock_flux_clip, student_file
 from torch import Tensor
 
 import nodes

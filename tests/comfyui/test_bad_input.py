@@ -12,12 +12,12 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
-from distilled_t5.devtools.stand_ins import clip_l_shapes
-from distilled_t5.devtools.tiny_students import FULL_VOCABULARY, joined, published_file, sparse_file, taken_apart, tiny_tensors
-from distilled_t5.encoder.errors import StudentFileError
-from distilled_t5.encoder.layout import SHARED, StudentLayout
+from distilled_t5.devtools.models.random_models import clip_l_shapes
 from distilled_t5.nodes import DistilledT5Loader, DistilledT5Save, DistilledT5TextEncode
 from distilled_t5.nodes.model_files import clip_l_names, new_file, path_of, text_encoder_names
+from distilled_t5.runtime.errors import StudentFileError
+from distilled_t5.students.t5.layout import SHARED, StudentLayout
+from distilled_t5.tests.support.tiny_students import FULL_VOCABULARY, joined, published_file, sparse_file, taken_apart, tiny_tensors
 
 STUDENT = tiny_tensors(FULL_VOCABULARY)
 TABLE = (32128, 8)

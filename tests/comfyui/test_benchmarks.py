@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distilled_t5.devtools.server import link_folder
+from distilled_t5.devtools.comfyui.server import link_folder
 
 pytestmark = pytest.mark.one_host
 

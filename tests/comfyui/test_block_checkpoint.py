@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from distilled_t5.devtools.training_worlds import World, small_world
+from distilled_t5.benchmarks.support.training_worlds import World, small_world
+from distilled_t5.diffusion.frozen import FrozenFlow, differentiable
 from distilled_t5.train.trajectory import draw
-from distilled_t5.train.velocity import FrozenFlow, differentiable
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

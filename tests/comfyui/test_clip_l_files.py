@@ -11,12 +11,12 @@ import comfy.model_management
 import pytest
 import torch
 from comfy_extras.nodes_flux import CLIPTextEncodeFlux
-from distilled_t5.devtools.small_encoders import PROMPT, serve, stock_flux_clip, student_file
-from distilled_t5.devtools.stand_ins import clip_l_shapes
-from distilled_t5.devtools.tiny_students import published_file, sparse_file
+from distilled_t5.devtools.models.random_models import clip_l_shapes
 from distilled_t5.encoder.clip_l import in_order, open_clip_l
-from distilled_t5.encoder.errors import StudentFileError
 from distilled_t5.encoder.files import open_student
+from distilled_t5.runtime.errors import StudentFileError
+from distilled_t5.tests.support.small_encoders import PROMPT, serve, stock_flux_clip, student_file
+from distilled_t5.tests.support.tiny_students import published_file, sparse_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
-from distilled_t5.devtools.server import free_port
-from distilled_t5.miniature.world import TASKS
+from distilled_t5.devtools.comfyui.server import free_port
+from distilled_t5.world.pictures import TASKS
 from PIL import Image
 
 pytestmark = pytest.mark.one_host

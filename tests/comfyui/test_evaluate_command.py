@@ -13,18 +13,19 @@ import comfy.cli_args
 import numpy as np
 import pytest
 import torch
-from distilled_t5.devtools.evaluation_world import command, finish, start, write_world
-from distilled_t5.devtools.small_encoders import encode, serve, stock_flux_clip
-from distilled_t5.devtools.trainer import BOUND_S, TWO_PROCESSES
+from distilled_t5.encoder.teacher import Teacher
 from distilled_t5.evaluate.encoders import EncoderFile, LoadedEncoder, find_encoders, fingerprint
 from distilled_t5.evaluate.provenance import computed_with
 from distilled_t5.evaluate.questions import read_questions
 from distilled_t5.evaluate.suite import load_suite
 from distilled_t5.evaluate.verdicts import read_picture
-from distilled_t5.miniature.folders import VAE_FILE, add_model_folders
-from distilled_t5.miniature.measure import questions
-from distilled_t5.miniature.world import SIDE
-from distilled_t5.train.teacher import Teacher
+from distilled_t5.miniature.files import VAE_FILE
+from distilled_t5.runtime.model_folders import add_model_folders
+from distilled_t5.tests.support.evaluation_world import command, finish, start, write_world
+from distilled_t5.tests.support.small_encoders import encode, serve, stock_flux_clip
+from distilled_t5.tests.support.trainer import BOUND_S, TWO_PROCESSES
+from distilled_t5.world.pictures import SIDE
+from distilled_t5.world.questions import questions
 
 import nodes
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distilled_t5.devtools.evaluation_world import finish
 from distilled_t5.devtools.miniature_results import UNTRAINED, untrained_file
-from distilled_t5.devtools.trainer import PACK
 from distilled_t5.evaluate import ocr
 from distilled_t5.evaluate.readers import make_reader
 from distilled_t5.evaluate.suite import OcrPart, Suite, load_suite
-from distilled_t5.miniature.measure import questions
-from distilled_t5.miniature.world import render
+from distilled_t5.tests.support.evaluation_world import finish
+from distilled_t5.tests.support.trainer import PACK
+from distilled_t5.world.pictures import render
+from distilled_t5.world.questions import questions
 
 pytestmark = pytest.mark.one_host
 

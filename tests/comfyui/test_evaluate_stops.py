@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distilled_t5.devtools.evaluation_world import write_world
 from distilled_t5.evaluate import probes, verdicts
 from distilled_t5.evaluate.measure import measure_all
 from distilled_t5.evaluate.run import evaluate, open_evaluation
 from distilled_t5.evaluate.suite import Suite, load_suite
 from distilled_t5.evaluate.team import Stopped
-from distilled_t5.miniature.folders import add_model_folders
-from distilled_t5.train.ranks import Ranks
-from distilled_t5.train.stop import StopRequest
+from distilled_t5.runtime.model_folders import add_model_folders
+from distilled_t5.runtime.ranks import Ranks
+from distilled_t5.runtime.stop import StopRequest
+from distilled_t5.tests.support.evaluation_world import write_world
 
 pytestmark = pytest.mark.one_host
 

@@ -8,9 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from distilled_t5.devtools.evaluation_world import finish, write_world
-from distilled_t5.devtools.tiny_judges import save_alexnet, save_blip, save_clip, save_depth, save_detector, save_inception
-from distilled_t5.devtools.trainer import PACK
 from distilled_t5.evaluate import compbench, ocr
 from distilled_t5.evaluate.compbench_judges import BlipVqa, TransformersDepth, TransformersDetector
 from distilled_t5.evaluate.distances import Lpips
@@ -18,7 +15,10 @@ from distilled_t5.evaluate.pictures import ClipScorer, Inception, fid
 from distilled_t5.evaluate.readers import make_reader
 from distilled_t5.evaluate.suite import Suite, load_suite
 from distilled_t5.evaluate.verdicts import read_picture
-from distilled_t5.train.common_text import common_text
+from distilled_t5.prompts.common_text import common_text
+from distilled_t5.tests.support.evaluation_world import finish, write_world
+from distilled_t5.tests.support.tiny_judges import save_alexnet, save_blip, save_clip, save_depth, save_detector, save_inception
+from distilled_t5.tests.support.trainer import PACK
 from PIL import Image
 
 pytestmark = pytest.mark.one_host

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
-from distilled_t5.devtools.small_encoders import TINY, embedding, serve, student_file
-from distilled_t5.encoder.layout import StudentLayout
 from distilled_t5.evaluate import cost
 from distilled_t5.evaluate.annotate import RIGHT, WRONG, boxes, table_picture
 from distilled_t5.evaluate.cost import Cost, different_names, put_to_rest
@@ -26,7 +24,9 @@ from distilled_t5.nodes.encoder_map import DistilledT5EncoderMap
 from distilled_t5.nodes.encoder_report import DistilledT5EncoderReport
 from distilled_t5.nodes.ocr_accuracy import DistilledT5OCRAccuracy
 from distilled_t5.nodes.show import image_of, pictures_of
-from distilled_t5.train.common_text import common_text
+from distilled_t5.prompts.common_text import common_text
+from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.tests.support.small_encoders import TINY, embedding, serve, student_file
 from PIL import Image, ImageDraw, ImageFont
 
 NARROW = StudentLayout(d_model=64, d_ff=128, num_layers=1, num_heads=4, d_kv=16)

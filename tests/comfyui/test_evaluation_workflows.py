@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
-from distilled_t5.devtools.server import ComfyServer, PromptFailed
-from distilled_t5.devtools.workflow import set_inputs, to_api_prompt
+from distilled_t5.devtools.comfyui.server import ComfyServer, PromptFailed
+from distilled_t5.devtools.comfyui.workflow import set_inputs, to_api_prompt
 from distilled_t5.devtools.workflow_parts import MINIATURE_STUDENT, MINIATURE_TEACHER
 from distilled_t5.encoder.files import write_student
-from distilled_t5.encoder.layout import StudentLayout
 from distilled_t5.encoder.metadata import StudentMetadata
+from distilled_t5.families.flux_tensors import FluxLayout
 from distilled_t5.miniature.autoencoder import vae_tensors
-from distilled_t5.miniature.folders import FLUX_FILE, VAE_FILE, place
-from distilled_t5.train.flux_layout import FluxLayout
-from distilled_t5.train.stand_ins import drawn
+from distilled_t5.miniature.files import FLUX_FILE, VAE_FILE, place
+from distilled_t5.runtime.random_weights import drawn
+from distilled_t5.students.t5.layout import StudentLayout
 from PIL import Image
 
 WIDTH = 128

@@ -8,12 +8,12 @@ from pathlib import Path
 import comfy.model_management
 import pytest
 import torch
-from distilled_t5.devtools.small_encoders import PROMPT, embedding, serve, student_file
 from distilled_t5.encoder.files import open_student
-from distilled_t5.encoder.layout import StudentLayout
 from distilled_t5.encoder.served import ServingOptions, load_encoder
-from distilled_t5.encoder.student import DistilledT5
 from distilled_t5.nodes.progress import progress_bar
+from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.students.t5.trained import DistilledT5
+from distilled_t5.tests.support.small_encoders import PROMPT, embedding, serve, student_file
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from distilled_t5.devtools.mutations import SAFETENSORS_MUTATIONS, ZIP_MUTATIONS
-from distilled_t5.devtools.server import ComfyServer, PromptFailed
-from distilled_t5.devtools.tiny_students import FULL_VOCABULARY, digest_of_bytes, published_file, sparse_file, tensor_digest, tiny_tensors
-from distilled_t5.encoder.errors import StudentFileError
+from distilled_t5.devtools.comfyui.server import ComfyServer, PromptFailed
 from distilled_t5.encoder.files import write_student
-from distilled_t5.encoder.layout import StudentLayout
 from distilled_t5.encoder.metadata import StudentMetadata
 from distilled_t5.encoder.served import ServingOptions, load_encoder, student_tensors
+from distilled_t5.runtime.errors import StudentFileError
+from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.tests.support.mutations import SAFETENSORS_MUTATIONS, ZIP_MUTATIONS
+from distilled_t5.tests.support.tiny_students import (
+    FULL_VOCABULARY,
+    digest_of_bytes,
+    published_file,
+    sparse_file,
+    tensor_digest,
+    tiny_tensors,
+)
 
 pytestmark = pytest.mark.one_host
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distilled_t5.devtools.build_locales import MESSAGE_SYNTAX, flat, locale_path, pack_nodes, plain_messages, schema_texts
-from distilled_t5.devtools.server import link_folder
+from distilled_t5.devtools.comfyui.server import link_folder
+from distilled_t5.devtools.docs.build_locales import MESSAGE_SYNTAX, flat, locale_path, pack_nodes, plain_messages, schema_texts
 
 LANGUAGES = ("en", "zh")
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -47,7 +47,7 @@ def test_every_text_of_every_node_is_filled_in(texts: dict[str, Any]) -> None:
 
 
 def test_the_english_file_is_what_the_schemas_say(texts: dict[str, Any]) -> None:
-    assert locale("en") == plain_messages(texts), "run python -m distilled_t5.devtools.build_locales"
+    assert locale("en") == plain_messages(texts), "run python -m distilled_t5.devtools.docs.build_locales"
 
 
 def test_the_chinese_file_has_every_key_of_the_schemas_and_no_other(texts: dict[str, Any]) -> None:

@@ -14,13 +14,13 @@ import pytest
 import torch
 from comfy_extras.nodes_hooks import CreateHookKeyframe, SetClipHooks, SetHookKeyframes
 from comfy_extras.nodes_model_merging import CLIPAdd, CLIPMergeSimple, CLIPSave, CLIPSubtract
-from distilled_t5.devtools.small_encoders import PROMPT, TINY, embedding, encode, pooled, random_tensors, serve, student_file
 from distilled_t5.encoder.files import open_student
-from distilled_t5.encoder.layout import StudentLayout
 from distilled_t5.encoder.lora_log import NOTICE
 from distilled_t5.encoder.metadata import CHANGED_KEY, StudentMetadata
 from distilled_t5.encoder.served import student_tensors
 from distilled_t5.nodes import DistilledT5Save
+from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.tests.support.small_encoders import PROMPT, TINY, embedding, encode, pooled, random_tensors, serve, student_file
 from safetensors.torch import load_file, save_file
 
 # T5-Base's width, which is CLIP-L's too.

@@ -15,24 +15,25 @@ import comfy.sd
 import pytest
 import safetensors.torch
 import torch
-from distilled_t5.devtools.small_encoders import encode, serve
+from distilled_t5.diffusion.frozen import FrozenFlow
 from distilled_t5.encoder.files import open_student
 from distilled_t5.miniature import flow
 from distilled_t5.miniature.autoencoder import latents, vae_tensors
-from distilled_t5.miniature.captions import TOKEN_LENGTH, draw_prompt, write_prompts
 from distilled_t5.miniature.corpus import draw_text
 from distilled_t5.miniature.corruption import FIRST_SENTINEL, SENTINELS, corrupt, load_tokenizer, noise_spans, restore
-from distilled_t5.miniature.folders import FLUX_FILE, KINDS, LORA_FILE, TEACHER_FILE, VAE_FILE, add_model_folders, place
+from distilled_t5.miniature.files import FLUX_FILE, KINDS, LORA_FILE, TEACHER_FILE, VAE_FILE, place
 from distilled_t5.miniature.fused import velocity
 from distilled_t5.miniature.lora import load_flux, save_lora, trained_part, with_lora
 from distilled_t5.miniature.make import make_vae
 from distilled_t5.miniature.paint import Painter, Sampling, served
-from distilled_t5.miniature.reader import verdict
-from distilled_t5.miniature.scenes import draw_scene, random_of
 from distilled_t5.miniature.teacher import IGNORED, FrozenTeacher, draw_batch, example
 from distilled_t5.miniature.training import Plan, train
-from distilled_t5.miniature.world import CELL_PX, SIDE, SIDE_PX, TASKS, render
-from distilled_t5.train.velocity import FrozenFlow
+from distilled_t5.runtime.model_folders import add_model_folders
+from distilled_t5.tests.support.small_encoders import encode, serve
+from distilled_t5.world.captions import TOKEN_LENGTH, draw_prompt, write_prompts
+from distilled_t5.world.pictures import CELL_PX, SIDE, SIDE_PX, TASKS, render
+from distilled_t5.world.reader import verdict
+from distilled_t5.world.scenes import draw_scene, random_of
 from safetensors.torch import load_file
 from torch import Tensor
 

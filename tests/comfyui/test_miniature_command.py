@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from distilled_t5.devtools.docs.miniature_tables import PLOT, RESULTS, TABLES
 from distilled_t5.devtools.miniature import (
     MIDDLE,
     ROOT,
@@ -25,10 +26,9 @@ from distilled_t5.devtools.miniature import (
     student_file,
     train_student,
 )
-from distilled_t5.devtools.miniature_tables import PLOT, RESULTS, TABLES
-from distilled_t5.devtools.trainer import BOUND_S
-from distilled_t5.miniature.folders import SHIPPED
 from distilled_t5.miniature.measure import MEASURED
+from distilled_t5.runtime.model_folders import SHIPPED
+from distilled_t5.tests.support.trainer import BOUND_S
 
 pytestmark = [pytest.mark.one_host, pytest.mark.skipif(os.name == "nt", reason="Windows has none of these signals and links")]
 

@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distilled_t5.devtools.server import ComfyServer
-from distilled_t5.devtools.verdict_sheet import pixels
-from distilled_t5.devtools.workflow import set_inputs, to_api_prompt
-from distilled_t5.miniature.captions import caption
-from distilled_t5.miniature.folders import LORA_FILE, SHIPPED
+from distilled_t5.devtools.comfyui.server import ComfyServer
+from distilled_t5.devtools.comfyui.workflow import set_inputs, to_api_prompt
+from distilled_t5.devtools.demo_sheet import pixels
+from distilled_t5.miniature.files import LORA_FILE
 from distilled_t5.miniature.lora import repainted
-from distilled_t5.miniature.measure import questions
-from distilled_t5.miniature.reader import verdict
-from distilled_t5.miniature.scenes import random_of
-from distilled_t5.miniature.world import CELL_PX, TASKS, Scene, render
+from distilled_t5.runtime.model_folders import SHIPPED
+from distilled_t5.world.captions import caption
+from distilled_t5.world.pictures import CELL_PX, TASKS, Scene, render
+from distilled_t5.world.questions import questions
+from distilled_t5.world.reader import verdict
+from distilled_t5.world.scenes import random_of
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,10 +12,10 @@ import pytest
 import torch
 from comfy.cli_args import args
 from comfy_extras.nodes_flux import CLIPTextEncodeFlux
-from distilled_t5.devtools.small_encoders import PROMPT, TINY, embedding, pooled, random_tensors, student_file
 from distilled_t5.encoder.files import FLOAT_NAMES, open_student
-from distilled_t5.encoder.layout import StudentLayout
 from distilled_t5.nodes import DistilledT5Extension, DistilledT5Loader, DistilledT5Save, DistilledT5TextEncode
+from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.tests.support.small_encoders import PROMPT, TINY, embedding, pooled, random_tensors, student_file
 from safetensors.torch import load_file, save_file
 
 SNAPSHOT = Path(__file__).parent / "schemas.json"

@@ -11,7 +11,8 @@ import pytest
 import torch
 from comfy_extras.nodes_cond import T5TokenizerOptions
 from comfy_extras.nodes_flux import CLIPTextEncodeFlux, FluxGuidance
-from distilled_t5.devtools.small_encoders import (
+from distilled_t5.students.t5.trained import DistilledT5
+from distilled_t5.tests.support.small_encoders import (
     PROMPT,
     TINY,
     embedding,
@@ -22,7 +23,6 @@ from distilled_t5.devtools.small_encoders import (
     stock_flux_clip,
     student_file,
 )
-from distilled_t5.encoder.student import DistilledT5
 
 from nodes import CLIPSetLastLayer, ConditioningAverage, ConditioningCombine, ConditioningZeroOut
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from distilled_t5.devtools.pointing import cases, pointing, tokens_of
 from distilled_t5.evaluate.attention import positions_of
-from distilled_t5.miniature.folders import SHIPPED, TEACHER_FILE, place
-from distilled_t5.miniature.world import Thing
+from distilled_t5.miniature.files import TEACHER_FILE, place
+from distilled_t5.runtime.model_folders import SHIPPED
+from distilled_t5.world.pictures import Thing
 
 pytestmark = pytest.mark.one_host
 

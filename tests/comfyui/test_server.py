@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from distilled_t5.devtools.build_workflows import BLUEPRINT_NAME, WORKFLOWS
-from distilled_t5.devtools.server import ComfyServer, PromptFailed, end_process_group
-from distilled_t5.devtools.stand_ins import link_into
+from distilled_t5.devtools.comfyui.server import ComfyServer, PromptFailed, end_process_group
+from distilled_t5.devtools.models.random_models import link_into
 
 OUR_NODES = (
     "DistilledT5Loader",

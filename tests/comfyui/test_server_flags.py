@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from distilled_t5.devtools.server import ComfyServer
-from distilled_t5.devtools.stand_ins import link_into
+from distilled_t5.devtools.comfyui.server import ComfyServer
+from distilled_t5.devtools.models.random_models import link_into
 
 LOADER = {"clip_name1": "clip_l.safetensors", "clip_name2": "distilled_t5_base.safetensors", "type": "flux"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distilled_t5.devtools.start_cost import measured
+from distilled_t5.benchmarks.support.start_cost import measured
 
 
 @pytest.fixture(scope="module")

@@ -13,17 +13,18 @@ import folder_paths
 import pytest
 import safetensors.torch
 import torch
-from distilled_t5.devtools.small_encoders import student_file
-from distilled_t5.devtools.tiny_students import sparse_file
-from distilled_t5.devtools.trainer import command, finish, start
-from distilled_t5.encoder.layout import StudentLayout
-from distilled_t5.train.failure import explained, is_out_of_memory
-from distilled_t5.train.host import check_output_folder
-from distilled_t5.train.ranks import Ranks
+from distilled_t5.encoder.teacher import check_t5xxl
+from distilled_t5.runtime.comfyui import check_output_folder
+from distilled_t5.runtime.failure import explained, is_out_of_memory
+from distilled_t5.runtime.random_weights import drawn
+from distilled_t5.runtime.ranks import Ranks
+from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.tests.support.small_encoders import student_file
+from distilled_t5.tests.support.tiny_students import sparse_file
+from distilled_t5.tests.support.trainer import command, finish, start
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.run import open_workshop
-from distilled_t5.train.stand_ins import FLUX, drawn
-from distilled_t5.train.teacher import check_t5xxl
+from distilled_t5.train.smoke_models import FLUX
 
 pytestmark = pytest.mark.one_host
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from distilled_t5.devtools.trainer import PACK, QUICK, TWO_PROCESSES, command, finish, has_step, metrics, start, wait_for_step
 from distilled_t5.encoder.files import open_student
+from distilled_t5.tests.support.trainer import PACK, QUICK, TWO_PROCESSES, command, finish, has_step, metrics, start, wait_for_step
 from distilled_t5.train.run_directory import RunDirectory
 from distilled_t5.train.state import read_checkpoint
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from distilled_t5.devtools.trainer import TWO_PROCESSES, command, finish
+from distilled_t5.config.files import SHIPPED
+from distilled_t5.runtime.ranks import Ranks
+from distilled_t5.tests.support.trainer import TWO_PROCESSES, command, finish
 from distilled_t5.train.estimate import StageEstimate, estimate, ram_lines
-from distilled_t5.train.ranks import Ranks
 from distilled_t5.train.recipe import Recipe, load_recipe
-from distilled_t5.train.recipe_file import SHIPPED
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
 SMALL_STUDENT = (
@@ -25,7 +25,7 @@ STAND_INS = [
     "validation.prompts=2",
     "preview.vae=''",
 ]
-SMALL_STAGE = ['corpora=[{kind="lines", path="train/words/sentences.txt"}]', "resolution_px=32", "batch=1", "accumulate=2"]
+SMALL_STAGE = ['corpora=[{kind="lines", path="prompts/words/sentences.txt"}]', "resolution_px=32", "batch=1", "accumulate=2"]
 
 
 def on_stand_ins(name: str) -> Recipe:

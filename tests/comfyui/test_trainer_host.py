@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from distilled_t5.devtools.trainer import command, finish
+from distilled_t5.tests.support.trainer import command, finish
 
 STARTED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import conftest
 from pathlib import Path
-from distilled_t5.train.host import start_comfyui
+from distilled_t5.runtime.comfyui import start_comfyui
 import torch
 flags, accelerator = sys.argv[3:], torch.accelerator
 if "torch before 2.6" in flags:

@@ -9,10 +9,10 @@ import comfy.ldm.flux.model
 import comfy.ops
 import pytest
 import torch
-from distilled_t5.encoder.layout import StudentLayout
-from distilled_t5.encoder.student import DistilledT5
+from distilled_t5.diffusion.frozen import blocks_of, differentiable
+from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.students.t5.trained import DistilledT5
 from distilled_t5.train.memory import AUTOCAST_BYTES, FlowSize, flow_activations, student_activations
-from distilled_t5.train.velocity import blocks_of, differentiable
 from torch.profiler import ProfilerActivity, profile
 
 TEXT_TOKENS, TEXT_WIDTH = 64, 256

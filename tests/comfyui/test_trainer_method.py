@@ -12,15 +12,15 @@ import comfy.sample
 import comfy.sd
 import pytest
 import torch
-from distilled_t5.devtools.small_encoders import TINY, student_file
-from distilled_t5.encoder.layout import StudentLayout
+from distilled_t5.diffusion.frozen import FrozenFlow, differentiable
+from distilled_t5.encoder.teacher import Teacher, TeacherText, load_teacher
+from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.tests.support.small_encoders import TINY, student_file
 from distilled_t5.train.distill import Learner, NotFinite, follow, linear_schedule, loss_scaler, train_step
 from distilled_t5.train.objectives import OBJECTIVES, Objective, velocity_gap
 from distilled_t5.train.optimizer import make_optimizer
 from distilled_t5.train.student_start import make_student
-from distilled_t5.train.teacher import Teacher, TeacherText, load_teacher
 from distilled_t5.train.trajectory import Position, advance, draw, gap_at, walk
-from distilled_t5.train.velocity import FrozenFlow, differentiable
 from torch import Tensor
 
 LENGTH, SIDE_PX, STEPS = 12, 64, 4

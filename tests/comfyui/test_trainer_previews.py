@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux
-from distilled_t5.devtools.exact import same
-from distilled_t5.devtools.small_encoders import pooled, student_file
-from distilled_t5.encoder.layout import StudentLayout
+from distilled_t5.runtime.ranks import Ranks
+from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.tests.support.exact import same
+from distilled_t5.tests.support.small_encoders import pooled, student_file
 from distilled_t5.train.contact_sheet import GAP_PX, LINE_PX
 from distilled_t5.train.preview import Previewer, preview_batches, usual_guidance
-from distilled_t5.train.ranks import Ranks
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.report import Reporter
 from distilled_t5.train.run import Workshop, open_workshop, train

@@ -9,12 +9,12 @@ from typing import Any
 import folder_paths
 import pytest
 import torch
-from distilled_t5.devtools.exact import same
-from distilled_t5.devtools.trainer import TWO_PROCESSES, command, finish
 from distilled_t5.encoder.files import write_student
+from distilled_t5.runtime.ranks import Ranks
+from distilled_t5.tests.support.exact import same
+from distilled_t5.tests.support.trainer import TWO_PROCESSES, command, finish
 from distilled_t5.train.distill import NotFinite
 from distilled_t5.train.objectives import OBJECTIVES, Objective, velocity_gap
-from distilled_t5.train.ranks import Ranks
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.resume import gather_state, restore
 from distilled_t5.train.run import open_workshop, train

@@ -10,16 +10,17 @@ from statistics import fmean
 import folder_paths
 import pytest
 import torch
-from distilled_t5.devtools.exact import same
-from distilled_t5.devtools.small_encoders import embedding, serve, student_file
-from distilled_t5.devtools.trainer import QUICK, command, finish, metrics, start, wait_for_step
 from distilled_t5.encoder.files import open_student
-from distilled_t5.encoder.student import DistilledT5, transformers_config
+from distilled_t5.runtime.random_weights import drawn
+from distilled_t5.runtime.ranks import Ranks
+from distilled_t5.students.t5.trained import DistilledT5, transformers_config
+from distilled_t5.tests.support.exact import same
+from distilled_t5.tests.support.small_encoders import embedding, serve, student_file
+from distilled_t5.tests.support.trainer import QUICK, command, finish, metrics, start, wait_for_step
 from distilled_t5.train.distill import NotFinite
-from distilled_t5.train.ranks import Ranks
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.run import open_workshop, train
-from distilled_t5.train.stand_ins import FLUX, drawn
+from distilled_t5.train.smoke_models import FLUX
 from distilled_t5.train.state import read_checkpoint
 from safetensors.torch import save_file
 from transformers import T5EncoderModel

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distilled_t5.devtools.server import ComfyServer
-from distilled_t5.devtools.small_encoders import serve
-from distilled_t5.devtools.stand_ins import link_into
-from distilled_t5.devtools.trainer import command, finish, metrics
-from distilled_t5.devtools.workflow import set_inputs, to_api_prompt
+from distilled_t5.devtools.comfyui.server import ComfyServer
+from distilled_t5.devtools.comfyui.workflow import set_inputs, to_api_prompt
+from distilled_t5.devtools.models.random_models import link_into
 from distilled_t5.encoder.files import open_student
-from distilled_t5.encoder.student import DistilledT5
+from distilled_t5.students.t5.trained import DistilledT5
+from distilled_t5.tests.support.small_encoders import serve
+from distilled_t5.tests.support.trainer import command, finish, metrics
 from distilled_t5.train.state import read_checkpoint
 
 pytestmark = pytest.mark.slow

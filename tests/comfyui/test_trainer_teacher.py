@@ -12,17 +12,17 @@ from typing import Any
 import comfy.model_management
 import pytest
 import torch
-from distilled_t5.devtools.exact import same
-from distilled_t5.devtools.small_encoders import encode, stock_flux_clip, student_file
-from distilled_t5.train.ranks import Ranks
+from distilled_t5.diffusion.frozen import usable_bytes
+from distilled_t5.encoder.teacher import Teacher, load_teacher
+from distilled_t5.runtime.ranks import Ranks
+from distilled_t5.tests.support.exact import same
+from distilled_t5.tests.support.small_encoders import encode, stock_flux_clip, student_file
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.report import Reporter
 from distilled_t5.train.run import open_workshop, train
 from distilled_t5.train.state import TrainerState, read_checkpoint
-from distilled_t5.train.teacher import Teacher, load_teacher
 from distilled_t5.train.teacher_chunks import TeacherChunks
 from distilled_t5.train.validation import HeldOut, lower
-from distilled_t5.train.velocity import usable_bytes
 
 # Trajectories of 2 steps and 4 prompts: one of stage 0, and five of stage 1, of which the last is cut short.
 STEPS = 11

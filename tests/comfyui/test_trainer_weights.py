@@ -8,8 +8,9 @@ from typing import Any
 import comfy.sd
 import pytest
 import torch
-from distilled_t5.train.stand_ins import FLUX, drawn
-from distilled_t5.train.velocity import FrozenFlow, differentiable
+from distilled_t5.diffusion.frozen import FrozenFlow, differentiable
+from distilled_t5.runtime.random_weights import drawn
+from distilled_t5.train.smoke_models import FLUX
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -14,12 +14,12 @@ import pytest
 from distilled_t5.devtools.blueprint import LINK_FIELDS
 from distilled_t5.devtools.build_workflows import files
 from distilled_t5.devtools.canvas import TITLE_PX
+from distilled_t5.devtools.comfyui.server import ComfyServer
+from distilled_t5.devtools.comfyui.workflow import NOTE_TYPES, input_names, set_inputs, to_api_prompt
+from distilled_t5.devtools.models.random_models import link_into
 from distilled_t5.devtools.notes import FILES
-from distilled_t5.devtools.server import ComfyServer
-from distilled_t5.devtools.stand_ins import link_into
-from distilled_t5.devtools.workflow import NOTE_TYPES, input_names, set_inputs, to_api_prompt
 from distilled_t5.devtools.workflow_parts import MINIATURE_STUDENT, MINIATURE_TEACHER
-from distilled_t5.miniature.folders import FLUX_FILE, VAE_FILE
+from distilled_t5.miniature.files import FLUX_FILE, VAE_FILE
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent.parent

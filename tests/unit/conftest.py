@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from distilled_t5.devtools.load_worker import LoadWorker
+from distilled_t5.tests.support.load_worker import LoadWorker
 
 
 @pytest.fixture(scope="session")

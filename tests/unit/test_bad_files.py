@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from distilled_t5.devtools.tiny_students import TINY, published_file, sparse_file, tiny_tensors
-from distilled_t5.encoder.errors import StudentFileError
 from distilled_t5.encoder.files import open_student
-from distilled_t5.encoder.layout import SHARED, Shape, StudentLayout
+from distilled_t5.runtime.errors import StudentFileError
+from distilled_t5.students.t5.layout import SHARED, Shape, StudentLayout
+from distilled_t5.tests.support.tiny_students import TINY, published_file, sparse_file, tiny_tensors
 
 TESTS = Path(__file__).resolve().parent.parent
 Shapes = dict[str, Shape]
@@ -239,7 +239,7 @@ def test_names_that_no_file_can_have(tmp_path):
 
 FORBIDDEN = """
 import os
-from distilled_t5.encoder.errors import StudentFileError
+from distilled_t5.runtime.errors import StudentFileError
 from distilled_t5.encoder.files import open_student
 if os.geteuid() == 0:
     os.seteuid(65534)

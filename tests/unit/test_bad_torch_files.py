@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from distilled_t5.devtools.load_worker import LoadWorker
-from distilled_t5.devtools.tiny_students import joined, tiny_tensors
-from distilled_t5.encoder.errors import StudentFileError
 from distilled_t5.encoder.files import open_student, write_student
-from distilled_t5.encoder.layout import SHARED
+from distilled_t5.runtime.errors import StudentFileError
+from distilled_t5.students.t5.layout import SHARED
+from distilled_t5.tests.support.load_worker import LoadWorker
+from distilled_t5.tests.support.tiny_students import joined, tiny_tensors
 
 
 def refusal(path: Path) -> str:

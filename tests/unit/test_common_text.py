@@ -8,9 +8,9 @@ import sys
 from collections import Counter
 
 import pytest
-from distilled_t5.train import common_text as module
-from distilled_t5.train.common_text import MIX, Split, common_text, common_words, own_list, subjects, unseen_words
-from distilled_t5.train.corpora import Prompt, PromptError
+from distilled_t5.prompts import common_text as module
+from distilled_t5.prompts.common_text import MIX, Split, common_text, common_words, own_list, subjects, unseen_words
+from distilled_t5.prompts.corpora import Prompt, PromptError
 
 TRIPWIRES = (
     *("os.environ", "os.getenv(", "subprocess.", "os.system(", "requests.", "urlopen(", "aiohttp.ClientSession", "socket."),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from distilled_t5.train.corpora import COMPBENCH_CATEGORIES, PromptError, read_compbench, read_file
+from distilled_t5.prompts.corpora import COMPBENCH_CATEGORIES, PromptError, read_compbench, read_file
 
 CAPTIONS = ["a red fox", "ein grauer Bär, müde", "\u4e00\u53ea\u732b"]
 
@@ -75,7 +75,7 @@ def test_limit_counts_prompts_and_not_blank_lines(tmp_path, limit):
 
 def test_path_below_the_packs_folder_is_found_from_anywhere_and_a_nearer_one_comes_first(tmp_path, monkeypatch, pack_root):
     monkeypatch.chdir(tmp_path)
-    shipped = "train/words/sentences.txt"
+    shipped = "prompts/words/sentences.txt"
     assert len(read_file(shipped, "lines")) == 500
     written(tmp_path, "mine.txt", "a red fox")
     assert texts(Path("mine.txt"), "lines") == ["a red fox"]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from distilled_t5.devtools.tiny_students import TINY, published_file, tiny_tensors
 from distilled_t5.encoder.dialects import TOKEN_TABLE_TWIN, published_names, split_twin
-from distilled_t5.encoder.errors import StudentFileError
 from distilled_t5.encoder.files import open_student
-from distilled_t5.encoder.layout import SHARED
+from distilled_t5.runtime.errors import StudentFileError
+from distilled_t5.students.t5.layout import SHARED
+from distilled_t5.tests.support.tiny_students import TINY, published_file, tiny_tensors
 from torch import Tensor, nn
 
 NAMES = tuple(TINY.tensors())

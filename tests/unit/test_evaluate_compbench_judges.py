@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from distilled_t5.devtools.tiny_judges import LABELS, SIDE_PX, save_blip, save_depth, save_detector
 from distilled_t5.evaluate.compbench_judges import BlipVqa, TransformersDepth, TransformersDetector
+from distilled_t5.tests.support.tiny_judges import LABELS, SIDE_PX, save_blip, save_depth, save_detector
 
 PHRASES = ["a green bench", "the red", "a blue bowl the red car"]
 

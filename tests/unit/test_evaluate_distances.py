@@ -8,8 +8,8 @@ import lpips
 import numpy as np
 import pytest
 import torch
-from distilled_t5.devtools.tiny_judges import CONVOLUTIONS, save_alexnet
 from distilled_t5.evaluate.distances import Lpips, latent_rms, velocity_gaps
+from distilled_t5.tests.support.tiny_judges import CONVOLUTIONS, save_alexnet
 from distilled_t5.train.trajectory import Position
 from torch import nn
 

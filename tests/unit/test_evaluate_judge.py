@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distilled_t5.devtools.tiny_judges import SIDE_PX, save_blip, save_clip, save_depth, save_detector
 from distilled_t5.evaluate import compbench
 from distilled_t5.evaluate.compbench_judges import BlipVqa, TransformersDepth, TransformersDetector
 from distilled_t5.evaluate.judge import by_number, check_judges, judged_by, make_judge
@@ -15,8 +14,9 @@ from distilled_t5.evaluate.pictures import ClipScorer
 from distilled_t5.evaluate.questions import Question, read_questions
 from distilled_t5.evaluate.scores import Kept, kept_or_made
 from distilled_t5.evaluate.suite import Suite, Task, load_suite
-from distilled_t5.miniature.world import render
-from distilled_t5.train.ranks import Ranks
+from distilled_t5.runtime.ranks import Ranks
+from distilled_t5.tests.support.tiny_judges import SIDE_PX, save_blip, save_clip, save_depth, save_detector
+from distilled_t5.world.pictures import render
 from PIL import Image, ImageDraw, ImageFont
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy")

@@ -15,7 +15,7 @@ from distilled_t5.evaluate.page import Notes, chosen_questions, data_uri, page, 
 from distilled_t5.evaluate.questions import Question, in_turn, read_questions
 from distilled_t5.evaluate.results import Report
 from distilled_t5.evaluate.suite import load_suite
-from distilled_t5.train.corpora import PromptError
+from distilled_t5.prompts.corpora import PromptError
 from PIL import Image
 
 EVIL = 'a sign that says "</script><script>alert(1)</script>" & <!-- \u2028'

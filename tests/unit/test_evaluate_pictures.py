@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from distilled_t5.devtools.tiny_judges import SIDE_PX, save_clip, save_inception
 from distilled_t5.evaluate import pictures
 from distilled_t5.evaluate.pictures import ClipScorer, Inception, fid, frechet_distance, metric_name
+from distilled_t5.tests.support.tiny_judges import SIDE_PX, save_clip, save_inception
 from safetensors.torch import load_file, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric

@@ -6,16 +6,7 @@ import numpy as np
 import pytest
 from distilled_t5.evaluate.intervals import Measured, exact, jackknife, mean_of, mean_of_differences
 from distilled_t5.evaluate.provenance import commit_of
-from distilled_t5.evaluate.results import (
-    Report,
-    losses,
-    markdown,
-    measured_scores,
-    picture_losses,
-    probe_table,
-    score_cell,
-    to_json,
-)
+from distilled_t5.evaluate.results import Report, losses, markdown, measured_scores, picture_losses, probe_table, score_cell, to_json
 
 # Two tasks, a teacher and a student; `lpips` is a distance from the teacher, which has none.
 SCORES = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from distilled_t5.evaluate.store import COMPLETE, MADE_OF, PictureFolder, batches, share_of_rank
-from distilled_t5.train.disk import UNFINISHED
+from distilled_t5.runtime.disk import UNFINISHED
 
 OURS = {"encoder": "a", "prompts and seeds": "p"}
 

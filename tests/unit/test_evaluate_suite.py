@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distilled_t5.config.files import RecipeError, options
 from distilled_t5.evaluate.suite import SHIPPED, Suite, load_suite
 from distilled_t5.miniature.measure import MEASURED
-from distilled_t5.train.corpora import COMPBENCH_CATEGORIES
-from distilled_t5.train.recipe_file import RecipeError, options
+from distilled_t5.prompts.corpora import COMPBENCH_CATEGORIES
 
 MINIATURE = (SHIPPED / "miniature.toml").read_text(encoding="utf-8")
 NAMES = ("miniature", "paper", "quick")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from distilled_t5.evaluate.scores import Kept, Part, kept_or_made
 from distilled_t5.evaluate.team import Stopped, Team
-from distilled_t5.train.ranks import Ranks
+from distilled_t5.runtime.ranks import Ranks
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -126,7 +126,7 @@ folder = Path(sys.argv[1])
 
 from distilled_t5.evaluate.scores import Kept, kept_or_made
 from distilled_t5.evaluate.team import Stopped, Team
-from distilled_t5.train.ranks import Ranks
+from distilled_t5.runtime.ranks import Ranks
 from tqdm import tqdm
 
 with Ranks.open("cpu") as ranks:

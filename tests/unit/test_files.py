@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from distilled_t5.devtools.tiny_students import TINY, published_file, taken_apart, tensor_digest, tiny_tensors
-from distilled_t5.encoder.errors import StudentFileError
 from distilled_t5.encoder.files import ABANDONED_S, check_finite, data_sha256, open_student, read_header, write_student
-from distilled_t5.encoder.layout import SHARED
 from distilled_t5.encoder.metadata import HASH_KEY, StudentMetadata
+from distilled_t5.runtime.errors import StudentFileError
+from distilled_t5.students.t5.layout import SHARED
+from distilled_t5.tests.support.tiny_students import TINY, published_file, taken_apart, tensor_digest, tiny_tensors
 
 TESTS = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -145,7 +145,7 @@ def test_folder_that_cannot_take_the_file_is_said(folder, tmp_path):
 HARM = """
 import os, resource, signal, torch
 from pathlib import Path
-from distilled_t5.devtools.tiny_students import tiny_tensors
+from distilled_t5.tests.support.tiny_students import tiny_tensors
 from distilled_t5.encoder.files import write_student
 
 def die(*_):

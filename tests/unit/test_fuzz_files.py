@@ -9,17 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from distilled_t5.devtools.mutations import SAFETENSORS_MUTATIONS, ZIP_MUTATIONS, Mutation
-from distilled_t5.devtools.tiny_students import (
-    TINY,
-    digest_of_bytes,
-    published_file,
-    taken_apart,
-    tensor_digest,
-    tiny_tensors,
-)
 from distilled_t5.encoder.files import write_student
 from distilled_t5.encoder.metadata import HASH_KEY, HEADER_HASH_KEY, StudentMetadata
+from distilled_t5.tests.support.mutations import SAFETENSORS_MUTATIONS, ZIP_MUTATIONS, Mutation
+from distilled_t5.tests.support.tiny_students import TINY, digest_of_bytes, published_file, taken_apart, tensor_digest, tiny_tensors
 
 # Files per way of damaging them; twice that for safetensors, with and without hashes: 1,640 in all.
 COUNTS = {

@@ -7,9 +7,9 @@ import itertools
 from random import Random
 
 import pytest
-from distilled_t5.devtools.tiny_students import TINY
-from distilled_t5.encoder.errors import StudentFileError
-from distilled_t5.encoder.layout import FINAL_NORM, NAMED_SIZES, POSITION_BIAS, SHARED, Shape, StudentLayout, read_layout
+from distilled_t5.runtime.errors import StudentFileError
+from distilled_t5.students.t5.layout import FINAL_NORM, NAMED_SIZES, POSITION_BIAS, SHARED, Shape, StudentLayout, read_layout
+from distilled_t5.tests.support.tiny_students import TINY
 
 FIRST = "encoder.encoder.block.0.layer"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from distilled_t5.encoder.layout import StudentLayout
+from distilled_t5.config.files import SHIPPED
+from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.train.memory import FlowSize, MemoryNeed, check_memory, memory_need, ram_parts, shipped_for
 from distilled_t5.train.recipe import Recipe, load_recipe
-from distilled_t5.train.recipe_file import SHIPPED
 
 GIB = 2**30
 # H = 3072. A double block: 2 x (18 H^2 + 15 H + 256). 19 of them, 38 single ones of 15 H^2 + 11 H + 256, and the ends.

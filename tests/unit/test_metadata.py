@@ -10,19 +10,11 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from distilled_t5.devtools.tiny_students import TINY, joined, published_file, taken_apart, tiny_tensors
-from distilled_t5.encoder.errors import StudentFileError
 from distilled_t5.encoder.files import data_sha256, open_student, write_student
-from distilled_t5.encoder.layout import StudentLayout
-from distilled_t5.encoder.metadata import (
-    HASH_KEY,
-    HEADER_HASH_KEY,
-    MAX_TOKENS,
-    VERSION_KEY,
-    StudentMetadata,
-    described,
-    read_metadata,
-)
+from distilled_t5.encoder.metadata import HASH_KEY, HEADER_HASH_KEY, MAX_TOKENS, VERSION_KEY, StudentMetadata, described, read_metadata
+from distilled_t5.runtime.errors import StudentFileError
+from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.tests.support.tiny_students import TINY, joined, published_file, taken_apart, tiny_tensors
 
 NARROW = StudentLayout(d_model=8, d_ff=12, num_layers=1, num_heads=2, d_kv=4, vocab_size=40, hidden_width=10, projected_width=16)
 PLAIN = StudentLayout(d_model=16, d_ff=12, num_layers=1, num_heads=2, d_kv=4, vocab_size=40)

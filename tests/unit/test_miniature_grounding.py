@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from distilled_t5.encoder.layout import StudentLayout
 from distilled_t5.miniature.grounding import ANSWERS, NOTHING, QUESTIONS, Grounding, answers
-from distilled_t5.miniature.scenes import draw_scene
 from distilled_t5.miniature.teacher import Pretraining
 from distilled_t5.miniature.training import Plan, Trainee
-from distilled_t5.miniature.world import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, Thing
+from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.world.pictures import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, Thing
+from distilled_t5.world.scenes import draw_scene
 from torch.nn.functional import cross_entropy
 
 TINY = StudentLayout(vocab_size=64, d_model=16, d_ff=16, num_layers=1, num_heads=1, d_kv=16)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from distilled_t5.evaluate.confidence import Score
-from distilled_t5.miniature.captions import draw_prompt
-from distilled_t5.miniature.measure import MEASURED, questions, score, share_of, table
-from distilled_t5.miniature.scenes import NEW_IN_TASK, new_kinds
-from distilled_t5.miniature.world import TASKS, render
+from distilled_t5.miniature.measure import MEASURED, score, share_of, table
+from distilled_t5.world.captions import draw_prompt
+from distilled_t5.world.pictures import TASKS, render
+from distilled_t5.world.questions import questions
+from distilled_t5.world.scenes import NEW_IN_TASK, new_kinds
 
 
 def test_a_painter_that_draws_what_is_asked_is_always_right_and_one_that_draws_the_next_question_hardly_ever():

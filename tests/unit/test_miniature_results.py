@@ -23,7 +23,7 @@ from distilled_t5.devtools.miniature_results import (
 )
 from distilled_t5.evaluate.confidence import Score
 from distilled_t5.miniature.measure import MEASURED
-from distilled_t5.miniature.world import TASKS
+from distilled_t5.world.pictures import TASKS
 
 
 def measured(value: float, n: int = 7) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from distilled_t5.devtools.miniature_tables import MARKS, PAGE, PLOT, RESULTS, SCALED, TABLES, blocks, plot, told
+from distilled_t5.devtools.docs.miniature_tables import MARKS, PAGE, PLOT, RESULTS, SCALED, TABLES, blocks, plot, told
 from distilled_t5.miniature.measure import MEASURED
 from PIL import Image
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 from distilled_t5.encoder.files import open_student
-from distilled_t5.encoder.layout import StudentLayout
 from distilled_t5.miniature.autoencoder import latents, vae_tensors
-from distilled_t5.miniature.captions import draw_prompt, write_prompts
 from distilled_t5.miniature.corpus import draw_text
 from distilled_t5.miniature.corruption import FIRST_SENTINEL, corrupt, noise_spans, restore
 from distilled_t5.miniature.teacher import IGNORED, NEIGHBOURS, Pretraining, save_teacher
 from distilled_t5.miniature.training import Plan, Trainee, train
-from distilled_t5.train.token_ids import END, PAD
+from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.students.t5.tokens import END, PAD
+from distilled_t5.world.captions import draw_prompt, write_prompts
 from torch.nn.functional import cross_entropy
 
 TINY = StudentLayout(d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8, vocab_size=50)

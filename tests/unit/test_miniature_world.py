@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from distilled_t5.miniature.captions import COLOUR_NAMES, SHAPE_NAMES, draw_prompt
-from distilled_t5.miniature.font import GLYPHS
-from distilled_t5.miniature.reader import MOST_WRONG_CELLS, read, verdict
-from distilled_t5.miniature.scenes import NEW_IN_TASK, NEW_WORD, Split, combinations, draw_scene, held_out, new_kinds
-from distilled_t5.miniature.words import DRAWN, WORDS
-from distilled_t5.miniature.world import ARRANGEMENTS, COLOURS, PALETTE, PLACES, SHAPES, SIDE, TASKS, Scene, Thing, relations, render
+from distilled_t5.world.captions import COLOUR_NAMES, SHAPE_NAMES, draw_prompt
+from distilled_t5.world.font import GLYPHS
+from distilled_t5.world.pictures import ARRANGEMENTS, COLOURS, PALETTE, PLACES, SHAPES, SIDE, TASKS, Scene, Thing, relations, render
+from distilled_t5.world.reader import MOST_WRONG_CELLS, read, verdict
+from distilled_t5.world.scenes import NEW_IN_TASK, NEW_WORD, Split, combinations, draw_scene, held_out, new_kinds
+from distilled_t5.world.words import DRAWN, WORDS
 
 CASES = [(task, split) for task in NEW_IN_TASK for split in ("train", "held_out") if (task, split) != (NEW_WORD, "train")]
 EACH = 40

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from distilled_t5.devtools.exact import same
-from distilled_t5.train.packing import pack, unpack
-from distilled_t5.train.randomness import random_states, restore_random_states, undisturbed
+from distilled_t5.runtime.packing import pack, unpack
+from distilled_t5.runtime.randomness import random_states, restore_random_states, undisturbed
+from distilled_t5.tests.support.exact import same
 from torch import Tensor
 
 

@@ -7,7 +7,7 @@ import tracemalloc
 from collections import Counter
 
 import pytest
-from distilled_t5.train.prompts import Prompt, PromptError, PromptMix, hold_out, read_corpus
+from distilled_t5.prompts.mix import Prompt, PromptError, PromptMix, hold_out, read_corpus
 from distilled_t5.train.recipe import Corpus
 
 

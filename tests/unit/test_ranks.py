@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilled_t5.train.ranks import Ranks, RanksError, is_loss_of_company
+from distilled_t5.runtime.ranks import Ranks, RanksError, is_loss_of_company
 from torch.nn import Linear
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.nn import Linear
-from distilled_t5.train.ranks import Ranks
+from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.train.report import Reporter
 from distilled_t5.train.run_directory import RunDirectory
 
@@ -88,8 +88,8 @@ DYING = """
 import os, sys
 import torch
 from torch.nn import Linear
-from distilled_t5.train.ranks import Ranks, RanksError
-from distilled_t5.train.stop import StopRequest
+from distilled_t5.runtime.ranks import Ranks, RanksError
+from distilled_t5.runtime.stop import StopRequest
 
 def main():
     with StopRequest(), Ranks.open("cpu") as ranks:
@@ -199,7 +199,7 @@ import json, sys
 from pathlib import Path
 import torch
 from torch.nn import Linear, Sequential
-from distilled_t5.train.ranks import Ranks
+from distilled_t5.runtime.ranks import Ranks
 
 with Ranks.open("cpu", timeout_s=120) as ranks:
     torch.manual_seed(0)

@@ -10,10 +10,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from distilled_t5.encoder.layout import StudentLayout
+from distilled_t5.config.files import SHIPPED, RecipeError, options
+from distilled_t5.config.toml import toml_value, write_toml
+from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.train.recipe import Recipe, load_recipe
-from distilled_t5.train.recipe_file import SHIPPED, RecipeError, options
-from distilled_t5.train.toml_text import toml_value, write_toml
 from pydantic import ValidationError
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
@@ -144,7 +144,7 @@ def test_key_in_the_wrong_place_is_sent_home(key, nearest, tmp_path):
         ('name = "distilled_t5_smoke"', 'name = "smoke.safetensors"', 'without folder and ending, found "smoke.safetensors"'),
         ("resolution_px = 64", "resolution_px = 100", "stage.0.resolution_px: expected a multiple of 16, found 100"),
         ('objective = "embedding"', 'objective = "velocty"', "stage.0.objective: expected one of velocity, embedding, found \"velocty\""),
-        (', path = "train/words/sentences.txt"', "", "stage.0.corpora.0: a corpus of kind lines needs a path"),
+        (', path = "prompts/words/sentences.txt"', "", "stage.0.corpora.0: a corpus of kind lines needs a path"),
         ('kind = "lines"', 'kind = "csv"', "a corpus of kind csv needs the column that holds the prompt"),
         ('kind = "lines"', 'kind = "common_text"', "stage.0.corpora.0: common_text is made here: expected no path"),
         ('kind = "lines"', 'kind = "lines", column = "y"', "stage.0.corpora.0: a corpus of kind lines has no columns"),

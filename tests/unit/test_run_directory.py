@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from distilled_t5.train.run_directory import RunDirectory, RunError
-from distilled_t5.train.stop import SAME_REQUEST_S, StopRequest
+from distilled_t5.runtime.lock import RunError
+from distilled_t5.runtime.stop import SAME_REQUEST_S, StopRequest
+from distilled_t5.train.run_directory import RunDirectory
 
 BOOTSTRAP = f"import runpy; runpy.run_path({str(Path(__file__).resolve().parent.parent / 'conftest.py')!r})\n"
 RECIPE = 'name = "a run"\n'
@@ -99,7 +100,7 @@ def test_first_signal_is_a_request_and_the_handlers_come_back(number, capfd):
 
 WAITING = """
 import time
-from distilled_t5.train.stop import StopRequest
+from distilled_t5.runtime.stop import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
     while not stop.requested:

@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from distilled_t5.miniature.captions import TOKEN_LENGTH
-from distilled_t5.miniature.folders import MODELS
+from distilled_t5.config.files import SHIPPED, options
+from distilled_t5.miniature.files import MODELS
 from distilled_t5.miniature.teacher import LAYOUT
-from distilled_t5.miniature.world import SIDE_PX
 from distilled_t5.train.objectives import OBJECTIVES
 from distilled_t5.train.recipe import Recipe, load_recipe
-from distilled_t5.train.recipe_file import SHIPPED, options
+from distilled_t5.world.captions import TOKEN_LENGTH
+from distilled_t5.world.pictures import SIDE_PX
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
 SCHNELL = [name for name in NAMES if name.startswith("schnell")]

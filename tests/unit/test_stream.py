@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from distilled_t5.devtools.tiny_students import taken_apart, tensor_digest, tiny_tensors
 from distilled_t5.encoder import stream
 from distilled_t5.encoder.files import open_student, write_student
-from distilled_t5.encoder.stream import sync_folder, write_stream
+from distilled_t5.encoder.stream import write_stream
+from distilled_t5.runtime.disk import sync_folder
+from distilled_t5.tests.support.tiny_students import taken_apart, tensor_digest, tiny_tensors
 from torch import Tensor
 
 MIXED = {

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from distilled_t5.devtools.exact import same
 from distilled_t5.encoder.files import write_student
-from distilled_t5.encoder.layout import StudentLayout
-from distilled_t5.encoder.student import DistilledT5, transformers_config
+from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.students.t5.trained import DistilledT5, transformers_config
+from distilled_t5.tests.support.exact import same
 from distilled_t5.train.student_start import make_student
 from transformers import T5EncoderModel, T5ForConditionalGeneration
 

@@ -8,7 +8,7 @@ import tomllib
 from typing import Any
 
 import pytest
-from distilled_t5.train.toml_text import key_lines, write_toml
+from distilled_t5.config.toml import key_lines, write_toml
 
 
 def leaves(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilled_t5.encoder.layout import StudentLayout
+from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.train.optimizer import MuonAndAdamW, make_optimizer, set_rate
 from distilled_t5.train.student_start import RANDOM, make_student
 from torch.amp.grad_scaler import GradScaler

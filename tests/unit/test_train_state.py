@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from distilled_t5.devtools.exact import same
-from distilled_t5.devtools.tiny_students import tiny_tensors
 from distilled_t5.encoder.files import open_student, write_student
-from distilled_t5.train.randomness import random_states, restore_random_states
+from distilled_t5.runtime.randomness import random_states, restore_random_states
+from distilled_t5.tests.support.exact import same
+from distilled_t5.tests.support.tiny_students import tiny_tensors
 from distilled_t5.train.state import CheckpointNotSaved, Checkpoints, NoCheckpoint, TrainerState, read_checkpoint
 from torch import Tensor
 from torch.nn import Dropout, Linear, Module, Sequential

@@ -1,0 +1,1 @@
+"""Typed TOML files: read, checked with every problem listed, written."""

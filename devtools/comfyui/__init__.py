@@ -1,0 +1,1 @@
+"""A real ComfyUI for development: as a server, or in this process."""

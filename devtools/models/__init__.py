@@ -1,0 +1,1 @@
+"""Random models in real file layouts, for serve and for tests."""

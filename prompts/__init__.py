@@ -1,0 +1,1 @@
+"""Where prompts come from: corpora, CommonText, and their mix."""

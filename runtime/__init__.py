@@ -1,0 +1,1 @@
+"""What every command shares: finding and starting ComfyUI, ranks, stop, disk, locks, logging, randomness."""

@@ -1,0 +1,54 @@
+"""One process at a time writes to a folder: a lock that the end of the process gives back."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+
+# Windows locks bytes, and nobody reads these: the text before them tells who holds the lock.
+LOCKED_BYTE = 1 << 30
+
+
+class RunError(ValueError):
+    """A run directory that cannot be used as asked: what is wrong, and what to do about it."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}\nWhat to do: {remedy}")
+
+
+def lock(folder: Path, option: str = "--run") -> BinaryIO:
+    """The open lock file of a folder that the command line's `option` names; closing it, or the end of the process, unlocks.
+
+    Raises RunError if another process holds the lock, OSError if the file system has no locks.
+    """
+    file = open(folder / ".lock", "a+b")  # noqa: SIM115 (the caller closes it)
+    try:
+        if sys.platform == "win32":
+            file.seek(LOCKED_BYTE)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        holder = file.read(200).decode(errors="replace").strip()
+        file.close()
+        raise RunError(
+            f"Another process writes to the run in {folder}: {holder or 'unknown'}.",
+            f"wait for it or end it, or name another folder with {option}.",
+        ) from error
+    except OSError:
+        file.close()
+        raise
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}".encode())
+    file.flush()
+    return file

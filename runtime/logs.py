@@ -1,0 +1,44 @@
+"""What this package logs: to a file, and above the progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+TERMINAL_INTERVAL_S, FILE_INTERVAL_S = 0.2, 30.0
+# Every module of this package logs below this name.
+LOGGER = __name__.rpartition(".runtime.")[0] or __name__
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """While open, what this package logs goes to the file and above the progress bar; what ComfyUI logs goes to the file as well."""
+    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    above_bar = _AboveBar()
+    ours, root = logging.getLogger(LOGGER), logging.getLogger()
+    before = ours.level, ours.propagate
+    # Not propagated: ComfyUI's handlers would print every line a second time, through the bar.
+    ours.propagate = False
+    ours.setLevel(logging.INFO)
+    ours.addHandler(above_bar)
+    for logger in (ours, root):
+        logger.addHandler(to_file)
+    try:
+        yield
+    finally:
+        for logger in (ours, root):
+            logger.removeHandler(to_file)
+        ours.removeHandler(above_bar)
+        ours.level, ours.propagate = before
+        to_file.close()
+
+
+class _AboveBar(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)

@@ -1,0 +1,78 @@
+"""Small encoders for tests in a ComfyUI: a distilled T5 of two layers, CLIP-L, and the stock CLIP they are compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...encoder.files import write_student
+from ...encoder.metadata import StudentMetadata
+from ...encoder.served import ServedEncoder, ServingOptions, load_encoder
+from ...students.t5.layout import StudentLayout
+
+TINY = StudentLayout(d_model=64, d_ff=128, num_layers=3, num_heads=3, d_kv=16, hidden_width=96, projected_width=4096)
+PROMPT = "a red cube left of a blue ball, with a sign that says hello"
+
+
+def random_tensors(layout: StudentLayout, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Weights drawn as T5 draws its own (transformers' T5PreTrainedModel), so that attention is not saturated."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in layout.tensors().items():
+        if name.endswith("layer_norm.weight"):
+            tensors[name] = torch.ones(shape, dtype=dtype)
+            continue
+        scale = 1.0 if "shared" in name else shape[-1] ** -0.5
+        if name.endswith(".q.weight"):
+            scale *= layout.d_kv**-0.5
+        tensors[name] = torch.randn(shape, generator=generator).mul_(scale).to(dtype)
+    return tensors
+
+
+def student_file(folder: Path, layout: StudentLayout = TINY, name: str = "tiny.safetensors", seed: int = 0, **metadata: Any) -> Path:
+    """A student of random weights, as our own writer leaves it."""
+    path = folder / name
+    dtype = metadata.pop("dtype", torch.float32)
+    return path if path.exists() else write_student(path, random_tensors(layout, seed, dtype), StudentMetadata(**metadata))
+
+
+def serve(path: Path, clip_l: Path | None = None, **options: Any) -> ServedEncoder:
+    """The file as a CLIP, fp32 unless told otherwise."""
+    options.setdefault("dtype", torch.float32)
+    return load_encoder(str(path), None if clip_l is None else str(clip_l), ServingOptions(**options))
+
+
+def stock_flux_clip(clip_l: Path) -> Any:
+    """The host's own Flux CLIP: the same CLIP-L, and a T5-XXL cut down to one thin layer of the full width."""
+    # ComfyUI knows a T5-XXL by this tensor alone; what is missing it leaves as allocated, so every weight that is used is given here.
+    known_by = {"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": torch.zeros(8, 4096)}
+    layout = StudentLayout(d_model=4096, d_ff=8, num_layers=1, num_heads=1, d_kv=8)
+    tensors = {name.removeprefix("encoder."): tensor for name, tensor in random_tensors(layout).items()}
+    config = {"num_layers": 1, "d_ff": 8, "num_heads": 1, "d_kv": 8}
+    return comfy.sd.load_text_encoder_state_dicts(
+        [comfy.utils.load_torch_file(str(clip_l), safe_load=True), tensors | known_by],
+        clip_type=comfy.sd.CLIPType.FLUX,
+        model_options={"t5xxl_model_config": config},
+    )
+
+
+def encode(clip: Any, text: str = PROMPT) -> Any:
+    """The conditioning of the stock CLIPTextEncode node."""
+    from nodes import CLIPTextEncode
+
+    return CLIPTextEncode().encode(clip, text)[0]
+
+
+def embedding(clip: Any, text: str = PROMPT) -> Tensor:
+    """The text embedding [1, L, D] alone."""
+    return encode(clip, text)[0][0]
+
+
+def pooled(clip: Any, text: str = PROMPT) -> Tensor:
+    """The pooled vector [1, P] alone."""
+    return encode(clip, text)[0][1]["pooled_output"]

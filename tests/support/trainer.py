@@ -1,0 +1,81 @@
+"""The trainer's command as tests start it: whole runs of the smoke recipe in a process of their own, in seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+PACK = Path(__file__).resolve().parents[2]
+QUICK = [
+    "stage.0.steps=2",
+    "stage.1.steps=6",
+    "sampling.steps=4",
+    "sampling.token_lengths=[16]",
+    "validation.every_steps=4",
+    "validation.prompts=2",
+    "checkpoints.every_steps=4",
+    "checkpoints.keep_last=9",
+    "teacher.chunk_prompts=8",
+    "student.dropout=0.1",
+]
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+BOUND_S = 400
+
+
+def command(comfyui: Path, base: Path, run: Path, *extra: str, settings: Sequence[str] = QUICK, recipe: str = "smoke") -> list[str]:
+    """The arguments of Python that train a recipe into `run`, under a ComfyUI whose models lie in `base`, on the CPU."""
+    sets = [part for setting in settings for part in ("--set", setting)]
+    ours = [str(PACK / "train"), recipe, "--run", str(run), "--comfyui", str(comfyui), *sets, *extra]
+    return [*ours, "--", "--base-directory", str(base), "--cpu"]
+
+
+def finish(
+    arguments: Sequence[str],
+    folder: Path,
+    code: int = 0,
+    launcher: Sequence[str] = (),
+    before: Callable[[], object] | None = None,
+) -> str:
+    """Run the command in `folder` to its end, after `before` in the new process; what it printed. The exit status must be `code`."""
+    done = subprocess.run(
+        [sys.executable, *launcher, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=BOUND_S,
+        check=False,
+        preexec_fn=before,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def start(arguments: Sequence[str], folder: Path, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """The command in a process of its own; what it prints is in `stdout`."""
+    return subprocess.Popen(
+        [sys.executable, *launcher, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Come back when the run has reported an optimizer step; fails if the process ends before."""
+    deadline = time.monotonic() + BOUND_S
+    while not has_step(run, step):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def has_step(run: Path, step: int) -> bool:
+    """Whether the run has reported an optimizer step."""
+    path = run / "metrics.jsonl"
+    return path.exists() and f'"step": {step},' in path.read_text(encoding="utf-8")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
