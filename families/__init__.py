@@ -1,20 +1,8 @@
-"""The families of diffusion models a distilled T5 can serve: one entry each."""
+"""The families of diffusion models that a student can serve: one file each, and one entry here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from .family import Family
+from .flux import FLUX
 
-
-@dataclass(frozen=True)
-class Family:
-    """What a family's diffusion models expect of their text: widths in channels, and how the family is called."""
-
-    display_name: str
-    modelspec: str
-    text_width: int
-    pooled_width: int
-
-
-FAMILIES: dict[str, Family] = {
-    "flux": Family(display_name="Flux.1", modelspec="flux-1", text_width=4096, pooled_width=768),
-}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX,)}

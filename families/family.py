@@ -1,0 +1,57 @@
+"""What a family of diffusion models is: data, and a few short functions about a loaded model."""
+
+# B batch, C H W latent, T steps
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything that the loader, the trainer and the evaluation know about one family of diffusion models.
+
+    name: the id in recipes, suites and file metadata. display_name: what people call it. modelspec: its name in ModelSpec metadata.
+
+    Text side. clip_type: ComfyUI's CLIPType. text_classes: ComfyUI's tokenizer class and a factory of its text model, imported when called.
+    part: the attribute of the text model that a student replaces, which is also the key of its tokens. students: kinds of student that can.
+    text_width, pooled_width: channels. token_length: the length to which ComfyUI pads prompts. masked, zeroed: whether the encoder attends to
+    the prompt's own tokens alone, and whether the others' embeddings are set to zero. companions: other encoders of the text model, by
+    attribute.
+
+    Diffusion side. block_lists: attributes of the diffusion model that hold its transformer blocks. least_side_px: the smallest picture.
+    latent_channels, cell_px: channels of the latent, and pixels of a picture per cell of it. default_guidance: the guidance value that
+    ComfyUI's nodes propose. takes_guidance: whether a loaded model has a guidance input. refuse: a sentence about a loaded model that cannot
+    be used, else None. training_sigmas: noise levels [T + 1] for a model, a number of steps, and latent height and width, where ComfyUI's
+    `simple` scheduler is not what the model was trained with.
+
+    small: ComfyUI's model configuration of a tiny model of the family, for tests.
+    """
+
+    name: str
+    display_name: str
+    modelspec: str
+    clip_type: str
+    text_classes: Callable[[], tuple[Any, Callable[..., Any]]]
+    part: str
+    students: tuple[str, ...]
+    text_width: int
+    pooled_width: int
+    token_length: int
+    block_lists: tuple[str, ...]
+    latent_channels: int
+    takes_guidance: Callable[[Any], bool]
+    refuse: Callable[[Any], str | None]
+    cell_px: int = 8
+    least_side_px: int = 16
+    default_guidance: float = 3.5
+    training_sigmas: Callable[[Any, int, int, int], Tensor] | None = None
+    companions: tuple[str, ...] = ()
+    masked: bool = False
+    zeroed: bool = False
+    small: Mapping[str, Any] = field(default_factory=dict)

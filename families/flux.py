@@ -1,0 +1,85 @@
+"""Flux.1: dev (guided) and schnell."""
+
+# T steps
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .family import Family
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LATENT_CHANNELS, POOLED_WIDTH = 16, 768
+# The resolution-dependent shift: mu is linear in the number of image tokens (black-forest-labs/flux, sampling.get_schedule).
+FEWEST_TOKENS, MOST_TOKENS = 256, 4096
+SHIFT_AT_FEWEST, SHIFT_AT_MOST = 0.5, 1.15
+PATCH = 2
+
+
+def text_classes() -> tuple[Any, Any]:
+    """ComfyUI's tokenizer class of Flux, and the factory of its text model: CLIP-L and T5-XXL."""
+    from comfy.text_encoders.flux import FluxTokenizer, flux_clip
+
+    return FluxTokenizer, flux_clip()
+
+
+def takes_guidance(model: Any) -> bool:
+    """Whether a loaded Flux takes guidance (dev) or not (schnell)."""
+    return bool(model.diffusion_model.params.guidance_embed)
+
+
+def refuse(model: Any) -> str | None:
+    """Why a loaded diffusion model cannot be used as a Flux.1, or None.
+
+    ComfyUI builds several other models from Flux's parts, some under Flux's own name but without a pooled vector.
+    """
+    if model.model_config.unet_config.get("image_model") != "flux" or model.diffusion_model.params.vec_in_dim is None:
+        return f"is a {type(model).__name__}, not a Flux."
+    parameters = model.diffusion_model.params
+    if parameters.vec_in_dim != POOLED_WIDTH:
+        return f"takes pooled text of width {parameters.vec_in_dim}, expected CLIP-L's {POOLED_WIDTH}."
+    if parameters.in_channels != LATENT_CHANNELS:
+        return (
+            f"takes {parameters.in_channels} channels, expected the {LATENT_CHANNELS} of a latent: a Flux that also wants a picture "
+            "(Fill, Canny, Depth) has nothing to follow."
+        )
+    return None
+
+
+def resolution_shift(height: int, width: int) -> float:
+    """Flux's shift mu for a latent of height x width: 0.5 at 256 image tokens, 1.15 at 4096, linear between and beyond."""
+    tokens = (height // PATCH) * (width // PATCH)
+    return SHIFT_AT_FEWEST + (SHIFT_AT_MOST - SHIFT_AT_FEWEST) * (tokens - FEWEST_TOKENS) / (MOST_TOKENS - FEWEST_TOKENS)
+
+
+def training_sigmas(model: Any, steps: int, height: int, width: int) -> Tensor:
+    """Noise levels [T + 1] from 1 to 0: dev is shifted by resolution, as ComfyUI's ModelSamplingFlux does; schnell is not."""
+    import comfy.samplers
+
+    sampling = model.model_sampling
+    if takes_guidance(model):
+        sampling = type(sampling)(model.model_config)
+        sampling.set_parameters(shift=resolution_shift(height, width))
+    return comfy.samplers.calculate_sigmas(sampling, "simple", steps)
+
+
+FLUX = Family(
+    name="flux",
+    display_name="Flux.1",
+    modelspec="flux-1",
+    clip_type="FLUX",
+    text_classes=text_classes,
+    part="t5xxl",
+    students=("t5",),
+    text_width=4096,
+    pooled_width=POOLED_WIDTH,
+    token_length=256,
+    companions=("clip_l",),
+    block_lists=("double_blocks", "single_blocks"),
+    latent_channels=LATENT_CHANNELS,
+    takes_guidance=takes_guidance,
+    refuse=refuse,
+    training_sigmas=training_sigmas,
+)
