@@ -20,15 +20,14 @@ class Family:
 
     Text side. clip_type: ComfyUI's CLIPType. text_classes: ComfyUI's tokenizer class and a factory of its text model, imported when called.
     part: the attribute of the text model that a student replaces, which is also the key of its tokens. students: kinds of student that can.
-    text_width, pooled_width: channels. token_length: the length to which ComfyUI pads prompts. masked, zeroed: whether the encoder attends to
-    the prompt's own tokens alone, and whether the others' embeddings are set to zero. companions: other encoders of the text model, by
-    attribute.
+    text_width, pooled_width: channels. token_length: the length to which ComfyUI pads prompts. masked: the encoder attends to the prompt's
+    own tokens alone. zeroed: the embeddings of padding are zeros. companions: other encoders of the text model, by attribute.
 
-    Diffusion side. block_lists: attributes of the diffusion model that hold its transformer blocks. least_side_px: the smallest picture.
-    latent_channels, cell_px: channels of the latent, and pixels of a picture per cell of it. default_guidance: the guidance value that
-    ComfyUI's nodes propose. takes_guidance: whether a loaded model has a guidance input. refuse: a sentence about a loaded model that cannot
-    be used, else None. training_sigmas: noise levels [T + 1] for a model, a number of steps, and latent height and width, where ComfyUI's
-    `simple` scheduler is not what the model was trained with.
+    Diffusion side. block_lists: attributes of the diffusion model that hold its blocks. latent_channels, cell_px: channels of the
+    latent, and pixels of an image per cell of it. least_side_px: the smallest image. default_guidance: the value that ComfyUI's nodes
+    propose. takes_guidance: whether a loaded model has a guidance input. refuse: a sentence about a loaded model that cannot be used, else
+    None. training_sigmas: noise levels [T + 1] for a model, a number of steps, and latent height and width, where ComfyUI's `simple`
+    scheduler is not what the model was trained with.
 
     small: ComfyUI's model configuration of a tiny model of the family, for tests.
     """
