@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from distilled_t5.config.files import RecipeError, options
 from distilled_t5.evaluate.suite import SHIPPED, Suite, load_suite
-from distilled_t5.miniature.measure import MEASURED
 from distilled_t5.prompts.corpora import COMPBENCH_CATEGORIES
+from distilled_t5.world.scenes import NEW_IN_TASK
 
 MINIATURE = (SHIPPED / "miniature.toml").read_text(encoding="utf-8")
 NAMES = ("miniature", "paper", "quick")
@@ -70,7 +70,7 @@ def test_every_option_is_used_by_a_shipped_suite():
 def test_the_shipped_suites_are_those_promised():
     assert tuple(sorted(path.stem for path in SHIPPED.glob("*.toml"))) == NAMES
     miniature, paper, quick = (load_suite(name) for name in NAMES)
-    assert [task.prompts.category for task in miniature.tasks] == list(MEASURED)
+    assert [task.prompts.category for task in miniature.tasks] == list(NEW_IN_TASK)
     assert {task.metrics for task in miniature.tasks} == {("readback",)}
     assert sum(task.prompts.limit for task in quick.tasks) == 200
     for suite in (quick, paper):
