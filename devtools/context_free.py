@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import Embedding, Module, Parameter
 
-from ..diffusion.frozen import differentiable
 from ..families import FAMILIES
 from ..miniature.paint import Encode
 from ..runtime.disk import replace_file
@@ -28,7 +27,7 @@ from ..train.distill import train_step
 from ..train.objectives import OBJECTIVES
 from ..train.optimizer import make_optimizer
 from ..train.recipe import Recipe
-from ..train.run import open_workshop
+from ..train.workshop import open_workshop
 from ..world.captions import TOKEN_LENGTH
 
 VOCABULARY = 32_128
@@ -51,20 +50,20 @@ def train_context_free(recipe: Recipe, path: Path) -> None:
     workshop: Any = open_workshop(recipe, Ranks())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        student = ContextFree(workshop.flow.text_width).to(workshop.flow.device)
+        student = ContextFree(workshop.model.text_width).to(workshop.model.device)
     part = recipe.optimizer
     optimizer = make_optimizer(student, part.learning_rate, (part.beta1, part.beta2), part.weight_decay)
     learner = replace(workshop.learner, student=student, optimizer=optimizer, without_sync=contextlib.nullcontext)
     workshop = replace(workshop, student=student, learner=learner)
     positions = []
-    with differentiable(workshop.flow.model.diffusion_model, recipe.diffusion_model.checkpoint_blocks):
+    with workshop.model.differentiable(recipe.diffusion_model.checkpoint_blocks):
         while learner.step < workshop.schedule.total_steps:
             place = workshop.schedule.place(learner.step)
             if place.step == 0:
                 texts = workshop.chunks.take(place.stage, place.trajectory)
                 positions = workshop.starts(workshop.schedule.batches(place.stage, place.trajectory), texts)
             objective = OBJECTIVES[recipe.stages[place.stage].objective]
-            report, positions = train_step(positions, workshop.flow, learner, objective)
+            report, positions = train_step(positions, workshop.model, learner, objective)
             if learner.step % recipe.validation.every_steps == 0:
                 print(f"context-free: step {learner.step} of {workshop.schedule.total_steps}, loss {report.loss:.4f}", flush=True)
     replace_file(path, safetensors.torch.save({name: weight.contiguous() for name, weight in student.state_dict().items()}))

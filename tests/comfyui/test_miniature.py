@@ -15,8 +15,9 @@ import comfy.sd
 import pytest
 import safetensors.torch
 import torch
-from distilled_t5.diffusion.frozen import FrozenFlow
+from distilled_t5.diffusion.frozen import FrozenModel
 from distilled_t5.encoder.files import open_student
+from distilled_t5.families import FAMILIES
 from distilled_t5.miniature import flow
 from distilled_t5.miniature.autoencoder import latents, vae_tensors
 from distilled_t5.miniature.corpus import draw_text
@@ -232,11 +233,11 @@ def test_the_command_measures_encoders_and_untrained_ones_get_nothing_right(made
 @torch.no_grad()
 def velocities(module: Any, patcher: Any) -> tuple[Tensor, Tensor]:
     """The same velocity from the module itself, and from a loaded model by the trainer's own road, the host's apply_model."""
-    loaded, batch = FrozenFlow(patcher), flow.draw_batch(0, 0, 4)
+    loaded, batch = FrozenModel(patcher, FAMILIES["flux"]), flow.draw_batch(0, 0, 4)
     loaded.load()
     text, pooled = torch.randn(4, TOKEN_LENGTH, 128, generator=torch.Generator().manual_seed(1)), torch.zeros(4, 768)
     told = {"context": text, "y": pooled, "guidance": batch.guidance_B, "transformer_options": {}}
-    found = loaded.velocity(batch.noise_BCHW, batch.sigma_B, text, pooled, batch.guidance_B)
+    found = loaded.velocity(batch.noise_BCHW, batch.sigma_B, text, {"pooled_output": pooled}, batch.guidance_B)
     return module(batch.noise_BCHW, batch.sigma_B, **told), found
 
 
