@@ -105,12 +105,12 @@ class Bench:
         from distilled_t5.train.trajectory import Position, draw
 
         world, device = self.world, self.flow.device
-        drawn = draw(0, 0, len(text.text_BLD), world.side_px, GUIDANCE, (world.text_tokens,))
+        drawn = draw(0, 0, len(text.text_BLD), self.flow.family.latent_shape(world.side_px), GUIDANCE, (world.text_tokens,))
         assert drawn.guidance_B is not None
-        height, width = drawn.noise_BCHW.shape[-2:]
-        tensors = (text.text_BLD, text.pooled_BP, drawn.guidance_B, text.token_ids_BL)
-        sigmas_T = self.flow.sigmas(TRAJECTORY_STEPS, height, width)
-        return Position(0, drawn.noise_BCHW.to(device), sigmas_T, *(tensor.to(device) for tensor in tensors))
+        sigmas_T = self.flow.training_sigmas(TRAJECTORY_STEPS, *drawn.noise.shape[-2:])
+        extras = {"pooled_output": text.pooled_BP.to(device)}
+        guidance_B, token_ids_BL = drawn.guidance_B.to(device), text.token_ids_BL.to(device)
+        return Position(0, drawn.noise.to(device), sigmas_T, text.text_BLD.to(device), extras, guidance_B, token_ids_BL)
 
     def our_step(self, place: Any, learner: Any) -> tuple[float, Any]:
         """An optimizer step of the trainer: its loss, and the next position."""
@@ -125,12 +125,12 @@ class Bench:
 
         Only the order is theirs; models, precision, noise, loss and clipping are ours, so that losses are the same.
         """
-        token_ids_BL, text_BLD, pooled_BP = self.encode_again(len(place.x_BCHW))
+        token_ids_BL, text_BLD, pooled_BP = self.encode_again(len(place.x))
         student_text_BLD = learner.embed(token_ids_BL)
-        conditions = (pooled_BP, place.guidance_B)
+        place = dataclasses.replace(place, extras={"pooled_output": pooled_BP})
         with torch.no_grad():
-            teacher_velocity = self.flow.velocity(place.x_BCHW, place.sigma_B(), text_BLD, *conditions)
-        student_velocity = self.flow.velocity(place.x_BCHW, place.sigma_B(), student_text_BLD, *conditions)
+            teacher_velocity = place.velocity(self.flow, text_BLD)
+        student_velocity = place.velocity(self.flow, student_text_BLD)
         loss = (student_velocity - teacher_velocity).square().mean(dim=(1, 2, 3)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learner.student.parameters(), learner.max_gradient_norm)
@@ -140,7 +140,7 @@ class Bench:
         learner.optimizer.zero_grad()
         learner.step += 1
         step_size = place.sigmas_T[place.step + 1] - place.sigmas_T[place.step]
-        moved = dataclasses.replace(place, step=place.step + 1, x_BCHW=place.x_BCHW + step_size * teacher_velocity)
+        moved = dataclasses.replace(place, step=place.step + 1, x=place.x + step_size * teacher_velocity)
         return float(loss), moved
 
     @torch.no_grad()
@@ -157,11 +157,10 @@ class Bench:
     def in_order(self, order: str, checkpointed: bool) -> Iterator[Callable[[Any, Any], tuple[float, Any]]]:
         """The step of an order of work, with the diffusion model made ready for it."""
         from distilled_t5.diffusion.block_checkpoint import replaced_forward
-        from distilled_t5.diffusion.frozen import differentiable
 
         model = self.flow.model.diffusion_model
         with contextlib.ExitStack() as stack:
-            stack.enter_context(differentiable(model, checkpointed and order == OURS))
+            stack.enter_context(self.flow.differentiable(checkpointed and order == OURS))
             for block in [*model.double_blocks, *model.single_blocks] if checkpointed and order != OURS else []:
                 stack.enter_context(replaced_forward(block, torch_checkpointed(block.forward)))
             yield self.authors_step if order == AUTHORS else self.our_step

@@ -41,14 +41,21 @@ def _forward(block: Module, forward: Forward, *inputs: Any, **named: Any) -> Any
     if not torch.is_grad_enabled():
         return forward(*inputs, **named)
     given = {**dict(enumerate(inputs)), **named}
-    # The residual streams, which blocks overwrite; modulations and rotary embeddings do not depend on the text.
-    streams = {key: value for key, value in given.items() if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3}
+    streams = {key: value for key, value in given.items() if _is_stream(value)}
 
     def on_clones(*values: Tensor) -> Any:
         filled = given | {key: value.clone() for key, value in zip(streams, values, strict=True)}
         return forward(*(filled[index] for index in range(len(inputs))), **{name: filled[name] for name in named})
 
-    return _Recomputed.apply(on_clones, functools.partial(_last_products_left_out, block), *streams.values())
+    # The gradient of a modulation needs the product that it scales.
+    modulated = any(value.requires_grad and value.ndim < 3 for value in streams.values())
+    again = contextlib.nullcontext if modulated else functools.partial(_last_products_left_out, block)
+    return _Recomputed.apply(on_clones, again, *streams.values())
+
+
+def _is_stream(value: Any) -> bool:
+    """Whether a block's input may carry text or be overwritten: a modulation [B, D] that needs a gradient, or any residual stream."""
+    return isinstance(value, Tensor) and value.is_floating_point() and (value.requires_grad or value.ndim >= 3)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -71,7 +78,8 @@ class _Recomputed(torch.autograd.Function):
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         reached = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad([output for output, _ in reached], wanted, [gradient for _, gradient in reached]))
+        results, their_gradients = zip(*reached, strict=True)
+        found = iter(torch.autograd.grad(results, wanted, their_gradients, allow_unused=True))
         return None, None, *(next(found) if leaf.requires_grad else None for leaf in leaves)
 
 

@@ -1,7 +1,9 @@
-"""Diffusion model files: loaded through ComfyUI, whole or refused."""
+"""Diffusion model files: loaded through ComfyUI, completely or not at all."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,62 +11,66 @@ import comfy.sd
 import torch
 
 from ..encoder.files import CHOICES, read_header
-from ..families import FAMILIES
+from ..families.family import Family
 from ..runtime.comfyui import lines_of_host
 from ..runtime.errors import StudentFileError, printable
 from ..runtime.failure import is_out_of_memory
-from ..train.trajectory import LATENT_CHANNELS
+from .frozen import FrozenModel
 
 DTYPES = {"auto": None, **CHOICES}
+# What ComfyUI's model detection raises for files that are not diffusion models, some of which resemble one.
+DETECTION_ERRORS = (RuntimeError, LookupError, AttributeError, TypeError, ValueError)
+DRIVER_ERROR = re.compile(r"\b(CUDA|CUDNN|CUBLAS|HIP|XPU|driver)\b", re.IGNORECASE)
 
 
-NAME_A_FLUX = "What to do: name a whole Flux file (.safetensors) of models/diffusion_models in diffusion_model.file."
+def open_diffusion_model(path: Path, dtype: str, family: Family, exact_gradients: bool = True) -> FrozenModel:
+    """A diffusion model with weights held in `dtype` (a name of DTYPES). Raises ValueError if the file is not one of this family."""
+    patcher = _load_patcher(path, DTYPES[dtype], family)
+    if reason := family.refuse(patcher.model):
+        raise _refused(f"{path.name} {reason}", family)
+    return FrozenModel(patcher, family, exact_gradients)
 
 
-# What ComfyUI's detection of models raises over files that look like one it knows, and over those that do not.
-HOST_ERRORS = (RuntimeError, LookupError, AttributeError, TypeError, ValueError)
-
-
-def open_flux(path: Path, dtype: str) -> Any:
-    """The host's patcher of a Flux, weights held in `dtype` (a name of DTYPES). Raises ValueError if the file is not a whole Flux."""
-    patcher = _load_patcher(path, DTYPES[dtype])
-    _check_flux(path.name, patcher.model)
-    return patcher
-
-
-def _check_flux(name: str, model: Any) -> None:
-    """Raise ValueError for whatever the host has made of the file, unless it is a Flux that takes what Flux takes."""
-    # The host builds several other models of Flux's parts, some under Flux's own name but without a pooled vector.
-    if model.model_config.unet_config.get("image_model") != "flux" or model.diffusion_model.params.vec_in_dim is None:
-        raise ValueError(f"{name} is a {type(model).__name__}, not a Flux.\n{NAME_A_FLUX}")
-    parameters = model.diffusion_model.params
-    expected = FAMILIES["flux"].pooled_width
-    if parameters.vec_in_dim != expected:
-        raise ValueError(f"{name} takes pooled text of width {parameters.vec_in_dim}, expected CLIP-L's {expected}.\n{NAME_A_FLUX}")
-    if parameters.in_channels != LATENT_CHANNELS:
+def check_guidance(name: str, model: FrozenModel, guidance: Sequence[float]) -> None:
+    """Raise ValueError unless guidance values are given exactly if the model has a guidance input."""
+    if guidance and not model.takes_guidance:
         raise ValueError(
-            f"{name} takes {parameters.in_channels} channels, expected the {LATENT_CHANNELS} of a latent: a Flux that also wants "
-            f"a picture (Fill, Canny, Depth) has nothing to follow.\n{NAME_A_FLUX}"
+            f"{name} takes no guidance, but sampling.guidance is {', '.join(f'{value:g}' for value in guidance)}.\n"
+            "What to do: set sampling.guidance = [] in a recipe, or leave it out of a suite."
+        )
+    if model.takes_guidance and not guidance:
+        usual = f"{model.family.default_guidance:g}"
+        raise ValueError(
+            f"{name} needs guidance, but sampling.guidance is empty.\n"
+            f"What to do: set it to {usual}, or to a list with {usual} among other values in a recipe."
         )
 
 
-def _load_patcher(path: Path, dtype: torch.dtype | None) -> Any:
-    """What ComfyUI makes of a diffusion model's file. A file that is damaged or of another kind is refused before or while it loads."""
+def _refused(problem: str, family: Family) -> ValueError:
+    return ValueError(
+        f"{problem}\nWhat to do: name a complete {family.display_name} file (.safetensors) of models/diffusion_models in "
+        "diffusion_model.file."
+    )
+
+
+def _load_patcher(path: Path, dtype: torch.dtype | None, family: Family) -> Any:
+    """ComfyUI's patcher of a diffusion model file. Raises ValueError for a file that is damaged, incomplete or of another kind."""
     if path.suffix.lower() == ".gguf":
-        raise ValueError(f"{path.name} is a GGUF file, which ComfyUI itself does not load.\n{NAME_A_FLUX}")
+        raise _refused(f"{path.name} is a GGUF file, which ComfyUI itself does not load.", family)
     try:
         read_header(path)
     except StudentFileError as error:
-        raise ValueError(f"{error.problem}\n{NAME_A_FLUX}") from error
+        raise _refused(error.problem, family) from error
     with lines_of_host("unet missing: ") as missing:
         try:
             patcher = comfy.sd.load_diffusion_model(str(path), model_options={} if dtype is None else {"dtype": dtype})
-        except HOST_ERRORS as error:
+        except DETECTION_ERRORS as error:
             if is_out_of_memory(error):
                 raise
-            raise ValueError(
-                f"{path.name} is no diffusion model that ComfyUI knows.\n{printable(' '.join(str(error).split()), 400)}\n{NAME_A_FLUX}"
-            ) from error
+            told = printable(" ".join(str(error).split()), 400)
+            if DRIVER_ERROR.search(told):
+                raise ValueError(f"{path.name} could not be loaded: {told}\nWhat to do: check the GPU and its driver.") from error
+            raise _refused(f"{path.name} is not a diffusion model that ComfyUI knows.\n{told}", family) from error
     if missing:
-        raise ValueError(f"{path.name} is no whole diffusion model. ComfyUI says: {printable(missing[0])}\n{NAME_A_FLUX}")
+        raise _refused(f"{path.name} is not a complete diffusion model. ComfyUI reports: {printable(missing[0])}", family)
     return patcher

@@ -1,38 +1,41 @@
-"""The frozen diffusion model as a function: latents, noise level and text in, velocity out, differentiable with respect to the text."""
+"""The frozen diffusion model as a function of latent, noise level and conditioning, differentiable with respect to the text."""
 
-# B batch, C H W latent, L text tokens, D text width, P pooled width, T steps
+# B batch, C channels, H W latent (... any number of dimensions), L text tokens, D text width, T steps
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.model_management
+import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from torch import Tensor
-from torch.nn import LayerNorm, Module
+from torch.nn import Module
 
-from ..train.memory import FlowSize
-from .block_checkpoint import checkpointed, replaced_forward
+from ..families.family import Family
+from .gradients import blocks_of, differentiable
 
-# Flux's resolution-dependent shift: mu is linear in the number of image tokens (black-forest-labs/flux, sampling.get_schedule).
-FEWEST_TOKENS, MOST_TOKENS = 256, 4096
-SHIFT_AT_FEWEST, SHIFT_AT_MOST = 0.5, 1.15
-PATCH = 2
+SCHEDULER = "simple"
 
 
-class FrozenFlow:
-    """A diffusion model of ComfyUI that predicts velocity, frozen, on whatever device its patcher puts it."""
+class FrozenModel:
+    """A diffusion model of ComfyUI, frozen, on the device that its patcher chooses.
 
-    def __init__(self, patcher: Any) -> None:
+    exact_gradients: compute with quantised weights but unquantised activations. Quantised layers quantise their inputs too on cards that
+    multiply in fp8: that has no gradient in ComfyUI 0.16 and an approximate one in 0.30 (7% off in a test). False computes exactly as a
+    KSampler does.
+    """
+
+    def __init__(self, patcher: Any, family: Family, exact_gradients: bool = True) -> None:
         self.patcher = patcher
+        self.family = family
         self.model = patcher.model
         self.model.requires_grad_(False)
-        if any(getattr(module, "layout_type", None) for module in self.model.modules()):
-            # Quantised layers quantise what they are given, too, on cards that multiply in fp8. That has no gradient in ComfyUI 0.16 and a
-            # rough one in 0.30 (7 % off in a test). So the host is told to compute with the weights alone quantised.
+        if exact_gradients and any(getattr(module, "layout_type", None) for module in self.model.modules()):
             patcher.force_cast_weights = True
 
     @property
@@ -41,69 +44,84 @@ class FrozenFlow:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The format that it computes in, which may be wider than the one its weights are held in."""
+        """The format of its arithmetic, which may be wider than that of its weights."""
         return self.model.get_dtype_inference()
 
     @property
     def text_width(self) -> int:
-        """Width of the text embedding that the model takes."""
-        return self.model.diffusion_model.params.context_in_dim
+        """Channels of the text embedding that the model takes."""
+        return self.family.text_width_of(self.model)
 
     @property
-    def guided(self) -> bool:
-        """Whether the model takes guidance (dev) or not (schnell)."""
-        return bool(self.model.diffusion_model.params.guidance_embed)
+    def takes_guidance(self) -> bool:
+        """Whether the model has a guidance input (Flux dev) or not (schnell)."""
+        return self.family.takes_guidance(self.model)
 
-    def size(self) -> FlowSize:
-        """What it takes of memory, for `memory_need`."""
-        model = self.model.diffusion_model
-        return FlowSize(
-            held_bytes=held_bytes(model),
-            weights=_weights(model),
-            largest_block=max(map(_weights, blocks_of(model))),
-            blocks=len(blocks_of(model)),
-            width=model.params.hidden_size,
-            compute_bytes=self.compute_dtype.itemsize,
-        )
+    @property
+    def blocks(self) -> list[Module]:
+        """The transformer blocks."""
+        return blocks_of(self.model.diffusion_model, self.family.block_lists)
 
     def load(self, memory_required: int = 0) -> None:
-        """Bring the model to its device, the host's way; other models make room as the host decides."""
+        """Bring the model to its device through ComfyUI, which unloads other models as needed."""
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory_required)
 
-    def velocity(self, x_BCHW: Tensor, sigma_B: Tensor, text_BLD: Tensor, pooled_BP: Tensor, guidance_B: Tensor | None) -> Tensor:
-        """Velocity [B, C, H, W], float32, of the latent `x` at noise level `sigma` in (0, 1].
+    def load_for_sampling(self, shape: Sequence[int]) -> None:
+        """Bring the model to its device with as much free memory as ComfyUI reserves for sampling latents [B, C, ...] of this shape."""
+        self.load(self.model.memory_required([2 * shape[0], *shape[1:]]))
 
-        The host's model gives the denoised latent x - sigma * velocity; the velocity is read back from it.
+    def differentiable(self, checkpoint_blocks: bool) -> contextlib.AbstractContextManager[None]:
+        """Correct gradients with respect to the text while the context is open, with block checkpointing or without."""
+        return differentiable(self.model.diffusion_model, self.blocks, checkpoint_blocks)
+
+    def velocity(self, x: Tensor, sigma_B: Tensor, text_BLD: Tensor, extras: Mapping[str, Any], guidance_B: Tensor | None = None) -> Tensor:
+        """What Euler's method steps along, (x - x0) / sigma, float32, in the shape of `x` [B, C, ...].
+
+        That is the velocity of a flow model, and epsilon of a model that predicts noise. `text_BLD` and `extras` are a conditioning entry
+        as CLIPTextEncode makes it; `guidance_B` gives each sample a guidance of its own.
         """
-        extras = {"y": pooled_BP} if guidance_B is None else {"y": pooled_BP, "guidance": guidance_B}
-        x_BCHW = x_BCHW.float()
-        denoised_BCHW = self.model.apply_model(x_BCHW, sigma_B, c_crossattn=text_BLD, transformer_options={}, **extras)
-        return (x_BCHW - denoised_BCHW) / sigma_B.view(-1, 1, 1, 1)
+        x = x.float()
+        conditions = self._conditions(x, text_BLD, extras)
+        if guidance_B is not None:
+            conditions["guidance"] = guidance_B
+        options = {"sigmas": sigma_B, "sample_sigmas": sigma_B}
+        denoised = self.model.apply_model(x, sigma_B, transformer_options=options, **conditions)
+        return (x - denoised) / sigma_B.view(-1, *[1] * (x.ndim - 1))
 
-    def sigmas(self, steps: int, height: int, width: int) -> Tensor:
-        """Noise levels [T + 1] from 1 to 0 as the host's `simple` scheduler gives them for a latent of this size.
+    def _conditions(self, x: Tensor, text_BLD: Tensor, extras: Mapping[str, Any]) -> dict[str, Any]:
+        """The keywords of `apply_model`, made of a conditioning entry by ComfyUI's own functions."""
+        entries = comfy.sampler_helpers.convert_cond([[text_BLD, dict(extras)]])
+        [entry] = comfy.samplers.encode_model_conds(self.model.extra_conds, entries, x, x.device, "positive")
+        return {name: condition.process_cond(batch_size=len(x), area=None).cond for name, condition in entry["model_conds"].items()}
 
-        Guided models (dev) are shifted by resolution, as ModelSamplingFlux does; schnell is not.
+    def sigmas(self, steps: int) -> Tensor:
+        """Noise levels [T + 1] of a KSampler with ComfyUI's `simple` scheduler: for whatever is compared with a user's images.
+
+        The evaluation uses it for images, latents and velocity gaps alike. What follows the paper uses `training_sigmas` instead.
         """
-        sampling = self.model.model_sampling
-        if not self.guided:
-            return comfy.samplers.calculate_sigmas(sampling, "simple", steps)
-        shifted = type(sampling)(self.model.model_config)
-        shifted.set_parameters(shift=resolution_shift(height, width))
-        return comfy.samplers.calculate_sigmas(shifted, "simple", steps)
+        return comfy.samplers.calculate_sigmas(self._sampling, SCHEDULER, steps)
 
+    def training_sigmas(self, steps: int, height: int, width: int) -> Tensor:
+        """Noise levels [T + 1] that the model was trained with at this latent size, as its family has them.
 
-def resolution_shift(height: int, width: int) -> float:
-    """Flux's shift mu for a latent of height x width: 0.5 at 256 image tokens, 1.15 at 4096, linear between and beyond."""
-    tokens = (height // PATCH) * (width // PATCH)
-    return SHIFT_AT_FEWEST + (SHIFT_AT_MOST - SHIFT_AT_FEWEST) * (tokens - FEWEST_TOKENS) / (MOST_TOKENS - FEWEST_TOKENS)
+        The trainer uses it for trajectories, the held-out loss and previews. Where a family has none of its own, they are `sigmas`.
+        """
+        own = self.family.training_sigmas
+        return self.sigmas(steps) if own is None else own(self.model, steps, height, width)
 
+    def noisy(self, noise: Tensor, sigmas_T: Tensor) -> Tensor:
+        """The latent [B, C, ...] that sampling starts from: `noise` scaled to the first noise level, as a KSampler does it."""
+        first, highest = float(sigmas_T[0]), float(self._sampling.sigma_max)
+        is_highest = first > highest or math.isclose(first, highest, rel_tol=1e-5)
+        return self._sampling.noise_scaling(sigmas_T[0].to(noise), noise.clone(), torch.zeros_like(noise), is_highest)
 
-def blocks_of(model: Module) -> list[Module]:
-    """The transformer blocks of a Flux, double and single ones."""
-    blocks = [block for name in ("double_blocks", "single_blocks") for block in getattr(model, name, [])]
-    assert blocks, "the diffusion model has no blocks that are known here"
-    return blocks
+    def decodable(self, x: Tensor, sigmas_T: Tensor) -> Tensor:
+        """A sampled latent as a VAE takes it, as a KSampler returns it."""
+        return self.model.process_latent_out(self._sampling.inverse_noise_scaling(sigmas_T[-1].to(x), x).float())
+
+    @property
+    def _sampling(self) -> Any:
+        return self.patcher.get_model_object("model_sampling")
 
 
 def held_bytes(model: Module) -> int:
@@ -112,33 +130,5 @@ def held_bytes(model: Module) -> int:
 
 
 def usable_bytes(device: torch.device) -> int:
-    """The memory of a device without what the host keeps free of it (`--reserve-vram`)."""
+    """The memory of a device without what ComfyUI keeps free of it (`--reserve-vram`)."""
     return comfy.model_management.get_total_memory(device) - comfy.model_management.extra_reserved_memory()
-
-
-def _weights(model: Module) -> int:
-    return sum(weight.numel() for weight in model.parameters())
-
-
-@contextlib.contextmanager
-def differentiable(model: Module, checkpoint_blocks: bool) -> Iterator[None]:
-    """Make gradients with respect to the model's inputs right while the context is open, with block checkpointing or without.
-
-    The host's blocks add their residuals in place, onto tensors that a LayerNorm has saved for its gradient: so every LayerNorm gets a
-    clone. A recomputed block gets clones of its inputs as well, since it would start from overwritten ones the second time.
-    """
-    blocks = blocks_of(model)
-    with contextlib.ExitStack() as stack:
-        if checkpoint_blocks:
-            for block in blocks:
-                stack.enter_context(replaced_forward(block, checkpointed(block)))
-        for norm in (module for module in model.modules() if isinstance(module, LayerNorm)):
-            stack.callback(norm.register_forward_pre_hook(_clone_input).remove)
-        stack.callback(setattr, comfy.model_management, "in_training", comfy.model_management.in_training)
-        # The host's fused rotary embedding has no backward; this is the switch it offers.
-        comfy.model_management.in_training = True
-        yield
-
-
-def _clone_input(_module: Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    return (inputs[0].clone(), *inputs[1:]) if torch.is_grad_enabled() else None

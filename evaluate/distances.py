@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.optional import needed
-from ..train.trajectory import Flow, Position
-from ..train.validation import gaps_by_band
+from ..train.trajectory import Position, VelocityModel, gaps_by_band
 from .local_weights import frozen, load_file
 from .pictures import checked_images
 
@@ -37,7 +36,9 @@ def latent_rms(teacher_SBCHW: Sequence[Tensor], student_SBCHW: Sequence[Tensor])
     return torch.stack(rows).cpu().numpy()
 
 
-def velocity_gaps(position: Position, flow: Flow, student: Callable[[Tensor], Tensor], bands: int = SIGMA_BANDS) -> dict[str, list[float]]:
+def velocity_gaps(
+    position: Position, flow: VelocityModel, student: Callable[[Tensor], Tensor], bands: int = SIGMA_BANDS
+) -> dict[str, list[float]]:
     """The trainer's held-out velocity gap of each prompt of a batch, from the start of its trajectory, by band of noise level."""
     steps: dict[str, list[Tensor]] = {}
     for band, gap_B in gaps_by_band(position, flow, student, bands):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..train.trajectory import LATENT_CELL_PX, LATENT_CHANNELS
+from ..families import FAMILIES
 
 SAMPLER, SCHEDULER, CFG = "euler", "simple", 1.0
 # Prompts to text [B, L, D] and pooled vectors [B, P].
@@ -85,6 +85,5 @@ class Painter:
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """The noise [B, C, H, W] that the stock KSampler starts from at each seed."""
-        side = self.sampling.resolution_px // LATENT_CELL_PX
-        empty = torch.zeros(1, LATENT_CHANNELS, side, side)
+        empty = torch.zeros(1, *FAMILIES["flux"].latent_shape(self.sampling.resolution_px))
         return torch.cat([comfy.sample.prepare_noise(empty, seed) for seed in seeds])

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.frozen import FrozenFlow, held_bytes
-from ..train.trajectory import LATENT_CELL_PX, Position
+from ..diffusion.frozen import FrozenModel, held_bytes
+from ..families import FAMILIES
+from ..train.trajectory import Position
 from .cost import timed
 from .distances import latent_rms, velocity_gaps
 from .embeddings import effective_rank, pooled, pooled_distance
@@ -72,31 +73,31 @@ def pairs(questions: Sequence[Question], teacher: Sequence[Text], student: Seque
 def velocity_gap(painter: Painter, found: Sequence[Pair], bands: int, team: Team, part: Part | None = None) -> Numbers:
     """The mean squared gap of the velocities along the teacher's trajectories, by band of noise level: the trainer's held-out loss."""
     # A clone, since the trainer's own view of the model has it compute with quantised weights otherwise than the sampler.
-    flow = FrozenFlow(painter.model.clone())
+    flow = FrozenModel(painter.model.clone(), FAMILIES["flux"])
     flow.load()
     per_batch = team.share_out(found, lambda pair: _gap_of_batch(painter, flow, pair, bands), "velocity gap", part=part)
     names = sorted({band for batch in per_batch for band in batch}, reverse=True)
     return {f"sigma {band}": mean_of([value for batch in per_batch for value in batch[band]]) for band in names}
 
 
-def _gap_of_batch(painter: Painter, flow: FrozenFlow, pair: Pair, bands: int) -> dict[str, list[float]]:
+def _gap_of_batch(painter: Painter, flow: FrozenModel, pair: Pair, bands: int) -> dict[str, list[float]]:
     """The gap of each prompt, by band."""
     questions, teacher, student = pair
     spoken_BLD = together(student)[0].to(flow.device)
     return velocity_gaps(_start(painter, flow, questions, teacher), flow, lambda _ids: spoken_BLD, bands)
 
 
-def _start(painter: Painter, flow: FrozenFlow, questions: Sequence[Question], teacher: Sequence[Text]) -> Position:
+def _start(painter: Painter, flow: FrozenModel, questions: Sequence[Question], teacher: Sequence[Text]) -> Position:
     """Where the teacher's trajectories begin: at the noise of the pictures, of the same seeds."""
-    side = painter.sampling.resolution_px // LATENT_CELL_PX
+    _, height, width = flow.family.latent_shape(painter.sampling.resolution_px)
     text_BLD, pooled_BP = together(teacher)
     guidance = painter.sampling.guidance
     return Position(
         step=0,
-        x_BCHW=painter.noise([question.seed for question in questions]).to(flow.device),
-        sigmas_T=flow.sigmas(painter.sampling.steps, side, side),
+        x=painter.noise([question.seed for question in questions]).to(flow.device),
+        sigmas_T=flow.training_sigmas(painter.sampling.steps, height, width),
         text_BLD=text_BLD.to(flow.device),
-        pooled_BP=pooled_BP.to(flow.device),
+        extras={"pooled_output": pooled_BP.to(flow.device)},
         guidance_B=None if guidance is None else torch.full((len(questions),), guidance, device=flow.device),
         token_ids_BL=torch.zeros(len(questions), 0, dtype=torch.long),
     )

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..diffusion.files import open_flux
+from ..diffusion.files import check_guidance, open_diffusion_model
 from ..diffusion.vae import load_vae
+from ..families import FAMILIES
 from ..runtime.comfyui import model_file
 from ..runtime.disk import replace_file
 from ..runtime.lock import lock
@@ -127,8 +128,8 @@ def open_evaluation(suite: Suite, students: Sequence[str], out: Path, ranks: Ran
     part = suite.diffusion_model
     flux, vae = model_file(part.file, "diffusion_models"), model_file(part.vae, "vae")
     sampling = Sampling(suite.sampling.steps, suite.sampling.guidance, suite.sampling.batch, suite.sampling.resolution_px)
-    model = open_flux(flux, part.dtype)
-    _check_guidance(flux.name, bool(model.model.diffusion_model.params.guidance_embed), sampling.guidance)
+    model = open_diffusion_model(flux, part.dtype, FAMILIES["flux"], exact_gradients=False)
+    check_guidance(flux.name, model, [] if sampling.guidance is None else [sampling.guidance])
     painter_is = {
         "diffusion model": fingerprint(flux),
         "its weights held in": part.dtype,
@@ -136,7 +137,7 @@ def open_evaluation(suite: Suite, students: Sequence[str], out: Path, ranks: Ran
         "sampling": str(sampling),
         **provenance.computed_with(),
     }
-    work = Evaluation(suite, out, ranks, questions, encoders, Painter(model, load_vae(vae), sampling), painter_is, stop)
+    work = Evaluation(suite, out, ranks, questions, encoders, Painter(model.patcher, load_vae(vae), sampling), painter_is, stop)
     if ranks.is_main:
         check_judges(suite)
         for encoder in encoders:
@@ -145,13 +146,6 @@ def open_evaluation(suite: Suite, students: Sequence[str], out: Path, ranks: Ran
         replace_file(out / "suite.toml", suite.to_toml().encode())
     ranks.barrier()
     return work
-
-
-def _check_guidance(name: str, takes_guidance: bool, guidance: float | None) -> None:
-    if takes_guidance and guidance is None:
-        raise ValueError(f"{name} needs guidance (dev).\nWhat to do: set sampling.guidance, usually to 3.5.")
-    if not takes_guidance and guidance is not None:
-        raise ValueError(f"{name} takes no guidance (schnell).\nWhat to do: leave sampling.guidance out.")
 
 
 def _paint(work: Evaluation) -> None:

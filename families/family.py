@@ -23,8 +23,9 @@ class Family:
     text_width, pooled_width: channels. token_length: the length to which ComfyUI pads prompts. masked: the encoder attends to the prompt's
     own tokens alone. zeroed: the embeddings of padding are zeros. companions: other encoders of the text model, by attribute.
 
-    Diffusion side. block_lists: attributes of the diffusion model that hold its blocks. latent_channels, cell_px: channels of the
-    latent, and pixels of an image per cell of it. least_side_px: the smallest image. default_guidance: the value that ComfyUI's nodes
+    Diffusion side. block_lists: attributes of the diffusion model that hold its blocks. text_width_of, block_width_of: channels of a
+    loaded model's text input and of its blocks. latent_channels, latent_dimensions, cell_px: channels of the latent, 2 for images or 3
+    for video, and pixels of an image per cell of it. least_side_px: the smallest image. default_guidance: the value that ComfyUI's nodes
     propose. takes_guidance: whether a loaded model has a guidance input. refuse: a sentence about a loaded model that cannot be used, else
     None. training_sigmas: noise levels [T + 1] for a model, a number of steps, and latent height and width, where ComfyUI's `simple`
     scheduler is not what the model was trained with.
@@ -44,8 +45,11 @@ class Family:
     token_length: int
     block_lists: tuple[str, ...]
     latent_channels: int
+    text_width_of: Callable[[Any], int]
+    block_width_of: Callable[[Any], int]
     takes_guidance: Callable[[Any], bool]
     refuse: Callable[[Any], str | None]
+    latent_dimensions: int = 2
     cell_px: int = 8
     least_side_px: int = 16
     default_guidance: float = 3.5
@@ -54,3 +58,8 @@ class Family:
     masked: bool = False
     zeroed: bool = False
     small: Mapping[str, Any] = field(default_factory=dict)
+
+    def latent_shape(self, side_px: int) -> tuple[int, ...]:
+        """The shape of the latent of a square image, without its batch: [C, H, W], or [C, 1, H, W] where latents are videos."""
+        side = side_px // self.cell_px
+        return (self.latent_channels, *[1] * (self.latent_dimensions - 2), side, side)

@@ -11,8 +11,9 @@ import safetensors.torch
 import torch
 from torch.nn import Module
 
-from ..diffusion.frozen import differentiable
+from ..diffusion.gradients import blocks_of, differentiable
 from ..encoder.files import data_sha256
+from ..families import FAMILIES
 from ..world.pictures import Scene
 from . import flow, teacher
 from .autoencoder import vae_tensors
@@ -71,7 +72,7 @@ def make_flux(out: Path, comfyui: Path, plan: Plan, resume: bool, stop: Stop, si
     frozen = FrozenTeacher(teacher_path, load_tokenizer(comfyui), default_device())
     flux = flow.make_flux(size, frozen.width, plan.seed).to(default_device())
     what: dict[str, Any] = {"flux": asdict(size), "teacher": data_sha256(teacher_path), "shift": flow.SHIFT}
-    with differentiable(flux, False):
+    with differentiable(flux, blocks_of(flux, FAMILIES["flux"].block_lists), False):
         trainee = train(flux, _loss_on(flux, frozen, plan), plan, what, out / "flux-run", resume, stop)
     if trainee is None:
         return None
@@ -90,7 +91,7 @@ def make_lora(out: Path, comfyui: Path, plan: Plan, resume: bool, stop: Stop) ->
     flux.to(default_device())
     what = {"lora": len(low_ranks), "flux": data_sha256(flux_path), "teacher": data_sha256(teacher_path)}
 
-    with differentiable(flux, False):
+    with differentiable(flux, blocks_of(flux, FAMILIES["flux"].block_lists), False):
         trainee = train(trained_part(low_ranks), _loss_on(flux, frozen, plan, repainted), plan, what, out / "lora-run", resume, stop)
     if trainee is None:
         return None

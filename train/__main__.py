@@ -80,9 +80,9 @@ def run(recipe: Any, options: argparse.Namespace, flags: list[str]) -> int:
     start_comfyui(find_comfyui(options.comfyui), flags)
     import torch
     from distilled_t5.runtime.ranks import Ranks
-    from distilled_t5.train import smoke_models as stand_ins
+    from distilled_t5.train.smoke_models import STAND_IN
 
-    if recipe.diffusion_model.file == stand_ins.NAME:
+    if recipe.diffusion_model.file == STAND_IN:
         # Models this small gain nothing from threads, and lose minutes to those that wait for a busy core (14 s against 143 s seen).
         torch.set_num_threads(1)
     with Ranks.open("cuda" if torch.cuda.is_available() and "--cpu" not in flags else "cpu") as ranks:

@@ -18,7 +18,7 @@ HELD_OUT_BASE = 1 << 31
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts, and what chance decides about them."""
+    """Prompts, and the random choices that belong to them."""
 
     prompts: tuple[str, ...]
     drawn: Draw
@@ -34,7 +34,7 @@ class Place:
 
 
 class Schedule:
-    """The whole run laid out: optimizer step to place, place to batches of this process."""
+    """The order of a run: from optimizer step to place, and from place to the batches of this process."""
 
     def __init__(self, recipe: Recipe, rank: int = 0, ranks: int = 1) -> None:
         self.recipe, self.rank, self.ranks = recipe, rank, ranks
@@ -60,7 +60,7 @@ class Schedule:
         raise AssertionError(step)
 
     def trajectories(self, stage: int) -> int:
-        """Trajectories of a stage; its end may cut the last one short."""
+        """Trajectories of a stage; the last one may be cut short."""
         return math.ceil(self.recipe.stages[stage].steps / self.recipe.sampling.steps)
 
     def prompts_per_trajectory(self, stage: int) -> int:
@@ -69,19 +69,19 @@ class Schedule:
         return part.batch * part.batches_per_rank(self.ranks)
 
     def batches(self, stage: int, trajectory: int) -> list[Batch]:
-        """The batches of this process on one trajectory: of those of all processes every `ranks`-th."""
+        """The batches of this process on one trajectory: every `ranks`-th of all of them."""
         part = self.recipe.stages[stage]
         numbers = [trajectory * part.accumulate + number for number in range(self.rank, part.accumulate, self.ranks)]
         return [self._batch(self.mixes[stage].batch(number, part.batch), part, stage * STAGE_SPAN + number) for number in numbers]
 
     def held_out_batches(self) -> list[Batch]:
-        """This process's share of the held-out prompts, at the last stage's size, always drawn alike."""
+        """This process's share of the held-out prompts, at the last stage's size, always with the same noise."""
         part = self.recipe.stages[-1]
         groups = [self.held_out[start : start + part.batch] for start in range(0, len(self.held_out), part.batch)]
         numbered = list(enumerate(groups))[self.rank :: self.ranks]
         return [self._batch(group, part, HELD_OUT_BASE + number) for number, group in numbered]
 
     def _batch(self, prompts: Sequence[Prompt], stage: Stage, number: int) -> Batch:
-        sampling = self.recipe.sampling
-        drawn = draw(self.recipe.seed, number, len(prompts), stage.resolution_px, sampling.guidance, sampling.token_lengths)
+        sampling, shape = self.recipe.sampling, self.recipe.family.latent_shape(stage.resolution_px)
+        drawn = draw(self.recipe.seed, number, len(prompts), shape, sampling.guidance, sampling.token_lengths)
         return Batch(tuple(prompt.text for prompt in prompts), drawn)

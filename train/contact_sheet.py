@@ -1,4 +1,4 @@
-"""Pictures side by side: what the teacher, the student and their difference look like on the same prompts and seeds."""
+"""Images side by side: teacher, student and their difference on the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ PAPER, INK = (255, 255, 255), (32, 32, 32)
 def contact_sheet(
     teacher: Sequence[Image.Image], student: Sequence[Image.Image], difference: Sequence[Image.Image], captions: Sequence[str]
 ) -> Image.Image:
-    """One row per prompt, headed by its caption: teacher, student, difference. Raises ValueError if there are not as many of each."""
+    """One row per prompt, headed by its caption: teacher, student, difference. Raises ValueError if their numbers differ."""
     from PIL import Image, ImageDraw, ImageFont
 
     rows = list(zip(teacher, student, difference, strict=True))
     if not rows or len(captions) != len(rows):
-        raise ValueError(f"A contact sheet needs a caption for each row; {len(captions)} captions came for {len(rows)} rows.")
-    pictures = [picture for row in rows for picture in row]
+        raise ValueError(f"A contact sheet needs one caption per row: expected {len(rows)} captions, got {len(captions)}.")
+    images = [image for row in rows for image in row]
     font = ImageFont.load_default(TEXT_PX)
     headings = [math.ceil(font.getlength(name)) for name in COLUMNS]
-    width, height = max(*headings, *(picture.width for picture in pictures)), max(picture.height for picture in pictures)
+    width, height = max(*headings, *(image.width for image in images)), max(image.height for image in images)
     sheet_width = GAP_PX + len(COLUMNS) * (width + GAP_PX)
     texts = [_wrapped(caption, round((sheet_width - 2 * GAP_PX) / font.getlength("n"))) for caption in captions]
     row_heights = [LINE_PX * len(lines) + height + 2 * GAP_PX for lines in texts]
@@ -41,14 +41,14 @@ def contact_sheet(
     for row, lines, row_height in zip(rows, texts, row_heights, strict=True):
         for number, line in enumerate(lines):
             draw.text((GAP_PX, top + GAP_PX // 2 + number * LINE_PX), line, fill=INK, font=font)
-        for left, picture in zip(lefts, row, strict=True):
-            sheet.paste(picture.convert("RGB"), (left, top + GAP_PX + len(lines) * LINE_PX))
+        for left, image in zip(lefts, row, strict=True):
+            sheet.paste(image.convert("RGB"), (left, top + GAP_PX + len(lines) * LINE_PX))
         top += row_height
     return sheet
 
 
-def picture_difference(teacher: Image.Image, student: Image.Image) -> Image.Image:
-    """The absolute difference of two pictures of one size: black where they are equal."""
+def image_difference(teacher: Image.Image, student: Image.Image) -> Image.Image:
+    """The absolute difference of two images of one size: black where they are equal."""
     from PIL import ImageChops
 
     return ImageChops.difference(teacher.convert("RGB"), student.convert("RGB"))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 
 from .objectives import Objective
 from .optimizer import MuonAndAdamW, set_rate
-from .trajectory import Flow, Position, advance, gap_at
+from .trajectory import Position, VelocityModel, advance, gap_at
 
 if TYPE_CHECKING:
-    from ..diffusion.frozen import FrozenFlow
+    from ..diffusion.frozen import FrozenModel
 
 SKIPS_IN_A_ROW = 10
 
@@ -80,12 +80,12 @@ class Learner:
             )
 
 
-def loss_scaler(flow: FrozenFlow) -> GradScaler:
+def loss_scaler(model: FrozenModel) -> GradScaler:
     """What scales the loss for the backward pass where the diffusion model computes in fp16, in which small gradients become zero.
 
     Powers of two, so that unscaled gradients are exact; anything but fp16 goes unscaled.
     """
-    return GradScaler(flow.device.type, enabled=flow.compute_dtype == torch.float16)
+    return GradScaler(model.device.type, enabled=model.compute_dtype == torch.float16)
 
 
 def linear_schedule(peak: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
@@ -110,7 +110,9 @@ class StepReport:
     dropped: bool
 
 
-def train_step(positions: Sequence[Position], flow: Flow, learner: Learner, objective: Objective) -> tuple[StepReport, list[Position]]:
+def train_step(
+    positions: Sequence[Position], model: VelocityModel, learner: Learner, objective: Objective
+) -> tuple[StepReport, list[Position]]:
     """One optimizer step over the micro-batches at `positions`; returns where the teacher's velocity takes them.
 
     A loss or gradient that is not finite on any rank drops the step on all; see `Learner.check_not_lost`.
@@ -119,7 +121,7 @@ def train_step(positions: Sequence[Position], flow: Flow, learner: Learner, obje
     for number, position in enumerate(positions, start=1):
         last = number == len(positions)
         with contextlib.nullcontext() if last else learner.without_sync():
-            loss_B, velocity = gap_at(position, flow, learner.embed, objective)
+            loss_B, velocity = gap_at(position, model, learner.embed, objective)
             loss = loss_B.mean() / len(positions)
             learner.scaler.scale(loss).backward()
         total = total + loss.detach()
@@ -135,25 +137,10 @@ def train_step(positions: Sequence[Position], flow: Flow, learner: Learner, obje
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
     _count(learner, dropped)
-    sigma = float(positions[0].sigmas_T[positions[0].step])
-    return StepReport(loss_value, sigma, norm, learning_rate, dropped), moved
+    return StepReport(loss_value, positions[0].sigma, norm, learning_rate, dropped), moved
 
 
 def _count(learner: Learner, dropped: bool) -> None:
     learner.step += 1
     learner.skipped += dropped
     learner.skipped_in_a_row = learner.skipped_in_a_row + 1 if dropped else 0
-
-
-def follow(
-    trajectories: Iterable[tuple[int, list[Position]]], flow: Flow, learner: Learner, objective: Objective
-) -> Iterator[tuple[StepReport, int, list[Position]]]:
-    """Train along one trajectory after another; yields after every optimizer step: report, trajectory index, positions.
-
-    Raises NotFinite after the tenth dropped step in a row.
-    """
-    for index, positions in trajectories:
-        while not positions[0].done:
-            report, positions = train_step(positions, flow, learner, objective)
-            yield report, index, positions
-            learner.check_not_lost()

@@ -10,15 +10,15 @@ from typing import TypeVar
 import comfy.model_management
 import torch
 
-from ..diffusion.frozen import differentiable, held_bytes
+from ..diffusion.frozen import held_bytes
 from ..runtime.ranks import Ranks
 from .distill import train_step
 from .memory import GB, SAVED_BYTES, part_lines, ram_parts
 from .objectives import OBJECTIVES
 from .recipe import Recipe
 from .report import memory_mb, reset_peak_memory
-from .run import Workshop, open_workshop
 from .teacher_chunks import chunk_of
+from .workshop import Workshop, open_workshop
 
 MEASURED_STEPS = 3
 Result = TypeVar("Result")
@@ -54,7 +54,7 @@ class StageEstimate:
 def estimate(recipe: Recipe, ranks: Ranks) -> str:
     """Load everything, take three steps of each stage without saving any, and report. Raises what a run would raise."""
     workshop = open_workshop(recipe, ranks)
-    with differentiable(workshop.flow.model.diffusion_model, recipe.diffusion_model.checkpoint_blocks):
+    with workshop.model.differentiable(recipe.diffusion_model.checkpoint_blocks):
         stages = [_measure(workshop, number) for number in range(len(recipe.stages))]
     return "\n".join([*_memory_lines(workshop), "", *_ram_lines(workshop), *_stage_lines(recipe, stages), "", *_disk_lines(workshop)])
 
@@ -63,15 +63,15 @@ def _measure(workshop: Workshop, number: int) -> StageEstimate:
     stage, schedule = workshop.recipe.stages[number], workshop.schedule
     batches = schedule.batches(number, 0)
     # As before every chunk of a run, it is the diffusion model that is on the device.
-    workshop.load_flow()
+    workshop.load_model()
     reset_peak_memory()
     teacher_comes_s, _ = _timed(workshop.teacher.clip.load_model)
     encode_s, texts = _timed(lambda: workshop.teacher.texts(batches))
-    flow_comes_s, positions = _timed(lambda: workshop.starts(batches, texts))
+    model_comes_s, positions = _timed(lambda: workshop.starts(batches, texts))
     seconds = []
     for _ in range(min(MEASURED_STEPS, len(positions[0].sigmas_T) - 1)):
         step_s, (_, positions) = _timed(
-            lambda places=positions: train_step(places, workshop.flow, workshop.learner, OBJECTIVES[stage.objective])
+            lambda places=positions: train_step(places, workshop.model, workshop.learner, OBJECTIVES[stage.objective])
         )
         seconds.append(step_s)
     # The first step of a size is slower: memory is being got, kernels are being chosen.
@@ -82,7 +82,7 @@ def _measure(workshop: Workshop, number: int) -> StageEstimate:
         stage.steps,
         optimizer_s=sum(settled) / len(settled),
         encode_s=encode_s,
-        swap_s=teacher_comes_s + flow_comes_s,
+        swap_s=teacher_comes_s + model_comes_s,
         steps_per_trajectory=workshop.recipe.sampling.steps,
         trajectories_per_chunk=len(chunk),
         memory_mb=memory_mb(),
@@ -99,7 +99,7 @@ def _timed(work: Callable[[], Result]) -> tuple[float, Result]:
 
 
 def _memory_lines(workshop: Workshop) -> list[str]:
-    need, device = workshop.need, workshop.flow.device
+    need, device = workshop.need, workshop.model.device
     total = comfy.model_management.get_total_memory(device)
     sums = [f"{need.whole / GB:.2f} GB in all, {total / GB:.2f} GB are there."]
     if need.offload:

@@ -34,7 +34,7 @@ SHOWN_BYTES_PER_GB = 0.97 * 2**30
 
 
 @dataclass(frozen=True)
-class FlowSize:
+class ModelSize:
     """What counts of a frozen diffusion model.
 
     held_bytes: its weights as they lie in memory. weights, largest_block: how many there are, in all and in one block. blocks; width: their
@@ -96,12 +96,12 @@ class MemoryNeed:
         return min(self.whole, sum(self.least_parts.values()))
 
 
-def memory_need(recipe: Recipe, layout: StudentLayout, flow: FlowSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
+def memory_need(recipe: Recipe, layout: StudentLayout, model: ModelSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
     """What a process of the run needs on its device. On a CPU that is all of it, teacher included; a GPU is left by the teacher."""
-    return max((_stage_need(recipe, stage, layout, flow, teacher_bytes, on_gpu) for stage in recipe.stages), key=lambda need: need.whole)
+    return max((_stage_need(recipe, stage, layout, model, teacher_bytes, on_gpu) for stage in recipe.stages), key=lambda need: need.whole)
 
 
-def _stage_need(recipe: Recipe, stage: Stage, layout: StudentLayout, flow: FlowSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
+def _stage_need(recipe: Recipe, stage: Stage, layout: StudentLayout, model: ModelSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
     part, longest = recipe.diffusion_model, max(recipe.sampling.token_lengths)
     others = {
         "student, gradients and AdamW": layout.parameters * TRAINED_BYTES,
@@ -110,15 +110,15 @@ def _stage_need(recipe: Recipe, stage: Stage, layout: StudentLayout, flow: FlowS
     }
     if OBJECTIVES[stage.objective].needs_velocity:
         tokens = stage.batch * ((stage.resolution_px // PATCH_PX) ** 2 + longest)
-        others |= flow_activations(flow, tokens, part.checkpoint_blocks)
+        others |= model_activations(model, tokens, part.checkpoint_blocks)
     others |= {"GPU driver and fragments": GPU_BYTES} if on_gpu else {"teacher and CLIP-L": teacher_bytes}
     # A graph without checkpoints keeps every weight that was cast or brought over for it; with them, those of one block at a time.
-    kept = flow.largest_block if part.checkpoint_blocks else flow.weights
-    casts = flow.held_bytes < flow.weights * flow.compute_bytes
-    return MemoryNeed(stage.name, flow.held_bytes, kept * flow.compute_bytes, casts, others, offload=on_gpu)
+    kept = model.largest_block if part.checkpoint_blocks else model.weights
+    casts = model.held_bytes < model.weights * model.compute_bytes
+    return MemoryNeed(stage.name, model.held_bytes, kept * model.compute_bytes, casts, others, offload=on_gpu)
 
 
-def ram_parts(recipe: Recipe, layout: StudentLayout, flow_bytes: int, teacher_bytes: int, processes: int) -> dict[str, int]:
+def ram_parts(recipe: Recipe, layout: StudentLayout, model_bytes: int, teacher_bytes: int, processes: int) -> dict[str, int]:
     """Bytes of RAM that each of the run's processes takes beside a GPU, by part: at most, in the stage that takes most.
 
     Python and its libraries come on top (some 2 GB), and what the system keeps of the files that were read.
@@ -127,7 +127,7 @@ def ram_parts(recipe: Recipe, layout: StudentLayout, flow_bytes: int, teacher_by
     validated = recipe.stages[-1].batch
     return {
         "teacher and CLIP-L": teacher_bytes,
-        "diffusion model, while the teacher works": flow_bytes,
+        "diffusion model, while the teacher works": model_bytes,
         "teacher's embeddings of one chunk": max(_chunk_prompts(recipe, stage, processes) for stage in recipe.stages) * text,
         "teacher's embeddings of held-out prompts": min(
             recipe.validation.prompts, -(-recipe.validation.prompts // (validated * processes)) * validated
@@ -142,13 +142,13 @@ def _chunk_prompts(recipe: Recipe, stage: Stage, processes: int) -> int:
     return prompts * len(chunk_of(0, prompts, recipe.teacher.chunk_prompts, -(-stage.steps // recipe.sampling.steps)))
 
 
-def flow_activations(flow: FlowSize, tokens: int, checkpoint_blocks: bool) -> dict[str, int]:
+def model_activations(model: ModelSize, tokens: int, checkpoint_blocks: bool) -> dict[str, int]:
     """Bytes that the diffusion model's passes take for `tokens` text and picture tokens of a batch, by part: an upper bound."""
-    channels = tokens * flow.width
+    channels = tokens * model.width
     kept = KEPT_WITH_CHECKPOINTS if checkpoint_blocks else KEPT_WITHOUT
     at_work = AT_WORK_WITH_CHECKPOINTS if checkpoint_blocks else AT_WORK_WITHOUT
     return {
-        f"{'inputs' if checkpoint_blocks else 'insides'} of {flow.blocks} blocks": flow.blocks * channels * kept * flow.compute_bytes,
+        f"{'inputs' if checkpoint_blocks else 'insides'} of {model.blocks} blocks": model.blocks * channels * kept * model.compute_bytes,
         "inside of the block at work": channels * at_work * AT_WORK_BYTES,
     }
 

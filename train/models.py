@@ -6,66 +6,56 @@ import tempfile
 from pathlib import Path
 
 import comfy.model_management
-import comfy.sd
+from torch.nn import Module
 
-from ..diffusion.files import open_flux
-from ..diffusion.frozen import FrozenFlow, held_bytes
+from ..diffusion.files import check_guidance, open_diffusion_model
+from ..diffusion.frozen import FrozenModel, held_bytes
 from ..encoder.metadata import StudentMetadata
 from ..encoder.teacher import Teacher, load_teacher
 from ..runtime.comfyui import model_file
 from ..students.t5.layout import StudentLayout
 from ..students.t5.trained import DistilledT5
-from . import smoke_models as stand_ins
-from .memory import MemoryNeed, check_memory, memory_need
+from . import smoke_models
+from .memory import MemoryNeed, ModelSize, check_memory, memory_need
 from .recipe import Recipe
 from .student_start import RANDOM, make_student
 
 NO_CLIP_L = "none"
-# What ComfyUI itself pads Flux prompts to: the length at which a student that saw several is served.
-USUAL_LENGTH = 256
-# A student may be somewhat larger than its teacher, by its projection for instance; this many times is an exchange of the two.
+# A student may be somewhat larger than its teacher, by its projection for instance; beyond this factor the two are exchanged.
 SMALLER_TEACHER = 2
 
 
-def load_flow(recipe: Recipe) -> FrozenFlow:
-    """The frozen diffusion model. Raises ValueError if the file is not a whole Flux, or not the kind of Flux that the recipe is for."""
+def load_frozen_model(recipe: Recipe) -> FrozenModel:
+    """The frozen diffusion model. Raises ValueError if the file is not of the recipe's family, or the guidance does not fit it."""
     part = recipe.diffusion_model
     with tempfile.TemporaryDirectory() as scratch:
-        path = stand_ins.flux_file(Path(scratch)) if part.file == stand_ins.NAME else model_file(part.file, "diffusion_models")
-        flow = FrozenFlow(open_flux(path, part.dtype))
-    _check_guidance(path.name, flow.guided, recipe.sampling.guidance)
-    return flow
+        stand_in = part.file == smoke_models.STAND_IN
+        path = smoke_models.diffusion_model_file(Path(scratch)) if stand_in else model_file(part.file, "diffusion_models")
+        model = open_diffusion_model(path, part.dtype, recipe.family)
+    check_guidance(path.name, model, recipe.sampling.guidance)
+    return model
 
 
-def _check_guidance(name: str, takes_guidance: bool, guidance: tuple[float, ...]) -> None:
-    if guidance and not takes_guidance:
-        raise ValueError(
-            f"{name} takes no guidance (schnell), but the recipe draws it from {list(guidance)}.\n"
-            "What to do: set sampling.guidance = [] for this model."
-        )
-    if takes_guidance and not guidance:
-        raise ValueError(f"{name} needs guidance (dev), but sampling.guidance is empty.\nWhat to do: list values, such as [2.0, 3.5, 5.0].")
+def load_teacher_of(recipe: Recipe, model: FrozenModel) -> Teacher:
+    """The teacher, after a check that the run fits into the memory of the device.
 
-
-def load_teacher_of(recipe: Recipe, flow: FrozenFlow) -> Teacher:
-    """The teacher, once it is seen that the run fits into the memory of the device.
-
-    Raises ValueError if the teacher is no T5, gives text of another width than the diffusion model takes, or is the smaller of teacher
-    and student, and if the memory is too small.
+    Raises ValueError if the teacher is not a T5, gives text of another width than the diffusion model takes, or is smaller than the
+    student, and if there is too little memory.
     """
-    part = recipe.teacher
+    part, device = recipe.teacher, model.device
     clip_l = None if part.clip_l == NO_CLIP_L else model_file(part.clip_l, "text_encoders")
     with tempfile.TemporaryDirectory() as scratch:
-        t5 = stand_ins.teacher_file(Path(scratch)) if part.t5 == stand_ins.NAME else model_file(part.t5, "text_encoders")
+        stand_in = part.t5 == smoke_models.STAND_IN
+        t5 = smoke_models.teacher_file(Path(scratch)) if stand_in else model_file(part.t5, "text_encoders")
         teacher = load_teacher(t5, clip_l)
-    check_memory(memory_need_of(recipe, flow, teacher), recipe, comfy.model_management.get_total_memory(flow.device), str(flow.device))
+    check_memory(memory_need_of(recipe, model, teacher), recipe, comfy.model_management.get_total_memory(device), str(device))
     width = teacher.encode(["a"], 2).text_BLD.shape[-1]
-    if width != flow.text_width:
+    if width != model.text_width:
         raise ValueError(
-            f"The teacher {part.t5} gives text of width {width}, but {recipe.diffusion_model.file} takes {flow.text_width}.\n"
+            f"The teacher {part.t5} gives text of width {width}, but {recipe.diffusion_model.file} takes {model.text_width}.\n"
             "What to do: name a teacher that was made for this diffusion model (are teacher and student exchanged?)."
         )
-    if part.t5 != stand_ins.NAME:
+    if not stand_in:
         _check_teaches(teacher, recipe, recipe.student.student_layout(width))
     return teacher
 
@@ -79,26 +69,53 @@ def _check_teaches(teacher: Teacher, recipe: Recipe, layout: StudentLayout) -> N
         )
 
 
-def memory_need_of(recipe: Recipe, flow: FrozenFlow, teacher: Teacher) -> MemoryNeed:
+def memory_need_of(recipe: Recipe, model: FrozenModel, teacher: Teacher) -> MemoryNeed:
     """What the run needs on the diffusion model's device, by part."""
-    layout = recipe.student.student_layout(flow.text_width)
-    return memory_need(recipe, layout, flow.size(), held_bytes(teacher.clip.cond_stage_model), flow.device.type != "cpu")
+    layout = recipe.student.student_layout(model.text_width)
+    return memory_need(recipe, layout, size_of(model), held_bytes(teacher.clip.cond_stage_model), model.device.type != "cpu")
 
 
-def make_student_of(recipe: Recipe, flow: FrozenFlow) -> DistilledT5:
+def size_of(model: FrozenModel) -> ModelSize:
+    """What decides how much memory the frozen model takes."""
+    inner, blocks = model.model.diffusion_model, model.blocks
+    return ModelSize(
+        held_bytes=held_bytes(inner),
+        weights=_weights(inner),
+        largest_block=max(map(_weights, blocks)),
+        blocks=len(blocks),
+        width=model.family.block_width_of(model.model),
+        compute_bytes=model.compute_dtype.itemsize,
+    )
+
+
+def _weights(module: Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def make_student_of(recipe: Recipe, model: FrozenModel) -> DistilledT5:
     """The student at its start, float32, on the diffusion model's device. Raises ValueError if its first weights do not fit."""
     part = recipe.student
     start = part.start if part.start == RANDOM else str(model_file(part.start, "text_encoders"))
-    student = make_student(part.student_layout(flow.text_width), start, part.dropout, recipe.seed)
-    return student.to(flow.device)
+    student = make_student(part.student_layout(model.text_width), start, part.dropout, recipe.seed)
+    return student.to(model.device)
+
+
+def preview_vae(recipe: Recipe) -> Path | None:
+    """The VAE of the previews; None if the recipe has none. Raises ValueError if it is not found."""
+    return model_file(recipe.preview.vae, "vae") if recipe.preview.vae else None
+
+
+def served_length(recipe: Recipe) -> int:
+    """The padded length at which the student is served: ComfyUI's own if it was trained at it, else its longest."""
+    lengths, usual = recipe.sampling.token_lengths, recipe.family.token_length
+    return usual if usual in lengths else max(lengths)
 
 
 def metadata_of(recipe: Recipe, steps: int) -> StudentMetadata:
-    """What the file of this run's student says about itself after `steps` optimizer steps."""
-    lengths = recipe.sampling.token_lengths
+    """The metadata of this run's student file after `steps` optimizer steps."""
     return StudentMetadata(
         family=recipe.diffusion_model.family,
-        token_length=USUAL_LENGTH if USUAL_LENGTH in lengths else max(lengths),
+        token_length=served_length(recipe),
         pooled="zero" if recipe.teacher.clip_l == NO_CLIP_L else "clip_l",
         title=recipe.output.name,
         facts={

@@ -1,6 +1,6 @@
-"""What a student is trained to do, as pure functions; adding one is a function and an entry of `OBJECTIVES`."""
+"""What a student is trained to do, as pure functions; to add an objective, write a function and an entry of `OBJECTIVES`."""
 
-# B batch, C H W latent, L text tokens, D text width
+# B batch, C channels (... any number of dimensions), L text tokens, D text width
 
 from __future__ import annotations
 
@@ -12,28 +12,32 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gap:
-    """Student and teacher at one step: text embeddings [B, L, D], and velocities [B, C, H, W] for objectives that need them."""
+    """Student and teacher at one step: text embeddings [B, L, D], and velocities [B, C, ...] for objectives that need them."""
 
     student_text_BLD: Tensor
     teacher_text_BLD: Tensor
-    student_velocity_BCHW: Tensor | None = None
-    teacher_velocity_BCHW: Tensor | None = None
+    student_velocity: Tensor | None = None
+    teacher_velocity: Tensor | None = None
 
 
 def velocity_gap(gap: Gap) -> Tensor:
     """Per-sample mean squared gap of the two velocity predictions, float32 [B]. Eq. 5 of arXiv:2503.19897."""
-    assert gap.student_velocity_BCHW is not None and gap.teacher_velocity_BCHW is not None
-    return (gap.student_velocity_BCHW.float() - gap.teacher_velocity_BCHW.float()).square().mean(dim=(1, 2, 3))
+    assert gap.student_velocity is not None and gap.teacher_velocity is not None
+    return _mean_squares(gap.student_velocity, gap.teacher_velocity)
 
 
 def embedding_gap(gap: Gap) -> Tensor:
     """Per-sample mean squared gap of the two text embeddings, float32 [B]: the naive baseline, Eq. 4 of arXiv:2503.19897."""
-    return (gap.student_text_BLD.float() - gap.teacher_text_BLD.float()).square().mean(dim=(1, 2))
+    return _mean_squares(gap.student_text_BLD, gap.teacher_text_BLD)
+
+
+def _mean_squares(student: Tensor, teacher: Tensor) -> Tensor:
+    return (student.float() - teacher.float()).square().mean(dim=tuple(range(1, student.ndim)))
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss, and whether it needs the diffusion model at all."""
+    """A loss, and whether it needs the diffusion model."""
 
     loss: Callable[[Gap], Tensor]
     needs_velocity: bool

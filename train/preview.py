@@ -1,59 +1,50 @@
-"""Pictures while training: teacher, student and their difference on fixed prompts and seeds."""
+"""Images while training: teacher, student and their difference on fixed prompts and seeds."""
 
-# B batch, C H W latent, L text tokens, D text width
+# B batch, C channels (... any number of dimensions), L text tokens, D text width
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import comfy.sd
-import comfy.utils
 import torch
 from torch import Tensor
 
-from ..runtime.comfyui import model_file
+from ..diffusion.denoise import denoise
+from ..diffusion.vae import load_vae
+from ..encoder.teacher import TeacherText
 from ..runtime.randomness import undisturbed
 from .batches import Batch
-from .contact_sheet import contact_sheet, picture_difference
-from .models import metadata_of
+from .contact_sheet import contact_sheet, image_difference
+from .models import preview_vae, served_length
 from .recipe import Recipe
-from .trajectory import Position, draw
+from .report import Reporter
+from .trajectory import draw
 from .validation import without_dropout
+from .workshop import Workshop
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..encoder.teacher import TeacherText
-    from .report import Reporter
-    from .run import Workshop
-
 # Batches of previews are drawn from numbers that neither stages nor the held-out prompts reach.
 PREVIEW_BASE = 1 << 30
-# What Flux.1-dev's authors and ComfyUI's FluxGuidance node propose.
-USUAL_GUIDANCE = 3.5
-
-
-def vae_file(recipe: Recipe) -> Path | None:
-    """The VAE of the previews; None if the recipe wants none. Raises ValueError if it is not there."""
-    return model_file(recipe.preview.vae, "vae") if recipe.preview.vae else None
 
 
 def preview_batches(recipe: Recipe) -> list[Batch]:
-    """Each prompt by itself, at the last stage's size, the token length the student is served at, and the usual guidance."""
-    length, guidance = metadata_of(recipe, 0).token_length, usual_guidance(recipe.sampling.guidance)
-    side_px = recipe.stages[-1].resolution_px
+    """A batch for each prompt, at the last stage's size, the token length at which the student is served, and the usual guidance."""
+    family, lengths = recipe.family, (served_length(recipe),)
+    guidance = usual_guidance(recipe.sampling.guidance, family.default_guidance)
+    shape = family.latent_shape(recipe.stages[-1].resolution_px)
     return [
-        Batch((prompt,), draw(recipe.seed, PREVIEW_BASE + index, 1, side_px, guidance, (length,)))
+        Batch((prompt,), draw(recipe.seed, PREVIEW_BASE + index, 1, shape, guidance, lengths))
         for index, prompt in enumerate(recipe.preview.prompts)
     ]
 
 
-def usual_guidance(trained_at: Sequence[float]) -> tuple[float, ...]:
-    """3.5 if the student is trained at it, else the middle one of what it is trained at; nothing for models without guidance."""
-    if not trained_at or USUAL_GUIDANCE in trained_at:
-        return (USUAL_GUIDANCE,) if trained_at else ()
+def usual_guidance(trained_at: Sequence[float], default: float) -> tuple[float, ...]:
+    """The family's default if the student is trained at it, else the middle one of its values; nothing for models without guidance."""
+    if not trained_at or default in trained_at:
+        return (default,) if trained_at else ()
     return (sorted(trained_at)[len(trained_at) // 2],)
 
 
@@ -62,52 +53,47 @@ class Previewer:
 
     def __init__(self, workshop: Workshop) -> None:
         self.workshop = workshop
-        self.vae = vae_file(workshop.recipe)
+        self.vae = preview_vae(workshop.recipe)
         self._texts: list[TeacherText] | None = None
 
     def show(self, reporter: Reporter) -> None:
-        """Report a contact sheet; trouble is reported by the reporter and does not end the run, nor does any of it change the run."""
+        """Report a contact sheet. A failure is logged by the reporter; neither success nor failure changes the run."""
         if self.vae is None or not self.workshop.ranks.is_main:
             return
         with undisturbed():
             reporter.picture("preview", self.sheet)
-        # The VAE, which is gone by now, may have pushed it off its device.
-        self.workshop.load_flow()
+        # The VAE may have pushed the diffusion model off its device.
+        self.workshop.load_model()
 
     @torch.no_grad()
     def sheet(self) -> Image.Image:
-        """A row per prompt: the teacher's picture, the student's from the same noise, their difference."""
+        """A row per prompt: the teacher's image, the student's from the same noise, their difference."""
         prompts = self.workshop.recipe.preview.prompts
-        pictures = self._pictures(self._latents())
-        teacher, student = pictures[: len(prompts)], pictures[len(prompts) :]
-        differences = [picture_difference(*pair) for pair in zip(teacher, student, strict=True)]
+        images = self._decoded(self._latents())
+        teacher, student = images[: len(prompts)], images[len(prompts) :]
+        differences = [image_difference(*pair) for pair in zip(teacher, student, strict=True)]
         return contact_sheet(teacher, student, differences, prompts)
 
     def _latents(self) -> list[Tensor]:
-        """The teacher's latents [1, C, H, W] of all prompts, then the student's, on the CPU."""
+        """The teacher's latents [1, C, ...] of all prompts, then the student's, on the CPU."""
         workshop, batches = self.workshop, preview_batches(self.workshop.recipe)
         if self._texts is None:
             self._texts = workshop.teacher.texts(batches)
-        positions = workshop.starts(batches, self._texts)
+        starts = workshop.starts(batches, self._texts)
         with without_dropout(workshop.student):
-            spoken = [workshop.embed(position.token_ids_BL).float() for position in positions]
-        texts = [*(position.text_BLD for position in positions), *spoken]
-        return [self._sampled(position, text_BLD) for position, text_BLD in zip(positions * 2, texts, strict=True)]
+            students = [workshop.embed(start.token_ids_BL).float() for start in starts]
+        texts = [*(start.text_BLD for start in starts), *students]
+        noises = [batch.drawn.noise for batch in batches]
+        return [
+            denoise(workshop.model, noise, start.sigmas_T, text_BLD, start.extras, start.guidance_B).cpu()
+            for noise, start, text_BLD in zip(noises * 2, starts * 2, texts, strict=True)
+        ]
 
-    def _sampled(self, position: Position, text_BLD: Tensor) -> Tensor:
-        """The latent at the end of the text's own trajectory."""
-        x_BCHW = position.x_BCHW
-        for now, after in zip(position.sigmas_T[:-1], position.sigmas_T[1:], strict=True):
-            sigma_B = now.to(x_BCHW).expand(len(x_BCHW))
-            velocity = self.workshop.flow.velocity(x_BCHW, sigma_B, text_BLD, position.pooled_BP, position.guidance_B)
-            x_BCHW = x_BCHW + (after - now).to(x_BCHW) * velocity
-        return self.workshop.flow.model.process_latent_out(x_BCHW).cpu()
-
-    def _pictures(self, latents: Sequence[Tensor]) -> list[Image.Image]:
-        """Decode latents one by one. The VAE lives only here: it takes no memory while the student is trained."""
+    def _decoded(self, latents: Sequence[Tensor]) -> list[Image.Image]:
+        """Decode latents one by one. The VAE is loaded only here: it takes no memory while the student is trained."""
         from PIL import Image
 
-        tensors, metadata = comfy.utils.load_torch_file(str(self.vae), return_metadata=True)
-        vae = comfy.sd.VAE(sd=tensors, metadata=metadata)
-        pixels = [vae.decode(latent_BCHW)[0].clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy() for latent_BCHW in latents]
-        return [Image.fromarray(picture_HWC) for picture_HWC in pixels]
+        assert self.vae is not None
+        vae = load_vae(self.vae)
+        pixels = [vae.decode(latent)[0].clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy() for latent in latents]
+        return [Image.fromarray(image_HWC) for image_HWC in pixels]

@@ -12,6 +12,8 @@ from pydantic import AfterValidator, Field, model_validator
 from ..config.files import RecipeError, find_recipe, read_recipe
 from ..config.parts import FROM_LIST, NOT_EMPTY, Count, FileStem, Part, Text
 from ..config.toml import KeyPath, dotted, toml_value, write_toml
+from ..families import FAMILIES
+from ..families.family import Family
 from ..students.t5.layout import StudentLayout
 
 
@@ -23,6 +25,13 @@ def _objective(name: str) -> str:
     return name
 
 
+def _family(name: str) -> str:
+    if name not in FAMILIES:
+        raise ValueError(f"expected one of {', '.join(FAMILIES)}")
+    return name
+
+
+FamilyName = Annotated[str, AfterValidator(_family)]
 ObjectiveName = Annotated[str, AfterValidator(_objective)]
 TokenLength = Annotated[int, Field(ge=2, le=4096)]
 Guidance = Annotated[float, Field(ge=0)]
@@ -47,7 +56,7 @@ class DiffusionModelPart(Part):
         description="how its weights are held in memory; auto: as in the file"
     )
     checkpoint_blocks: bool = Field(description="compute each block again in the backward pass instead of keeping its insides in memory")
-    family: Literal["flux"] = Field(description="kind of diffusion model; it decides the width of the text embedding")
+    family: FamilyName = Field(description="kind of diffusion model; it decides the width of the text embedding")
 
 
 class LayoutTable(Part):
@@ -220,6 +229,11 @@ class Recipe(Part):
     def to_toml(self) -> str:
         """The canonical text: the same recipe gives the same text, and reading it gives the same recipe."""
         return write_toml(self.model_dump(by_alias=True, exclude_none=True))
+
+    @property
+    def family(self) -> Family:
+        """The family of its diffusion model."""
+        return FAMILIES[self.diffusion_model.family]
 
     @property
     def sha256(self) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -15,16 +15,14 @@ from ..runtime.randomness import random_states, restore_random_states
 from .distill import SKIPS_IN_A_ROW
 from .state import Checkpoints, TrainerState
 from .trajectory import Position
-
-if TYPE_CHECKING:
-    from .run import Workshop
+from .workshop import RunState, Workshop
 
 log = logging.getLogger(__name__)
 # What of a state each process has for itself.
 OWN = ("rng", "position")
 
 
-def gather_state(workshop: Workshop, best: float | None, positions: list[Position]) -> TrainerState | None:
+def gather_state(workshop: Workshop, state: RunState) -> TrainerState | None:
     """The state of the whole run on the main process, None on the others; all of them must call it.
 
     Raises NotFinite for a student that is spoilt.
@@ -32,7 +30,7 @@ def gather_state(workshop: Workshop, best: float | None, positions: list[Positio
     learner, ranks = workshop.learner, workshop.ranks
     learner.check_weights()
     rng = ranks.gather(random_states({}))
-    latents = ranks.gather([position.x_BCHW.cpu() for position in positions])
+    latents = ranks.gather([position.x.cpu() for position in state.positions])
     if not ranks.is_main:
         return None
     place = workshop.schedule.place(min(learner.step, workshop.schedule.total_steps - 1))
@@ -46,12 +44,12 @@ def gather_state(workshop: Workshop, best: float | None, positions: list[Positio
         schedule={"skipped_in_a_row": learner.skipped_in_a_row, "scaler": learner.scaler.state_dict()},
         rng={str(rank): states for rank, states in enumerate(rng)},
         recipe_sha256=workshop.recipe.sha256,
-        best=best,
+        best=state.best,
         position={str(rank): {str(number): x for number, x in enumerate(xs)} for rank, xs in enumerate(latents)},
     )
 
 
-def restore(workshop: Workshop, checkpoints: Checkpoints) -> tuple[float | None, list[Position]]:
+def restore(workshop: Workshop, checkpoints: Checkpoints) -> RunState:
     """Put the newest whole checkpoint back into every process; the best held-out loss so far, and the positions on the trajectory.
 
     Raises ValueError if another recipe or another number of processes saved it.
@@ -66,7 +64,7 @@ def restore(workshop: Workshop, checkpoints: Checkpoints) -> tuple[float | None,
     _put_back(workshop, common)
     for note in restore_random_states(rng, {}):
         log.warning(note)
-    return common["best"], _positions(workshop, latents)
+    return RunState(common["best"], _positions(workshop, latents))
 
 
 def _check_same_run(workshop: Workshop, recipe_sha256: str, processes: int) -> None:
@@ -106,4 +104,4 @@ def _positions(workshop: Workshop, latents: Mapping[str, Tensor]) -> list[Positi
     if place is None or place.step == 0:
         return []
     starts = workshop.starts_at(place)
-    return [replace(start, step=place.step, x_BCHW=latents[str(number)].to(start.x_BCHW)) for number, start in enumerate(starts)]
+    return [replace(start, step=place.step, x=latents[str(number)].to(start.x)) for number, start in enumerate(starts)]

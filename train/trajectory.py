@@ -1,63 +1,66 @@
 """The teacher's own denoising trajectory, and the student's distance from it at every step. Algorithm 1 of arXiv:2503.19897."""
 
-# B batch, C H W latent, L text tokens, D text width, P pooled width, T steps
+# B batch, C channels (... any number of dimensions), L text tokens, D text width, T steps
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from .objectives import Gap, Objective
+from ..diffusion.denoise import euler_step
+from .objectives import OBJECTIVES, Gap, Objective
 
-LATENT_CHANNELS = 16
-LATENT_CELL_PX = 8
 Choice = TypeVar("Choice", int, float)
 
 
-class Flow(Protocol):
-    """A frozen diffusion model as a velocity function."""
+class VelocityModel(Protocol):
+    """A frozen diffusion model as a function; see `diffusion.frozen.FrozenModel`."""
 
-    def velocity(self, x_BCHW: Tensor, sigma_B: Tensor, text_BLD: Tensor, pooled_BP: Tensor, guidance_B: Tensor | None) -> Tensor: ...
+    def velocity(
+        self, x: Tensor, sigma_B: Tensor, text_BLD: Tensor, extras: Mapping[str, Any], guidance_B: Tensor | None = None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What chance decides about one trajectory: noise x_T [B, C, H, W], guidance [B] (None for guidance-free models), token length."""
+    """The random choices of one trajectory: noise [B, C, ...], guidance [B] (None for guidance-free models), token length."""
 
-    noise_BCHW: Tensor
+    noise: Tensor
     guidance_B: Tensor | None
     token_length: int
 
 
-def draw(seed: int, index: int, batch: int, side_px: int, guidance: tuple[float, ...], lengths: tuple[int, ...]) -> Draw:
+def draw(seed: int, index: int, batch: int, latent_shape: Sequence[int], guidance: Sequence[float], lengths: Sequence[int]) -> Draw:
     """Draw batch `index`: a pure function of its arguments, so that a resumed run and another number of GPUs draw the same."""
-    # Hashed, because torch's CPU generator keeps the low 32 bits of a seed alone.
+    # Hashed, because torch's CPU generator keeps only the low 32 bits of a seed.
     digest = hashlib.blake2b(f"draw {seed} {index}".encode(), digest_size=4).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    side = side_px // LATENT_CELL_PX
-    noise_BCHW = torch.randn(batch, LATENT_CHANNELS, side, side, generator=generator)
+    noise = torch.randn(batch, *latent_shape, generator=generator)
     scales = torch.tensor([_one_of(guidance, generator) for _ in range(batch)]) if guidance else None
-    return Draw(noise_BCHW, scales, _one_of(lengths, generator))
+    return Draw(noise, scales, _one_of(lengths, generator))
 
 
-def _one_of(choices: tuple[Choice, ...], generator: torch.Generator) -> Choice:
+def _one_of(choices: Sequence[Choice], generator: torch.Generator) -> Choice:
     return choices[int(torch.randint(len(choices), (1,), generator=generator))]
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a batch is on the teacher's trajectory: step index, latent, and all that the velocity depends on."""
+    """Where a batch is on the teacher's trajectory: step index, latent [B, C, ...], and all that the velocity depends on.
+
+    text_BLD and extras are the teacher's conditioning entry; token_ids_BL is what the student encodes.
+    """
 
     step: int
-    x_BCHW: Tensor
+    x: Tensor
     sigmas_T: Tensor
     text_BLD: Tensor
-    pooled_BP: Tensor
+    extras: Mapping[str, Any]
     guidance_B: Tensor | None
     token_ids_BL: Tensor
 
@@ -65,40 +68,59 @@ class Position:
     def done(self) -> bool:
         return self.step == len(self.sigmas_T) - 1
 
-    def sigma_B(self) -> Tensor:
-        return self.sigmas_T[self.step].to(self.x_BCHW).expand(len(self.x_BCHW))
+    @property
+    def sigma(self) -> float:
+        """The noise level of the next step."""
+        return float(self.sigmas_T[self.step])
+
+    def velocity(self, model: VelocityModel, text_BLD: Tensor) -> Tensor:
+        """The velocity here, with a text embedding in place of the teacher's."""
+        sigma_B = self.sigmas_T[self.step].to(self.x).expand(len(self.x))
+        return model.velocity(self.x, sigma_B, text_BLD, self.extras, self.guidance_B)
 
 
-def gap_at(position: Position, flow: Flow, student: Callable[[Tensor], Tensor], objective: Objective) -> tuple[Tensor, Tensor | None]:
-    """Per-sample loss [B] with gradients to the student, and the teacher's velocity (None if the objective does without).
+def gap_at(
+    position: Position, model: VelocityModel, student: Callable[[Tensor], Tensor], objective: Objective
+) -> tuple[Tensor, Tensor | None]:
+    """Per-sample loss [B] with gradients to the student, and the teacher's velocity (None if the objective needs none).
 
-    The diffusion model sees teacher's and student's embedding at the same latent, noise level and guidance.
+    The diffusion model gets the teacher's and the student's embedding at the same latent, noise level and guidance.
     """
     student_text_BLD = student(position.token_ids_BL)
     if not objective.needs_velocity:
         return objective.loss(Gap(student_text_BLD, position.text_BLD)), None
-    sigma_B = position.sigma_B()
     with torch.no_grad():
-        teacher_velocity = flow.velocity(position.x_BCHW, sigma_B, position.text_BLD, position.pooled_BP, position.guidance_B)
-    student_velocity = flow.velocity(position.x_BCHW, sigma_B, student_text_BLD, position.pooled_BP, position.guidance_B)
+        teacher_velocity = position.velocity(model, position.text_BLD)
+    student_velocity = position.velocity(model, student_text_BLD)
     return objective.loss(Gap(student_text_BLD, position.text_BLD, student_velocity, teacher_velocity)), teacher_velocity
 
 
-def advance(position: Position, teacher_velocity_BCHW: Tensor | None) -> Position:
-    """One Euler step along the teacher's velocity; an objective that needs no latent leaves it where it is."""
-    x_BCHW = position.x_BCHW
-    if teacher_velocity_BCHW is not None:
-        step_size = position.sigmas_T[position.step + 1] - position.sigmas_T[position.step]
-        # A velocity that is not finite would spoil the rest of the trajectory: the latent waits for the next one.
-        usable = torch.where(teacher_velocity_BCHW.isfinite().all(), teacher_velocity_BCHW, torch.zeros_like(teacher_velocity_BCHW))
-        x_BCHW = x_BCHW + step_size.to(x_BCHW) * usable
-    return replace(position, step=position.step + 1, x_BCHW=x_BCHW)
+def advance(position: Position, teacher_velocity: Tensor | None) -> Position:
+    """One Euler step along the teacher's velocity; an objective that needs no velocity leaves the latent unchanged."""
+    x, step = position.x, position.step
+    if teacher_velocity is not None:
+        # A velocity that is not finite would spoil the rest of the trajectory: the latent stays until the next step.
+        usable = torch.where(teacher_velocity.isfinite().all(), teacher_velocity, torch.zeros_like(teacher_velocity))
+        x = euler_step(x, usable, position.sigmas_T[step], position.sigmas_T[step + 1])
+    return replace(position, step=step + 1, x=x)
 
 
 @torch.no_grad()
-def walk(position: Position, flow: Flow, student: Callable[[Tensor], Tensor], objective: Objective) -> Iterator[tuple[float, Tensor]]:
-    """Follow a whole trajectory without training: noise level and per-sample loss [B] of each step."""
+def gaps_by_band(position: Position, model: VelocityModel, student: Callable[[Tensor], Tensor], bands: int) -> Iterator[tuple[str, Tensor]]:
+    """Follow a trajectory without training: the band and the per-sample velocity gap [B] of each step."""
+    name = band_name if float(position.sigmas_T.max()) <= 1 else _unbounded_band_name
     while not position.done:
-        loss_B, velocity = gap_at(position, flow, student, objective)
-        yield float(position.sigmas_T[position.step]), loss_B
+        gap_B, velocity = gap_at(position, model, student, OBJECTIVES["velocity"])
+        yield name(position.sigma, bands), gap_B
         position = advance(position, velocity)
+
+
+def band_name(sigma: float, bands: int) -> str:
+    """The band of equal width of (0, 1] that a flow model's noise level lies in, such as `0.50-0.75`."""
+    number = min(bands - 1, max(0, int(sigma * bands - 1e-9)))
+    return f"{number / bands:.2f}-{(number + 1) / bands:.2f}"
+
+
+def _unbounded_band_name(sigma: float, bands: int) -> str:
+    """For noise levels beyond 1, as of models that predict noise: the share of noise takes the place of the level."""
+    return band_name(sigma / (1 + sigma), bands)

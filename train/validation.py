@@ -4,42 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 from torch.nn import Module
 
-from .objectives import OBJECTIVES
-from .trajectory import Flow, Position, walk
-
-if TYPE_CHECKING:
-    from ..encoder.teacher import TeacherText
-    from .run import Workshop
-
-
-def band_name(sigma: float, bands: int) -> str:
-    """The band of equal width of (0, 1] that a noise level lies in, such as `0.50-0.75`."""
-    number = min(bands - 1, max(0, int(sigma * bands - 1e-9)))
-    return f"{number / bands:.2f}-{(number + 1) / bands:.2f}"
+from ..encoder.teacher import TeacherText
+from .trajectory import gaps_by_band
+from .workshop import Workshop
 
 
 @contextlib.contextmanager
 def without_dropout(student: Module) -> Iterator[None]:
-    """Dropout is off while the context is open, and afterwards, whatever happens inside, as it was."""
+    """Switch dropout off while the context is open; afterwards it is as before, whatever happens inside."""
     training = student.training
     student.train(False)
     try:
         yield
     finally:
         student.train(training)
-
-
-def gaps_by_band(position: Position, flow: Flow, student: Callable[[Tensor], Tensor], bands: int) -> Iterator[tuple[str, Tensor]]:
-    """The band and the per-sample velocity gap [B] of each step of a trajectory from its start."""
-    for sigma, gap_B in walk(position, flow, student, OBJECTIVES["velocity"]):
-        yield band_name(sigma, bands), gap_B
 
 
 class HeldOut:
@@ -63,7 +46,7 @@ class HeldOut:
         with without_dropout(workshop.student):
             for batch, text in zip(batches, self._texts, strict=True):
                 [position] = workshop.starts([batch], [text])
-                for band, loss_B in gaps_by_band(position, workshop.flow, workshop.embed, bands):
+                for band, loss_B in gaps_by_band(position, workshop.model, workshop.embed, bands):
                     total, count = sums.get(band, (0.0, 0))
                     sums[band] = (total + float(loss_B.double().sum()), count + len(loss_B))
         return _mean_over_ranks(workshop.ranks.gather(sums)), len(workshop.schedule.held_out)
@@ -76,5 +59,5 @@ def _mean_over_ranks(gathered: list[dict[str, tuple[float, int]]]) -> dict[str, 
 
 
 def lower(best: float | None, reached: float) -> float:
-    """The lower of two held-out losses; one that is not finite is never kept for good."""
+    """The lower of two held-out losses; one that is not finite is never kept as the best."""
     return reached if best is None or not math.isfinite(best) else min(best, reached)

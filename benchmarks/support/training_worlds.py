@@ -91,9 +91,11 @@ class World:
         import comfy.sd
 
         from ...diffusion.files import DTYPES
-        from ...diffusion.frozen import FrozenFlow
+        from ...diffusion.frozen import FrozenModel
+        from ...families import FAMILIES
 
-        return FrozenFlow(comfy.sd.load_diffusion_model(str(folder / "flux.safetensors"), model_options={"dtype": DTYPES[weights]}))
+        patcher = comfy.sd.load_diffusion_model(str(folder / "flux.safetensors"), model_options={"dtype": DTYPES[weights]})
+        return FrozenModel(patcher, FAMILIES["flux"])
 
     def load_teacher(self, folder: Path) -> Any:
         """Stock T5-XXL and CLIP-L in these sizes, as teacher."""

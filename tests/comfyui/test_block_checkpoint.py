@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from distilled_t5.benchmarks.support.training_worlds import World, small_world
-from distilled_t5.diffusion.frozen import FrozenFlow, differentiable
+from distilled_t5.diffusion.frozen import FrozenModel
+from distilled_t5.diffusion.gradients import blocks_of, differentiable
+from distilled_t5.families import FAMILIES
 from distilled_t5.train.trajectory import draw
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,18 +29,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def flow(files: Path) -> FrozenFlow:
+def flow(files: Path) -> FrozenModel:
     flow = WORLD.load_flow(files, "fp32")
     flow.load()
     return flow
 
 
-def given(world: World = WORLD) -> dict[str, Tensor]:
+def given(world: World = WORLD) -> dict[str, Any]:
     """All that a velocity depends on but the text."""
-    drawn = draw(0, 0, BATCH, world.side_px, (2.0, 5.0), (world.text_tokens,))
+    drawn = draw(0, 0, BATCH, FAMILIES["flux"].latent_shape(world.side_px), (2.0, 5.0), (world.text_tokens,))
     pooled_BP = torch.randn(BATCH, world.flux.pooled_width, generator=torch.Generator().manual_seed(1))
     assert drawn.guidance_B is not None
-    return {"x_BCHW": drawn.noise_BCHW, "sigma_B": torch.tensor([0.9, 0.4]), "pooled_BP": pooled_BP, "guidance_B": drawn.guidance_B}
+    extras, sigma_B = {"pooled_output": pooled_BP}, torch.tensor([0.9, 0.4])
+    return {"x": drawn.noise, "sigma_B": sigma_B, "extras": extras, "guidance_B": drawn.guidance_B}
 
 
 def text() -> Tensor:
@@ -64,7 +67,7 @@ def flops(action: Callable[[], Any]) -> tuple[int, Any]:
 def test_velocity_and_gradient_are_those_without_checkpointing_to_the_last_bit(flow):
     found = []
     for checkpoint_blocks in (False, True):
-        with differentiable(flow.model.diffusion_model, checkpoint_blocks):
+        with flow.differentiable(checkpoint_blocks):
             found.append(gradients(lambda text_BLD: flow.velocity(text_BLD=text_BLD, **given())))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
@@ -78,7 +81,7 @@ def test_gradients_are_the_same_through_weights_that_are_cast_for_every_use(file
     assert flow.model.diffusion_model.single_blocks[0].linear2.weight.dtype == torch.bfloat16
     found = []
     for checkpoint_blocks in (False, True):
-        with differentiable(flow.model.diffusion_model, checkpoint_blocks):
+        with flow.differentiable(checkpoint_blocks):
             found.append(gradients(lambda text_BLD: flow.velocity(text_BLD=text_BLD, **given())))
     assert torch.equal(found[0][1], found[1][1])
 
@@ -88,15 +91,17 @@ def test_what_overflows_in_float16_and_is_cut_off_has_no_gradient_either_way(flo
     model = copy.deepcopy(flow.model.diffusion_model).half()
     with torch.no_grad():
         model.double_blocks[0].txt_mlp[2].bias[:1] = float("inf")
-    inputs = {name: value.half() for name, value in given().items()}
+    inputs = given()
+    x, sigma_B, pooled_BP, guidance_B = (
+        value.half() for value in (inputs["x"], inputs["sigma_B"], inputs["extras"]["pooled_output"], inputs["guidance_B"])
+    )
 
     def velocity(text_BLD: Tensor) -> Tensor:
-        conditions = {"y": inputs["pooled_BP"], "guidance": inputs["guidance_B"]}
-        return model(inputs["x_BCHW"], inputs["sigma_B"], text_BLD.half(), **conditions)
+        return model(x, sigma_B, text_BLD.half(), y=pooled_BP, guidance=guidance_B)
 
     found = []
     for checkpoint_blocks in (False, True):
-        with differentiable(model, checkpoint_blocks):
+        with differentiable(model, blocks_of(model, FAMILIES["flux"].block_lists), checkpoint_blocks):
             found.append(gradients(velocity))
     assert found[0][0].isfinite().all()
     assert torch.equal(found[0][1], found[1][1])
@@ -105,7 +110,7 @@ def test_what_overflows_in_float16_and_is_cut_off_has_no_gradient_either_way(flo
 def test_the_last_products_of_blocks_are_not_computed_again(flow):
     backward = {}
     for checkpoint_blocks in (False, True):
-        with differentiable(flow.model.diffusion_model, checkpoint_blocks):
+        with flow.differentiable(checkpoint_blocks):
             result = flow.velocity(text_BLD=text(), **given())
             backward[checkpoint_blocks], _ = flops(lambda result=result: result.square().sum().backward())
     again = (backward[True] - backward[False]) / BATCH
@@ -118,7 +123,7 @@ def test_the_last_products_of_blocks_are_not_computed_again(flow):
 
 def test_an_error_while_computing_again_leaves_the_model_as_it_was(flow):
     model = flow.model.diffusion_model
-    with differentiable(model, checkpoint_blocks=True):
+    with flow.differentiable(checkpoint_blocks=True):
         result = flow.velocity(text_BLD=text(), **given())
         failing = model.single_blocks[1].norm.register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

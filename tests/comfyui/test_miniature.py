@@ -14,8 +14,10 @@ import comfy.sd
 import pytest
 import safetensors.torch
 import torch
-from distilled_t5.diffusion.frozen import FrozenFlow, differentiable
+from distilled_t5.diffusion.frozen import FrozenModel
+from distilled_t5.diffusion.gradients import blocks_of, differentiable
 from distilled_t5.encoder.files import open_student
+from distilled_t5.families import FAMILIES
 from distilled_t5.miniature import flow
 from distilled_t5.miniature.autoencoder import latents, vae_tensors
 from distilled_t5.miniature.corpus import draw_text
@@ -207,11 +209,11 @@ def test_stock_nodes_and_the_hosts_sampler_make_a_picture_of_the_three_files(mad
 @torch.no_grad()
 def velocities(module: Any, patcher: Any) -> tuple[Tensor, Tensor]:
     """The same velocity from the module itself, and from a loaded model by the trainer's own road, the host's apply_model."""
-    loaded, batch = FrozenFlow(patcher), flow.draw_batch(0, 0, 4)
+    loaded, batch = FrozenModel(patcher, FAMILIES["flux"]), flow.draw_batch(0, 0, 4)
     loaded.load()
     text, pooled = torch.randn(4, TOKEN_LENGTH, 128, generator=torch.Generator().manual_seed(1)), torch.zeros(4, 768)
     told = {"context": text, "y": pooled, "guidance": batch.guidance_B, "transformer_options": {}}
-    found = loaded.velocity(batch.noise_BCHW, batch.sigma_B, text, pooled, batch.guidance_B)
+    found = loaded.velocity(batch.noise_BCHW, batch.sigma_B, text, {"pooled_output": pooled}, batch.guidance_B)
     return module(batch.noise_BCHW, batch.sigma_B, **told), found
 
 
@@ -272,7 +274,7 @@ def test_the_losss_gradient_is_its_numeric_derivative():
     def loss() -> Tensor:
         return flow.loss_of(flow.predictor(module), lambda _captions: text, batch, torch.device("cpu"))
 
-    with differentiable(module, False):
+    with differentiable(module, blocks_of(module, FAMILIES["flux"].block_lists), False):
         loss().backward()
     steepest = watched.grad / watched.grad.norm()
     with torch.no_grad():
@@ -314,7 +316,7 @@ def test_a_flux_that_was_trained_on_two_pictures_draws_them_for_their_captions(t
         batch = replace(flow.draw_batch(1, step, 8), clean_BCHW=few.clean_BCHW.repeat(4, 1, 1, 1))
         return flow.loss_of(flow.predictor(module), lambda _captions: text_BLD.repeat(4, 1, 1), batch, torch.device("cpu"))
 
-    with differentiable(module, False):
+    with differentiable(module, blocks_of(module, FAMILIES["flux"].block_lists), False):
         trainee = train(module, loss_at, Plan(steps=360, warmup_steps=10, average_steps=20), {}, tmp_path / "run", resume=False)
     assert trainee is not None
     path = flow.save_flux(tmp_path / "flux.safetensors", trainee.averaged(), {}, torch.bfloat16)

@@ -23,8 +23,8 @@ from distilled_t5.tests.support.small_encoders import student_file
 from distilled_t5.tests.support.tiny_students import sparse_file
 from distilled_t5.tests.support.trainer import command, finish, start
 from distilled_t5.train.recipe import load_recipe
-from distilled_t5.train.run import open_workshop
 from distilled_t5.train.smoke_models import FLUX
+from distilled_t5.train.workshop import open_workshop
 
 pytestmark = pytest.mark.one_host
 
@@ -80,10 +80,10 @@ def broken(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("vae/ae.safetensors", "ae.safetensors is no diffusion model that ComfyUI knows"),
-        ("text_encoders/clip_l.safetensors", "clip_l.safetensors is no diffusion model"),
-        ("text_encoders/t5xxl_fp16.safetensors", "t5xxl_fp16.safetensors is no diffusion model"),
-        ("text_encoders/distilled_t5_base.safetensors", "distilled_t5_base.safetensors is no diffusion model"),
+        ("vae/ae.safetensors", "ae.safetensors is not a diffusion model that ComfyUI knows"),
+        ("text_encoders/clip_l.safetensors", "clip_l.safetensors is not a diffusion model"),
+        ("text_encoders/t5xxl_fp16.safetensors", "t5xxl_fp16.safetensors is not a diffusion model"),
+        ("text_encoders/distilled_t5_base.safetensors", "distilled_t5_base.safetensors is not a diffusion model"),
         ("loras/FLUX-dev-lora-add_details.safetensors", "seems to be a Lora"),
         ("controlnet/flux-canny-controlnet-v3.safetensors", "unet missing: ['final_layer"),
     ],
@@ -91,7 +91,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
 def test_a_file_of_another_kind_is_no_diffusion_model(models, file, message):
     said = refusal(f"diffusion_model.file={models / file}")
     assert message in said
-    assert said.endswith("name a whole Flux file (.safetensors) of models/diffusion_models in diffusion_model.file.")
+    assert said.endswith("name a complete Flux.1 file (.safetensors) of models/diffusion_models in diffusion_model.file.")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_file_of_another_kind_is_no_diffusion_model(models, file, message):
         ("folder", "is a folder"),
         ("binary.txt", "has the ending '.txt'"),
         ("lacking.safetensors", "unet missing: ['double_blocks.0.txt_mlp.0.weight'"),
-        ("headless.safetensors", "headless.safetensors is no diffusion model"),
+        ("headless.safetensors", "headless.safetensors is not a diffusion model"),
         ("longcat.safetensors", "longcat.safetensors is a LongCatImage, not a Flux"),
         ("pooled.safetensors", "takes pooled text of width 512, expected CLIP-L's 768"),
         ("fill.safetensors", "takes 96 channels, expected the 16 of a latent"),

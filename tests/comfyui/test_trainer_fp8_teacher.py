@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from distilled_t5.benchmarks.support.training_worlds import small_world
-from distilled_t5.diffusion.frozen import differentiable
 from distilled_t5.encoder.teacher import Teacher
 from distilled_t5.students.t5.trained import DistilledT5
 from distilled_t5.train.distill import train_step
@@ -96,9 +95,9 @@ def test_a_student_learns_from_it(teacher, weights):
     flow = WORLD.load_flow(weights[0], "fp32")
     flow.load()
     learner = WORLD.learner(flow.device, None)
-    drawn = draw(0, 0, len(PROMPTS), WORLD.side_px, (2.0, 3.5), (LENGTH,))
-    side = drawn.noise_BCHW.shape[-1]
-    position = Position(0, drawn.noise_BCHW, flow.sigmas(4, side, side), text.text_BLD, text.pooled_BP, drawn.guidance_B, text.token_ids_BL)
-    with differentiable(flow.model.diffusion_model, checkpoint_blocks=True):
+    drawn = draw(0, 0, len(PROMPTS), flow.family.latent_shape(WORLD.side_px), (2.0, 3.5), (LENGTH,))
+    sigmas_T, extras = flow.training_sigmas(4, *drawn.noise.shape[-2:]), {"pooled_output": text.pooled_BP}
+    position = Position(0, drawn.noise, sigmas_T, text.text_BLD, extras, drawn.guidance_B, text.token_ids_BL)
+    with flow.differentiable(checkpoint_blocks=True):
         losses = [train_step([position], flow, learner, OBJECTIVES["velocity"])[0].loss for _ in range(4)]
     assert losses[0] > losses[-1] > 0

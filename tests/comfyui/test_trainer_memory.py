@@ -9,10 +9,11 @@ import comfy.ldm.flux.model
 import comfy.ops
 import pytest
 import torch
-from distilled_t5.diffusion.frozen import blocks_of, differentiable
+from distilled_t5.diffusion.gradients import blocks_of, differentiable
+from distilled_t5.families import FAMILIES
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.students.t5.trained import DistilledT5
-from distilled_t5.train.memory import AUTOCAST_BYTES, FlowSize, flow_activations, student_activations
+from distilled_t5.train.memory import AUTOCAST_BYTES, ModelSize, model_activations, student_activations
 from torch.profiler import ProfilerActivity, profile
 
 TEXT_TOKENS, TEXT_WIDTH = 64, 256
@@ -66,8 +67,8 @@ def weights(model: torch.nn.Module) -> int:
 def test_a_flux_of_full_size_has_the_weights_that_the_reckoning_starts_from():
     model = flux(3072, (19, 38), device="meta", text_width=4096)
     assert weights(model) == 11_901_408_320
-    assert max(map(weights, blocks_of(model))) == 339_831_296
-    assert len(blocks_of(model)) == 57
+    assert max(map(weights, blocks_of(model, FAMILIES["flux"].block_lists))) == 339_831_296
+    assert len(blocks_of(model, FAMILIES["flux"].block_lists)) == 57
 
 
 @pytest.mark.parametrize("checkpoint_blocks", [True, False], ids=["checkpointed", "kept"])
@@ -81,10 +82,10 @@ def test_the_diffusion_model_takes_what_is_reckoned_and_little_less(blocks, chec
         velocity = model(latent_BCHW, torch.full((2,), 0.5), text_BLD, torch.zeros(2, 768), torch.full((2,), 3.0))
         velocity.square().mean().backward()
 
-    with differentiable(model, checkpoint_blocks):
+    with differentiable(model, blocks_of(model, FAMILIES["flux"].block_lists), checkpoint_blocks):
         peak = peak_bytes(work)
-    size = FlowSize(4 * weights(model), weights(model), 0, sum(blocks), 512, compute_bytes=4)
-    reckoned = sum(flow_activations(size, tokens=2 * (256 + TEXT_TOKENS), checkpoint_blocks=checkpoint_blocks).values())
+    size = ModelSize(4 * weights(model), weights(model), 0, sum(blocks), 512, compute_bytes=4)
+    reckoned = sum(model_activations(size, tokens=2 * (256 + TEXT_TOKENS), checkpoint_blocks=checkpoint_blocks).values())
     assert 0.8 * reckoned < peak <= reckoned
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,23 @@ import comfy.sample
 import comfy.sd
 import pytest
 import torch
-from distilled_t5.diffusion.frozen import FrozenFlow, differentiable
+from distilled_t5.diffusion.frozen import FrozenModel
 from distilled_t5.encoder.teacher import Teacher, TeacherText, load_teacher
+from distilled_t5.families import FAMILIES
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.tests.support.small_encoders import TINY, student_file
-from distilled_t5.train.distill import Learner, NotFinite, follow, linear_schedule, loss_scaler, train_step
-from distilled_t5.train.objectives import OBJECTIVES, Objective, velocity_gap
+from distilled_t5.train.distill import Learner, NotFinite, linear_schedule, loss_scaler, train_step
+from distilled_t5.train.objectives import OBJECTIVES, Gap, Objective, velocity_gap
 from distilled_t5.train.optimizer import make_optimizer
 from distilled_t5.train.student_start import make_student
-from distilled_t5.train.trajectory import Position, advance, draw, gap_at, walk
+from distilled_t5.train.trajectory import Position, advance, band_name, draw, gap_at, gaps_by_band
 from torch import Tensor
 
 LENGTH, SIDE_PX, STEPS = 12, 64, 4
+SHAPE = FAMILIES["flux"].latent_shape(SIDE_PX)
 ANIMALS = ["cat", "dog", "fox", "owl", "cow", "pig", "hen", "bee", "ant", "bat", "elk", "emu", "gnu", "yak", "koi", "cod"]
 PROMPTS = [f"a {animal} on a sign" for animal in ANIMALS]
-BATCHED = ("x_BCHW", "text_BLD", "pooled_BP", "guidance_B", "token_ids_BL")
+BATCHED = ("x", "text_BLD", "guidance_B", "token_ids_BL")
 OTHER = StudentLayout(d_model=32, d_ff=64, num_layers=2, num_heads=2, d_kv=16, hidden_width=64, projected_width=4096)
 
 
@@ -37,10 +39,10 @@ def patcher(stand_ins: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def flow(patcher: Any) -> Iterator[FrozenFlow]:
-    flow = FrozenFlow(patcher)
+def flow(patcher: Any) -> Iterator[FrozenModel]:
+    flow = FrozenModel(patcher, FAMILIES["flux"])
     flow.load()
-    with differentiable(flow.model.diffusion_model, checkpoint_blocks=False):
+    with flow.differentiable(checkpoint_blocks=False):
         yield flow
 
 
@@ -59,11 +61,10 @@ def text(teacher: Teacher) -> TeacherText:
     return teacher.encode(PROMPTS, LENGTH)
 
 
-def position(flow: FrozenFlow, text: TeacherText, index: int = 0, batch: int = 16) -> Position:
-    drawn = draw(0, index, batch, SIDE_PX, (2.0, 3.5, 5.0), (LENGTH,))
-    side = drawn.noise_BCHW.shape[-1]
-    sigmas = flow.sigmas(STEPS, side, side)
-    return Position(0, drawn.noise_BCHW, sigmas, text.text_BLD[:batch], text.pooled_BP[:batch], drawn.guidance_B, text.token_ids_BL[:batch])
+def position(flow: FrozenModel, text: TeacherText, index: int = 0, batch: int = 16) -> Position:
+    drawn = draw(0, index, batch, flow.family.latent_shape(SIDE_PX), (2.0, 3.5, 5.0), (LENGTH,))
+    sigmas_T, extras = flow.training_sigmas(STEPS, *drawn.noise.shape[-2:]), {"pooled_output": text.pooled_BP[:batch]}
+    return Position(0, drawn.noise, sigmas_T, text.text_BLD[:batch], extras, drawn.guidance_B, text.token_ids_BL[:batch])
 
 
 def learner(student: torch.nn.Module, rate: float = 1e-3, steps: int = 100, max_norm: float = 1.0, optimizer: Any = None) -> Learner:
@@ -74,7 +75,7 @@ def learner(student: torch.nn.Module, rate: float = 1e-3, steps: int = 100, max_
 
 def test_gradient_to_the_text_equals_the_numeric_derivative_with_and_without_checkpointing(patcher):
     """A checkpoint that recomputes on overwritten tensors is off by one or two percent, without any error."""
-    flow = FrozenFlow(patcher)
+    flow = FrozenModel(patcher, FAMILIES["flux"])
     flow.load()
     generator = torch.Generator().manual_seed(0)
     x, text = (torch.randn(shape, generator=generator) for shape in [(2, 16, 8, 8), (2, 20, 4096)])
@@ -82,11 +83,11 @@ def test_gradient_to_the_text_equals_the_numeric_derivative_with_and_without_che
     sigma, guidance = torch.tensor([0.7, 0.3]), torch.tensor([2.0, 4.0])
 
     def measured(text_BLD: Tensor) -> Tensor:
-        return (flow.velocity(x, sigma, text_BLD, pooled, guidance) * readout).sum()
+        return (flow.velocity(x, sigma, text_BLD, {"pooled_output": pooled}, guidance) * readout).sum()
 
     gradients = []
     for checkpoint_blocks in (False, True):
-        with differentiable(flow.model.diffusion_model, checkpoint_blocks):
+        with flow.differentiable(checkpoint_blocks):
             gradients += torch.autograd.grad(measured(leaf := text.clone().requires_grad_(True)), leaf)
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
     steepest = gradients[1] / gradients[1].norm()
@@ -98,7 +99,7 @@ def test_gradient_to_the_text_equals_the_numeric_derivative_with_and_without_che
 def test_the_diffusion_model_is_left_as_it_was(patcher):
     model = patcher.model.diffusion_model
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    with differentiable(model, checkpoint_blocks=True):
+    with FrozenModel(patcher, FAMILIES["flux"]).differentiable(checkpoint_blocks=True):
         assert "forward" in vars(model.double_blocks[0])
     assert not any("forward" in vars(block) for block in [*model.double_blocks, *model.single_blocks])
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -126,7 +127,7 @@ def test_the_trajectory_ignores_the_student(flow, text):
         while not place.done:
             _, velocity = gap_at(place, flow, student, OBJECTIVES["velocity"])
             place = advance(place, velocity)
-        ends.append(place.x_BCHW)
+        ends.append(place.x)
     assert torch.equal(ends[0], ends[1])
 
 
@@ -134,8 +135,8 @@ def test_the_teachers_trajectory_ends_in_the_latent_of_the_hosts_own_sampler(pat
     from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 
     place = position(flow, text, batch=1)
-    start = place.x_BCHW
-    conditioning = [[place.text_BLD, {"pooled_output": place.pooled_BP, "guidance": float(place.guidance_B)}]]
+    start = place.x
+    conditioning = [[place.text_BLD, {**place.extras, "guidance": float(place.guidance_B)}]]
     shifted = ModelSamplingFlux().patch(patcher, max_shift=1.15, base_shift=0.5, width=SIDE_PX, height=SIDE_PX)[0]
     with torch.inference_mode():
         expected = comfy.sample.sample(
@@ -144,7 +145,7 @@ def test_the_teachers_trajectory_ends_in_the_latent_of_the_hosts_own_sampler(pat
     while not place.done:
         _, velocity = gap_at(place, flow, lambda _ids, place=place: place.text_BLD, OBJECTIVES["velocity"])
         place = advance(place, velocity)
-    ours = patcher.model.process_latent_out(place.x_BCHW)
+    ours = patcher.model.process_latent_out(place.x)
     torch.testing.assert_close(ours, expected.clone(), atol=1e-4, rtol=1e-4)
 
 
@@ -178,10 +179,10 @@ class LinearFlow:
     def __init__(self, matrix_DC: Tensor) -> None:
         self.matrix_DC = matrix_DC
 
-    def velocity(self, x_BCHW: Tensor, sigma_B: Tensor, text_BLD: Tensor, pooled_BP: Tensor, guidance_B: Tensor | None) -> Tensor:
+    def velocity(self, x: Tensor, sigma_B: Tensor, text_BLD: Tensor, extras: Mapping[str, Any], guidance_B: Tensor | None = None) -> Tensor:
         assert guidance_B is not None
         push_BC = text_BLD.mean(1) @ self.matrix_DC * guidance_B[:, None]
-        return sigma_B.view(-1, 1, 1, 1) * x_BCHW + push_BC[:, :, None, None]
+        return sigma_B.view(-1, 1, 1, 1) * x + push_BC[:, :, None, None]
 
 
 def test_one_step_equals_a_reference_written_by_hand_in_float64():
@@ -191,7 +192,7 @@ def test_one_step_equals_a_reference_written_by_hand_in_float64():
     )
     x = torch.randn(2, 16, 4, 4, generator=generator, dtype=torch.float64)
     guidance, sigmas = torch.tensor([2.0, 5.0], dtype=torch.float64), torch.tensor([1.0, 0.25, 0.0], dtype=torch.float64)
-    place = Position(0, x, sigmas, teacher_text, torch.zeros(2, 768), guidance, torch.zeros(2, 5, dtype=torch.long))
+    place = Position(0, x, sigmas, teacher_text, {}, guidance, torch.zeros(2, 5, dtype=torch.long))
     leaf = student_text.clone().requires_grad_(True)
     loss_B, velocity = gap_at(place, LinearFlow(matrix), lambda _ids: leaf, OBJECTIVES["velocity"])
     loss_B.mean().backward()
@@ -203,7 +204,7 @@ def test_one_step_equals_a_reference_written_by_hand_in_float64():
     torch.testing.assert_close(loss_B.double(), expected_loss_B, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(leaf.grad, expected_gradient[:, None].expand(2, 5, 6), atol=1e-6, rtol=1e-6)
     teacher_velocity = x + (teacher_text.mean(1) @ matrix * guidance[:, None])[:, :, None, None]
-    torch.testing.assert_close(advance(place, velocity).x_BCHW, x - 0.75 * teacher_velocity)
+    torch.testing.assert_close(advance(place, velocity).x, x - 0.75 * teacher_velocity)
 
 
 def test_the_two_objectives_differ_as_they_should(flow, text):
@@ -216,12 +217,17 @@ def test_the_two_objectives_differ_as_they_should(flow, text):
     assert velocity is not None
     assert not torch.allclose(followed_B, naive_B, rtol=0.1)
     moved, stayed = advance(place, velocity), advance(place, None)
-    assert torch.equal(stayed.x_BCHW, place.x_BCHW) and not torch.equal(moved.x_BCHW, place.x_BCHW)
+    assert torch.equal(stayed.x, place.x) and not torch.equal(moved.x, place.x)
 
 
 def test_micro_batches_give_the_step_of_the_whole_batch(flow, text):
     whole = position(flow, text, batch=8)
-    halves = [replace(whole, **{name: getattr(whole, name)[part] for name in BATCHED}) for part in (slice(0, 4), slice(4, 8))]
+    halves = [
+        replace(
+            whole, extras={"pooled_output": whole.extras["pooled_output"][half]}, **{name: getattr(whole, name)[half] for name in BATCHED}
+        )
+        for half in (slice(0, 4), slice(4, 8))
+    ]
     results = []
     for places in ([whole], halves):
         student = make_student(OTHER, "random", 0.0, 1)
@@ -237,16 +243,16 @@ def test_overfitting_sixteen_prompts_lowers_the_loss_on_unseen_noise_twentyfold(
 
     def unseen() -> float:
         student.train(False)
-        losses = [
-            float(loss_B.mean()) for _, loss_B in walk(position(flow, text, index=10_000), flow, trained.embed, OBJECTIVES["velocity"])
-        ]
+        losses = [float(loss_B.mean()) for _, loss_B in gaps_by_band(position(flow, text, index=10_000), flow, trained.embed, 4)]
         student.train(True)
         return sum(losses) / len(losses)
 
     before = unseen()
-    trajectories = ((index, [position(flow, text, index)]) for index in range(160 // STEPS))
-    reports = [report for report, _, _ in follow(trajectories, flow, trained, OBJECTIVES["velocity"])]
-    assert len(reports) == 160
+    for index in range(160 // STEPS):
+        places = [position(flow, text, index)]
+        while not places[0].done:
+            _, places = train_step(places, flow, trained, OBJECTIVES["velocity"])
+    assert trained.step == 160
     assert unseen() <= before / 20
 
 
@@ -273,18 +279,18 @@ def test_a_velocity_that_is_not_finite_does_not_spoil_the_rest_of_its_trajectory
     broken = velocity.clone()
     broken[1, 0, 0, 0] = float("nan")
     moved, waited = advance(place, velocity), advance(place, broken)
-    assert torch.equal(waited.x_BCHW, place.x_BCHW) and waited.step == moved.step == 1
-    assert not torch.equal(moved.x_BCHW, place.x_BCHW)
+    assert torch.equal(waited.x, place.x) and waited.step == moved.step == 1
+    assert not torch.equal(moved.x, place.x)
 
 
 @pytest.fixture
-def fp16_flow(stand_ins: Path) -> Iterator[FrozenFlow]:
+def fp16_flow(stand_ins: Path) -> Iterator[FrozenModel]:
     """A Flux that computes in fp16, as on cards without bf16; on a CPU ComfyUI would cast its weights to fp32."""
     path = stand_ins / "models" / "diffusion_models" / "flux1-dev.safetensors"
-    flow = FrozenFlow(comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float16}))
+    flow = FrozenModel(comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float16}), FAMILIES["flux"])
     flow.model.manual_cast_dtype = None
     flow.load()
-    with differentiable(flow.model.diffusion_model, checkpoint_blocks=True):
+    with flow.differentiable(checkpoint_blocks=True):
         yield flow
 
 
@@ -319,17 +325,17 @@ def test_a_scale_that_is_too_high_drops_its_step_and_is_lowered(fp16_flow, text)
 
 
 def test_draws_are_a_pure_function_of_seed_and_index():
-    first, again, other = (draw(7, index, 8, 64, (2.0, 5.0), (77, 128)) for index in (3, 3, 4))
-    assert torch.equal(first.noise_BCHW, again.noise_BCHW)
+    first, again, other = (draw(7, index, 8, SHAPE, (2.0, 5.0), (77, 128)) for index in (3, 3, 4))
+    assert torch.equal(first.noise, again.noise)
     assert first.guidance_B is not None and again.guidance_B is not None
     assert torch.equal(first.guidance_B, again.guidance_B)
-    assert not torch.equal(first.noise_BCHW, other.noise_BCHW)
-    seeds = [draw(seed, 3, 8, 64, (2.0, 3.0, 4.0, 5.0), (77, 128)) for seed in range(4)]
-    assert len({float(drawn.noise_BCHW.sum()) for drawn in seeds}) == 4
+    assert not torch.equal(first.noise, other.noise)
+    seeds = [draw(seed, 3, 8, SHAPE, (2.0, 3.0, 4.0, 5.0), (77, 128)) for seed in range(4)]
+    assert len({float(drawn.noise.sum()) for drawn in seeds}) == 4
     assert len({str(drawn.guidance_B) for drawn in seeds}) > 1
-    lengths = {draw(7, index, 1, 64, (2.0,), (77, 128)).token_length for index in range(20)}
+    lengths = {draw(7, index, 1, SHAPE, (2.0,), (77, 128)).token_length for index in range(20)}
     assert lengths == {77, 128}
-    assert draw(7, 0, 1, 64, (), (77,)).guidance_B is None
+    assert draw(7, 0, 1, SHAPE, (), (77,)).guidance_B is None
 
 
 def test_prompts_are_literal_and_cut_with_the_end_token_last(teacher):
@@ -338,3 +344,26 @@ def test_prompts_are_literal_and_cut_with_the_end_token_last(teacher):
     assert ids[1, -1] == 1 and (ids[1] != 0).all()
     pieces = teacher.clip.tokenizer.t5xxl.tokenizer("a (cat:1.3)")["input_ids"]
     assert ids[0, : len(pieces)].tolist() == pieces
+
+
+def test_losses_are_means_over_all_dimensions_but_the_batch():
+    student, teacher = torch.randn(2, 3, 2, 4, 4), torch.randn(2, 3, 2, 4, 4)
+    gap = Gap(torch.zeros(2, 1, 1), torch.zeros(2, 1, 1), student, teacher)
+    torch.testing.assert_close(velocity_gap(gap), (student - teacher).square().flatten(1).mean(1))
+
+
+class Still:
+    """A model whose velocity is zero."""
+
+    def velocity(self, x: Tensor, sigma_B: Tensor, text_BLD: Tensor, extras: Mapping[str, Any], guidance_B: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "bands"),
+    [([1.0, 0.6, 0.2, 0.0], ["0.50-1.00", "0.50-1.00", "0.00-0.50"]), ([80.0, 1.2, 0.5, 0.0], ["0.50-1.00", "0.50-1.00", "0.00-0.50"])],
+)
+def test_bands_are_of_noise_levels_or_of_the_share_of_noise_where_levels_go_beyond_one(sigmas, bands):
+    place = Position(0, torch.zeros(1, 2, 2, 2), torch.tensor(sigmas), torch.zeros(1, 3, 4), {}, None, torch.zeros(1, 3))
+    assert [band for band, _ in gaps_by_band(place, Still(), lambda ids: torch.zeros(1, 3, 4), 2)] == bands
+    assert band_name(0.5, 2) == "0.00-0.50"

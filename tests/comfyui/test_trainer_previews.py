@@ -21,10 +21,11 @@ from distilled_t5.train.contact_sheet import GAP_PX, LINE_PX
 from distilled_t5.train.preview import Previewer, preview_batches, usual_guidance
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.report import Reporter
-from distilled_t5.train.run import Workshop, open_workshop, train
+from distilled_t5.train.run import train
 from distilled_t5.train.run_directory import RunDirectory
 from distilled_t5.train.state import TrainerState, read_checkpoint
 from distilled_t5.train.validation import HeldOut
+from distilled_t5.train.workshop import Workshop, open_workshop
 from PIL import Image
 from safetensors.torch import save
 
@@ -110,13 +111,13 @@ def test_a_vae_that_is_not_there_is_said_before_any_model_is_loaded():
 
 
 def test_the_teachers_picture_is_the_one_that_the_hosts_sampler_and_vae_give(workshop, vae):
-    recipe, patcher = workshop.recipe, workshop.flow.patcher
+    recipe, patcher = workshop.recipe, workshop.model.patcher
     [batch, _] = preview_batches(recipe)
     text = workshop.teacher.encode(batch.prompts, batch.drawn.token_length)
     pooled_BP = pooled(workshop.teacher.clip, batch.prompts[0])
     assert pooled_BP.std() > 0.1
     conditioning = [[text.text_BLD, {"pooled_output": pooled_BP, "guidance": 3.5}]]
-    noise = batch.drawn.noise_BCHW
+    noise = batch.drawn.noise
     shifted = ModelSamplingFlux().patch(patcher, max_shift=1.15, base_shift=0.5, width=SIDE_PX, height=SIDE_PX)[0]
     with torch.inference_mode():
         latent = comfy.sample.sample(
@@ -195,7 +196,7 @@ def test_trouble_inside_the_student_leaves_its_dropout_on(workshop, tmp_path):
     ("trained_at", "shown"), [((), ()), ((2.0, 3.5, 5.0), (3.5,)), ((1.0,), (1.0,)), ((5.0, 2.0, 4.0), (4.0,)), ((2.0, 3.0), (3.0,))]
 )
 def test_previews_are_at_the_usual_guidance(trained_at, shown):
-    assert usual_guidance(trained_at) == shown
+    assert usual_guidance(trained_at, 3.5) == shown
 
 
 @pytest.mark.parametrize(("lengths", "shown"), [("[77, 256, 512]", 256), ("[16, 24]", 24)])

@@ -18,7 +18,7 @@ from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.trainer import QUICK, TWO_PROCESSES, command, finish, metrics, start, wait_for_step
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.run import train
-from distilled_t5.train.smoke_models import flux_file, teacher_file
+from distilled_t5.train.smoke_models import diffusion_model_file, teacher_file
 from distilled_t5.train.state import REPLACED, TrainerState, read_checkpoint
 from safetensors.torch import load_file
 
@@ -86,7 +86,7 @@ def whole(comfyui_path: Path, stand_ins: Path, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("whole")
     guard = folder / "guard.py"
     guard.write_text(GUARDED, encoding="utf-8")
-    models = [f"teacher.t5={teacher_file(folder)}", f"diffusion_model.file={flux_file(folder)}"]
+    models = [f"teacher.t5={teacher_file(folder)}", f"diffusion_model.file={diffusion_model_file(folder)}"]
     settings = [*LONGER, *models, f"preview.vae={stand_ins / 'models' / 'vae' / 'ae.safetensors'}"]
     watched = folder / "watched"
     arguments = command(comfyui_path, watched / "base", watched / "run", settings=settings)

@@ -17,8 +17,9 @@ from distilled_t5.train.distill import NotFinite
 from distilled_t5.train.objectives import OBJECTIVES, Objective, velocity_gap
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.resume import gather_state, restore
-from distilled_t5.train.run import open_workshop, train
+from distilled_t5.train.run import train
 from distilled_t5.train.state import Checkpoints, read_checkpoint
+from distilled_t5.train.workshop import open_workshop
 
 # One trajectory of twelve steps, saved after ten.
 SETTINGS = [

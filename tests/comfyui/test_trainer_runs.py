@@ -19,9 +19,10 @@ from distilled_t5.tests.support.small_encoders import embedding, serve, student_
 from distilled_t5.tests.support.trainer import QUICK, command, finish, metrics, start, wait_for_step
 from distilled_t5.train.distill import NotFinite
 from distilled_t5.train.recipe import load_recipe
-from distilled_t5.train.run import open_workshop, train
+from distilled_t5.train.run import train
 from distilled_t5.train.smoke_models import FLUX
 from distilled_t5.train.state import read_checkpoint
+from distilled_t5.train.workshop import open_workshop
 from safetensors.torch import save_file
 from transformers import T5EncoderModel
 

@@ -19,10 +19,11 @@ from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.small_encoders import encode, stock_flux_clip, student_file
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.report import Reporter
-from distilled_t5.train.run import open_workshop, train
+from distilled_t5.train.run import train
 from distilled_t5.train.state import TrainerState, read_checkpoint
 from distilled_t5.train.teacher_chunks import TeacherChunks
 from distilled_t5.train.validation import HeldOut, lower
+from distilled_t5.train.workshop import open_workshop
 
 # Trajectories of 2 steps and 4 prompts: one of stage 0, and five of stage 1, of which the last is cut short.
 STEPS = 11
@@ -99,7 +100,7 @@ def test_teacher_and_diffusion_model_change_places_once_per_chunk(tmp_path, monk
     encoded.clear()
     train(recipe(), tmp_path / "run", False, Ranks())
     weights = sum(weight.numel() for weight in workshop.student.parameters())
-    usable = usable_bytes(workshop.flow.device)
+    usable = usable_bytes(workshop.model.device)
     asked = {workshop.need.room(weights, has_moments, usable) for has_moments in (False, True)}
     assert set(room) == asked, "the host is told to leave room for training, with AdamW's moments from the first step on"
     # One prompt tells the teacher's width before training; the held-out ones are read once, for three validations.
@@ -209,7 +210,7 @@ def test_a_run_with_clip_l_trains_on_its_pooled_vectors(stand_ins, tmp_path):
     batches = workshop.schedule.batches(1, 0)
     [position, _] = workshop.starts(batches, workshop.chunks.take(1, 0))
     expected = torch.cat([encode(workshop.teacher.clip, prompt)[0][1]["pooled_output"] for prompt in batches[0].prompts])
-    torch.testing.assert_close(position.pooled_BP, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(position.extras["pooled_output"], expected, atol=1e-6, rtol=0)
     by_band, _ = HeldOut(workshop).loss()
     without, _ = HeldOut(open_workshop(recipe(), Ranks())).loss()
     assert by_band.keys() == without.keys() and by_band != without

@@ -8,8 +8,10 @@ from typing import Any
 import comfy.sd
 import pytest
 import torch
-from distilled_t5.diffusion.frozen import FrozenFlow, differentiable
+from distilled_t5.diffusion.frozen import FrozenModel
+from distilled_t5.families import FAMILIES
 from distilled_t5.runtime.random_weights import drawn
+from distilled_t5.train.models import size_of
 from distilled_t5.train.smoke_models import FLUX
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,9 +40,9 @@ def scaled_fp8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.fixture(params=[bf16, plain_fp8, scaled_fp8], ids=lambda form: form.__name__)
-def flow(request: pytest.FixtureRequest, tmp_path: Path) -> FrozenFlow:
+def flow(request: pytest.FixtureRequest, tmp_path: Path) -> FrozenModel:
     save_file(request.param(drawn(FLUX.tensors(), seed=2)), tmp_path / "flux.safetensors")
-    flow = FrozenFlow(comfy.sd.load_diffusion_model(str(tmp_path / "flux.safetensors")))
+    flow = FrozenModel(comfy.sd.load_diffusion_model(str(tmp_path / "flux.safetensors")), FAMILIES["flux"])
     quantised = quantised_layers(flow)
     assert bool(quantised) == (request.param is scaled_fp8)
     for layer in quantised:
@@ -49,27 +51,27 @@ def flow(request: pytest.FixtureRequest, tmp_path: Path) -> FrozenFlow:
     return flow
 
 
-def quantised_layers(flow: FrozenFlow) -> list[Any]:
+def quantised_layers(flow: FrozenModel) -> list[Any]:
     return [module for module in flow.model.diffusion_model.modules() if getattr(module, "layout_type", None)]
 
 
-def test_quantised_weights_are_reckoned_as_they_are_held(flow: FrozenFlow) -> None:
+def test_quantised_weights_are_reckoned_as_they_are_held(flow: FrozenModel) -> None:
     # Those of other formats are float32 on a CPU.
     quantised = sum(layer.weight.numel() for layer in quantised_layers(flow))
     floats = sum(weight.numel() for weight in flow.model.diffusion_model.parameters()) - quantised
-    assert flow.size().held_bytes == pytest.approx(quantised + 4 * floats, rel=0.01)
+    assert size_of(flow).held_bytes == pytest.approx(quantised + 4 * floats, rel=0.01)
 
 
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])
-def test_gradient_to_the_text_equals_the_numeric_derivative(flow: FrozenFlow, checkpoint_blocks: bool) -> None:
+def test_gradient_to_the_text_equals_the_numeric_derivative(flow: FrozenModel, checkpoint_blocks: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, text = (torch.randn(shape, generator=generator) for shape in [(BATCH, 16, 8, 8), (BATCH, TOKENS, FLUX.text_width)])
     pooled, readout = torch.randn(BATCH, FLUX.pooled_width, generator=generator), torch.randn(x.shape, generator=generator)
 
     def measured(text_BLD: Tensor) -> Tensor:
-        return (flow.velocity(x, torch.tensor([0.7, 0.3]), text_BLD, pooled, torch.tensor([2.0, 4.0])) * readout).sum()
+        return (flow.velocity(x, torch.tensor([0.7, 0.3]), text_BLD, {"pooled_output": pooled}, torch.tensor([2.0, 4.0])) * readout).sum()
 
-    with differentiable(flow.model.diffusion_model, checkpoint_blocks):
+    with flow.differentiable(checkpoint_blocks):
         [gradient] = torch.autograd.grad(measured(leaf := text.clone().requires_grad_(True)), leaf)
     steepest = gradient / gradient.norm()
     with torch.no_grad():

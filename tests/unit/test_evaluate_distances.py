@@ -32,18 +32,18 @@ def test_runs_of_other_lengths_or_sizes_are_refused():
 class StraightFlow:
     """A velocity that is sigma times the mean of the text, everywhere."""
 
-    def velocity(self, x_BCHW, sigma_B, text_BLD, pooled_BP, guidance_B):
-        return torch.ones_like(x_BCHW) * (sigma_B * text_BLD.mean(dim=(1, 2))).view(-1, 1, 1, 1)
+    def velocity(self, x, sigma_B, text_BLD, extras, guidance_B=None):
+        return torch.ones_like(x) * (sigma_B * text_BLD.mean(dim=(1, 2))).view(-1, 1, 1, 1)
 
 
 def at_the_start(texts: list[float]) -> Position:
     count = len(texts)
     return Position(
         step=0,
-        x_BCHW=torch.zeros(count, 2, 2, 2),
+        x=torch.zeros(count, 2, 2, 2),
         sigmas_T=torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]),
         text_BLD=torch.tensor(texts, dtype=torch.float32).view(-1, 1, 1).expand(-1, 3, 4),
-        pooled_BP=torch.zeros(count, 5),
+        extras={"pooled_output": torch.zeros(count, 5)},
         guidance_B=None,
         token_ids_BL=torch.zeros(count, 3, dtype=torch.long),
     )

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from distilled_t5.config.files import SHIPPED
 from distilled_t5.students.t5.layout import StudentLayout
-from distilled_t5.train.memory import FlowSize, MemoryNeed, check_memory, memory_need, ram_parts, shipped_for
+from distilled_t5.train.memory import MemoryNeed, ModelSize, check_memory, memory_need, ram_parts, shipped_for
 from distilled_t5.train.recipe import Recipe, load_recipe
 
 GIB = 2**30
@@ -15,13 +15,13 @@ GIB = 2**30
 DOUBLE_BLOCK = 339_831_296
 DEV_WEIGHTS = 11_901_408_320
 SCHNELL_WEIGHTS = DEV_WEIGHTS - 10_229_760
-DEV_BF16 = FlowSize(2 * DEV_WEIGHTS, DEV_WEIGHTS, DOUBLE_BLOCK, blocks=57, width=3072, compute_bytes=2)
-SCHNELL_FP8 = FlowSize(SCHNELL_WEIGHTS, SCHNELL_WEIGHTS, DOUBLE_BLOCK, blocks=57, width=3072, compute_bytes=2)
+DEV_BF16 = ModelSize(2 * DEV_WEIGHTS, DEV_WEIGHTS, DOUBLE_BLOCK, blocks=57, width=3072, compute_bytes=2)
+SCHNELL_FP8 = ModelSize(SCHNELL_WEIGHTS, SCHNELL_WEIGHTS, DOUBLE_BLOCK, blocks=57, width=3072, compute_bytes=2)
 T5_XXL_FP16 = 9_524_621_312
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 
-def need_of(recipe: Recipe, flow: FlowSize, on_gpu: bool = True) -> MemoryNeed:
+def need_of(recipe: Recipe, flow: ModelSize, on_gpu: bool = True) -> MemoryNeed:
     return memory_need(recipe, recipe.student.student_layout(4096), flow, T5_XXL_FP16, on_gpu)
 
 

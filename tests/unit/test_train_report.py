@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from distilled_t5.train.contact_sheet import GAP_PX, LINE_PX, PAPER, contact_sheet, picture_difference
+from distilled_t5.train.contact_sheet import GAP_PX, LINE_PX, PAPER, contact_sheet, image_difference
 from distilled_t5.train.report import Reporter, cut_metrics
 from distilled_t5.train.run_directory import RunDirectory
 from PIL import Image
@@ -181,7 +181,7 @@ def test_metrics_that_cannot_be_written_are_a_clear_error(run):
 
 def test_contact_sheet_shows_teacher_student_and_difference_in_a_row_per_prompt():
     teacher, student = [square("red", 64), square("blue", 64)], [square("red", 64), square("yellow", 64)]
-    difference = [picture_difference(*pair) for pair in zip(teacher, student, strict=True)]
+    difference = [image_difference(*pair) for pair in zip(teacher, student, strict=True)]
     sheet = contact_sheet(teacher, student, difference, ["a red square", "a caption that is much longer than the sheet is wide " * 9])
     pixels = np.asarray(sheet)
     colours = {colour: int((pixels == colour).all(axis=-1).sum()) for colour in [(255, 0, 0), (0, 0, 255), (255, 255, 0)]}
