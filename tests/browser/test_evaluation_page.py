@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from distilled_t5.evaluate.intervals import Measured, exact
+from distilled_t5.evaluate.measured import Measured, exact
 from distilled_t5.evaluate.page import Notes, page, row
 from distilled_t5.evaluate.questions import Question
 from distilled_t5.evaluate.results import Report, losses, measured_scores, picture_losses

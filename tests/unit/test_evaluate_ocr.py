@@ -86,7 +86,7 @@ def test_the_mean_counts_each_picture_once_and_means_of_means_by_their_pictures(
     assert first == OcrScore(0.5, 0.75, 0.5, 10, 4, 2)
     assert mean([first, none]) == mean([whole, none, none])
     assert mean([first, none]).character == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         mean([])
 
 
