@@ -12,7 +12,7 @@ from ..families import FAMILIES
 from ..runtime.comfyui import model_file
 from . import provenance
 from .encoders import EncoderFile, check_encoders, find_encoders
-from .generate import ImageGenerator, Sampling
+from .generate import ImageGenerator
 from .processes import Processes
 from .questions import Question, questions_sha256, read_questions
 from .scores import Kept
@@ -65,15 +65,15 @@ def open_evaluation(suite: Suite, students: Sequence[str], out: Path, processes:
     encoders = find_encoders(suite, students)
     part, family = suite.diffusion_model, FAMILIES[suite.diffusion_model.family]
     file, vae = model_file(part.file, "diffusion_models"), model_file(part.vae, "vae")
-    sampling = Sampling(suite.sampling.steps, suite.sampling.guidance, suite.sampling.batch, suite.sampling.resolution_px)
     model = open_diffusion_model(file, part.dtype, family, exact_gradients=False)
-    check_guidance(file.name, model, () if sampling.guidance is None else (sampling.guidance,))
+    guidance = suite.sampling.guidance
+    check_guidance(file.name, model, () if guidance is None else (guidance,))
     check_encoders(encoders, model.text_width, file.name, family)
     generated_by = {
         "diffusion model": provenance.fingerprint(file),
         "its weights held in": part.dtype,
         "vae": provenance.fingerprint(vae),
-        "sampling": str(sampling),
+        "sampling": str(suite.sampling),
         **provenance.computed_with(),
     }
-    return Evaluation(suite, out, processes, questions, encoders, ImageGenerator(model, load_vae(vae), sampling), generated_by)
+    return Evaluation(suite, out, processes, questions, encoders, ImageGenerator(model, load_vae(vae), suite.sampling), generated_by)

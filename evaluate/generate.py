@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from .encoders import LoadedEncoder, Text, by_length, together
 from .processes import Processes
 from .questions import Question
 from .store import ImageFolder, missing_batches
+from .suite import SamplingPart
 
 # Prompts that an encoder encodes in a row before the diffusion model runs; held in RAM, 4.2 MB each at 256 tokens of Flux.
 CHUNK_PROMPTS = 128
@@ -28,24 +29,10 @@ CHUNK_PROMPTS = 128
 PNG_LEVEL = 4
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Denoising steps, guidance (None: the model takes none), side of the images, and how many go through the model at once."""
-
-    steps: int = 20
-    guidance: float | None = 3.5
-    batch: int = 64
-    resolution_px: int = 512
-
-    def __str__(self) -> str:
-        guided = "without guidance" if self.guidance is None else f"guidance {self.guidance:g}"
-        return f"euler simple, {self.steps} steps, {guided}, {self.resolution_px} px"
-
-
 class ImageGenerator:
     """A diffusion model and its VAE: for each prompt and seed the image that stock nodes make of it alone, many at once."""
 
-    def __init__(self, model: FrozenModel, vae: Any, sampling: Sampling) -> None:
+    def __init__(self, model: FrozenModel, vae: Any, sampling: SamplingPart) -> None:
         self.model = model
         self.vae = vae
         self.sampling = sampling
@@ -98,7 +85,8 @@ def generate_all(
     if not missing or stop():
         return not missing
     encoder = load()
-    for chunk in _chunks(missing):
+    at_once = max(1, CHUNK_PROMPTS // generator.sampling.batch)
+    for chunk in (missing[start : start + at_once] for start in range(0, len(missing), at_once)):
         texts = [[encoder.text(question.prompt) for question in batch.questions] for batch in chunk]
         for batch, texts_of_batch in zip(chunk, texts, strict=True):
             if stop():
@@ -106,16 +94,6 @@ def generate_all(
             batch.folder.add(_png_files(generator, batch.questions, texts_of_batch))
             bar.update(len(batch.questions))
     return True
-
-
-def _chunks(missing: Sequence[MissingImages]) -> Iterator[list[MissingImages]]:
-    chunk: list[MissingImages] = []
-    for batch in missing:
-        if chunk and sum(len(one.questions) for one in (*chunk, batch)) > CHUNK_PROMPTS:
-            yield chunk
-            chunk = []
-        chunk.append(batch)
-    yield chunk
 
 
 def _png_files(generator: ImageGenerator, questions: Sequence[Question], texts: Sequence[Text]) -> dict[int, bytes]:

@@ -68,9 +68,11 @@ def load_processor(processor_class: Any, folder: Path, what: str, source: str, r
 
 def _not_loaded(folder: Path, what: str, source: str, error: Exception) -> ValueError:
     found = printable(str(error).strip().partition("\n")[0], 400)
-    if "weights_only" in str(error):  # torch advises to run what is in the file
-        found = "a file of weights holds more than tensors"
-    return ValueError(f"{folder} could not be loaded for {what}: files are missing or damaged.\nFound: {found}\n{FETCH} {source}")
+    if "weights_only" in str(error) or "trust_remote_code" in str(error):  # torch and transformers advise to run what is in the folder
+        found = "it needs code of its own to be run, which is never done here"
+    return ValueError(
+        f"{folder} could not be loaded for {what}: files are missing, damaged or of another kind.\nFound: {found}\n{FETCH} {source}"
+    )
 
 
 def _check_folder(folder: Path, what: str, source: str) -> None:

@@ -11,7 +11,7 @@ Lines that were read are sorted into reading order, row by row, and joined by a 
 
 from __future__ import annotations
 
-import math
+import statistics
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -24,14 +24,11 @@ APOSTROPHES = dict.fromkeys(map(ord, "'`\N{RIGHT SINGLE QUOTATION MARK}\N{LEFT S
 
 @dataclass(frozen=True)
 class OcrScore:
-    """Shares in 0..1 of one image, or their means over `n_images`; n_characters and n_words are the totals."""
+    """Shares in 0..1 of one image, or their means over several."""
 
     character: float
     word: float
     sentence: float
-    n_characters: int
-    n_words: int
-    n_images: int = 1
 
 
 def normalised(text: str) -> str:
@@ -83,18 +80,14 @@ def score(expected: str, lines: Sequence[Line]) -> OcrScore:
         )
     sentence = float(contains_sentence(target, detected))
     words = word_accuracy(target, detected)
-    return OcrScore(character_accuracy(target, detected), words, sentence, len(target), len(target.split()))
+    return OcrScore(character_accuracy(target, detected), words, sentence)
 
 
 def mean(scores: Sequence[OcrScore]) -> OcrScore:
     """The means over images, equally weighted. Raises ValueError if there are none."""
     if not scores:
         raise ValueError("A mean of OCR scores needs at least one image: got none.\nWhat to do: score at least one image.")
-    pictures = sum(one.n_images for one in scores)
-    character, word, sentence = (
-        math.fsum(getattr(one, share) * one.n_images for one in scores) / pictures for share in ("character", "word", "sentence")
-    )
-    return OcrScore(character, word, sentence, sum(one.n_characters for one in scores), sum(one.n_words for one in scores), pictures)
+    return OcrScore(*(statistics.fmean(getattr(one, share) for one in scores) for share in ("character", "word", "sentence")))
 
 
 def belongs(expected: str, line: Line) -> bool:

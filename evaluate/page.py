@@ -6,7 +6,6 @@ import base64
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,23 +27,12 @@ Lost = Mapping[str, Mapping[str, Sequence[float]]]
 FileOf = Callable[[str, Question], Path]
 
 
-@dataclass(frozen=True)
-class Notes:
-    """The origin of the numbers, which images were chosen, and whether they are so small that they are shown without smoothing."""
-
-    provenance: str
-    chosen: str
-    small: bool
-
-
-def page(report: Report, rows: Sequence[dict[str, Any]], maps: Mapping[str, Image.Image], notes: Notes) -> str:
-    """The page's HTML."""
+def page(report: Report, rows: Sequence[dict[str, Any]], maps: Mapping[str, Image.Image], notes: Mapping[str, Any]) -> str:
+    """The page's HTML. `notes`: provenance, the origin of the numbers; chosen, which images are shown; small, whether without smoothing."""
     data = {
         "title": f"Distilled T5: {report.suite}",
-        "provenance": notes.provenance,
-        "chosen": notes.chosen,
         "encoders": report.encoders,
-        "small": notes.small,
+        **notes,
         "tables": [_table(one) for one in tables(report)],
         "maps": [{"name": name, "picture": data_uri(picture, None)} for name, picture in maps.items()],
         "rows": list(rows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -80,22 +81,15 @@ class EncoderProbes:
             return
         asked = in_turn(self.work.questions, part.prompts)
         decided_by = {"prompts": questions_sha256(asked), **self.encoder.made_of(), **provenance.computed_with()}
-        vectors = self._vectors(asked, decided_by)
+
+        def made(_unfinished: Unfinished) -> dict[str, Any]:
+            vectors = probes.pooled_vectors(self.load(), asked, self.work.processes)
+            return {"shape": list(vectors.shape), "float32": base64.b64encode(vectors.tobytes()).decode()}
+
+        kept = self._kept("embeddings", decided_by, made)
+        vectors = np.frombuffer(base64.b64decode(kept["float32"]), np.float32).reshape(kept["shape"])
         self.found.vectors[self.encoder.name] = vectors
         self._measure("collapse", decided_by, lambda _unfinished: probes.collapse(vectors))
-
-    def _vectors(self, asked: list[Question], decided_by: Mapping[str, Any]) -> np.ndarray:
-        """The pooled embeddings, kept in a file of their own."""
-        self.work.processes.check_stop()
-        name, kept, ranks = f"{self.encoder.name}/embeddings", self.work.kept, self.work.processes.ranks
-        vectors = kept.get_array(name, decided_by)
-        if not ranks.any_of(vectors is None):
-            assert vectors is not None, "no process lacks them"
-            return vectors
-        vectors = probes.pooled_vectors(self.load(), asked, self.work.processes)
-        if ranks.is_main:
-            kept.put_array(name, decided_by, vectors)
-        return vectors
 
     def against_teacher(self, asked: list[Question], teacher_texts: Callable[[], list[Text]]) -> None:
         """The velocity gap and the distance of the latents."""
@@ -127,9 +121,15 @@ class EncoderProbes:
 
     def _measure(self, probe: str, decided_by: Mapping[str, Any], make: Callable[[Unfinished], probes.Found]) -> None:
         def made(unfinished: Unfinished) -> dict[str, Any]:
-            self.work.processes.check_stop()
-            log.info("%s: %s", self.encoder.name, probe.replace("_", " "))
             return {name: measured.to_json() for name, measured in make(unfinished).items()}
 
-        found = kept_or_made(self.work.kept, self.work.processes.ranks, f"{self.encoder.name}/{probe}", decided_by, made)
+        found = self._kept(probe, decided_by, made)
         self.found.add(probe, self.encoder.name, {name: Measured(**one) for name, one in found.items()})
+
+    def _kept(self, probe: str, decided_by: Mapping[str, Any], make: Callable[[Unfinished], dict[str, Any]]) -> dict[str, Any]:
+        def made(unfinished: Unfinished) -> dict[str, Any]:
+            self.work.processes.check_stop()
+            log.info("%s: %s", self.encoder.name, probe.replace("_", " "))
+            return make(unfinished)
+
+        return kept_or_made(self.work.kept, self.work.processes.ranks, f"{self.encoder.name}/{probe}", decided_by, made)

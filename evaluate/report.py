@@ -14,7 +14,7 @@ from . import provenance
 from .context import Evaluation
 from .embeddings import joint_tsne, map_image
 from .judge_images import Verdicts
-from .page import SMALL_PX, Notes, chosen_questions, page, row
+from .page import SMALL_PX, chosen_questions, page, row
 from .probe_encoders import Measurements
 from .questions import Question
 from .results import Report, losses, markdown, measured_scores, picture_losses, to_json
@@ -46,7 +46,8 @@ def write_all(work: Evaluation, verdicts: Verdicts, measured: Measurements, seco
 
     rows = [row(question, scores, lost, names, file_of, work.suite.page.side_px) for question in chosen]
     asked = sum(map(len, work.questions.values()))
-    notes = Notes(_sentence(origin), _chosen(len(rows), asked), work.suite.sampling.resolution_px <= SMALL_PX)
+    small = work.suite.sampling.resolution_px <= SMALL_PX
+    notes = {"provenance": _sentence(origin), "chosen": _chosen(len(rows), asked), "small": small}
     replace_file(work.out / "page.html", page(report, rows, maps, notes).encode())
     return work.out / "page.html"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -11,9 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..runtime.disk import replace_file, sha256
+from ..runtime.disk import replace_file
 from ..runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -55,20 +52,6 @@ class Kept:
     def remove(self, name: str) -> None:
         """Keep it no longer."""
         (self.folder / f"{name}.json").unlink(missing_ok=True)
-
-    def get_array(self, name: str, decided_by: Mapping[str, Any]) -> np.ndarray | None:
-        """The array kept under a name, if its file is complete and the same decided it."""
-        path, digest = self.folder / f"{name}.npy", self.get(name, decided_by)
-        return np.load(path) if digest is not None and path.is_file() and sha256(path) == digest else None
-
-    def put_array(self, name: str, decided_by: Mapping[str, Any], array: np.ndarray) -> None:
-        """Keep an array in a file of its own, then that file's digest."""
-        content = io.BytesIO()
-        np.save(content, array)
-        path = self.folder / f"{name}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, content.getvalue())
-        self.put(name, decided_by, sha256(path))
 
 
 def _digest(decided_by: Any, found: Any) -> str:

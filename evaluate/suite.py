@@ -58,6 +58,10 @@ class SamplingPart(Part):
     guidance: float | None = Field(default=None, ge=0, description="Flux's guidance; left out for models without (schnell)")
     batch: Count = Field(description="images that go through the diffusion model at once on one GPU: bounds the memory")
 
+    def __str__(self) -> str:
+        guided = "without guidance" if self.guidance is None else f"guidance {self.guidance:g}"
+        return f"euler simple, {self.steps} steps, {guided}, {self.resolution_px} px"
+
 
 class Task(Part):
     """Prompts, and what their images are judged by."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from distilled_t5.evaluate.measured import Measured, exact
-from distilled_t5.evaluate.page import Notes, chosen_questions, data_uri, page, row
+from distilled_t5.evaluate.page import chosen_questions, data_uri, page, row
 from distilled_t5.evaluate.questions import Question, in_turn, read_questions
 from distilled_t5.evaluate.results import Report
 from distilled_t5.evaluate.suite import load_suite
@@ -19,7 +19,7 @@ from distilled_t5.prompts.corpora import PromptError
 from PIL import Image
 
 EVIL = 'a sign that says "</script><script>alert(1)</script>" & <!-- \u2028'
-NOTES = Notes("Measured somewhere.", "All 2 prompts.", small=True)
+NOTES = {"provenance": "Measured somewhere.", "chosen": "All 2 prompts.", "small": True}
 REPORT = Report(
     "tiny",
     ["t", "s"],

@@ -105,12 +105,12 @@ def test_modules_that_touch_no_tensor_need_no_torch(module):
 METRICS = (
     "compbench",
     "compbench_judges",
-    "confidence",
+    "measured",
+    "metrics",
     "distances",
     "embeddings",
     "local_weights",
     "ocr",
-    "optional",
     "pictures",
     "readers",
 )
