@@ -8,11 +8,11 @@ from typing import Any
 import comfy.sd
 import torch
 
-from ..encoder.files import CHOICES, read_header
 from ..families import FAMILIES
 from ..runtime.comfyui import lines_of_host
 from ..runtime.errors import StudentFileError, printable
 from ..runtime.failure import is_out_of_memory
+from ..runtime.weights import CHOICES, read_header
 from ..train.trajectory import LATENT_CHANNELS
 
 DTYPES = {"auto": None, **CHOICES}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..encoder.files import open_student
+from ..encoder.prompt_length import is_padding, t5_tokens
 from ..encoder.teacher import Teacher, literal, load_teacher
 from ..runtime.comfyui import model_file
 from ..runtime.errors import StudentFileError
@@ -22,7 +23,6 @@ from .suite import Suite
 
 NO_CLIP_L = "none"
 NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]+")
-PAD = 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class LoadedEncoder:
         """A prompt by itself, as CLIP Text Encode gives it; it is taken literally, without weights."""
         tokens = self.clip.tokenize(literal(prompt))
         [(text_1LD, extras)] = self.clip.encode_from_tokens_scheduled(tokens)
-        own = sum(1 for token in tokens["t5xxl"][0] if token[0] != PAD)
+        own = sum(not is_padding(token) for token in t5_tokens(tokens))
         return Text(text_1LD.float().cpu(), extras["pooled_output"].float().cpu(), own)
 
     @classmethod

@@ -5,31 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..encoder.files import SAFETENSORS, load_tensors
 from ..runtime.errors import listed, printable
+from ..runtime.weights import load_tensors
 
 CONFIG, TOKENIZERS = "config.json", ("tokenizer.json", "vocab.json", "vocab.txt")
 FETCH = "fetch it whole, and give the path to where it lies"
 
 
 def load_file(path: Path, what: str, source: str) -> dict[str, Tensor]:
-    """A file's tensors by name, weights only. Raises ValueError that tells where the file is to be had."""
+    """A safetensors file's tensors by name. Raises ValueError that says where the file can be found, or how to convert it."""
     if not path.is_file():
         raise ValueError(f"{what} needs its weights, and there is no file {path}.\nWhat to do: {FETCH}: {source}")
-    if path.suffix.lower() in SAFETENSORS:
-        return load_tensors(path)
-    try:
-        # By its full name for the registry's scanner; weights_only: torch rebuilds tensors and plain containers, nothing else.
-        content = torch.serialization.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        said = printable(f"{type(error).__name__}: {error}".partition("\n")[0])
-        raise ValueError(f"{path} could not be read as plain weights.\nFound: {said}\nWhat to do: {FETCH}: {source}") from error
-    if not isinstance(content, dict) or not content or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise ValueError(f"{path} holds no table of named tensors.\nWhat to do: {FETCH}: {source}")
-    return content
+    return load_tensors(path)
 
 
 def frozen(module: Any, device: str) -> Any:

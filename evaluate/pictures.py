@@ -18,6 +18,7 @@ from ..runtime.optional import needed
 from .local_weights import frozen, load_file, load_folder, load_processor
 
 INCEPTION_FEATURES = "2048"
+PUBLISHED = "FID"
 # The Inception of the FID's authors as torch-fidelity, pytorch-fid and torchmetrics read it; its SHA-256 begins as its name ends.
 INCEPTION_SHA256 = "6726825d"
 INCEPTION_SOURCE = (
@@ -45,14 +46,15 @@ class Inception:
 
     def __init__(self, weights: Path, device: str = "cpu") -> None:
         extractors = needed("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity", "FID")
-        tensors = load_file(weights, "FID", INCEPTION_SOURCE)
         self.metric_name = metric_name(weights)
-        # torch-fidelity would run what is in the file, so it gets a copy of the tensors alone.
-        plain = io.BytesIO()
-        torch.save(tensors, plain)
-        plain.seek(0)
+        # torch-fidelity reads only what torch.save wrote, and would run code in it: the published file has none, others are rewritten.
+        source: Any = str(weights)
+        if self.metric_name != PUBLISHED:
+            source = io.BytesIO()
+            torch.save(load_file(weights, "FID", INCEPTION_SOURCE), source)
+            source.seek(0)
         try:
-            network = extractors.FeatureExtractorInceptionV3("inception", [INCEPTION_FEATURES], feature_extractor_weights_path=plain)
+            network = extractors.FeatureExtractorInceptionV3("inception", [INCEPTION_FEATURES], feature_extractor_weights_path=source)
         except RuntimeError as error:
             said = str(error).partition("\n")[0]
             raise ValueError(f"{weights} is no Inception of torch-fidelity: {said}\nWhat to do: use {INCEPTION_SOURCE}") from error
@@ -67,10 +69,9 @@ class Inception:
 
 
 def metric_name(inception: Path) -> str:
-    """FID; with weights that are not the published ones, which make other numbers, the name says so."""
-    with inception.open("rb") as file:
-        published = hashlib.sha256(file.read()).hexdigest().startswith(INCEPTION_SHA256)
-    return "FID" if published else "FID (other Inception)"
+    """FID; with weights that are not the published ones, which give other numbers, the name says so."""
+    content = inception.read_bytes() if inception.is_file() else b""
+    return PUBLISHED if hashlib.sha256(content).hexdigest().startswith(INCEPTION_SHA256) else "FID (other Inception)"
 
 
 def checked_images(images_NHWC: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from ..encoder.files import data_sha256
+from ..runtime.weights import data_sha256
 from . import flow, teacher
 from .autoencoder import vae_tensors
 from .corruption import load_tokenizer

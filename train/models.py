@@ -12,6 +12,7 @@ from ..diffusion.files import open_flux
 from ..diffusion.frozen import FrozenFlow, held_bytes
 from ..encoder.metadata import StudentMetadata
 from ..encoder.teacher import Teacher, load_teacher
+from ..families import FAMILIES
 from ..runtime.comfyui import model_file
 from ..students.t5.layout import StudentLayout
 from ..students.t5.trained import DistilledT5
@@ -57,7 +58,7 @@ def load_teacher_of(recipe: Recipe, flow: FrozenFlow) -> Teacher:
     clip_l = None if part.clip_l == NO_CLIP_L else model_file(part.clip_l, "text_encoders")
     with tempfile.TemporaryDirectory() as scratch:
         t5 = stand_ins.teacher_file(Path(scratch)) if part.t5 == stand_ins.NAME else model_file(part.t5, "text_encoders")
-        teacher = load_teacher(t5, clip_l)
+        teacher = load_teacher(t5, clip_l, FAMILIES[recipe.diffusion_model.family])
     check_memory(memory_need_of(recipe, flow, teacher), recipe, comfy.model_management.get_total_memory(flow.device), str(flow.device))
     width = teacher.encode(["a"], 2).text_BLD.shape[-1]
     if width != flow.text_width:

@@ -87,7 +87,7 @@ class Previewer:
         """The teacher's latents [1, C, H, W] of all prompts, then the student's, on the CPU."""
         workshop, batches = self.workshop, preview_batches(self.workshop.recipe)
         if self._texts is None:
-            self._texts = workshop.teacher.texts(batches)
+            self._texts = workshop.teacher.texts((batch.prompts, batch.drawn.token_length) for batch in batches)
         positions = workshop.starts(batches, self._texts)
         with without_dropout(workshop.student):
             spoken = [workshop.embed(position.token_ids_BL).float() for position in positions]

@@ -11,6 +11,7 @@ import torch
 from distilled_t5.evaluate.distances import Lpips, latent_rms, velocity_gaps
 from distilled_t5.tests.support.tiny_judges import CONVOLUTIONS, save_alexnet
 from distilled_t5.train.trajectory import Position
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 
@@ -65,12 +66,12 @@ def test_steps_of_one_band_are_averaged_by_prompt():
 
 @pytest.fixture(scope="module")
 def alexnet(tmp_path_factory):
-    return save_alexnet(tmp_path_factory.mktemp("lpips") / "alexnet.pth")
+    return save_alexnet(tmp_path_factory.mktemp("lpips") / "alexnet.safetensors")
 
 
 def lpips_by_hand(path: Path, a: np.ndarray, b: np.ndarray) -> float:
     """The formula of arXiv:1801.03924, eq. 1, with the package's published weights of its channels."""
-    tensors = torch.load(path)
+    tensors = load_file(path)
     weights = torch.load(Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth", map_location="cpu")
     shift, scale = (torch.tensor(numbers).view(3, 1, 1) for numbers in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))
     x = [((torch.tensor(picture).permute(2, 0, 1) / 127.5 - 1 - shift) / scale)[None] for picture in (a, b)]
@@ -102,9 +103,9 @@ def test_lpips_is_its_formula_and_nothing_is_moved_by_chance(alexnet):
 
 def test_lpips_without_its_weights_says_where_they_are(tmp_path, alexnet):
     with pytest.raises(ValueError, match=r"LPIPS needs its weights, and there is no file .*\n.*alexnet-owt-7be5be79\.pth"):
-        Lpips(tmp_path / "none.pth")
-    tensors = torch.load(alexnet)
+        Lpips(tmp_path / "none.safetensors")
+    tensors = load_file(alexnet)
     del tensors["features.10.bias"]
-    torch.save(tensors, tmp_path / "half.pth")
+    save_file(tensors, tmp_path / "half.safetensors")
     with pytest.raises(ValueError, match=r"no AlexNet of torchvision: features\.10\.bias missing"):
-        Lpips(tmp_path / "half.pth")
+        Lpips(tmp_path / "half.safetensors")
