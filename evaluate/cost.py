@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..encoder.files import Progress
 from ..encoder.prompt_length import t5_tokens
+from ..runtime.progress import Progress
 from .annotate import table_image
 
 if TYPE_CHECKING:

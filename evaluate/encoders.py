@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..encoder.files import open_student
 from ..encoder.prompt_length import is_padding, t5_tokens
-from ..encoder.teacher import Teacher, check_t5xxl, literal, load_teacher
+from ..encoder.teacher import Teacher, literal, load_teacher
 from ..families.family import Family
 from ..runtime.comfyui import model_file
 from ..runtime.errors import StudentFileError
@@ -90,7 +90,7 @@ def _problem(path: Path, width: int, model: str, family: Family) -> str | None:
         if "DualCLIPLoader" not in error.remedy:  # what is said of a T5-XXL
             return error.problem
         try:
-            check_t5xxl(path)
+            check_large(path, family)
         except ValueError as incomplete:
             return str(incomplete).partition("\n")[0]
         found = family.text_width

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..encoder.files import SAFETENSORS, load_tensors
 from ..runtime.errors import listed, printable
+from ..runtime.weights import SAFETENSORS, load_tensors
 
 CONFIG, TOKENIZERS = "config.json", ("tokenizer.json", "vocab.json", "vocab.txt")
 FETCH = "What to do: download all of it, and give the path to it:"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..encoder.files import Progress
+from ..runtime.progress import Progress
 from .annotate import boxes
 from .ocr import OcrScore, belongs, mean, normalised, reading_order, score
 from .readers import Line, make_reader

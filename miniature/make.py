@@ -12,8 +12,8 @@ import torch
 from torch.nn import Module
 
 from ..diffusion.gradients import blocks_of, differentiable
-from ..encoder.files import data_sha256
 from ..families import FAMILIES
+from ..runtime.weights import data_sha256
 from ..world.pictures import Scene
 from . import flow, teacher
 from .autoencoder import vae_tensors

@@ -156,7 +156,7 @@ def test_the_papers_suite_runs_whole(comfyui_path, place):
     weights = [
         f"clip_score.weights={save_clip(place.base / 'clip')}",
         f"fid.weights={save_inception(place.base / 'inception.safetensors')}",
-        f"lpips.weights={save_alexnet(place.base / 'alexnet.pth')}",
+        f"lpips.weights={save_alexnet(place.base / 'alexnet.safetensors')}",
     ]
     suite, out = evaluated(comfyui_path, place, "paper", *weights)
     found = json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -165,7 +165,7 @@ def test_the_papers_suite_runs_whole(comfyui_path, place):
     clip, inception, lpips = (
         ClipScorer(place.base / "clip"),
         Inception(place.base / "inception.safetensors"),
-        Lpips(place.base / "alexnet.pth"),
+        Lpips(place.base / "alexnet.safetensors"),
     )
     photographs = [inception.features(read_image(place.base / "val2014" / f"{number}.png")[None])[0] for number in range(3)]
     for encoder in ENCODERS:

@@ -109,7 +109,7 @@ def test_each_category_of_compbench_has_its_own_judge_and_says_who_it_is(paper, 
 
 
 def test_missing_weights_are_an_error_that_says_what_to_do(paper, tmp_path):
-    suite = load_suite("paper", [f"clip_score.weights={tmp_path / 'none'}", f"lpips.weights={tmp_path / 'none.pth'}"])
+    suite = load_suite("paper", [f"clip_score.weights={tmp_path / 'none'}", f"lpips.weights={tmp_path / 'none.safetensors'}"])
     for metric in ("clip_score", "lpips"):
         with pytest.raises(ValueError, match="What to do: "):
             make_judge(metric, task_of(suite, "coco"), suite)
