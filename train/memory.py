@@ -147,11 +147,9 @@ def model_activations(model: ModelSize, tokens: int, checkpoint_blocks: bool) ->
     channels = tokens * model.width
     kept = KEPT_WITH_CHECKPOINTS if checkpoint_blocks else KEPT_WITHOUT
     at_work = AT_WORK_WITH_CHECKPOINTS if checkpoint_blocks else AT_WORK_WITHOUT
+    kind = "inputs" if checkpoint_blocks else "activations"
     return {
-        f"{'inputs' if checkpoint_blocks else 'activations'} of {model.blocks} blocks": model.blocks
-        * channels
-        * kept
-        * model.compute_bytes,
+        f"{kind} of {model.blocks} blocks": model.blocks * channels * kept * model.compute_bytes,
         "activations of the current block": channels * at_work * AT_WORK_BYTES,
     }
 
