@@ -1,37 +1,38 @@
-"""Makes and measures the miniature: `python dev.py miniature`. Models where they are missing, students, baselines, tables.
+"""`python dev.py miniature`: train what is missing of the miniature, evaluate it, write miniature/results.json, the tables and the plot.
 
-Every part that is there already is kept, so a stopped command goes on where it was; the context-free baseline alone starts over.
+Training and evaluation are the commands of the pack. What exists is kept, so a stopped command continues where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import psutil
 
-from ..miniature.files import KINDS, place
+from ..miniature.files import FOLDERS, place
+from ..runtime.disk import replace_file
 from ..runtime.model_folders import SHIPPED
-from .comfyui.children import call, stop_children
 from .comfyui.ending import interrupt_when_asked
+from .commands import ROOT, run_all
+from .docs.miniature_tables import tables, write
+from .miniature_results import MIDDLE, RESULTS, SIZES, UNTRAINED, results
 
-ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".dev" / "miniature"
-SIZES = ("half", "quarter", "tenth", "fortieth")
 CORPORA = ("objects", "semantics", "text")
-# What a process that trains or paints holds, bytes.
-OF_ONE_PROCESS = 2e9
+# Memory of a process that trains or paints.
+PROCESS_BYTES = 2e9
 
 
 @dataclass(frozen=True)
 class Run:
-    """A student: its name, the shipped recipe, what is set otherwise."""
+    """A student: its name, the shipped recipe, changed settings."""
 
     name: str
     recipe: str
@@ -39,184 +40,200 @@ class Run:
 
     @property
     def all_settings(self) -> tuple[str, ...]:
-        """Everything that is set otherwise than in the recipe, its name included."""
+        """The changed settings, including the name of the output."""
         return (f"output.name={self.name}", *self.settings)
 
 
 def both(setting: str) -> tuple[str, ...]:
-    """A setting of both stages: the first imitates embeddings, the second follows steps."""
+    """A setting of both stages: the first imitates embeddings, the second follows denoising steps."""
     return tuple(f"stage.{stage}.{setting}" for stage in range(2))
 
 
 def only(corpus: str) -> tuple[str, ...]:
-    """The settings that leave one corpus of the three, at equal steps."""
+    """Settings for training on one of the three corpora, for the same number of steps."""
     return both(f'corpora=[{{kind="lines", path="miniature/prompts/{corpus}.txt"}}]')
 
 
-MIDDLE = "miniature_student_quarter"
-# All files of the miniature together stay below 30 MB; the half would be the last straw.
+# The half is not shipped, so that the files of the miniature stay below 30 MB.
 SHIPPED_STUDENTS = (MIDDLE, "miniature_student_tenth", "miniature_student_fortieth")
 # The checkpoints of the middle student are the points of the cost curve.
-CURVE = ("checkpoints.every_steps=500", "checkpoints.keep_last=100")
+CURVE = ("checkpoints.every_steps=1000", "checkpoints.keep_last=100")
 NAIVE = both("objective=embedding")
-# What the short runs share: 2,000 steps in all, of one objective, four along each trajectory.
+# 2,000 steps with one objective, four per trajectory.
 SHORT = ("stage.0.steps=1000", "stage.1.steps=1000", "sampling.steps=4")
-MIDDLE_RUN = Run(MIDDLE, "miniature-quarter", CURVE)
 RUNS = (
-    *(MIDDLE_RUN if size == "quarter" else Run(f"miniature_student_{size}", f"miniature-{size}") for size in SIZES),
+    *(Run(f"miniature_student_{size}", f"miniature-{size}", CURVE if size == "quarter" else ()) for size in SIZES),
     Run("quarter_naive", "miniature-quarter", NAIVE),
-    # The same two from other random values, on other prompts and noise: how much a seed decides.
+    # The same two with another seed: weights, order of prompts and noise.
     Run("quarter_seed_1", "miniature-quarter", ("seed=1",)),
     Run("quarter_naive_seed_1", "miniature-quarter", ("seed=1", *NAIVE)),
     Run("short_velocity", "miniature-quarter", (*SHORT, *both("objective=velocity"))),
     Run("short_naive", "miniature-quarter", (*SHORT, *NAIVE)),
     *(Run(f"short_naive_{corpus}", "miniature-quarter", (*SHORT, *NAIVE, *only(corpus))) for corpus in CORPORA),
 )
-CONTEXT_FREE = "context_free"
-# By seed, the student that follows and its twin that only imitates, for as many steps.
-PAIRS = {0: (MIDDLE, "quarter_naive"), 1: ("quarter_seed_1", "quarter_naive_seed_1")}
 
 
 def student_file(work: Path, name: str) -> Path:
-    """Where the trainer leaves a student."""
+    """The file that the trainer writes for a student."""
     return work / "models" / "text_encoders" / f"{name}.safetensors"
 
 
 def processes() -> int:
-    """How many processes may train or paint at the same time: one per core as far as the memory goes, one where they would share a GPU."""
+    """The number of processes that train or paint at the same time: one per core as far as memory allows; one on a GPU."""
     import torch
 
     if torch.cuda.is_available():
         return 1
-    return max(1, min(os.cpu_count() or 1, int(psutil.virtual_memory().available / OF_ONE_PROCESS)))
+    return max(1, min(os.cpu_count() or 1, int(psutil.virtual_memory().available / PROCESS_BYTES)))
 
 
 def make_models(comfyui: Path, work: Path) -> None:
-    """Train teacher and Flux, unless all three files are shipped, and put them where the pack ships them."""
-    if all(place(SHIPPED, name).is_file() for name in KINDS):
+    """Train the models that students need and copy them into the pack, unless it has them all."""
+    if all(place(SHIPPED, name).is_file() for name in FOLDERS):
         return
     out = work / "made"
-    resume = ["--resume"] if out.is_dir() else []
-    faster = ["--compile"] if shutil.which("g++") else []
-    call(ROOT / "miniature", "all", *faster, "--out", out, "--comfyui", comfyui, *resume)
-    for name in KINDS:
+    run_all([[ROOT / "miniature", "all", "--out", out, "--comfyui", comfyui, *(["--resume"] if out.is_dir() else [])]])
+    for name in FOLDERS:
         place(SHIPPED, name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(place(out, name), place(SHIPPED, name))
 
 
-def train_student(run: Run, comfyui: Path, work: Path) -> None:
-    """Train a student by the product's own command, unless it is there; on one thread, as two students train at the same time."""
-    from ..train.run_directory import RunDirectory
-
-    if student_file(work, run.name).is_file():
-        check_recipe(run, student_file(work, run.name))
-        return
-    folder = work / "runs" / run.name
-    sets = [part for setting in run.all_settings for part in ("--set", setting)]
-    resume = ["--resume"] if RunDirectory(folder).has_checkpoints else []
-    host = ["--", "--base-directory", work]
-    call(ROOT / "train", run.recipe, "--run", folder, "--comfyui", comfyui, *sets, *resume, *host, OMP_NUM_THREADS="1")
+def train_students(runs: list[Run], comfyui: Path, work: Path) -> None:
+    """Train with the trainer's command those students of which there is no file."""
+    commands = []
+    for run in runs:
+        if student_file(work, run.name).is_file():
+            check_recipe(run, student_file(work, run.name))
+            continue
+        folder = work / "runs" / run.name
+        sets = [part for setting in run.all_settings for part in ("--set", setting)]
+        resume = ["--resume"] if any(folder.glob("checkpoints/step-*")) else []
+        ours = [ROOT / "train", run.recipe, "--run", folder, "--comfyui", comfyui, *sets, *resume]
+        commands.append([*ours, "--", "--base-directory", work])
+    run_all(commands, processes())
 
 
 def check_recipe(run: Run, path: Path) -> None:
-    """Raise RuntimeError if a student's file was not made by its run as it is described today."""
+    """Raise RuntimeError if the recipe in a student's file is not the current one of its run."""
     from ..encoder.files import open_student
     from ..train.recipe import load_recipe
 
     made_by = open_student(path).metadata.facts.get("distilled_t5.recipe_sha256")
     if made_by != load_recipe(run.recipe, run.all_settings).sha256:
         raise RuntimeError(
-            f"{path} was made by another recipe than {run.recipe} is with the settings of {run.name} now.\n"
-            f"What to do: delete it and its run, {path.parents[2] / 'runs' / run.name}; it is trained again."
+            f"{path} was trained with another recipe than {run.recipe} with the current settings of {run.name}.\n"
+            f"What to do: delete it and {path.parents[2] / 'runs' / run.name}; it is then trained again."
         )
 
 
-def in_bfloat16(name: str, work: Path) -> Path:
-    """A trained student in bfloat16, as the other models of the miniature are: what is measured. Made where it is missing or of another."""
+def objectives(run: Run) -> str:
+    """The objectives of a run's stages, such as "embedding, then velocity"."""
+    from ..train.recipe import load_recipe
+
+    return ", then ".join(dict.fromkeys(stage.objective for stage in load_recipe(run.recipe, run.settings).stages))
+
+
+def in_bfloat16(trained: Path, path: Path) -> Path:
+    """Write a trained student to `path` in bfloat16, the format of the shipped models, unless `path` is newer."""
     from ..encoder.files import open_student, write_student
 
-    file, path = open_student(student_file(work, name)), work / "bfloat16" / f"{name}.safetensors"
-    if not same_weights(path, student_file(work, name)):
+    if not path.is_file() or path.stat().st_mtime < trained.stat().st_mtime:
+        file = open_student(trained)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_student(path, {key: tensor.bfloat16() for key, tensor in file.load().items()}, file.metadata, overwrite=True)
+        write_student(path, {name: tensor.bfloat16() for name, tensor in file.load().items()}, file.metadata, overwrite=True)
     return path
 
 
-def same_weights(in_bfloat16: Path, trained: Path) -> bool:
-    """Whether a file is there and holds a trained student's weights in bfloat16. Dates in headers differ, so bytes say nothing."""
-    from ..encoder.files import open_student
+def untrained_file(work: Path) -> Path:
+    """The middle student before its first step."""
+    from ..encoder.files import write_student
+    from ..encoder.metadata import StudentMetadata
+    from ..miniature.teacher import LAYOUT
+    from ..train.recipe import load_recipe
+    from ..train.student_start import RANDOM, make_student
+    from ..world.captions import TOKEN_LENGTH
 
-    if not in_bfloat16.is_file():
-        return False
-    ours, theirs = open_student(in_bfloat16).load(), open_student(trained).load()
-    return ours.keys() == theirs.keys() and all(tensor.equal(theirs[name].bfloat16()) for name, tensor in ours.items())
-
-
-def ship(name: str, work: Path) -> Path:
-    """Put a student that was trained here into the pack, unless it lies there already."""
-    path = SHIPPED / "text_encoders" / f"{name}.safetensors"
-    if student_file(work, name).is_file() and not same_weights(path, student_file(work, name)):
-        shutil.copyfile(in_bfloat16(name, work), path)
-    return path
-
-
-def train_baseline(comfyui: Path, work: Path, steps: int | None) -> None:
-    """Train the encoder without context, unless it is there."""
-    path = work / f"{CONTEXT_FREE}.safetensors"
+    path = student_file(work, UNTRAINED)
     if not path.is_file():
-        given = [] if steps is None else ["--steps", str(steps)]
-        call("-m", "distilled_t5.devtools.miniature_results", "--comfyui", comfyui, "--baseline", path, *given, OMP_NUM_THREADS="1")
+        layout = load_recipe("miniature-quarter").student.student_layout(LAYOUT.d_model)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_student(path, make_student(layout, RANDOM, 0.0, seed=0).tensors(), StudentMetadata(token_length=TOKEN_LENGTH, pooled="zero"))
+    return path
 
 
-def train_all(comfyui: Path, work: Path, steps: int | None, names: list[str] | None) -> None:
-    """Train every student and the baseline, or those named, several at a time; the first trouble stops all and is raised."""
-    few = () if steps is None else both(f"steps={steps}")
-    runs = [Run(run.name, run.recipe, (*run.settings, *few)) for run in RUNS if names is None or run.name in names]
-    tasks = [partial(train_student, run, comfyui, work) for run in runs]
-    if names is None or CONTEXT_FREE in names:
-        tasks.append(partial(train_baseline, comfyui, work, steps))
-    pool = ThreadPoolExecutor(processes())
-    try:
-        done, _ = wait([pool.submit(task) for task in tasks], return_when=FIRST_EXCEPTION)
-        for one in done:
-            one.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        stop_children()
+def students(work: Path) -> dict[str, Path]:
+    """The bfloat16 files of the students to evaluate: trained in `work` or shipped, checkpoints of the middle one, an untrained one."""
+    trained = {run.name: student_file(work, run.name) for run in RUNS} | {UNTRAINED: untrained_file(work)}
+    checkpoints = sorted((work / "runs" / MIDDLE).glob("checkpoints/step-*/student.safetensors"))[:-1]
+    trained |= {f"{MIDDLE}_{file.parent.name}": file for file in checkpoints}
+    measured = {name: in_bfloat16(file, work / "bfloat16" / f"{name}.safetensors") for name, file in trained.items() if file.is_file()}
+    shipped = {name: SHIPPED / "text_encoders" / f"{name}.safetensors" for name in SHIPPED_STUDENTS}
+    return {**shipped, **measured}
+
+
+def evaluate(comfyui: Path, files: Iterable[Path], count: int, out: Path) -> str:
+    """Run the evaluation's command, a process per core; returns it without students. A finished evaluation in `out` is done again."""
+    if (out / "results.json").is_file():
+        shutil.rmtree(out)
+    limits = [part for task in range(7) for part in ("--set", f"task.{task}.prompts.limit={count}")]
+    given = [part for path in files for part in ("--student", path)]
+    command = [ROOT / "evaluate" / "__main__.py", "miniature", *limits, *given, "--out", out, "--comfyui", comfyui, "--", "--cpu"]
+    run_all([["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes()), *command]])
+    return " ".join(["evaluate", "miniature", *limits])
+
+
+def ship(files: Iterable[Path]) -> None:
+    """Copy new weights of shipped students into the pack."""
+    from ..encoder.files import data_sha256
+
+    for path in files:
+        shipped = SHIPPED / "text_encoders" / path.name
+        if path.stem in SHIPPED_STUDENTS and (not shipped.is_file() or data_sha256(shipped) != data_sha256(path)):
+            shutil.copyfile(path, shipped)
 
 
 def command_line() -> argparse.ArgumentParser:
-    """What the command takes."""
+    """The options of the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--comfyui", type=Path, required=True, help="folder of ComfyUI's main.py")
-    parser.add_argument("--work", type=Path, help="folder for runs and students (default: .dev/miniature, of a trial .dev/miniature/trial)")
-    parser.add_argument("--count", type=int, default=200, help="pictures of each task that an encoder is asked for")
-    parser.add_argument("--steps", type=int, help="optimizer steps of each stage: a trial; nothing is shipped, no page renewed")
-    names = [*(run.name for run in RUNS), CONTEXT_FREE]
-    parser.add_argument("--only", nargs="*", choices=names, metavar="NAME", help="train only these students: " + ", ".join(names))
+    parser.add_argument(
+        "--work", type=Path, help="folder of runs and students (default: .dev/miniature; with --steps, .dev/miniature/trial)"
+    )
+    parser.add_argument("--count", type=int, default=200, help="images of each task and encoder (default: 200)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each stage: a trial, which changes nothing in the pack")
+    names = [run.name for run in RUNS]
+    parser.add_argument("--only", nargs="*", default=names, choices=names, metavar="NAME", help="train only these: " + ", ".join(names))
     return parser
 
 
+def make(options: argparse.Namespace) -> None:
+    """Train, evaluate, and write the results; what the pack holds is changed only if neither --steps nor --work is given."""
+    trial = options.steps is not None or options.work is not None
+    work = (options.work or (WORK / "trial" if trial else WORK)).resolve()
+    few = () if options.steps is None else both(f"steps={options.steps}")
+    make_models(options.comfyui, work)
+    train_students([Run(run.name, run.recipe, (*run.settings, *few)) for run in RUNS if run.name in options.only], options.comfyui, work)
+    files = students(work)
+    if not trial:
+        ship(files.values())
+    command = evaluate(options.comfyui, files.values(), options.count, work / "evaluation")
+    found = results(work, command, files, {run.name: objectives(run) for run in RUNS})
+    replace_file(work / "results.json" if trial else RESULTS, (json.dumps(found, indent=2) + "\n").encode())
+    if not trial:
+        write(found)
+    print("\n\n".join(tables(found).values()))
+
+
 def main() -> None:
-    """Read the command line, then make and measure all there is."""
+    """Read the command line and run."""
     options = command_line().parse_args()
     interrupt_when_asked()
-    trial = options.steps is not None or options.work is not None
-    work = (options.work or (WORK if options.steps is None else WORK / "trial")).resolve()
     try:
-        make_models(options.comfyui, work)
-        train_all(options.comfyui, work, options.steps, options.only)
-        if not trial:
-            for name in SHIPPED_STUDENTS:
-                ship(name, work)
-        out = ["--out", work / "results.json"] if trial else []
-        measuring = ("-m", "distilled_t5.devtools.miniature_results", "--comfyui", options.comfyui, "--work", work)
-        call(*measuring, "--count", str(options.count), *out)
-    except (RuntimeError, OSError) as error:
+        make(options)
+    except (RuntimeError, ValueError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        stop_children()
-        print("\nStopped; the same command goes on.", file=sys.stderr)
+        print("\nStopped. The same command continues.", file=sys.stderr)
         sys.exit(130)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import comfy.sd
 import torch
 
-from ..encoder.files import CHOICES, read_header
 from ..families.family import Family
 from ..runtime.comfyui import lines_of_host
 from ..runtime.errors import StudentFileError, printable
 from ..runtime.failure import is_out_of_memory
+from ..runtime.weights import CHOICES, read_header
 from .frozen import FrozenModel
 
 DTYPES = {"auto": None, **CHOICES}

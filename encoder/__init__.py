@@ -1,5 +1,4 @@
-"""The student: the one place that knows its tensors.
+"""Encoder files in and out, and the CLIP made of them.
 
-`layout`, `dialects`, `metadata`, `foreign` and `files` need torch and safetensors only. `served` is the half that runs inside ComfyUI,
-`student` the half that is trained (transformers). Nothing is imported here: whoever wants a half names it.
+`served`, `clip_l` and `teacher` run inside ComfyUI; the other modules need torch and safetensors at most. Nothing is imported here.
 """

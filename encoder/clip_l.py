@@ -1,8 +1,8 @@
-"""The CLIP-L file that gives the pooled vector: recognised, read and checked before anything is built."""
+"""The CLIP-L file of the pooled vector: recognised, read and checked before anything is built."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +10,12 @@ import comfy.utils
 from torch import Tensor
 
 from ..runtime.errors import StudentFileError, listed
-from ..students.t5.layout import Shape
-from .files import SAFETENSORS, check_finite, load_tensors, read_header
+from ..runtime.progress import Progress, silent
+from ..runtime.weights import check_finite, read_header, reading, widest_float
+from ..students.foreign import refuse_quantised
+from ..students.kind import Shape
 
-# Width and depth of the text half of OpenAI's CLIP ViT-L/14, which the host's own config fixes.
+# Sizes of the text half of OpenAI's CLIP ViT-L/14, as in ComfyUI's configuration of CLIP-L.
 WIDTH, LAYERS, FEED_FORWARD = 768, 12, 3072
 TOKENS = 49408
 
@@ -28,10 +30,10 @@ def _norm(name: str) -> dict[str, Shape]:
 
 @dataclass(frozen=True)
 class Naming:
-    """How a kind of CLIP-L file names what the host has to be given.
+    """How a kind of CLIP-L file names its tensors.
 
-    layer: what stands before the number of a layer. parts: the tensors of each layer. others: those that are there once. positions: the
-    table whose rows, 77 in CLIP-L, 248 in the long CLIP that the host takes too, are not fixed. widest: the part that tells the width.
+    layer: the prefix of a layer's number. parts: the tensors of each layer. others: those that occur once. positions: the table whose
+    number of rows varies: 77 in CLIP-L, 248 in long CLIP. widest: the part of a layer whose shape identifies CLIP-L.
     """
 
     layer: str
@@ -46,7 +48,7 @@ class Naming:
         return shapes.get(first) == (FEED_FORWARD, WIDTH) and beyond not in shapes
 
     def needed(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Every tensor that the host has to be given, the positions with as many rows as the file's; the projection if the file has one."""
+        """Every tensor that ComfyUI needs, the positions with as many rows as the file's; the projection if the file has one."""
         layers = {f"{self.layer}{number}.{part}": shape for number in range(LAYERS) for part, shape in self.parts.items()}
         projections = {name: (WIDTH, WIDTH) for name in ("text_projection", "text_projection.weight") if name in shapes}
         return {**self.others, **layers, **projections, self.positions: (*shapes.get(self.positions, ())[:1], WIDTH)}
@@ -65,7 +67,7 @@ TRANSFORMERS = Naming(
     positions="text_model.embeddings.position_embedding.weight",
     widest="mlp.fc1.weight",
 )
-# OpenAI's own files and OpenCLIP's; the host converts them.
+# OpenAI's own files and OpenCLIP's; ComfyUI converts them.
 OPENAI = Naming(
     layer="transformer.resblocks.",
     parts={
@@ -82,10 +84,11 @@ OPENAI = Naming(
     widest="mlp.c_fc.weight",
 )
 NAMINGS = (OPENAI, TRANSFORMERS)
+PICK_CLIP_L = "pick clip_l.safetensors in clip_name1, or none for a pooled vector of zeros."
 
 
 def naming_of(shapes: Mapping[str, Shape]) -> Naming | None:
-    """How tensors of these shapes are named if they are those of a CLIP-L text encoder, else None."""
+    """The naming of tensors of these shapes if they are a CLIP-L text encoder's, else None."""
     return next((naming for naming in NAMINGS if naming.fits(shapes)), None)
 
 
@@ -103,35 +106,32 @@ def _is_clip_l_file(path: str) -> bool:
         return False
 
 
-def load_for_host(path: Path, between_chunks: Callable[[], None]) -> dict[str, Tensor]:
-    """Every tensor of a file by its name there: the host's own way, which may map it, but for torch zips, which are checked first."""
-    if path.suffix.lower() in SAFETENSORS:
-        return comfy.utils.load_torch_file(str(path), safe_load=True)
-    return load_tensors(path, between_chunks)
+def open_clip_l(path: Path, progress: Progress = silent) -> dict[str, Tensor]:
+    """The tensors of a CLIP-L file by transformers' names.
 
-
-def open_clip_l(path: Path, between_tensors: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
-    """The tensors of a CLIP-L file by transformers' names. `between_tensors` may raise to cancel.
-
-    Raises StudentFileError for another kind of file, tensors missing, misshapen or not finite.
+    Raises StudentFileError for another kind of file, for a quantised one, and for tensors that are missing, misshapen or not finite.
+    Tensors that CLIP-L does not use are ignored.
     """
-    shapes, _, _ = read_header(path)
+    shapes, dtypes, _ = read_header(path)
     naming = naming_of(shapes)
     if naming is None:
         raise _no_clip_l(shapes, path.name)
+    refuse_quantised(shapes, path.name, PICK_CLIP_L)
     needed = naming.needed(shapes)
     missing = [name for name in needed if name not in shapes]
     if missing:
         raise StudentFileError(f"{path.name}: {len(missing)} tensors of CLIP-L are missing.", "download it again.", listed(missing))
-    wrong = [f"{name}: expected {list(shape)}, found {list(shapes[name])}" for name, shape in needed.items() if shapes[name] != shape]
+    wrong = [f"{name}: expected {list(shape)}, got {list(shapes[name])}" for name, shape in needed.items() if shapes[name] != shape]
     if wrong:
         raise StudentFileError(f"{path.name}: {len(wrong)} tensors of CLIP-L have a wrong shape.", "download it again.", listed(wrong))
-    tensors = load_for_host(path, between_tensors)
-    numbers = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    check_finite(numbers, path.name, lambda _done, _total: between_tensors())
+    widest_float({name: dtypes[name] for name in needed}, path.name)
+    with reading(path):
+        loaded = comfy.utils.load_torch_file(str(path), safe_load=True)
+    tensors = {name: loaded[name] for name in needed}
+    check_finite(tensors, path.name, progress)
     if naming is OPENAI:
         return comfy.utils.clip_text_transformers_convert(tensors, "", "")
-    # Old files of CLIPSave, which the stock loader turns as well.
+    # Old files of CLIPSave, whose projection ComfyUI's own loader transposes as well.
     turned = {"text_projection.weight": tensors["text_projection"].transpose(0, 1)} if "text_projection" in tensors else {}
     return {name: tensor for name, tensor in tensors.items() if name != "text_projection"} | turned
 
@@ -139,9 +139,9 @@ def open_clip_l(path: Path, between_tensors: Callable[[], None] = lambda: None) 
 def _no_clip_l(shapes: Mapping[str, Shape], where: str) -> StudentFileError:
     problem = f"{where} is not a CLIP-L text encoder."
     if any(f"{naming.layer}0." in name for naming in NAMINGS for name in shapes):
-        problem = f"{where} is a CLIP, but not the CLIP-L that Flux takes: its size or the names of its tensors are others."
+        problem = f"{where} is a CLIP, but not CLIP-L: it has another size or other tensor names."
     return StudentFileError(
         problem,
-        "pick clip_l.safetensors in clip_name1, or none for a pooled vector of zeros.",
+        PICK_CLIP_L,
         f"It holds {len(shapes)} tensors, the first being:\n{listed(sorted(shapes)[:5])}",
     )

@@ -1,7 +1,7 @@
-"""What a distilled encoder's file says about itself beyond its tensors: reading, checking, writing.
+"""The metadata of an encoder file: what its tensors do not tell. Read, checked and written.
 
-All values are strings, as safetensors demands. `distilled_t5.*` keys are ours; `modelspec.*` keys follow ModelSpec 1.0.1, which
-ComfyUI's Model Library and other hosts show. A file without `distilled_t5.format_version` is the authors': family flux, 256 tokens.
+All values are strings, as safetensors requires. `distilled_t5.*` keys are ours; `modelspec.*` keys follow ModelSpec 1.0.1, which
+ComfyUI's Model Library shows. A file without `distilled_t5.format_version` is read as the authors': with the defaults of StudentMetadata.
 """
 
 from __future__ import annotations
@@ -11,38 +11,38 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 
-from ..families import FAMILIES
+from ..families import DEFAULT, FAMILIES
 from ..runtime.errors import StudentFileError, printable
 from ..students.t5.layout import StudentLayout
 
 FORMAT_VERSION = "1"
-AUTHORS_TOKEN_LENGTH = 256
-# Beyond this the attention maps alone take gigabytes; no T5 student was trained anywhere near it.
+# Beyond this the attention maps alone take gigabytes; no student was trained at such a length.
 MAX_TOKENS = 4096
 
 KEY = "distilled_t5."
 VERSION_KEY = KEY + "format_version"
 HASH_KEY = "modelspec.hash_sha256"
-# ModelSpec's hash is of the data alone: two tensors exchanged in the header, or fp16 written for bf16, would not be seen.
+# ModelSpec's hash covers the data alone: it misses two tensors swapped in the header, or fp16 written for bf16.
 HEADER_HASH_KEY = KEY + "header_sha256"
-# safetensors hold the hash of their own data: a value of the same length stands there until the data is written.
+# A placeholder of the same length, until the data is written and its hash is known.
 NO_HASH = "0x" + "0" * 64
 
 PROJECTIONS = ("mlp", "none")
 POOLED = ("clip_l", "zero")
+MOST_WIDTH = 1 << 20
 
 
 @dataclass(frozen=True)
 class StudentMetadata:
     """The checked metadata of one file.
 
-    token_length: tokens that prompts were padded to in training. pooled: what stood for the pooled vector in training.
-    text_width: set when the diffusion model's text input is not its family's usual width (a miniature). facts: every other string of the
-    header, carried along when the encoder is saved again. sha256, header_sha256: what the data and the header must hash to, if it is known.
+    token_length: tokens to which prompts were padded in training. pooled: the source of the pooled vector in training.
+    text_width: set when it is not the family's (a miniature). described: whether the file has metadata of ours. facts: every other string
+    of the header, kept when the encoder is saved again. sha256, header_sha256: the expected hashes of data and header, where known.
     """
 
-    family: str = "flux"
-    token_length: int = AUTHORS_TOKEN_LENGTH
+    family: str = DEFAULT.name
+    token_length: int = DEFAULT.token_length
     pooled: str = "clip_l"
     projection: str = "mlp"
     text_width: int | None = None
@@ -53,115 +53,120 @@ class StudentMetadata:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-# What leads to the terms that bind whatever was made of these weights.
-KEPT_WHEN_CHANGED = ("distilled_t5.diffusion_model",)
+# The model whose licence covers whatever is made of these weights.
+KEPT_WHEN_CHANGED = (KEY + "diffusion_model",)
 LICENCE_KEY = "modelspec.license"
 CHANGED_KEY = KEY + "changed"
 
 
 def of_changed_weights(metadata: StudentMetadata) -> StudentMetadata:
-    """What may still be said when a LoRA or a merge has changed the weights: how to serve them, and whose terms bind them.
+    """The metadata after a LoRA or a merge has changed the weights: how to serve them, and which licence covers them.
 
-    Teacher, steps, recipe, title and author are those of a run that did not make these weights. The licence is that of the first file
-    alone, since the host does not tell what was merged in: so it is told, and not claimed.
+    Teacher, steps, recipe, title and author describe a run that did not produce these weights. The licence is the first file's alone, as
+    ComfyUI does not tell what was merged in, so it goes into the description of the change.
     """
     kept = {key: metadata.facts[key] for key in KEPT_WHEN_CHANGED if key in metadata.facts}
     licence = metadata.facts.get(LICENCE_KEY)
-    told = "merged or patched after training" + (f"; licence of the first file: {licence}" if licence else "")
-    return replace(metadata, title="", facts={**kept, CHANGED_KEY: told})
+    change = "merged or patched after training" + (f"; licence of the first file: {licence}" if licence else "")
+    return replace(metadata, title="", facts={**kept, CHANGED_KEY: change})
 
 
-def read_metadata(header: Mapping[str, str] | None, where: str) -> StudentMetadata:
-    """Check a safetensors header. Raises StudentFileError naming the key that says something impossible."""
-    header = dict(header or {})
+def read_metadata(header: Mapping[str, str], where: str) -> StudentMetadata:
+    """Check the metadata of a safetensors header. Raises StudentFileError that names the key with an invalid value."""
+    facts = {key: value for key, value in header.items() if not _REWRITTEN.fullmatch(key)}
+    common = StudentMetadata(title=header.get("modelspec.title", ""), sha256=_digest(header, HASH_KEY, where), facts=facts)
     if VERSION_KEY not in header:
         strays = sorted(key for key in header if key.startswith(KEY))
         if strays:
-            raise _lie(where, strays[0], header[strays[0]], f"{VERSION_KEY} beside it")
-        return StudentMetadata(title=header.get("modelspec.title", ""), sha256=_digest(header, HASH_KEY, where), facts=_facts(header))
+            raise _wrong(where, strays[0], header[strays[0]], f"{VERSION_KEY} beside it")
+        return common
     if header[VERSION_KEY] != FORMAT_VERSION:
         raise StudentFileError(
             f"{where} has format version {_quoted(header[VERSION_KEY])}; this version of Distilled T5 reads version {FORMAT_VERSION}.",
             "update the Distilled T5 pack, or download the file again.",
         )
-    return StudentMetadata(
-        family=_choice(header, KEY + "family", tuple(FAMILIES), "flux", where),
-        token_length=_whole(header, KEY + "token_length", AUTHORS_TOKEN_LENGTH, 1, MAX_TOKENS, where),
-        pooled=_choice(header, KEY + "pooled", POOLED, "clip_l", where),
-        projection=_choice(header, KEY + "projection", PROJECTIONS, "mlp", where),
-        text_width=_whole(header, KEY + "text_width", 0, 1, 1 << 20, where) if KEY + "text_width" in header else None,
-        title=header.get("modelspec.title", ""),
-        sha256=_digest(header, HASH_KEY, where),
+    family = FAMILIES[_choice(header, KEY + "family", (DEFAULT.name, *FAMILIES), where)]
+    width = _integer(header, KEY + "text_width", family.text_width, MOST_WIDTH, where)
+    return replace(
+        common,
+        family=family.name,
+        token_length=_integer(header, KEY + "token_length", family.token_length, MAX_TOKENS, where),
+        pooled=_choice(header, KEY + "pooled", POOLED, where),
+        projection=_choice(header, KEY + "projection", PROJECTIONS, where),
+        text_width=width if KEY + "text_width" in header else None,
         header_sha256=_digest(header, HEADER_HASH_KEY, where),
         described=True,
-        facts=_facts(header),
     )
 
 
 def check_against_layout(metadata: StudentMetadata, layout: StudentLayout, where: str) -> None:
-    """Raise StudentFileError if the metadata and the tensors tell different stories, or the width is not the diffusion model's."""
+    """Raise StudentFileError if metadata and tensors disagree, the kind is not one of the family's, or the width is not."""
+    if layout.kind not in FAMILIES[metadata.family].students:
+        raise _wrong(where, KEY + "family", metadata.family, f"a family that a {layout.size_name} can serve")
     if layout.has_projection != (metadata.projection == "mlp"):
         found = "a projection" if layout.has_projection else "no projection"
-        raise _lie(where, KEY + "projection", metadata.projection, f"what the tensors say ({found})")
+        raise _wrong(where, KEY + "projection", metadata.projection, f"{_projection(layout)} (the tensors have {found})")
     wanted = metadata.text_width or FAMILIES[metadata.family].text_width
     if layout.output_width != wanted:
         reason = f"its own metadata ({KEY}text_width)" if metadata.text_width else f"the type {metadata.family}"
         raise StudentFileError(
-            f"{where} gives text embeddings of width {layout.output_width}, but {reason} asks for {wanted}.",
+            f"{where} gives text embeddings of width {layout.output_width}; {reason} requires {wanted}.",
             "use a file that was distilled for this diffusion model.",
         )
 
 
+def _projection(layout: StudentLayout) -> str:
+    return "mlp" if layout.has_projection else "none"
+
+
 def described(metadata: StudentMetadata, layout: StudentLayout, dtype: str) -> dict[str, str]:
-    """The header to write: ours, ModelSpec's and the carried facts. The hashes are filled in by the writer."""
+    """The header to write: our keys, ModelSpec's and the other facts. The writer fills in the hashes."""
+    family = FAMILIES[metadata.family]
     ours = {
         VERSION_KEY: FORMAT_VERSION,
         KEY + "family": metadata.family,
         KEY + "token_length": str(metadata.token_length),
         KEY + "pooled": metadata.pooled,
-        KEY + "projection": "mlp" if layout.has_projection else "none",
+        KEY + "projection": _projection(layout),
         HEADER_HASH_KEY: NO_HASH,
     }
-    if layout.output_width != FAMILIES[metadata.family].text_width:
+    if layout.output_width != family.text_width:
         ours[KEY + "text_width"] = str(layout.output_width)
-    title = metadata.title or f"Distilled {layout.size_name} for {FAMILIES[metadata.family].display_name}"
+    title = metadata.title or f"Distilled {layout.size_name} for {family.display_name}"
     spec = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{FAMILIES[metadata.family].modelspec}/text-encoder",
+        "modelspec.architecture": f"{family.modelspec}/text-encoder",
         "modelspec.implementation": "https://github.com/comfyanonymous/ComfyUI",
         "modelspec.title": title,
         "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.description": f"{layout.size_name} in the place of T5-XXL: {layout.parameters / 1e6:.0f} M parameters, {dtype}.",
         "modelspec.usage_hint": "ComfyUI: Distilled T5 Loader, beside clip_l.safetensors.",
-        "modelspec.tags": "text encoder, t5, distilled, " + metadata.family,
+        "modelspec.tags": f"text encoder, {layout.kind}, distilled, {family.name}",
         HASH_KEY: NO_HASH,
     }
     return {**metadata.facts, **spec, **ours, "format": "pt"}
 
 
-# Written anew each time, so never carried over from the file that was loaded.
+# Written anew each time, so not copied from the file that was loaded.
 _REWRITTEN = re.compile(
     r"format|modelspec\.(sai_model_spec|architecture|implementation|title|date|description|usage_hint|tags|hash_sha256)"
     r"|distilled_t5\.(format_version|family|token_length|pooled|projection|text_width|header_sha256)"
 )
 
 
-def _facts(header: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in header.items() if not _REWRITTEN.fullmatch(key)}
-
-
-def _choice(header: Mapping[str, str], key: str, allowed: tuple[str, ...], default: str, where: str) -> str:
-    value = header.get(key, default)
+def _choice(header: Mapping[str, str], key: str, allowed: tuple[str, ...], where: str) -> str:
+    """A value of `allowed`, whose first one is the default."""
+    value = header.get(key, allowed[0])
     if value not in allowed:
-        raise _lie(where, key, value, "one of " + ", ".join(allowed))
+        raise _wrong(where, key, value, "one of " + ", ".join(dict.fromkeys(allowed)))
     return value
 
 
-def _whole(header: Mapping[str, str], key: str, default: int, least: int, most: int, where: str) -> int:
+def _integer(header: Mapping[str, str], key: str, default: int, most: int, where: str) -> int:
     value = header.get(key, str(default))
-    # isdecimal alone lets through digits of other scripts and numbers too long to parse.
-    if not re.fullmatch(r"[0-9]{1,9}", value) or not least <= int(value) <= most:
-        raise _lie(where, key, value, f"a whole number from {least} to {most}")
+    # isdecimal alone accepts digits of other scripts and numbers too long to parse.
+    if not re.fullmatch(r"[0-9]{1,9}", value) or not 1 <= int(value) <= most:
+        raise _wrong(where, key, value, f"an integer from 1 to {most}")
     return int(value)
 
 
@@ -170,14 +175,14 @@ def _digest(header: Mapping[str, str], key: str, where: str) -> str | None:
     if value is None:
         return None
     if not re.fullmatch(r"(0x)?[0-9a-f]{64}", value.lower()):
-        raise _lie(where, key, value, "64 hexadecimal digits")
+        raise _wrong(where, key, value, "64 hexadecimal digits")
     return value.lower().removeprefix("0x")
 
 
-def _lie(where: str, key: str, value: str, expected: str) -> StudentFileError:
+def _wrong(where: str, key: str, value: str, expected: str) -> StudentFileError:
     return StudentFileError(
-        f"{where}: its metadata says {printable(key)} = {_quoted(value)}, which cannot be: expected {expected}.",
-        "download or export the file again; a file whose metadata is wrong is not loaded.",
+        f"{where}: its metadata says {printable(key)} = {_quoted(value)}, which is not valid: expected {expected}.",
+        "download or export the file again; a file with wrong metadata is not loaded.",
     )
 
 

@@ -1,4 +1,8 @@
-"""A safetensors file written piece by piece: with progress, a chance to cancel, and the hash of its data on the way."""
+"""A safetensors file written piece by piece, with progress and the hash of its data.
+
+The safetensors library writes a file in one call: no progress, no cancel for as long as the disk takes, a second reading for the hash, and
+all tensors in memory at once.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# What is on its way to the disk at a time; brought there before the next piece, so that no wait is long.
+from ..runtime.progress import Progress, silent
+from ..runtime.weights import SAFETENSORS_NAMES
+
+# Flushed to the disk before the next piece, so that no wait is long.
 PIECE_BYTES = 1 << 25
-# In the order in which the safetensors library writes them.
-SAFETENSORS_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
 
 Sizes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -30,13 +29,13 @@ def write_stream(
     sizes: Sizes,
     tensor_of: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: Progress = silent,
 ) -> str:
-    """Write a safetensors file and bring it to the disk; returns the SHA-256 of its data in hexadecimal digits.
+    """Write a safetensors file and flush it to the disk; returns the SHA-256 of its data in hexadecimal digits.
 
-    `sizes` names dtype and shape of every tensor; `tensor_of(name)` gives each once, when its turn comes, so that they need not all be in
-    memory. `progress(bytes done, bytes in all)` is called between pieces and may raise to cancel: the file is left unfinished then. What
-    is written is byte for byte what the safetensors library writes, but for the order of the metadata.
+    `sizes` gives dtype and shape of every tensor; `tensor_of(name)` returns each once, when its turn comes, so that they need not all be in
+    memory. `progress` counts bytes; a cancelled file is left unfinished. The bytes are those of the safetensors library, except for the
+    order of the metadata.
     """
     header, total = _header(sizes, metadata)
     digest, done = hashlib.sha256(), 0
@@ -53,7 +52,7 @@ def write_stream(
             progress(done, total)
         file.flush()
         os.fsync(file.fileno())
-    assert done == total, "a tensor was not of the size that was announced"
+    assert done == total, "a tensor does not have the size in `sizes`"
     return digest.hexdigest()
 
 

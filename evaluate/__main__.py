@@ -10,7 +10,7 @@ from types import ModuleType
 
 
 def trainers_command() -> ModuleType:
-    """The trainer's command, whose bootstrap and way with flags this one shares."""
+    """The trainer's command: this one shares its bootstrap and how it splits flags."""
     start = Path(__file__).resolve().parent.parent / "train" / "__main__.py"
     spec = importlib.util.spec_from_file_location("distilled_t5_bootstrap", start)
     assert spec is not None and spec.loader is not None
@@ -20,28 +20,28 @@ def trainers_command() -> ModuleType:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """What the command takes."""
+    """The command's arguments."""
     parser = argparse.ArgumentParser(
         prog="evaluate",
-        description="Compare text encoders by their pictures, in numbers and side by side. What follows -- goes to ComfyUI (--cpu ...). "
-        "Interrupted, the same command goes on.",
+        description="Compare text encoders by their images, in numbers and side by side. What follows -- goes to ComfyUI (--cpu ...). "
+        "After an interruption the same command continues.",
     )
     parser.add_argument("suite", help="a suite file, or the name of a shipped one: miniature, quick, paper")
     parser.add_argument(
-        "--student", action="append", default=[], metavar="FILE", help="an encoder to compare with the teacher; may be given often"
+        "--student", action="append", default=[], metavar="FILE", help="an encoder to compare with the teacher; may be repeated"
     )
-    parser.add_argument("--out", metavar="DIR", help="folder of pictures and results (default: evaluations/NAME-OF-SUITE)")
+    parser.add_argument("--out", metavar="DIR", help="folder of images and results (default: evaluations/NAME-OF-SUITE)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="part.key=value", help="change one value of the suite; may be given often"
+        "--set", action="append", default=[], metavar="part.key=value", help="change one value of the suite; may be repeated"
     )
-    parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one whose custom_nodes this pack lies in)")
+    parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one that has this pack in its custom_nodes)")
     return parser
 
 
 def main(options: argparse.Namespace, flags: list[str]) -> int:
     """Run the command: 0 when it is done, 130 after a stop by signal, 1 after a failure.
 
-    An expected failure is a sentence with advice on the terminal; a fault of ours keeps its traceback.
+    An expected failure prints a message with advice; a bug keeps its traceback.
     """
     try:
         return run(options, flags)
@@ -52,7 +52,7 @@ def main(options: argparse.Namespace, flags: list[str]) -> int:
         from distilled_t5.runtime.failure import ADVICE, ISSUES, explained
 
         sentence = explained(error, None)
-        fault = f"This is a fault of the evaluation, not of what you gave it.\n{ADVICE}report it at {ISSUES} with the lines below."
+        fault = f"This is a bug of the evaluation, not of your input.\n{ADVICE}report it at {ISSUES} with the lines below."
         print(f"\n{sentence or fault}", file=sys.stderr, flush=True)
         if sentence is None:
             raise
@@ -70,16 +70,16 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
     from distilled_t5.runtime.ranks import Ranks
 
     with Ranks.open("cuda" if torch.cuda.is_available() and "--cpu" not in flags else "cpu") as ranks:
-        # Only now: ComfyUI looks at the current GPU when it is imported, and each process shall look at its own.
+        # Only now: ComfyUI reads the current GPU when it is imported, and each process must read its own.
         from distilled_t5.evaluate.run import evaluate
 
         path = evaluate(suite, options.student, Path(options.out or Path("evaluations", suite.name)), ranks)
     if ranks.is_main:
         if path is None:
-            print("Stopped; the same command goes on.")
+            print("Stopped; the same command continues.")
         else:
             print((path.parent / "table.md").read_text(encoding="utf-8"))
-            print(f"Done: {path}\nOpen it in a browser; results.json and table.md lie beside it.")
+            print(f"Done: {path}\nOpen it in a browser; results.json and table.md are beside it.")
     return 130 if path is None else 0
 
 

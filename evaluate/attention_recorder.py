@@ -1,10 +1,13 @@
-"""Listens to a Flux while it samples, through ComfyUI's own wrappers, and keeps how much attention each image token pays to a word.
+"""Follows a Flux while it samples, through ComfyUI's own wrappers, and keeps how much attention each image token pays to a word.
 
-Two doors of the host, both in 0.16.3 and in 0.30.0: a wrapper around the forward pass knows what is asked for (text, size, step), and the
-attention override inside it sees queries and keys after the rotary embedding. What they hand on is what they were given.
+Two entry points of ComfyUI, both in 0.16.3 and in 0.30.0: a wrapper around the forward pass knows what is sampled (text, size, step), and
+the attention override inside it sees queries and keys after the rotary embedding. Both hand on what they were given.
+
+This file alone knows how a Flux computes: joint attention of text tokens, then image tokens in patches of 2 x 2, then those of reference
+images, in every block of the model class that `recording_model` checks.
 """
 
-# B rows of a forward pass, N pictures, A heads, Q queries, K keys, D width of a head, L text tokens, H W rows and columns of image tokens
+# B rows of a forward pass, N images, A heads, Q queries, K keys, D width of a head, L text tokens, H W rows and columns of image tokens
 
 from __future__ import annotations
 
@@ -21,32 +24,31 @@ from .attention import attention_on
 
 KEY = "distilled_t5_attention"
 OVERRIDE = "optimized_attention_override"
+PATCH = 2
 POSITIVE = 0
 # A sampler with inner steps evaluates between two noise levels, and floats are compared.
 SIGMA_TOLERANCE = 1e-5
 # Some hundred kilobytes each; several samplers may run on one model before the first map is asked for.
 KEPT_RUNS = 8
-# Arguments by name. The registry takes a method of this name for one that opens a port, so it has another here.
-called = inspect.Signature.bind
 
 
 @dataclass
 class Run:
-    """One sampling: what came out of it, float32 [N, C, h, w], and by step and picture the sum [H, W] and number of its maps."""
+    """One sampling: its result, float32 [N, C, h, w], and by step and image the sum [H, W] and number of its maps."""
 
     samples: Tensor = field(default_factory=lambda: torch.empty(0))
     steps: int = 0
     sums: dict[tuple[int, int], tuple[Tensor, int]] = field(default_factory=dict)
 
-    def add(self, step: int, picture: int, map_HW: Tensor) -> None:
-        """Take in one more map; maps of another size (areas, tiles) are kept apart by not fitting, see `map_of`."""
-        earlier, count = self.sums.get((step, picture), (torch.zeros_like(map_HW), 0))
+    def add(self, step: int, image: int, map_HW: Tensor) -> None:
+        """Add a map. Maps of different sizes (areas, tiles) cancel the sum, which `map_of` refuses."""
+        earlier, count = self.sums.get((step, image), (torch.zeros_like(map_HW), 0))
         fits = earlier.shape == map_HW.shape
-        self.sums[step, picture] = (earlier + map_HW, count + 1) if fits else (torch.empty(0), 0)
+        self.sums[step, image] = (earlier + map_HW, count + 1) if fits else (torch.empty(0), 0)
 
 
 class AttentionRecorder:
-    """What the sampled pictures pay attention to; made for one prompt, by its embeddings, and for places of its tokens."""
+    """What the sampled images attend to, for one prompt, known by its embeddings, and for positions of its tokens."""
 
     def __init__(self, word: str, positions: Sequence[int], embeddings: Sequence[Tensor]) -> None:
         self.word, self.positions = word, list(positions)
@@ -59,39 +61,39 @@ class AttentionRecorder:
         self._now = Run(steps=steps)
 
     def end(self, samples: Tensor) -> None:
-        """The sampling that has begun gave these samples, and is kept."""
+        """The current sampling gave these samples, and is kept."""
         assert self._now is not None, "the wrapper around sampling begins before it ends"
         self._now.samples = samples.detach().float().cpu().clone()
         self._runs.append(self._now)
 
     def forget(self) -> None:
-        """No sampling is under way any more; one that failed or was interrupted leaves nothing."""
+        """No sampling is running any more; one that failed or was interrupted leaves nothing."""
         self._now = None
 
     def forward(self, call: Mapping[str, Any]) -> Forward | None:
-        """What to watch in a forward pass with these arguments; None if the prompt is not in it, or nobody samples."""
+        """What to record in a forward pass with these arguments; None if the prompt is not in it, or no sampling runs."""
         options = call.get("transformer_options", {})
         if self._now is None or "cond_or_uncond" not in options or "sample_sigmas" not in options:
             return None
         chunks, x_BCHW, context_BLD = options["cond_or_uncond"], call["x"], call["context"]
-        pictures = len(x_BCHW) // len(chunks)
+        images = len(x_BCHW) // len(chunks)
         expected = [embedding.to(context_BLD) for embedding in self._embeddings]
         rows = [row for row in range(len(x_BCHW)) if _starts_with(context_BLD[row], expected)]
         if not rows:
             return None
-        # A negative of the same text is left out; guiders with more than two texts give the positive another place.
-        rows = [row for row in rows if chunks[row // pictures] == POSITIVE] or rows
+        # A negative prompt of the same text is left out; guiders with more than two texts give the positive one another place.
+        rows = [row for row in rows if chunks[row // images] == POSITIVE] or rows
         step = step_of(float(options["sigmas"][0]), options["sample_sigmas"].tolist())
         references = sum(_tokens(latent) for latent in call.get("ref_latents") or [])
-        return Forward(self.positions, rows, [row % pictures for row in rows], step, context_BLD.shape[1], _grid(x_BCHW), references)
+        return Forward(self.positions, rows, [row % images for row in rows], step, context_BLD.shape[1], _grid(x_BCHW), references)
 
     def keep(self, forward: Forward) -> None:
-        """Take in what a forward pass has shown."""
+        """Add what a forward pass has shown."""
         if self._now is None or forward.sum_BQ is None:
             return
         maps_BHW = (forward.sum_BQ / forward.blocks).cpu().reshape(-1, *forward.grid)
-        for picture, map_HW in zip(forward.pictures, maps_BHW, strict=True):
-            self._now.add(forward.step, picture, map_HW)
+        for image, map_HW in zip(forward.images, maps_BHW, strict=True):
+            self._now.add(forward.step, image, map_HW)
 
     def run_of(self, samples: Tensor) -> Run:
         """The last sampling that gave this latent. Raises ValueError if none is kept that did."""
@@ -106,12 +108,12 @@ class AttentionRecorder:
 
 @dataclass
 class Forward:
-    """One forward pass: rows to watch and their pictures, step, text tokens, image tokens, tokens of reference pictures; and the sum of
-    what its attention blocks have shown, [B, Q] over so many blocks."""
+    """One forward pass: rows to record and their images, step, text tokens, image tokens, tokens of reference images; and the sum of what
+    its attention blocks have shown, [B, Q], over so many blocks."""
 
     positions: list[int]
     rows: list[int]
-    pictures: list[int]
+    images: list[int]
     step: int
     text_tokens: int
     grid: tuple[int, int]
@@ -120,7 +122,7 @@ class Forward:
     blocks: int = 0
 
     def see(self, query_BAQD: Tensor, key_BAKD: Tensor, mask: Tensor | None) -> None:
-        """Take in the attention of one block; any attention that is not over all tokens of text and picture is none of a block."""
+        """Add the attention of one block; attention that is not over all tokens of text and image is not a block's."""
         image_tokens = self.grid[0] * self.grid[1]
         if query_BAQD.ndim != 4 or {query_BAQD.shape[2], key_BAKD.shape[2]} != {self.text_tokens + image_tokens + self.reference_tokens}:
             return
@@ -139,13 +141,13 @@ def _rows_of_mask(mask: Tensor, rows: Sequence[int], queries: slice) -> Tensor:
 
 
 def _starts_with(context_LD: Tensor, embeddings: Sequence[Tensor]) -> bool:
-    """Whether a text is one of these prompts, with nothing or something (a Redux picture) appended."""
+    """Whether a text is one of these prompts, with nothing or something (a Redux image) appended."""
     return any(len(context_LD) >= len(one) and torch.equal(context_LD[: len(one)], one) for one in embeddings)
 
 
 def _grid(latent_BCHW: Tensor) -> tuple[int, int]:
-    """Rows and columns of image tokens of a latent: Flux pads to whole patches of 2 x 2."""
-    return -(-latent_BCHW.shape[-2] // 2), -(-latent_BCHW.shape[-1] // 2)
+    """Rows and columns of image tokens of a latent, which is padded to complete patches."""
+    return -(-latent_BCHW.shape[-2] // PATCH), -(-latent_BCHW.shape[-1] // PATCH)
 
 
 def _tokens(latent_BCHW: Tensor) -> int:
@@ -162,8 +164,8 @@ def map_of(run: Run, step: int = 0) -> Tensor:
     """The maps [N, H, W] of a step from 1, or their mean over all steps for 0. Raises ValueError if there are none."""
     if not run.sums:
         raise ValueError(
-            "The sampler never saw the prompt of the Cross-Attention Map as its positive conditioning.\n"
-            "What to do: connect the CONDITIONING of that node to the sampler, by way of no node that changes its text."
+            "The sampler did not get the prompt of the Cross-Attention Map as its positive conditioning.\n"
+            "What to do: connect the CONDITIONING of that node to the sampler, through no node that changes its text."
         )
     if step > run.steps or step < 0:
         raise ValueError(f"There is no step {step}; the sampling had {run.steps}.\nWhat to do: set step to 1 to {run.steps}, or 0 for all.")
@@ -171,16 +173,16 @@ def map_of(run: Run, step: int = 0) -> Tensor:
     if step and step - 1 not in seen:
         raise ValueError(f"The prompt was not in use at step {step}.\nWhat to do: choose one of {', '.join(str(one + 1) for one in seen)}.")
     wanted = [step - 1] if step else seen
-    per_picture = [torch.stack([_mean(run, one, picture) for one in wanted]).mean(dim=0) for picture in range(len(run.samples))]
-    return torch.stack(per_picture)
+    per_image = [torch.stack([_mean(run, one, image) for one in wanted]).mean(dim=0) for image in range(len(run.samples))]
+    return torch.stack(per_image)
 
 
-def _mean(run: Run, step: int, picture: int) -> Tensor:
-    total, count = run.sums.get((step, picture), (torch.empty(0), 0))
+def _mean(run: Run, step: int, image: int) -> Tensor:
+    total, count = run.sums.get((step, image), (torch.empty(0), 0))
     if not count or total.shape != _grid(run.samples):
         raise ValueError(
-            "The prompt was sampled in areas or tiles, or for a part of the batch only, so no map covers the picture.\n"
-            "What to do: give the sampler the CONDITIONING of the Cross-Attention Map for the whole picture."
+            "The prompt was sampled in areas or tiles, or for a part of the batch only, so no map covers the image.\n"
+            "What to do: give the sampler the CONDITIONING of the Cross-Attention Map for the complete image."
         )
     return total / count
 
@@ -193,7 +195,7 @@ def recording_model(model: Any, recorder: AttentionRecorder) -> Any:
     network = model.get_model_object("diffusion_model")
     if not isinstance(network, Flux):
         raise ValueError(
-            f"Attention maps are made for Flux, and this MODEL is a {type(network).__name__}.\nWhat to do: connect the MODEL of a Flux."
+            f"Attention maps need a Flux model; this MODEL is a {type(network).__name__}.\nWhat to do: connect the MODEL of a Flux."
         )
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, around_sampling(recorder))
@@ -201,12 +203,16 @@ def recording_model(model: Any, recorder: AttentionRecorder) -> Any:
     return clone
 
 
+def _by_name(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}
+
+
 def around_sampling(recorder: AttentionRecorder) -> Callable[..., Tensor]:
-    """A wrapper of the host's `outer_sample`. A function, as the host deep-copies objects that are hung into a model's options."""
+    """A wrapper of ComfyUI's `outer_sample`. A function, as ComfyUI deep-copies objects in a model's options."""
 
     def sample(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        sigmas = called(inspect.signature(executor.original), *args, **kwargs).arguments["sigmas"]
-        recorder.begin(len(sigmas) - 1)
+        recorder.begin(len(_by_name(executor.original, args, kwargs)["sigmas"]) - 1)
         try:
             samples = executor(*args, **kwargs)
             recorder.end(samples)
@@ -218,16 +224,18 @@ def around_sampling(recorder: AttentionRecorder) -> Callable[..., Tensor]:
 
 
 def around_forward(recorder: AttentionRecorder) -> Callable[..., Tensor]:
-    """A wrapper of the diffusion model's forward pass that hangs an attention override into it while it lasts."""
+    """A wrapper of the diffusion model's forward pass that adds an attention override while it lasts."""
 
     def run(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        call = called(inspect.signature(executor.original), *args, **kwargs)
-        forward = recorder.forward(call.arguments)
+        call = _by_name(executor.original, args, kwargs)
+        forward = recorder.forward(call)
         if forward is None:
             return executor(*args, **kwargs)
-        options = call.arguments["transformer_options"]
-        call.arguments["transformer_options"] = {**options, OVERRIDE: watching(forward, options.get(OVERRIDE))}
-        velocity = executor(*call.args, **call.kwargs)
+        options = call["transformer_options"]
+        changed = {**options, OVERRIDE: watching(forward, options.get(OVERRIDE))}
+        args = tuple(changed if value is options else value for value in args)
+        kwargs = {name: changed if value is options else value for name, value in kwargs.items()}
+        velocity = executor(*args, **kwargs)
         recorder.keep(forward)
         return velocity
 
@@ -235,7 +243,7 @@ def around_forward(recorder: AttentionRecorder) -> Callable[..., Tensor]:
 
 
 def watching(forward: Forward, earlier: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
-    """An attention override that shows queries and keys to `forward` and leaves attention to the host, or to an earlier override."""
+    """An attention override that shows queries and keys to `forward` and leaves attention to ComfyUI, or to an earlier override."""
 
     def attend(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.get("skip_reshape"):

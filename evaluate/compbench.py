@@ -1,12 +1,12 @@
-"""T2I-CompBench's scores as pure functions of what judges saw (Huang et al. 2023, arXiv:2307.06350, and its published evaluation).
+"""T2I-CompBench's scores as pure functions of what judges found (Huang et al. 2023, arXiv:2307.06350, and its published evaluation).
 
 Colour, shape, texture: the product of the probabilities of "yes" to every noun phrase of the prompt, asked of BLIP one by one.
 Position: a quarter of each detection's confidence, and half for the relation of their boxes. Numbers: for each object of the prompt, half
-for being there and half for being there as often as it was asked for.
+for its presence and half for the right count.
 
-Where we differ: the benchmark finds noun phrases and objects with spaCy, here rules do (its prompts are regular), so the metrics' names say
-"phrases by rule"; a suite may give the phrases instead. The benchmark cuts an object's depth out of the map with rows and columns
-exchanged; here they are not. Its detector is UniDet, its depth DPT-hybrid: `metric_name` says which stood in for them.
+Differences: the benchmark finds noun phrases and objects with spaCy, here rules do (its prompts are regular), so the metrics' names say
+"phrases by rule". The benchmark cuts an object's depth out of the map with rows and columns exchanged; here they are not. Its detector is
+UniDet, its depth DPT-hybrid: `metric_name` names what is used instead.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 Box = tuple[float, float, float, float]
-Category = Literal["color", "shape", "texture", "spatial", "3d_spatial", "numeracy"]
-
+ATTRIBUTES = ("color", "shape", "texture")
 BENCHMARK_DETECTOR = "UniDet"
-# The benchmark detects in pictures whose shorter side has 479 pixels, and whose longer one has at most 480.
+# The benchmark detects in images whose shorter side has 479 pixels, and whose longer one has at most 480.
 SHORTER_PX, LONGER_PX = 479, 480
 NEAR_PX = 150
 MOST_OVERLAP, MOST_OVERLAP_IN_DEPTH, SAME_OBJECT = 0.1, 0.5, 0.9
@@ -33,14 +31,14 @@ MOST_PHRASES = 8
 BESIDE = ("on side of", "next to", "near")
 # From the second object to the first: the axis and the direction in which it must lie.
 SIDES = {"on the left of": (0, -1), "on the right of": (0, 1), "on the top of": (1, -1), "on the bottom of": (1, 1)}
-# The benchmark looks for "on top of", too, and then gives no relation's half for it.
+# The benchmark also looks for "on top of", but gives no half for that relation.
 RELATIONS_2D = (*BESIDE, *SIDES, "on top of")
 IN_FRONT, BEHIND = ("in front of",), ("behind", "hidden")
 RELATIONS_3D = (*IN_FRONT, *BEHIND)
 
 PEOPLE = ("boy", "girl", "man", "woman")
 OTHER_NAMES = {**dict.fromkeys(PEOPLE, "person"), "ship": "boat", "goldfish": "fish", "painting": "picture", "television": "tv"}
-# Labels of COCO, whose names for these differ from the prompts'.
+# COCO's labels for objects that prompts call otherwise.
 ALSO_CALLED = {"sofa": "couch", "table": "dining table", "phone": "cell phone", "bag": "handbag"}
 # What the benchmark counts: the names in its examples/dataset/new_objects.txt.
 OBJECTS = """
@@ -51,7 +49,7 @@ OBJECTS = """
     train truck turtle vase woman
 """
 COUNTED = frozenset(OBJECTS.split())
-# A number may stand so many words before its object.
+# A number may be at most so many words before its object.
 REACH_WORDS = 2
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
 SINGULARS = """
@@ -74,16 +72,16 @@ PLACES = frozenset(("side", "top", "left", "right", "front", "bottom"))
 
 @dataclass(frozen=True)
 class Detection:
-    """An object that a detector saw: box is left, top, right, bottom in pixels of the picture; confidence in 0..1."""
+    """An object that a detector found: box is left, top, right, bottom in pixels of the image; confidence in 0..1."""
 
     label: str
     box: Box
     confidence: float
 
 
-def metric_name(category: Category, judge: str = "") -> str:
-    """What a score is called: by whom, if not by the benchmark's own judge, and how, if not in the benchmark's own way."""
-    if category in ("color", "shape", "texture"):
+def metric_name(category: str, judge: str = "") -> str:
+    """The name of a score, which says where judge or method differ from the benchmark's."""
+    if category in ATTRIBUTES:
         return f"CompBench {category} (BLIP-VQA, phrases by rule)"
     return f"CompBench {category}" + (f" ({judge}, not {BENCHMARK_DETECTOR})" if judge != BENCHMARK_DETECTOR else "")
 
@@ -110,7 +108,7 @@ def attribute_score(probabilities_of_yes: Sequence[float]) -> float:
 
 
 def relation_in(prompt: str, relations: Sequence[str]) -> tuple[str, str, str]:
-    """First object, relation, second object of a prompt. Raises ValueError if none of the relations is in it, or an object is missing."""
+    """First object, relation, second object of a prompt. Raises ValueError if it has none of the relations or lacks an object."""
     relation = next((words for words in relations if words in prompt.lower()), None)
     if relation is not None:
         first, _, second = prompt.lower().partition(relation)
@@ -118,7 +116,7 @@ def relation_in(prompt: str, relations: Sequence[str]) -> tuple[str, str, str]:
         if all(objects):
             return _bare(objects[0][0]), relation, _bare(objects[1][0])
     raise ValueError(
-        f'"{prompt}" says of no two objects how they lie: expected one of {", ".join(relations)} between them.\n'
+        f'"{prompt}" relates no two objects: expected one of {", ".join(relations)} between them.\n'
         "What to do: leave the prompt out of this category."
     )
 
@@ -143,8 +141,8 @@ def _shared(a: Box, b: Box) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def position_score(relation: str, first: Box, second: Box, size_px: tuple[int, int]) -> float:
-    """How well two boxes in a picture of this width and height stand in a 2D relation, in 0..1."""
+def position_score(relation: str, first: Box, second: Box, size_px: Sequence[int]) -> float:
+    """How well two boxes fit a 2D relation, in 0..1, in an image of these two sides."""
     scale = min(SHORTER_PX / min(size_px), LONGER_PX / max(size_px))
     apart = [scale * ((first[axis] + first[axis + 2]) - (second[axis] + second[axis + 2])) / 2 for axis in (0, 1)]
     if relation in BESIDE:
@@ -159,7 +157,7 @@ def position_score(relation: str, first: Box, second: Box, size_px: tuple[int, i
 
 
 def depth_score(relation: str, first: Box, second: Box, nearness_HW: np.ndarray) -> float:
-    """How well two boxes stand in a 3D relation, in 0..1: they must overlap, and the right one be nearer (larger in the map)."""
+    """How well two boxes fit a 3D relation, in 0..1: they must overlap, and the right one must be nearer (larger in the map)."""
     shared = overlap(first, second)
     difference = _mean_within(nearness_HW, first) - _mean_within(nearness_HW, second)
     right = difference > 0 if relation in IN_FRONT else difference < 0 if relation in BEHIND else False
@@ -173,15 +171,15 @@ def _mean_within(map_HW: np.ndarray, box: Box) -> float:
 
 
 def labels_for(name: str) -> list[str]:
-    """What a detector may call an object of a prompt: by its whole name, else by the last word of it ("a red bird" is a bird), else by
-    COCO's word for it."""
+    """Labels that a detector may give an object of a prompt: its complete name, else its last word ("a red bird" is a bird), else COCO's
+    word."""
     last = name.rpartition(" ")[2]
     names = [OTHER_NAMES.get(last, name), OTHER_NAMES.get(last, last), ALSO_CALLED.get(last)]
     return list(dict.fromkeys(filter(None, names)))
 
 
 def _found(name: str, detections: Sequence[Detection], loosely: bool) -> Detection | None:
-    """The surest detection of an object; loosely, a label that contains its name will do."""
+    """The most confident detection of an object; loosely, a label that contains its name counts."""
     for wanted in labels_for(name):
         fits = [one for one in detections if (wanted in one.label if loosely else wanted == one.label)]
         if fits:
@@ -189,8 +187,8 @@ def _found(name: str, detections: Sequence[Detection], loosely: bool) -> Detecti
     return None
 
 
-def spatial_score(prompt: str, detections: Sequence[Detection], size_px: tuple[int, int]) -> float:
-    """The benchmark's 2D score of one picture in 0..1; below one half it counts as none. Raises ValueError if there is no relation."""
+def spatial_score(prompt: str, detections: Sequence[Detection], size_px: Sequence[int]) -> float:
+    """The benchmark's 2D score of one image in 0..1; below one half it counts as none. Raises ValueError if there is no relation."""
     first, relation, second = relation_in(prompt, RELATIONS_2D)
     a, b = (_found(name, detections, loosely=False) for name in (first, second))
     position = position_score(relation, a.box, b.box, size_px) if a and b else 0.0
@@ -199,7 +197,7 @@ def spatial_score(prompt: str, detections: Sequence[Detection], size_px: tuple[i
 
 
 def spatial_3d_score(prompt: str, detections: Sequence[Detection], nearness_HW: np.ndarray) -> float:
-    """The benchmark's 3D score of one picture in 0..1. Raises ValueError if the prompt has no such relation."""
+    """The benchmark's 3D score of one image in 0..1. Raises ValueError if the prompt has no such relation."""
     first, relation, second = relation_in(prompt, RELATIONS_3D)
     a, b = (_found(name, detections, loosely=True) for name in (first, second))
     return _quarters(a, b) + (depth_score(relation, a.box, b.box, nearness_HW) / 2 if a and b else 0.0)
@@ -222,7 +220,7 @@ def counted_objects(prompt: str) -> list[tuple[int, str]]:
 
 
 def singular(name: str) -> str:
-    """An English noun's singular by rule, for names of things that pictures show; words before it stay as they are."""
+    """An English noun's singular by rule, for names of things; words before it are unchanged."""
     before, space, word = name.rpartition(" ")
     if word in IRREGULAR:
         word = IRREGULAR[word]
@@ -236,7 +234,7 @@ def singular(name: str) -> str:
 
 
 def without_doubles(detections: Sequence[Detection]) -> list[Detection]:
-    """Detections of one label whose boxes are nearly the same, or one inside the other, count once: the surest."""
+    """Detections of one label whose boxes are nearly the same, or one inside the other, count once: the most confident."""
     kept: list[Detection] = []
     for detection in sorted(detections, key=lambda detection: -detection.confidence):
         if not any(detection.label == other.label and _nearly_same(detection.box, other.box) for other in kept):
@@ -245,13 +243,13 @@ def without_doubles(detections: Sequence[Detection]) -> list[Detection]:
 
 
 def _nearly_same(a: Box, b: Box) -> bool:
-    """Counted in whole pixels, both edges included, as in the benchmark."""
+    """In pixels, both edges included, as in the benchmark."""
     a, b = ((box[0], box[1], box[2] + 1, box[3] + 1) for box in (a, b))
     return max(overlap(a, b), _shared(a, b) / _area(a), _shared(a, b) / _area(b)) > SAME_OBJECT
 
 
 def numeracy_score(prompt: str, detections: Sequence[Detection]) -> float:
-    """The benchmark's score of the numbers of objects in one picture, in 0..1. Raises ValueError if the prompt counts nothing."""
+    """The benchmark's score of the numbers of objects in one image, in 0..1. Raises ValueError if the prompt counts nothing."""
     asked = counted_objects(prompt)
     if not asked:
         raise ValueError(
@@ -263,7 +261,7 @@ def numeracy_score(prompt: str, detections: Sequence[Detection]) -> float:
 
 
 def _count_score(number: int, name: str, labels: Sequence[str]) -> float:
-    """Half for an object that is there, half for the right number; labels that contain its name will do if none is its name."""
+    """Half for presence, half for the right count; labels that contain the name count if none equals it."""
     for wanted in labels_for(name):
         count = labels.count(wanted) or sum(wanted in label for label in labels)
         if count:

@@ -1,4 +1,4 @@
-"""Judges of T2I-CompBench from Hugging Face folders on this machine: BLIP-VQA, a detector of objects, an estimator of depth."""
+"""Judges of T2I-CompBench from Hugging Face folders: BLIP-VQA, an object detector, a depth estimator."""
 
 # L tokens, D width
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,28 +22,8 @@ LEAST_CONFIDENCE = 0.5  # the benchmark's
 LONGEST_QUESTION = 35
 
 
-class Detector(Protocol):
-    """Anything that finds objects; its name goes into the metric's."""
-
-    name: str
-
-    def detect(self, image: np.ndarray) -> list[Detection]:
-        """The objects in an RGB picture, uint8 [H,W,3]."""
-        ...
-
-
-class DepthEstimator(Protocol):
-    """Anything that sees how near things are."""
-
-    name: str
-
-    def nearness(self, image: np.ndarray) -> np.ndarray:
-        """How near each pixel of an RGB picture is [H,W], larger is nearer, in no unit."""
-        ...
-
-
 class BlipVqa:
-    """BLIP for visual question answering, asked as the benchmark asks it."""
+    """BLIP for visual question answering, with the benchmark's questions."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         import transformers
@@ -59,15 +39,15 @@ class BlipVqa:
         """The share of "yes" among "yes" and "no" as the answer's first word, to each phrase with a question mark."""
         if not phrases:
             return []
-        pixels = self._processor.image_processor(_picture(image), return_tensors="pt").to(self._device)
+        pixels = self._processor.image_processor(_pil(image), return_tensors="pt").to(self._device)
         with torch.no_grad():
             seen_1LD = self._model.vision_model(pixel_values=pixels["pixel_values"]).last_hidden_state
-            # One by one: transformers' decoder lets the padding of a shorter question through (5.23: shares off by 0.005).
+            # One at a time: transformers' decoder attends to the padding of a shorter question (5.23: shares off by 0.005).
             return [self._yes(seen_1LD, f"{phrase}?") for phrase in phrases]
 
     def _yes(self, seen_1LD: torch.Tensor, question: str) -> float:
         ids_1L = self._processor.tokenizer(question, truncation=True, max_length=LONGEST_QUESTION, return_tensors="pt").input_ids
-        # BLIP was trained with a sign of its own before a question, the one after that before an answer; transformers leaves BERT's there.
+        # BLIP was trained with a special token before questions and another before answers; transformers keeps BERT's.
         ids_1L[:, 0] = self._start + 1
         question_1LD = self._model.text_encoder(
             input_ids=ids_1L.to(self._device), encoder_hidden_states=seen_1LD, return_dict=True
@@ -77,18 +57,18 @@ class BlipVqa:
         return float(answer.logits[0, 0, self._yes_no].double().softmax(dim=0)[0])
 
     def score(self, image: np.ndarray, phrases: Sequence[str]) -> float:
-        """The benchmark's score of a picture for a prompt of these phrases."""
+        """The benchmark's score of an image for a prompt of these phrases."""
         return attribute_score(self.probabilities_of_yes(image, phrases))
 
 
-def _picture(image: np.ndarray) -> Any:
+def _pil(image: np.ndarray) -> Any:
     from PIL import Image
 
     return Image.fromarray(checked_images(image[None])[0])
 
 
 class TransformersDetector:
-    """A detector with a list of labels (YOLOS, DETR, RT-DETR ...)."""
+    """A detector with a list of labels (YOLOS, DETR, RT-DETR)."""
 
     def __init__(self, folder: Path, device: str = "cpu", least_confidence: float = LEAST_CONFIDENCE) -> None:
         import transformers
@@ -100,8 +80,8 @@ class TransformersDetector:
         self.name = folder.name
 
     def detect(self, image: np.ndarray) -> list[Detection]:
-        """The objects in an RGB picture, uint8 [H,W,3], of which the detector is sure enough."""
-        inputs = self._processor(_picture(image), return_tensors="pt").to(self._device)
+        """The objects in an RGB image, uint8 [H, W, 3], of which the detector is confident enough."""
+        inputs = self._processor(_pil(image), return_tensors="pt").to(self._device)
         with torch.no_grad():
             found = self._model(**inputs)
         [seen] = self._processor.post_process_object_detection(found, threshold=self._least, target_sizes=[image.shape[:2]])
@@ -123,8 +103,8 @@ class TransformersDepth:
         self.name = folder.name
 
     def nearness(self, image: np.ndarray) -> np.ndarray:
-        """How near each pixel of an RGB picture, uint8 [H,W,3], is: [H,W] float32, larger is nearer."""
-        inputs = self._processor(_picture(image), return_tensors="pt").to(self._device)
+        """How near each pixel of an RGB image, uint8 [H, W, 3], is: [H,W] float32, larger is nearer."""
+        inputs = self._processor(_pil(image), return_tensors="pt").to(self._device)
         with torch.no_grad():
             depth_1HW = self._model(**inputs).predicted_depth
         enlarged = torch.nn.functional.interpolate(depth_1HW[None], size=image.shape[:2], mode="bilinear", align_corners=True)

@@ -1,4 +1,4 @@
-"""What a text encoder costs in ComfyUI: parameters, bytes, and the time to load it, to encode, and to change the prompt."""
+"""The cost of a text encoder in ComfyUI: parameters, bytes, and the time to load it, to encode, and to change the prompt."""
 
 from __future__ import annotations
 
@@ -8,36 +8,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..encoder.files import Progress
 from ..encoder.prompt_length import t5_tokens
-from .annotate import table_picture
+from ..runtime.progress import Progress
+from .annotate import table_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Found = TypeVar("Found")
-HEADING = ("encoder", "parameters", "weights", "tokens", "runs on", "rests on", "load", "encode", "prompt change")
+HEADING = ("encoder", "parameters", "weights", "tokens", "runs on", "kept on", "load", "encode", "prompt change")
 EVERYTHING = 1e30  # bytes
 
 
 @dataclass(frozen=True)
 class Cost:
-    """An encoder by name; how many numbers it holds, in how many bytes; T5 tokens of the prompt, padding included; where it runs and rests;
-    seconds of each repetition."""
+    """An encoder's name; parameters and their bytes; T5 tokens of the prompt, padding included; devices; seconds of each repetition."""
 
     name: str
     parameters: int
     resident_bytes: int
     tokens: int
     runs_on: str
-    rests_on: str
+    kept_on: str
     load_s: tuple[float, ...]
     encode_s: tuple[float, ...]
     prompt_change_s: tuple[float, ...]
 
 
 def encoder_name(clip: Any) -> str:
-    """What a CLIP is, as short as can be: the size of a distilled T5, else the host's names of its parts."""
+    """A short name for a CLIP: the size of a distilled T5, else ComfyUI's names of its parts."""
     model = clip.cond_stage_model
     layout = getattr(model, "layout", None)
     if layout is not None:
@@ -46,39 +45,39 @@ def encoder_name(clip: Any) -> str:
 
 
 def different_names(names: Sequence[str]) -> list[str]:
-    """The names, numbered where one comes again."""
+    """The names, numbered where one repeats."""
     return [name if name not in names[:place] else f"{name} ({names[: place + 1].count(name)})" for place, name in enumerate(names)]
 
 
 def measure(clip: Any, name: str, prompt: str, repeats: int, progress: Progress | None = None) -> Cost:
     """Measure a CLIP of ComfyUI; `progress(done, total)` may raise to cancel. Other models stay where they are.
 
-    load: from where the encoder rests to where it runs. encode: from the prompt to its conditioning, the encoder being in place; one that
-    is not counted comes first. prompt change: both in one, as after a picture has been sampled.
+    load: from the device that keeps the encoder to the one that runs it. encode: from the prompt to its conditioning, with the encoder
+    loaded; an uncounted one comes first. prompt change: both together, as after sampling an image.
     """
 
     def encode() -> None:
         clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
     tokens, patcher = len(t5_tokens(clip.tokenize(prompt))), clip.patcher
-    told, device = progress or (lambda _done, _total: None), patcher.load_device
+    report, device = progress or (lambda _done, _total: None), patcher.load_device
     kinds: list[tuple[Callable[[], Any], bool]] = [(clip.load_model, True), (encode, False), (encode, True)]
     times, total = [list[float]() for _ in kinds], len(kinds) * repeats
-    told(0, total)
+    report(0, total)
     encode()
     for done in range(total):
         kind = done % len(kinds)
-        action, from_rest = kinds[kind]
-        if from_rest:
-            put_to_rest(clip)
+        action, unloaded = kinds[kind]
+        if unloaded:
+            unload(clip)
         times[kind].append(timed(action, device)[0])
-        told(done + 1, total)
+        report(done + 1, total)
     sizes = (sum(weight.numel() for weight in clip.cond_stage_model.parameters()), patcher.model_size(), tokens)
     return Cost(name, *sizes, str(patcher.load_device), str(patcher.offload_device), *map(tuple, times))
 
 
 def timed(action: Callable[[], Found], device: Any) -> tuple[float, Found]:
-    """Seconds by the clock that an action takes, what it leaves to the device included, and what it gives."""
+    """Wall-clock seconds of an action, work queued on the device included, and its result."""
     import torch
 
     def wait() -> None:
@@ -92,8 +91,8 @@ def timed(action: Callable[[], Found], device: Any) -> tuple[float, Found]:
     return time.perf_counter() - start, result
 
 
-def put_to_rest(clip: Any) -> None:
-    """Take an encoder off the device that it runs on, and nothing else."""
+def unload(clip: Any) -> None:
+    """Unload an encoder, and nothing else, from the device that it runs on."""
     import comfy.model_management
 
     others = [loaded for loaded in comfy.model_management.current_loaded_models if loaded.model is not clip.patcher]
@@ -101,12 +100,12 @@ def put_to_rest(clip: Any) -> None:
 
 
 def rows(costs: Sequence[Cost]) -> list[list[str]]:
-    """A heading and a line for each encoder."""
+    """A heading and a row for each encoder."""
     return [list(HEADING), *(_row(cost) for cost in costs)]
 
 
 def _row(cost: Cost) -> list[str]:
-    from statistics import median  # ComfyUI does not import it, so its start need not
+    from statistics import median  # ComfyUI does not import it at its start
 
     times = (cost.load_s, cost.encode_s, cost.prompt_change_s)
     return [
@@ -115,24 +114,24 @@ def _row(cost: Cost) -> list[str]:
         f"{cost.resident_bytes / 1e6:,.1f} MB",
         str(cost.tokens),
         cost.runs_on,
-        cost.rests_on,
+        cost.kept_on,
         *(f"{median(each):.3f} s ({min(each):.3f} to {max(each):.3f})" for each in times),
     ]
 
 
 def notes(costs: Sequence[Cost]) -> list[str]:
-    """What the numbers are, and where they were measured."""
-    stays = [cost.name for cost in costs if cost.runs_on == cost.rests_on]
+    """What the numbers mean, and where they were measured."""
+    stays = [cost.name for cost in costs if cost.runs_on == cost.kept_on]
     lines = [
         f"Medians of {len(costs[0].encode_s)} (least to most) on {machine(costs)}. tokens: the prompt's for T5, padding included.",
-        "weights: bytes of all parts, CLIP-L included. load: from where it rests to where it runs; its file was read before, not counted.",
-        "encode: prompt to conditioning with the encoder in place. prompt change: load and encode, as after a picture was sampled.",
+        "weights: bytes of all parts, CLIP-L included. load: from the device that keeps it to the one that runs it; no file is read.",
+        "encode: prompt to conditioning with the encoder loaded. prompt change: load and encode, as after sampling an image.",
     ]
-    return lines + ([f"No load to speak of, as it rests where it runs: {', '.join(stays)}."] if stays else [])
+    return lines + ([f"Kept on the device that runs it, so there is nothing to load: {', '.join(stays)}."] if stays else [])
 
 
 def machine(costs: Sequence[Cost]) -> str:
-    """The devices by name, and torch's version."""
+    """The devices' names, and torch's version."""
     import torch
 
     kinds = sorted({cost.runs_on for cost in costs})
@@ -148,6 +147,6 @@ def text_table(costs: Sequence[Cost]) -> str:
     return "\n".join([*("| " + " | ".join(line) + " |" for line in table), "", *notes(costs)])
 
 
-def picture_table(costs: Sequence[Cost]) -> Image.Image:
-    """The same as a picture."""
-    return table_picture(rows(costs), notes(costs))
+def image_table(costs: Sequence[Cost]) -> Image.Image:
+    """The same table as an image."""
+    return table_image(rows(costs), notes(costs))

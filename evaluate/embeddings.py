@@ -1,4 +1,4 @@
-"""Whether an encoder's pooled embeddings have collapsed, and the map of them as in Figure 6 of arXiv:2503.19897."""
+"""Whether an encoder's pooled embeddings have collapsed, and their map as in Figure 6 of arXiv:2503.19897."""
 
 # N prompts, D width of a pooled embedding
 
@@ -15,28 +15,29 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAP_PX, DPI = 768, 96
-PERPLEXITY = 30.0  # scikit-learn's own choice; a smaller set allows less
+PERPLEXITY = 30.0  # scikit-learn's default; a smaller set allows less
 COLOURS = ("#1f6fb4", "#d9541e", "#2e8b57", "#8b4fa8")
 MARKS = ("o", "^", "s", "D")
 
 
 def checked_points(x_ND: np.ndarray, at_least: int, what: str) -> np.ndarray:
-    """The embeddings as float64. Raises ValueError if they are no finite [N,D] with enough of them."""
+    """The embeddings as float64. Raises ValueError unless they are finite, [N, D], and enough."""
     x = np.asarray(x_ND, dtype=np.float64)
     if x.ndim != 2 or len(x) < at_least or not x.shape[1]:
         raise ValueError(
-            f"{what} needs at least {at_least} embeddings, [N, D]; {list(x.shape)} came.\nWhat to do: give {at_least} prompts or more."
+            f"{what} needs at least {at_least} embeddings, [N, D]: got {list(x.shape)}.\nWhat to do: give {at_least} prompts or more."
         )
     if not np.isfinite(x).all():
         bad = int((~np.isfinite(x).all(axis=1)).sum())
         raise ValueError(
-            f"{what} needs finite embeddings; {bad} of {len(x)} hold NaN or infinity.\nWhat to do: see whether the encoder's file is whole."
+            f"{what} needs finite embeddings: {bad} of {len(x)} have NaN or infinity.\n"
+            "What to do: check that the encoder's file is complete."
         )
     return x
 
 
 def pooled(text_NLD: np.ndarray, mask_NL: np.ndarray | None = None) -> np.ndarray:
-    """The mean embedding of each prompt's tokens [N,D]; with a mask, of those where it is true, of which there must be one at least."""
+    """The mean embedding [N, D] of each prompt's tokens; with a mask, of those where it is true, at least one of each prompt."""
     if mask_NL is None:
         return text_NLD.mean(axis=1)
     weights_NL1 = np.asarray(mask_NL, dtype=text_NLD.dtype)[..., None]
@@ -44,7 +45,7 @@ def pooled(text_NLD: np.ndarray, mask_NL: np.ndarray | None = None) -> np.ndarra
 
 
 def pooled_distance(x_ND: np.ndarray) -> float:
-    """The mean Euclidean distance of all pairs. Raises ValueError for fewer than two embeddings."""
+    """The mean Euclidean distance over all pairs. Raises ValueError for fewer than two embeddings."""
     x = checked_points(x_ND, 2, "A mean distance")
     return float(np.mean([np.linalg.norm(x[i + 1 :] - x[i], axis=1).sum() for i in range(len(x) - 1)]) * 2 / len(x))
 
@@ -52,7 +53,7 @@ def pooled_distance(x_ND: np.ndarray) -> float:
 def effective_rank(x_ND: np.ndarray) -> float:
     """exp of the entropy of the singular values' shares, of the embeddings about their mean (Roy and Vetterli 2007).
 
-    1 if all lie on one line, D if they fill all directions alike, 0 if they are all the same. Raises ValueError for fewer than two.
+    1 if all are on one line, D if they fill all directions equally, 0 if they are all equal. Raises ValueError for fewer than two.
     """
     x = checked_points(x_ND, 2, "An effective rank")
     singular = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)
@@ -64,7 +65,7 @@ def effective_rank(x_ND: np.ndarray) -> float:
 
 
 def tsne(x_ND: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The embeddings' t-SNE map [N,2] by scikit-learn, the same for the same seed (van der Maaten and Hinton 2008).
+    """The embeddings' t-SNE map [N, 2] by scikit-learn, the same for the same seed (van der Maaten and Hinton 2008).
 
     Raises ValueError for fewer than three embeddings, or without scikit-learn.
     """
@@ -76,12 +77,12 @@ def tsne(x_ND: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def joint_tsne(embeddings: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
-    """One t-SNE map of several encoders' embeddings, each [N,D] with one D: their points by name. Raises ValueError if D differs."""
+    """One t-SNE map of several encoders' embeddings, each [N, D]: their points by name. Raises ValueError if D differs."""
     widths = {name: np.shape(x_ND)[-1] for name, x_ND in embeddings.items()}
     if len(set(widths.values())) != 1:
         given = ", ".join(f"{name} {width}" for name, width in widths.items())
         raise ValueError(
-            f"Encoders on one map must give text of one width; these give: {given or 'nothing'}.\n"
+            f"Encoders on one map must have the same text width: got {given or 'none'}.\n"
             "What to do: connect encoders for the same diffusion model, or one of them alone."
         )
     starts = np.cumsum([len(x_ND) for x_ND in embeddings.values()])[:-1]
@@ -89,11 +90,11 @@ def joint_tsne(embeddings: Mapping[str, np.ndarray], seed: int = 0) -> dict[str,
 
 
 def map_image(points: Mapping[str, np.ndarray], title: str = "") -> Image.Image:
-    """A picture of one or two encoders' points by name, each [N,2], on one plot. Raises ValueError without matplotlib."""
+    """An image of one or two encoders' points by name, each [N, 2], on one plot. Raises ValueError without matplotlib."""
     from PIL import Image
 
     if not 1 <= len(points) <= len(COLOURS):
-        raise ValueError(f"A map shows 1 to {len(COLOURS)} encoders; {len(points)} came.\nWhat to do: leave some out.")
+        raise ValueError(f"A map shows 1 to {len(COLOURS)} encoders: got {len(points)}.\nWhat to do: leave some out.")
     figures = needed("matplotlib.figure", "matplotlib", "A map of embeddings")
     canvases = needed("matplotlib.backends.backend_agg", "matplotlib", "A map of embeddings")
     figure = figures.Figure(figsize=(MAP_PX / DPI, MAP_PX / DPI), dpi=DPI, layout="constrained")

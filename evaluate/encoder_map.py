@@ -1,4 +1,4 @@
-"""Prompts as one or two encoders see them: a map of their pooled embeddings (Figure 6 of arXiv:2503.19897), and whether they collapsed."""
+"""One map of the pooled embeddings of one or two encoders (Figure 6 of arXiv:2503.19897), and whether they collapsed."""
 
 # N prompts, L tokens, D width of an embedding
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LEAST_PROMPTS = 5
-# scikit-learn takes no larger seed.
+# scikit-learn accepts no larger seed.
 SEEDS = 2**32
 
 
 def prompts_of(text: str) -> list[str]:
-    """The different prompts of a text, one on each line. Raises ValueError if they are too few for a map."""
+    """The distinct prompts of a text, one per line. Raises ValueError if they are too few for a map."""
     prompts = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
     if len(prompts) < LEAST_PROMPTS:
         raise ValueError(
-            f"A map needs at least {LEAST_PROMPTS} different prompts, one on each line; {len(prompts)} came.\n"
-            "What to do: write more prompts; some hundred make a good map."
+            f"A map needs at least {LEAST_PROMPTS} different prompts, one on each line: got {len(prompts)}.\n"
+            "What to do: write more prompts; a few hundred make a good map."
         )
     return prompts
 
@@ -44,10 +44,10 @@ def pooled_prompts(clip: Any, prompts: Sequence[str], progress: Callable[[int], 
     return np.stack(found)
 
 
-def together(embeddings: Mapping[str, np.ndarray], seed: int = 0) -> tuple[Image.Image, str]:
+def joint_map(embeddings: Mapping[str, np.ndarray], seed: int = 0) -> tuple[Image.Image, str]:
     """All encoders' points on one map, and how far each has collapsed. Raises ValueError if their widths differ."""
-    picture = map_image(joint_tsne(embeddings, seed % SEEDS), "t-SNE of pooled prompts")
-    return picture, "\n".join(f"{name}: {collapse(each)}" for name, each in embeddings.items())
+    image = map_image(joint_tsne(embeddings, seed % SEEDS), "t-SNE of pooled prompts")
+    return image, "\n".join(f"{name}: {collapse(each)}" for name, each in embeddings.items())
 
 
 def collapse(x_ND: np.ndarray) -> str:

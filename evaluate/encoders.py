@@ -1,4 +1,4 @@
-"""The text encoders of an evaluation: found, named, told apart, loaded through ComfyUI, and asked for texts."""
+"""The text encoders of an evaluation: found, checked, loaded into ComfyUI, and used on prompts."""
 
 # L text tokens, D text width, P pooled width
 
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from ..encoder.files import open_student
+from ..encoder.prompt_length import is_padding, t5_tokens
 from ..encoder.teacher import Teacher, literal, load_teacher
+from ..families.family import Family
 from ..runtime.comfyui import model_file
 from ..runtime.errors import StudentFileError
-from .fingerprint import fingerprint
+from .provenance import fingerprint
 from .suite import Suite
 
 NO_CLIP_L = "none"
 NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]+")
-PAD = 0
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class EncoderFile:
     clip_l: Path | None
 
     def made_of(self) -> dict[str, str]:
-        """What tells it apart from every other encoder."""
+        """What distinguishes it from every other encoder."""
         return {"encoder": fingerprint(self.path), "clip_l": NO_CLIP_L if self.clip_l is None else fingerprint(self.clip_l)}
 
 
@@ -44,23 +45,12 @@ def find_encoders(suite: Suite, students: Sequence[str]) -> list[EncoderFile]:
     Raises ValueError for a file that is not there.
     """
     clip_l = None if suite.teacher.clip_l == NO_CLIP_L else model_file(suite.teacher.clip_l, "text_encoders")
-    paths = dict.fromkeys(_found(name) for name in (suite.teacher.t5, *suite.students, *students))
-    names = _names(paths)
-    return [EncoderFile(name, path, _clip_l_of(path, clip_l)) for name, path in zip(names, paths, strict=True)]
-
-
-def _found(name: str) -> Path:
-    path = model_file(name, "text_encoders")
-    if path.suffix.lower() == ".gguf":
-        raise ValueError(
-            f"{path.name} is a GGUF file, which ComfyUI itself does not load.\n"
-            "What to do: compare with the fp8 file of the same encoder, which has about the size of Q8_0."
-        )
-    return path
+    paths = dict.fromkeys(model_file(name, "text_encoders") for name in (suite.teacher.t5, *suite.students, *students))
+    return [EncoderFile(name, path, _clip_l_of(path, clip_l)) for name, path in zip(_names(paths), paths, strict=True)]
 
 
 def _names(paths: Iterable[Path]) -> list[str]:
-    """The files' names without ending, as folders may be called; those that are alike are numbered."""
+    """The files' names without ending, as names of folders; equal ones are numbered."""
     names: list[str] = []
     for path in paths:
         stem = NOT_IN_NAMES.sub("_", path.stem).strip(".") or "encoder"
@@ -73,17 +63,43 @@ def _names(paths: Iterable[Path]) -> list[str]:
 
 
 def _clip_l_of(path: Path, clip_l: Path | None) -> Path | None:
-    """The CLIP-L beside an encoder: none if it was trained with zeros in the place of the pooled vector."""
+    """The CLIP-L beside an encoder: none if it was trained with zeros for the pooled vector."""
     try:
         return None if open_student(path).metadata.pooled == "zero" else clip_l
-    except StudentFileError:
-        # A T5-XXL, or a file that loading will refuse with reasons.
+    except StudentFileError:  # a T5-XXL, or a file that `check_encoders` refuses
         return clip_l
+
+
+def check_encoders(encoders: Sequence[EncoderFile], width: int, model: str, family: Family) -> None:
+    """Check every file's header and its text width, before any image is generated. Raises ValueError that lists all that do not fit."""
+    problems = [problem for encoder in encoders if (problem := _problem(encoder.path, width, model, family))]
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise ValueError(
+            f"Not all encoders can be compared:\n{listed}\n"
+            "What to do: name complete encoder files made for this diffusion model, in teacher.t5, in students or with --student."
+        )
+
+
+def _problem(path: Path, width: int, model: str, family: Family) -> str | None:
+    if path.suffix.lower() == ".gguf":
+        return f"{path.name} is a GGUF file, which ComfyUI itself does not load; its fp8 file has about the size of Q8_0."
+    try:
+        found = open_student(path).layout.output_width
+    except StudentFileError as error:
+        if "DualCLIPLoader" not in error.remedy:  # what is said of a T5-XXL
+            return error.problem
+        try:
+            check_large(path, family)
+        except ValueError as incomplete:
+            return str(incomplete).partition("\n")[0]
+        found = family.text_width
+    return None if found == width else f"{path.name} gives text of width {found}, but {model} takes {width}."
 
 
 @dataclass(frozen=True)
 class Text:
-    """What an encoder says about a prompt, on the CPU: embeddings [1, L, D], pooled vector [1, P], and the prompt's own tokens of L."""
+    """An encoded prompt, on the CPU: embeddings [1, L, D], pooled vector [1, P], and how many of L are the prompt's own tokens."""
 
     text_1LD: Tensor
     pooled_1P: Tensor
@@ -95,40 +111,20 @@ class LoadedEncoder:
 
     def __init__(self, file: EncoderFile, teacher: Teacher) -> None:
         self.file = file
-        self.teacher = teacher
+        self.clip: Any = teacher.clip
 
     @classmethod
     def load(cls, file: EncoderFile) -> LoadedEncoder:
-        """The encoder of a file. Raises ValueError for one that is neither a T5-XXL nor a distilled T5, or not whole."""
+        """The encoder of a file. Raises ValueError for one that is neither a T5-XXL nor a distilled T5, or incomplete."""
         return cls(file, load_teacher(file.path, file.clip_l))
-
-    @property
-    def clip(self) -> Any:
-        """The host's CLIP."""
-        return self.teacher.clip
 
     @torch.no_grad()
     def text(self, prompt: str) -> Text:
-        """A prompt by itself, as CLIP Text Encode gives it; it is taken literally, without weights."""
+        """A single prompt as CLIP Text Encode encodes it, taken literally, without weights."""
         tokens = self.clip.tokenize(literal(prompt))
         [(text_1LD, extras)] = self.clip.encode_from_tokens_scheduled(tokens)
-        own = sum(1 for token in tokens["t5xxl"][0] if token[0] != PAD)
+        own = sum(not is_padding(token) for token in t5_tokens(tokens))
         return Text(text_1LD.float().cpu(), extras["pooled_output"].float().cpu(), own)
-
-    @classmethod
-    def fitting(cls, file: EncoderFile, width: int, model: str) -> LoadedEncoder:
-        """The encoder of a file, once it is seen that its texts are as wide as the diffusion model takes them. Raises ValueError."""
-        encoder = cls.load(file)
-        encoder._check_width(width, model)
-        return encoder
-
-    def _check_width(self, width: int, model: str) -> None:
-        found = self.text("a").text_1LD.shape[-1]
-        if found != width:
-            raise ValueError(
-                f"{self.file.path.name} gives text of width {found}, but {model} takes {width}.\n"
-                "What to do: name an encoder that was made for this diffusion model."
-            )
 
 
 def together(texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
@@ -136,9 +132,9 @@ def together(texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
     return torch.cat([text.text_1LD for text in texts]), torch.cat([text.pooled_1P for text in texts])
 
 
-def of_one_length(texts: Sequence[Text]) -> list[list[int]]:
-    """Places of the texts in groups that can be put together: a prompt beyond the padded length is longer than the others."""
-    groups: dict[int, list[int]] = {}
-    for place, text in enumerate(texts):
-        groups.setdefault(text.text_1LD.shape[1], []).append(place)
+def by_length(*texts_of_encoders: Sequence[Text]) -> list[list[int]]:
+    """Places of the prompts in groups whose texts can be batched: a prompt beyond the padded length is longer than the others."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, texts in enumerate(zip(*texts_of_encoders, strict=True)):
+        groups.setdefault(tuple(text.text_1LD.shape[1] for text in texts), []).append(place)
     return list(groups.values())

@@ -1,103 +1,119 @@
-"""Painting what is missing: encoder by encoder, in batches that every run makes alike."""
+"""Generating images: encoder by encoder, what is missing, in batches that are the same in every run."""
+
+# B images, C H W latent, L text tokens, D text width, P pooled width
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
+import comfy.sample
 import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
-from ..runtime.ranks import Ranks
-from .encoders import EncoderFile, LoadedEncoder, Text, of_one_length, together
-from .painter import Painter
+from ..diffusion.denoise import OnStep, denoise
+from ..diffusion.frozen import FrozenModel
+from .encoders import LoadedEncoder, Text, by_length, together
+from .processes import Processes
 from .questions import Question
-from .store import PictureFolder, batches, share_of_rank
+from .store import ImageFolder, missing_batches
+from .suite import SamplingPart
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-# Prompts that an encoder encodes in a row before the diffusion model paints them; held in RAM, 4.2 MB each at 256 tokens of Flux.
+# Prompts that an encoder encodes in a row before the diffusion model runs; held in RAM, 4.2 MB each at 256 tokens of Flux.
 CHUNK_PROMPTS = 128
 # As ComfyUI's Save Image writes them.
 PNG_LEVEL = 4
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A batch that is still to be painted, and where its pictures go."""
+class ImageGenerator:
+    """A diffusion model and its VAE: for each prompt and seed the image that stock nodes make of it alone, many at once."""
 
-    folder: PictureFolder
+    def __init__(self, model: FrozenModel, vae: Any, sampling: SamplingPart) -> None:
+        self.model = model
+        self.vae = vae
+        self.sampling = sampling
+
+    @torch.no_grad()
+    def images(self, text_BLD: Tensor, pooled_BP: Tensor, seeds: Sequence[int]) -> np.ndarray:
+        """Images [B, H, W, 3] from 0 to 1 of encoded prompts."""
+        return self.vae.decode(self.latents(text_BLD, pooled_BP, seeds)).float().cpu().numpy()
+
+    def latents(self, text_BLD: Tensor, pooled_BP: Tensor, seeds: Sequence[int], on_step: OnStep | None = None) -> Tensor:
+        """Latents [B, C, H, W] at the end of the sampling."""
+        noise = self.noise(seeds)
+        self.model.load_for_sampling(noise.shape)
+        sigmas_T = self.model.sigmas(self.sampling.steps)
+        return denoise(self.model, noise, sigmas_T, text_BLD.to(self.model.device), self.extras(pooled_BP), on_step=on_step)
+
+    def extras(self, pooled_BP: Tensor) -> dict[str, Any]:
+        """What stands beside the text in a conditioning entry."""
+        extras: dict[str, Any] = {"pooled_output": pooled_BP.to(self.model.device)}
+        return extras if self.sampling.guidance is None else {**extras, "guidance": self.sampling.guidance}
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """The noise [B, C, H, W] that the stock KSampler starts from at each seed."""
+        empty = torch.zeros(1, *self.model.family.latent_shape(self.sampling.resolution_px))
+        return torch.cat([comfy.sample.prepare_noise(empty, seed) for seed in seeds])
+
+
+@dataclass(frozen=True)
+class MissingImages:
+    """A batch of images that are missing, and their folder."""
+
+    folder: ImageFolder
     questions: list[Question]
 
 
-def questions_sha256(questions: Sequence[Question]) -> str:
-    """What tells the prompts and seeds of a task apart from others."""
-    asked = [[question.prompt, question.seed] for question in questions]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+def missing_images(
+    folders: Mapping[str, ImageFolder], questions: Mapping[str, list[Question]], size: int, processes: Processes
+) -> list[MissingImages]:
+    """This process's share of the missing batches of all tasks. Rank 0 looks, so that all agree."""
+    ranks = processes.ranks
+    found = {task: missing_batches(len(asked), folders[task].present(), size) for task, asked in questions.items()} if ranks.is_main else {}
+    missing = [(task, batch) for task, indices in ranks.share(found).items() for batch in indices]
+    return [MissingImages(folders[task], [questions[task][index] for index in batch]) for task, batch in missing[ranks.rank :: ranks.world]]
 
 
-def left_to_paint(folders: Mapping[str, PictureFolder], questions: Mapping[str, list[Question]], size: int, ranks: Ranks) -> list[Batch]:
-    """This process's share of the batches that are not there, of all tasks. Rank 0 looks, so that all see the same."""
-    found = {task: batches(len(asked), folders[task].there(), size) for task, asked in questions.items()} if ranks.is_main else {}
-    found = ranks.share(found)
-    left = [(task, batch) for task, indices in found.items() for batch in indices]
-    mine = share_of_rank(left, ranks.rank, ranks.world)
-    return [Batch(folders[task], [questions[task][index] for index in batch]) for task, batch in mine]
-
-
-def paint_all(painter: Painter, load: Callable[[], LoadedEncoder], left: Sequence[Batch], bar: tqdm, stop: Callable[[], bool]) -> bool:
-    """Paint the batches; whether all are painted, or `stop` asked to leave. The encoder is loaded if there is anything to paint."""
-    if not left or stop():
-        return not left
+def generate_all(
+    generator: ImageGenerator, load: Callable[[], LoadedEncoder], missing: Sequence[MissingImages], bar: tqdm, stop: Callable[[], bool]
+) -> bool:
+    """Generate the batches; whether all are done, or `stop` asked to leave. The encoder is loaded if anything is missing."""
+    if not missing or stop():
+        return not missing
     encoder = load()
-    for chunk in _chunks(left):
+    at_once = max(1, CHUNK_PROMPTS // generator.sampling.batch)
+    for chunk in (missing[start : start + at_once] for start in range(0, len(missing), at_once)):
         texts = [[encoder.text(question.prompt) for question in batch.questions] for batch in chunk]
         for batch, texts_of_batch in zip(chunk, texts, strict=True):
             if stop():
                 return False
-            batch.folder.add(_painted(painter, batch.questions, texts_of_batch))
+            batch.folder.add(_png_files(generator, batch.questions, texts_of_batch))
             bar.update(len(batch.questions))
     return True
 
 
-def _chunks(left: Sequence[Batch]) -> Iterator[list[Batch]]:
-    chunk: list[Batch] = []
-    for batch in left:
-        if chunk and sum(len(one.questions) for one in (*chunk, batch)) > CHUNK_PROMPTS:
-            yield chunk
-            chunk = []
-        chunk.append(batch)
-    yield chunk
-
-
-def _painted(painter: Painter, questions: Sequence[Question], texts: Sequence[Text]) -> dict[int, bytes]:
+def _png_files(generator: ImageGenerator, questions: Sequence[Question], texts: Sequence[Text]) -> dict[int, bytes]:
     """The PNG files of a batch by index."""
-    painted: dict[int, bytes] = {}
-    for places in of_one_length(texts):
+    files: dict[int, bytes] = {}
+    for places in by_length(texts):
         group = [questions[place] for place in places]
-        pictures = painter.paint_batch(*together([texts[place] for place in places]), [question.seed for question in group])
-        painted |= {question.index: png(picture, question) for question, picture in zip(group, pictures, strict=True)}
-    return painted
+        images = generator.images(*together([texts[place] for place in places]), [question.seed for question in group])
+        files |= {question.index: png(image, question) for question, image in zip(group, images, strict=True)}
+    return files
 
 
-def png(picture: np.ndarray, question: Question) -> bytes:
-    """A picture [H, W, 3] from 0 to 1 as ComfyUI's Save Image writes it; prompt and seed stand in its text."""
+def png(image: np.ndarray, question: Question) -> bytes:
+    """An image [H, W, 3] from 0 to 1 as ComfyUI's Save Image writes it, with prompt and seed as its text."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    told = PngInfo()
-    told.add_text("prompt", question.prompt)
-    told.add_text("seed", str(question.seed))
+    info = PngInfo()
+    info.add_text("prompt", question.prompt)
+    info.add_text("seed", str(question.seed))
     content = io.BytesIO()
-    values = np.clip(255.0 * picture, 0, 255).astype(np.uint8)
-    Image.fromarray(values).save(content, "PNG", pnginfo=told, compress_level=PNG_LEVEL)
+    Image.fromarray(np.clip(255.0 * image, 0, 255).astype(np.uint8)).save(content, "PNG", pnginfo=info, compress_level=PNG_LEVEL)
     return content.getvalue()
-
-
-def made_of(encoder: EncoderFile, painter_is: Mapping[str, str], questions: Sequence[Question]) -> dict[str, str]:
-    """All that decides an encoder's pictures for a task."""
-    return {**encoder.made_of(), **painter_is, "prompts and seeds": questions_sha256(questions)}

@@ -1,34 +1,35 @@
-"""Networks of others, from files and folders on this machine only: never from a hub, never with a tensor left to chance."""
+"""Judges' networks from files and folders on this machine: never downloaded, never with a tensor left unset."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..encoder.files import SAFETENSORS, load_tensors
 from ..runtime.errors import listed, printable
+from ..runtime.weights import SAFETENSORS, load_tensors
 
 CONFIG, TOKENIZERS = "config.json", ("tokenizer.json", "vocab.json", "vocab.txt")
-FETCH = "fetch it whole, and give the path to where it lies"
+FETCH = "What to do: download all of it, and give the path to it:"
+# Nothing is downloaded, and no code of a folder is run.
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def load_file(path: Path, what: str, source: str) -> dict[str, Tensor]:
-    """A file's tensors by name, weights only. Raises ValueError that tells where the file is to be had."""
+    """A file's tensors by name; only tensors are read of it. Raises ValueError that says where to download the file."""
     if not path.is_file():
-        raise ValueError(f"{what} needs its weights, and there is no file {path}.\nWhat to do: {FETCH}: {source}")
+        raise ValueError(f"{what} needs its weights: there is no file {path}.\n{FETCH} {source}")
     if path.suffix.lower() in SAFETENSORS:
         return load_tensors(path)
+    import comfy.utils
+
     try:
-        # By its full name for the registry's scanner; weights_only: torch rebuilds tensors and plain containers, nothing else.
-        content = torch.serialization.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        said = printable(f"{type(error).__name__}: {error}".partition("\n")[0])
-        raise ValueError(f"{path} could not be read as plain weights.\nFound: {said}\nWhat to do: {FETCH}: {source}") from error
+        content = comfy.utils.load_torch_file(str(path), safe_load=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise ValueError(f"{path} is not a valid file of weights: {type(error).__name__}.\n{FETCH} {source}") from error
     if not isinstance(content, dict) or not content or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise ValueError(f"{path} holds no table of named tensors.\nWhat to do: {FETCH}: {source}")
+        raise ValueError(f"{path} is not a file of named tensors.\n{FETCH} {source}")
     return content
 
 
@@ -38,19 +39,17 @@ def frozen(module: Any, device: str) -> Any:
 
 
 def load_folder(model_class: Any, folder: Path, what: str, source: str) -> Any:
-    """A transformers model from a Hugging Face folder on this machine, whole, float32, on the CPU. Raises ValueError if it is not."""
+    """A transformers model from a Hugging Face folder, complete, float32, on the CPU. Raises ValueError if it is not complete."""
     _check_folder(folder, what, source)
     try:
-        model, found = model_class.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
+        model, found = model_class.from_pretrained(str(folder), output_loading_info=True, **LOCAL)
     except (OSError, ValueError, RuntimeError) as error:  # transformers raises each of them for a file that is missing or damaged
-        said = printable(str(error).strip().partition("\n")[0], 400)
-        raise ValueError(f"{folder} could not be loaded for {what}.\ntransformers says: {said}\nWhat to do: {FETCH}: {source}") from error
+        raise _not_loaded(folder, what, source, error) from error
     problems = [f"{name}: missing" for name in sorted(found["missing_keys"])]
     problems += [f"{name}: found {list(there)}, expected {list(wanted)}" for name, there, wanted in found["mismatched_keys"]]
     if problems:
         raise ValueError(
-            f"{folder} does not hold a whole {model_class.__name__}: {len(problems)} tensors differ.\n{listed(problems, 20)}\n"
-            f"What to do: {FETCH}: {source}"
+            f"{folder} is not a complete {model_class.__name__}: {len(problems)} tensors differ.\n{listed(problems, 20)}\n{FETCH} {source}"
         )
     return model.float()
 
@@ -59,18 +58,24 @@ def load_processor(processor_class: Any, folder: Path, what: str, source: str, r
     """What prepares the inputs of a model in the same folder: an image processor, with a tokenizer if it reads text."""
     _check_folder(folder, what, source)
     if reads_text and not any((folder / name).is_file() for name in TOKENIZERS):
-        # transformers would go on with a tokenizer that knows no word.
-        raise ValueError(f"{folder} lacks its tokenizer: expected {' or '.join(TOKENIZERS)}.\nWhat to do: {FETCH}: {source}")
+        # transformers would go on with a tokenizer that knows no words.
+        raise ValueError(f"{folder} lacks its tokenizer: expected {' or '.join(TOKENIZERS)}.\n{FETCH} {source}")
     try:
-        return processor_class.from_pretrained(str(folder), local_files_only=True)
+        return processor_class.from_pretrained(str(folder), **LOCAL)
     except (OSError, ValueError) as error:
-        said = printable(str(error).strip().partition("\n")[0], 400)
-        raise ValueError(
-            f"{folder} lacks files that {what} needs beside the weights.\ntransformers says: {said}\nWhat to do: {FETCH}: {source}"
-        ) from error
+        raise _not_loaded(folder, what, source, error) from error
+
+
+def _not_loaded(folder: Path, what: str, source: str, error: Exception) -> ValueError:
+    found = printable(str(error).strip().partition("\n")[0], 400)
+    if "weights_only" in str(error) or "trust_remote_code" in str(error):  # torch and transformers advise to run what is in the folder
+        found = "it needs code of its own to be run, which is never done here"
+    return ValueError(
+        f"{folder} could not be loaded for {what}: files are missing, damaged or of another kind.\nFound: {found}\n{FETCH} {source}"
+    )
 
 
 def _check_folder(folder: Path, what: str, source: str) -> None:
     if not (folder / CONFIG).is_file():
-        came = "it has no config.json" if folder.is_dir() else "there is no such folder"
-        raise ValueError(f"{what} reads a Hugging Face folder, and was given {folder}: {came}.\nWhat to do: {FETCH}: {source}")
+        found = "it has no config.json" if folder.is_dir() else "there is no such folder"
+        raise ValueError(f"{what} needs a Hugging Face folder, but got {folder}: {found}.\n{FETCH} {source}")

@@ -1,4 +1,4 @@
-"""One page on which a person looks through the pictures side by side: everything is inside, it asks no server for anything."""
+"""One page that shows the images side by side. Everything is inside it; it makes no network request."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import base64
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .intervals import Measured
+from .metrics import number_of
 from .questions import Question
-from .results import Report, Scores, Table, score_cell, shown, tables
+from .results import Report, Scores, Table, tables
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,36 +19,25 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
 PLACE = ">DATA<"
 JPEG_QUALITY = 85
-# Pictures of at most this side are shown enlarged, with their pixels as they are.
+# Images of at most this side are shown enlarged, without smoothing.
 SMALL_PX = 128
-# By task and student, what each picture loses against the teacher's.
+# By task and student, what each image loses against the teacher's.
 Lost = Mapping[str, Mapping[str, Sequence[float]]]
-# An encoder's name and a question to where its picture lies.
+# An encoder's name and a question to the image's file.
 FileOf = Callable[[str, Question], Path]
 
 
-@dataclass(frozen=True)
-class Notes:
-    """Where the numbers come from, which pictures were chosen, and whether they are so small that their pixels are shown."""
-
-    provenance: str
-    chosen: str
-    small: bool
-
-
-def page(report: Report, rows: Sequence[dict[str, Any]], maps: Mapping[str, Image.Image], notes: Notes) -> str:
-    """The page's HTML."""
+def page(report: Report, rows: Sequence[dict[str, Any]], maps: Mapping[str, Image.Image], notes: Mapping[str, Any]) -> str:
+    """The page's HTML. `notes`: provenance, the origin of the numbers; chosen, which images are shown; small, whether without smoothing."""
     data = {
         "title": f"Distilled T5: {report.suite}",
-        "provenance": notes.provenance,
-        "chosen": notes.chosen,
         "encoders": report.encoders,
-        "small": notes.small,
+        **notes,
         "tables": [_table(one) for one in tables(report)],
         "maps": [{"name": name, "picture": data_uri(picture, None)} for name, picture in maps.items()],
         "rows": list(rows),
     }
-    # No prompt can end the element that the data stand in.
+    # No prompt can end the element that holds the data.
     text = json.dumps(data, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, f">{text}<")
 
@@ -72,7 +60,7 @@ def chosen_questions(questions: Mapping[str, list[Question]], lost: Lost, count:
 
 
 def row(question: Question, scores: Scores, lost: Lost, encoders: Sequence[str], file_of: FileOf, side_px: int) -> dict[str, Any]:
-    """One prompt with each encoder's picture, its scores in words, and what it loses against the teacher."""
+    """One prompt with each encoder's image, its scores in words, and what it loses against the teacher."""
     losses = lost.get(question.task, {})
     return {
         "task": question.task,
@@ -83,7 +71,7 @@ def row(question: Question, scores: Scores, lost: Lost, encoders: Sequence[str],
         "encoders": {
             encoder: {
                 "picture": _picture(file_of(encoder, question), side_px),
-                "scores": _said(scores.get(question.task, {}), encoder, question.index),
+                "scores": _scores_of(scores.get(question.task, {}), encoder, question.index),
                 "loss": losses[encoder][question.index] if encoder in losses else 0.0,
             }
             for encoder in encoders
@@ -91,14 +79,13 @@ def row(question: Question, scores: Scores, lost: Lost, encoders: Sequence[str],
     }
 
 
-def _said(numbers: Mapping[str, Mapping[str, Sequence[float]]], encoder: str, index: int) -> str:
-    """An encoder's scores of one picture in words."""
-    parts = [
-        f"{shown(number).name} {score_cell(number, Measured(by_encoder[encoder][index], 1)).value}"
-        for number, by_encoder in numbers.items()
+def _scores_of(numbers: Mapping[str, Mapping[str, Sequence[float]]], encoder: str, index: int) -> str:
+    """An encoder's scores of one image in words."""
+    return ", ".join(
+        f"{number_of(name).label} {number_of(name).written(by_encoder[encoder][index])}"
+        for name, by_encoder in numbers.items()
         if encoder in by_encoder
-    ]
-    return ", ".join(parts)
+    )
 
 
 def _picture(path: Path, side_px: int) -> str:
@@ -109,7 +96,7 @@ def _picture(path: Path, side_px: int) -> str:
 
 
 def data_uri(picture: Image.Image, side_px: int | None) -> str:
-    """The picture inside an address: small ones to the pixel (PNG), those that are scaled down to `side_px` as JPEG."""
+    """The image as a data URI: PNG if it is small, else scaled down to `side_px` as JPEG."""
     from PIL import Image
 
     content = io.BytesIO()

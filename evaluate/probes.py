@@ -1,148 +1,144 @@
-"""What is measured of an encoder without painting: collapse, the velocity gap to the teacher, the way of the latents, cost."""
+"""What is measured of an encoder besides images: collapse, velocity gap and latent distance to the teacher, cost."""
 
-# B batch, N prompts, C H W latent, L text tokens, D text width, P pooled width, T steps
+# B batch, N prompts, C H W latent, L text tokens, D text width, T steps
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import comfy.model_management
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.frozen import FrozenModel, held_bytes
-from ..families import FAMILIES
+from ..diffusion.frozen import held_bytes
 from ..train.trajectory import Position
 from .cost import timed
 from .distances import latent_rms, velocity_gaps
 from .embeddings import effective_rank, pooled, pooled_distance
-from .encoders import LoadedEncoder, Text, together
-from .intervals import Measured, exact, jackknife, mean_of
-from .painter import Painter
+from .encoders import LoadedEncoder, Text, by_length, together
+from .generate import ImageGenerator
+from .measured import Measured, exact, jackknife, mean
+from .processes import Processes
 from .questions import Question
-from .team import Team
+from .scores import Unfinished
 
-if TYPE_CHECKING:
-    from .scores import Part
-
-Numbers = dict[str, Measured]
-# Teacher's and student's texts of prompts that can go through the diffusion model together.
+Found = dict[str, Measured]
+# Prompts that can go through the diffusion model together, with the teacher's and the student's texts.
 Pair = tuple[list[Question], list[Text], list[Text]]
 
 
-def pooled_vectors(encoder: LoadedEncoder, questions: Sequence[Question], team: Team) -> np.ndarray:
+def pooled_vectors(encoder: LoadedEncoder, questions: Sequence[Question], processes: Processes) -> np.ndarray:
     """The mean embedding of each prompt's own tokens, [N, D], float32."""
 
-    def of_one(question: Question) -> np.ndarray:
+    def vector(question: Question) -> np.ndarray:
         text = encoder.text(question.prompt)
         return pooled(text.text_1LD[:, : text.own_tokens].numpy())[0]
 
-    return np.stack(team.share_out(questions, of_one, f"{encoder.file.name}: embeddings", "prompt"))
+    return np.stack(processes.map(vector, questions, f"{encoder.file.name}: embeddings", "prompt"))
 
 
-def collapse(vectors_ND: np.ndarray) -> Numbers:
-    """How far apart the prompts lie, and how many directions they fill."""
+def collapse(vectors_ND: np.ndarray) -> Found:
+    """How far apart the prompts are, and how many directions they fill."""
     return {
         "pooled distance": jackknife(vectors_ND, pooled_distance),
         "effective rank": jackknife(vectors_ND, effective_rank),
     }
 
 
-def texts_of(encoder: LoadedEncoder, questions: Sequence[Question], team: Team) -> list[Text]:
+def texts_of(encoder: LoadedEncoder, questions: Sequence[Question], processes: Processes) -> list[Text]:
     """The texts of some questions, in RAM of every process. Raises Stopped after a signal to one of them."""
     texts = []
     for question in questions:
-        team.leave_if_asked()
+        processes.check_stop()
         texts.append(encoder.text(question.prompt))
     return texts
 
 
-def pairs(questions: Sequence[Question], teacher: Sequence[Text], student: Sequence[Text], batch: int) -> Iterator[Pair]:
-    """Batches of prompts whose texts are of one length with the teacher and of one with the student."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for place, (one, other) in enumerate(zip(teacher, student, strict=True)):
-        groups.setdefault((one.text_1LD.shape[1], other.text_1LD.shape[1]), []).append(place)
-    for places in groups.values():
-        for start in range(0, len(places), batch):
-            some = places[start : start + batch]
-            yield [questions[place] for place in some], [teacher[place] for place in some], [student[place] for place in some]
+def pairs(questions: Sequence[Question], teacher: Sequence[Text], student: Sequence[Text], batch: int) -> list[Pair]:
+    """Batches of prompts whose texts have one length with the teacher and one with the student."""
+    groups = [places[start : start + batch] for places in by_length(teacher, student) for start in range(0, len(places), batch)]
+    return [
+        ([questions[place] for place in group], [teacher[place] for place in group], [student[place] for place in group])
+        for group in groups
+    ]
 
 
-def velocity_gap(painter: Painter, found: Sequence[Pair], bands: int, team: Team, part: Part | None = None) -> Numbers:
+def velocity_gap(
+    generator: ImageGenerator, found: Sequence[Pair], bands: int, processes: Processes, unfinished: Unfinished | None = None
+) -> Found:
     """The mean squared gap of the velocities along the teacher's trajectories, by band of noise level: the trainer's held-out loss."""
-    # A clone, since the trainer's own view of the model has it compute with quantised weights otherwise than the sampler.
-    flow = FrozenModel(painter.model.clone(), FAMILIES["flux"])
-    flow.load()
-    per_batch = team.share_out(found, lambda pair: _gap_of_batch(painter, flow, pair, bands), "velocity gap", part=part)
+    per_batch = processes.map(lambda pair: _gap_of_batch(generator, pair, bands), found, "velocity gap", unfinished=unfinished)
     names = sorted({band for batch in per_batch for band in batch}, reverse=True)
-    return {f"sigma {band}": mean_of([value for batch in per_batch for value in batch[band]]) for band in names}
+    return {f"sigma {band}": mean([value for batch in per_batch for value in batch[band]]) for band in names}
 
 
-def _gap_of_batch(painter: Painter, flow: FrozenModel, pair: Pair, bands: int) -> dict[str, list[float]]:
-    """The gap of each prompt, by band."""
+def _gap_of_batch(generator: ImageGenerator, pair: Pair, bands: int) -> dict[str, list[float]]:
+    """The gap of each prompt, by band, on the trajectories of the teacher's images."""
     questions, teacher, student = pair
-    spoken_BLD = together(student)[0].to(flow.device)
-    return velocity_gaps(_start(painter, flow, questions, teacher), flow, lambda _ids: spoken_BLD, bands)
-
-
-def _start(painter: Painter, flow: FrozenModel, questions: Sequence[Question], teacher: Sequence[Text]) -> Position:
-    """Where the teacher's trajectories begin: at the noise of the pictures, of the same seeds."""
-    _, height, width = flow.family.latent_shape(painter.sampling.resolution_px)
+    model = generator.model
+    noise = generator.noise([question.seed for question in questions])
+    model.load_for_sampling(noise.shape)
+    sigmas_T = model.sigmas(generator.sampling.steps)
     text_BLD, pooled_BP = together(teacher)
-    guidance = painter.sampling.guidance
-    return Position(
+    start = Position(
         step=0,
-        x=painter.noise([question.seed for question in questions]).to(flow.device),
-        sigmas_T=flow.training_sigmas(painter.sampling.steps, height, width),
-        text_BLD=text_BLD.to(flow.device),
-        extras={"pooled_output": pooled_BP.to(flow.device)},
-        guidance_B=None if guidance is None else torch.full((len(questions),), guidance, device=flow.device),
+        x=model.noisy(noise.to(model.device), sigmas_T),
+        sigmas_T=sigmas_T,
+        text_BLD=text_BLD.to(model.device),
+        extras=generator.extras(pooled_BP),
+        guidance_B=None,
         token_ids_BL=torch.zeros(len(questions), 0, dtype=torch.long),
     )
+    student_BLD = together(student)[0].to(model.device)
+    return velocity_gaps(start, model, lambda _ids: student_BLD, bands)
 
 
-def latent_distance(painter: Painter, found: Sequence[Pair], team: Team, part: Part | None = None) -> Numbers:
+def latent_distance(generator: ImageGenerator, found: Sequence[Pair], processes: Processes, unfinished: Unfinished | None = None) -> Found:
     """The root mean square of the difference of teacher's and student's latents after each step, as the diffusion model sees them."""
-    per_batch = team.share_out(found, lambda pair: _way_apart(painter, pair), "latent distance", part=part)
+    per_batch = processes.map(lambda pair: _distance_of_batch(generator, pair), found, "latent distance", unfinished=unfinished)
     per_prompt = [prompt for batch in per_batch for prompt in batch]
-    return {f"after step {step}": mean_of([prompt[step - 1] for prompt in per_prompt]) for step in range(1, painter.sampling.steps + 1)}
+    return {f"after step {step}": mean([prompt[step - 1] for prompt in per_prompt]) for step in range(1, generator.sampling.steps + 1)}
 
 
-def _way_apart(painter: Painter, pair: Pair) -> list[list[float]]:
+def _distance_of_batch(generator: ImageGenerator, pair: Pair) -> list[list[float]]:
     """The distance of each prompt's latents after each step."""
-    questions, teacher, student = pair
+    questions, *both = pair
     seeds = [question.seed for question in questions]
-    ways = [_way(painter, texts, seeds) for texts in (teacher, student)]
-    return latent_rms(*ways).T.tolist()
+    teacher, student = (_trajectory(generator, texts, seeds) for texts in both)
+    return latent_rms(teacher, student).T.tolist()
 
 
-def _way(painter: Painter, texts: Sequence[Text], seeds: Sequence[int]) -> list[Tensor]:
+def _trajectory(generator: ImageGenerator, texts: Sequence[Text], seeds: Sequence[int]) -> list[Tensor]:
     """The latents [B, C, H, W] after each of T steps, float32 on the CPU."""
     starts: list[Tensor] = []
-    last = painter.sample(*together(texts), seeds, lambda _step, x_BCHW: starts.append(x_BCHW.float().cpu().clone()))
-    return [*starts[1:], painter.model.model.process_latent_in(last).float().cpu()]
+    last = generator.latents(*together(texts), seeds, lambda _step, x: starts.append(x.float().cpu().clone()))
+    return [*starts[1:], generator.model.model.process_latent_in(last).float().cpu()]
 
 
-def cost(load: Callable[[], LoadedEncoder], painter: Painter, prompts: Sequence[str], repeats: int) -> Numbers:
-    """Resident bytes, and seconds of loading, of encoding, and of a change of the prompt, in which the diffusion model is loaded before and
-    after: what waits between pressing Run and the first step of the next picture."""
-    # Each is given back before the next one comes.
+def cost(load: Callable[[], LoadedEncoder], generator: ImageGenerator, prompts: Sequence[str], repeats: int) -> Found:
+    """Resident bytes, and seconds of loading, of encoding, and of a prompt change: encoding while the diffusion model is loaded before and
+    after, which is the wait between pressing Run and the first step of the next image."""
+    # Each encoder is released before the next one is loaded.
     loads = [_timed_load(load)[0] for _ in range(repeats - 1)]
     seconds, encoder = _timed_load(load)
     loads.append(seconds)
     device = encoder.clip.patcher.load_device
+
+    def change(prompt: str) -> None:
+        encoder.text(prompt)
+        generator.model.load()
+
     encoder.text("a first prompt, which brings the encoder to its device")
     encodes = [timed(lambda prompt=prompt: encoder.text(prompt), device)[0] for prompt in _cycled(prompts, repeats)]
-    changes = [timed(lambda prompt=prompt: _change(encoder, painter, prompt), device)[0] for prompt in _cycled(prompts, repeats + 1)]
+    changes = [timed(lambda prompt=prompt: change(prompt), device)[0] for prompt in _cycled(prompts, repeats + 1)]
     return {
         "weights": exact(sum(weight.numel() for weight in encoder.clip.cond_stage_model.parameters())),
         "resident bytes": exact(held_bytes(encoder.clip.cond_stage_model)),
-        "load s": mean_of(loads),
-        "encode s": mean_of(encodes),
-        # The first one only brings the diffusion model there.
-        "prompt change s": mean_of(changes[1:]),
+        "load s": mean(loads),
+        "encode s": mean(encodes),
+        # The first one only brings the diffusion model to its device.
+        "prompt change s": mean(changes[1:]),
     }
 
 
@@ -150,11 +146,6 @@ def _timed_load(load: Callable[[], LoadedEncoder]) -> tuple[float, LoadedEncoder
     """Seconds of a load that begins with nothing on the device, and the encoder."""
     comfy.model_management.unload_all_models()
     return timed(load, comfy.model_management.text_encoder_device())
-
-
-def _change(encoder: LoadedEncoder, painter: Painter, prompt: str) -> None:
-    encoder.text(prompt)
-    comfy.model_management.load_models_gpu([painter.model])
 
 
 def _cycled(prompts: Sequence[str], count: int) -> list[str]:

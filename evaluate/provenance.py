@@ -1,4 +1,4 @@
-"""Where numbers come from: commit and sources of the pack, the machine, the versions of what computed."""
+"""Where numbers come from: commit and sources of the pack, the machine, versions of the software, the files of weights."""
 
 from __future__ import annotations
 
@@ -14,80 +14,83 @@ import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMIT = re.compile(r"[0-9a-f]{40}")
-# ComfyUI's flags that decide how numbers are computed; others only move weights about.
+# The rooms whose code decides a number.
+ROOMS = ("diffusion", "encoder", "evaluate", "families", "prompts", "runtime", "students", "train", "world")
+# ComfyUI's flags that decide how numbers are computed; others only move weights between devices.
 DECISIVE_FLAG = re.compile("fp(8|16|32|64)|bf16|attention|fast|channels_last|deterministic|upcast|cpu|directml")
 CPU_NAME = re.compile(r"model name\s*:\s*(.+)")
+# So many slices of this size are read of a file, evenly spread: all of a small file, 16 MB of a large one.
+SLICES, SLICE_BYTES = 256, 1 << 16
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file's size and of slices of it, in hexadecimal digits: of all of a file up to 16 MB."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    small = size <= SLICES * SLICE_BYTES
+    places = range(0, size, SLICE_BYTES) if small else [number * (size - SLICE_BYTES) // (SLICES - 1) for number in range(SLICES)]
+    with path.open("rb") as file:
+        for place in places:
+            file.seek(place)
+            digest.update(file.read(SLICE_BYTES))
+    return digest.hexdigest()
 
 
 def commit_of(root: Path = ROOT) -> str | None:
-    """The commit that is checked out in `root`, read off git's own files; None where there is no repository (an installed pack)."""
+    """The commit that is checked out in `root`, the last of git's log of HEAD; None outside a repository (an installed pack)."""
     git = root / ".git"
     if git.is_file():  # a worktree: the file names its folder
-        git = (root / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()).resolve()
-    if not (git / "HEAD").is_file():
-        return None
-    head = (git / "HEAD").read_text(encoding="utf-8").strip()
-    name = head.removeprefix("ref: ")
-    if name == head:
-        return head
-    # Branches of a worktree lie in the repository that it belongs to.
-    common = git / "commondir"
-    repository = (git / common.read_text(encoding="utf-8").strip()).resolve() if common.is_file() else git
-    if (repository / name).is_file():
-        return (repository / name).read_text(encoding="utf-8").strip()
-    packed = repository / "packed-refs"
-    lines = packed.read_text(encoding="utf-8").splitlines() if packed.is_file() else []
-    return next((line.split()[0] for line in lines if line.endswith(f" {name}") and COMMIT.match(line)), None)
+        git = root / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
+    log = git / "logs" / "HEAD"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    return lines[-1].split()[1] if lines else None
 
 
 @functools.cache
 def sources_sha256(root: Path = ROOT) -> str:
     """A digest of the pack's own Python sources: equal sources, equal digest, committed or not."""
     digest = hashlib.sha256()
-    for folder in ("encoder", "evaluate", "miniature", "train"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    for path in sorted(path for room in ROOMS for path in (root / room).rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
     return digest.hexdigest()
 
 
 def machine() -> dict[str, Any]:
     """Processor, memory and GPU."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": processor(),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(terse=True),
     }
 
 
 def versions() -> dict[str, str]:
-    """What computed: Python, torch, ComfyUI, which must be importable."""
+    """Versions of Python, torch and ComfyUI, which must be importable."""
     import comfyui_version
 
     return {"python": platform.python_version(), "torch": torch.__version__, "comfyui": comfyui_version.__version__}
 
 
 def computed_with() -> dict[str, str]:
-    """What decides a picture's last bits besides models, prompts and seeds: kind of device, versions, flags of ComfyUI, which must run."""
+    """What decides an image's last bits besides models, prompts and seeds: device, versions, and flags of ComfyUI, which must run."""
     import comfy.cli_args
     import comfy.model_management
 
     parser, given = comfy.cli_args.parser, vars(comfy.cli_args.args)
     chosen = {name: value for name, value in given.items() if value and DECISIVE_FLAG.search(name) and value != parser.get_default(name)}
-    told = [f"{name}={sorted(map(str, value)) if isinstance(value, (list, set)) else value}" for name, value in sorted(chosen.items())]
+    flags = [f"{name}={sorted(map(str, value)) if isinstance(value, (list, set)) else value}" for name, value in sorted(chosen.items())]
     found = versions()
     return {
         "device": comfy.model_management.get_torch_device().type,
         "host": f"ComfyUI {found['comfyui']}, torch {found['torch']}",
-        "flags of ComfyUI": " ".join(told) or "none",
+        "flags of ComfyUI": " ".join(flags) or "none",
     }
 
 
 def processor() -> str:
-    """The processor as the system calls it."""
-    listed = Path("/proc/cpuinfo")
-    found = CPU_NAME.search(listed.read_text(encoding="utf-8", errors="replace")) if listed.is_file() else None
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    found = CPU_NAME.search(info.read_text(encoding="utf-8", errors="replace")) if info.is_file() else None
     return found[1].strip() if found else platform.processor() or platform.machine()

@@ -1,31 +1,64 @@
-"""What is asked of an encoder: the prompts of a suite's tasks with their seeds, and what their pictures are to show."""
+"""The prompts of a suite's tasks with their seeds, and what their images must show."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
+from pydantic import Field, model_validator
+
+from ..config.parts import Count, Part
 from ..prompts.common_text import common_text
-from ..prompts.corpora import PromptError, compbench_files, located, read_file
+from ..prompts.corpora import COMPBENCH_CATEGORIES, PromptError, compbench_files, located, read_file
+from ..world.pictures import Scene
+from ..world.questions import questions as miniature_questions
+from ..world.scenes import NEW_IN_TASK
 from .compbench import RELATIONS_2D, RELATIONS_3D, numeracy_score, relation_in
 
-if TYPE_CHECKING:
-    from ..world.pictures import Scene
-    from .suite import Prompts, Suite, Task
-
 RELATIONS = {"spatial": RELATIONS_2D, "3d_spatial": RELATIONS_3D}
+# Kinds of prompts that come from a file or folder; the others are made here.
+FROM_FILES = ("lines", "compbench", "coco")
+CATEGORIES: dict[str, tuple[str, ...]] = {"compbench": COMPBENCH_CATEGORIES, "miniature": tuple(NEW_IN_TASK)}
+
+
+class Prompts(Part):
+    """Where a task's prompts come from."""
+
+    kind: Literal["common_text", "lines", "compbench", "coco", "miniature"] = Field(
+        description="common_text: made here, those held out of training; compbench: the validation files of a T2I-CompBench folder; coco: "
+        "an annotation file of COCO captions; miniature: held-out scenes of the miniature; lines: a text file, a prompt per line"
+    )
+    path: str = Field(default="", description="file, or folder of compbench; relative to the folder the command is started in")
+    category: str = Field(default="", description="category of compbench, or task of the miniature")
+    pictures: str = Field(default="", description="coco: folder of the photographs that FID compares with")
+    limit: Count = Field(description="prompts used, from the first; fewer if there are not so many")
+
+    @model_validator(mode="after")
+    def _keys_fit_the_kind(self) -> Prompts:
+        if (self.kind in FROM_FILES) != bool(self.path):
+            raise ValueError(
+                f"prompts of kind {self.kind} {'need a path' if self.kind in FROM_FILES else 'are made here: expected no path'}"
+            )
+        if self.pictures and self.kind != "coco":
+            raise ValueError(f"prompts of kind {self.kind} have no photographs: expected no pictures")
+        known = CATEGORIES.get(self.kind, ())
+        if self.category not in (known or ("",)):
+            expected = f"expected a category, one of {', '.join(known)}" if known else "expected no category"
+            raise ValueError(f"prompts of kind {self.kind}: {expected}, found {self.category or 'none'}")
+        return self
 
 
 @dataclass(frozen=True)
 class Question:
-    """One picture to paint.
+    """One image to generate.
 
-    index: its place in its task. target: the text that it is to show. photograph: the picture that the prompt was written to. scene: what
-    the miniature's reader is to find.
+    index: its place in its task. target: the text that it must show. photograph: the one that the prompt describes. scene: what the
+    miniature's reader must find.
     """
 
     task: str
@@ -37,58 +70,55 @@ class Question:
     scene: Scene | None = None
 
 
-def read_questions(suite: Suite) -> dict[str, list[Question]]:
-    """The questions of every task, by its name. Raises PromptError for prompts that are not there or cannot be read."""
-    return {task.name: [*_of_task(task, suite.seed)] for task in suite.tasks}
+def read_questions(tasks: Mapping[str, Prompts], seed: int) -> dict[str, list[Question]]:
+    """The questions of every task by its name, question k with seed + k. Raises PromptError for prompts that cannot be read."""
+    return {
+        task: [Question(task, index, seed=seed + index, **asked) for index, asked in enumerate(_read(prompts))]
+        for task, prompts in tasks.items()
+    }
 
 
-def in_turn(questions: dict[str, list[Question]], count: int) -> list[Question]:
+def in_turn(questions: Mapping[str, list[Question]], count: int) -> list[Question]:
     """`count` questions (fewer if there are not so many), one of each task in turn."""
     rounds = itertools.zip_longest(*questions.values())
     return [*itertools.islice((one for group in rounds for one in group if one is not None), count)]
 
 
-def _of_task(task: Task, seed: int) -> Iterator[Question]:
-    for index, asked in enumerate(_prompts(task.prompts)):
-        yield Question(task.name, index, seed=seed + index, **asked)
+def questions_sha256(questions: Sequence[Question]) -> str:
+    """A digest of prompts and seeds."""
+    asked = [[question.prompt, question.seed] for question in questions]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-def _prompts(source: Prompts) -> Sequence[dict[str, Any]]:
+def _read(source: Prompts) -> Sequence[dict[str, Any]]:
     """The first `limit` prompts of a source, each with what else is known of it."""
     if source.kind == "common_text":
         # No training prompt is in this split, whatever seed either was drawn with.
         return [{"prompt": one.text, "target": one.target} for one in common_text("validation", source.limit, 0)]
-    if source.kind == "compbench":
-        return [{"prompt": prompt} for prompt in _compbench(source)]
+    if source.kind == "miniature":
+        asked = miniature_questions(source.category, source.limit)
+        return [{"prompt": caption, "scene": scene, "target": " ".join(scene.words).upper() or None} for scene, caption in asked]
     if source.kind == "coco":
         return _coco(source)
-    if source.kind == "miniature":
-        return _miniature(source)
-    return [{"prompt": one.text} for one in read_file(source.path, source.kind, limit=source.limit)]
-
-
-def _compbench(source: Prompts) -> list[str]:
-    """The prompts of a category, once it is seen that its metric understands each of them. Raises ValueError before anything is painted."""
-    file = compbench_files(source.path, "validation")[source.category]
+    file = compbench_files(source.path, "validation")[source.category] if source.kind == "compbench" else source.path
     prompts = [one.text for one in read_file(str(file), "lines", limit=source.limit)]
     for prompt in prompts:
-        if source.category in RELATIONS:
-            relation_in(prompt, RELATIONS[source.category])
-        elif source.category == "numeracy":
-            numeracy_score(prompt, [])
-    return prompts
+        _check_understood(source.category, prompt)
+    return [{"prompt": prompt} for prompt in prompts]
 
 
-def _miniature(source: Prompts) -> list[dict[str, Any]]:
-    from ..world.questions import questions
-
-    asked = questions(source.category, source.limit)
-    return [{"prompt": caption, "scene": scene, "target": " ".join(scene.words).upper() or None} for scene, caption in asked]
+def _check_understood(category: str, prompt: str) -> None:
+    """Raise ValueError, before any image is generated, for a prompt that CompBench's score of this category cannot read."""
+    if category in RELATIONS:
+        relation_in(prompt, RELATIONS[category])
+    elif category == "numeracy":
+        numeracy_score(prompt, [])
 
 
 def _coco(source: Prompts) -> list[dict[str, Any]]:
     """The first caption of each photograph, photographs in the order of their numbers."""
     path = located(source.path, "json")
+    remedy = "name an annotation file such as captions_val2014.json."
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         names = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
@@ -96,15 +126,13 @@ def _coco(source: Prompts) -> list[dict[str, Any]]:
         for annotation in sorted(content["annotations"], key=lambda one: one["id"]):
             captions.setdefault(int(annotation["image_id"]), str(annotation["caption"]).strip())
     except (ValueError, LookupError, TypeError) as error:
-        remedy = "name an annotation file such as captions_val2014.json."
-        raise PromptError(f"{path} holds no COCO captions.", remedy, f"Looked for images and annotations: {error!r}") from error
+        raise PromptError(f"{path} is not a file of COCO captions.", remedy, f"Expected images and annotations: {error!r}") from error
     chosen = [number for number in sorted(captions) if number in names and captions[number]][: source.limit]
     if not chosen:
-        raise PromptError(f"{path} holds no caption of a photograph.", "name an annotation file such as captions_val2014.json.")
+        raise PromptError(f"{path} has no caption of a photograph.", remedy)
     folder = located(source.pictures, "photographs") if source.pictures else None
-    asked = [{"prompt": captions[number], "photograph": folder / names[number] if folder else None} for number in chosen]
-    missing = [str(one["photograph"]) for one in asked if one["photograph"] and not one["photograph"].is_file()]
+    missing = [str(folder / names[number]) for number in chosen if folder and not (folder / names[number]).is_file()]
     if missing:
-        remedy = "name the folder of the photographs that the captions are of, in pictures."
-        raise PromptError(f"{len(missing)} of {len(asked)} photographs are not in {folder}.", remedy, f"The first: {missing[0]}")
-    return asked
+        advice = "set pictures to the folder of the photographs that the captions describe."
+        raise PromptError(f"{len(missing)} of {len(chosen)} photographs are not in {folder}.", advice, f"The first: {missing[0]}")
+    return [{"prompt": captions[number], "photograph": folder / names[number] if folder else None} for number in chosen]

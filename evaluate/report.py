@@ -11,43 +11,43 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.disk import replace_file
 from . import provenance
+from .context import Evaluation
 from .embeddings import joint_tsne, map_image
-from .page import SMALL_PX, Notes, chosen_questions, page, row
+from .judge_images import Verdicts
+from .page import SMALL_PX, chosen_questions, page, row
+from .probe_encoders import Measurements
+from .questions import Question
 from .results import Report, losses, markdown, measured_scores, picture_losses, to_json
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from .measure import Measurements
-    from .questions import Question
-    from .run import Evaluation
-    from .verdicts import Verdicts
 
 FORMAT = 1
 
 
 def write_all(work: Evaluation, verdicts: Verdicts, measured: Measurements, seconds: float) -> Path:
     """Write everything; returns the page's file."""
-    teacher, names, scores = work.teacher.name, [encoder.name for encoder in work.encoders], verdicts.pictures
+    teacher, names, scores = work.teacher.name, [encoder.name for encoder in work.encoders], verdicts.images
     tasks = {task: {**numbers, **verdicts.sets.get(task, {})} for task, numbers in measured_scores(scores).items()}
     report = Report(work.suite.name, names, tasks, losses(scores, teacher), measured.numbers)
     origin = _origin(work, seconds)
     replace_file(work.out / "results.json", json.dumps(_results(work, report, origin), indent=1, allow_nan=False).encode())
-    replace_file(work.out / "table.md", (markdown(report) + "\n" + _said(origin) + "\n").encode())
+    replace_file(work.out / "table.md", (markdown(report) + "\n" + _sentence(origin) + "\n").encode())
     maps = _maps(work, measured)
     (work.out / "plots").mkdir(exist_ok=True)
-    for name, picture in maps.items():
-        replace_file(work.out / "plots" / f"{name}.png", _png(picture))
+    for name, image in maps.items():
+        replace_file(work.out / "plots" / f"{name}.png", _png(image))
     lost = picture_losses(scores, teacher, names[1:])
     chosen = chosen_questions(work.questions, lost, work.suite.page.pictures)
     by_name = {encoder.name: encoder for encoder in work.encoders}
 
     def file_of(encoder: str, question: Question) -> Path:
-        return work.pictures(by_name[encoder], question.task).file(question.index)
+        return work.images(by_name[encoder], question.task).file(question.index)
 
     rows = [row(question, scores, lost, names, file_of, work.suite.page.side_px) for question in chosen]
     asked = sum(map(len, work.questions.values()))
-    notes = Notes(_said(origin), _chosen(len(rows), asked), work.suite.sampling.resolution_px <= SMALL_PX)
+    small = work.suite.sampling.resolution_px <= SMALL_PX
+    notes = {"provenance": _sentence(origin), "chosen": _chosen(len(rows), asked), "small": small}
     replace_file(work.out / "page.html", page(report, rows, maps, notes).encode())
     return work.out / "page.html"
 
@@ -57,7 +57,7 @@ def _results(work: Evaluation, report: Report, origin: Mapping[str, Any]) -> dic
         "format": FORMAT,
         "suite": {"name": work.suite.name, "sha256": work.suite.sha256},
         "made": origin,
-        "painter": work.painter_is,
+        "painter": work.generated_by,
         "encoders": {
             encoder.name: {
                 "file": encoder.path.name,
@@ -77,11 +77,11 @@ def _results(work: Evaluation, report: Report, origin: Mapping[str, Any]) -> dic
 
 
 def _origin(work: Evaluation, seconds: float) -> dict[str, Any]:
-    """When, where and with what."""
+    """When, where and with which software the numbers were measured."""
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 1),
-        "processes": work.ranks.world,
+        "processes": work.processes.ranks.world,
         "commit": provenance.commit_of(),
         "sources_sha256": provenance.sources_sha256(),
         "machine": provenance.machine(),
@@ -89,8 +89,8 @@ def _origin(work: Evaluation, seconds: float) -> dict[str, Any]:
     }
 
 
-def _said(origin: Mapping[str, Any]) -> str:
-    """Where the numbers come from, in a sentence."""
+def _sentence(origin: Mapping[str, Any]) -> str:
+    """The origin of the numbers as a sentence."""
     machine, versions = origin["machine"], origin["versions"]
     commit = origin["commit"][:12] if origin["commit"] else "not in a repository"
     return (
@@ -102,7 +102,7 @@ def _said(origin: Mapping[str, Any]) -> str:
 def _chosen(shown: int, asked: int) -> str:
     if shown == asked:
         return f"All {asked:,} prompts."
-    return f"{shown:,} of {asked:,} prompts: of each task half are those on which a student loses most, the others are the first ones."
+    return f"{shown:,} of {asked:,} prompts: half of each task are those on which a student loses most, the others are the first ones."
 
 
 def _maps(work: Evaluation, measured: Measurements) -> dict[str, Image.Image]:
@@ -117,7 +117,7 @@ def _maps(work: Evaluation, measured: Measurements) -> dict[str, Image.Image]:
     return maps
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     content = io.BytesIO()
-    picture.save(content, "PNG", optimize=True)
+    image.save(content, "PNG", optimize=True)
     return content.getvalue()

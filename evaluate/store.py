@@ -1,4 +1,4 @@
-"""Where pictures lie until they are judged: whole or not there, never made twice."""
+"""Images on the disk until they are judged: complete or not there, never generated twice."""
 
 from __future__ import annotations
 
@@ -6,89 +6,95 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 from ..runtime.disk import UNFINISHED, replace_file, sync_folder
 
-# What decides the pictures of a folder; one of other models or prompts is not mixed in.
+# What decides the images of a folder; images of other models or prompts are not mixed in.
 MADE_OF = "made_of.json"
-# A batch that is complete and about to be moved to its place, picture by picture.
+# A complete batch whose images are about to be moved to their places, one by one.
 COMPLETE = ".complete"
-Item = TypeVar("Item")
-PICTURE = re.compile(r"\d{5,}\.png$")
+IMAGE = re.compile(r"\d{5,}\.png$")
+OTHER_FOLDER = "What to do: name another folder with --out, or delete that one."
 
 
-class PictureFolder:
-    """The pictures of one encoder for one task: 00000.png and so on.
+class ImageFolder:
+    """The images of one encoder for one task: 00000.png and so on.
 
-    A batch is written aside, gets its name at once and then hands its pictures on: a kill at any moment loses a batch that is not
-    complete, and nothing else. So the pictures of a batch were always painted together.
+    A batch is written aside, renamed at once, and then its images are moved to their places: a kill at any moment loses a batch that is
+    not complete, and nothing else. So the images of a batch were always sampled together.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def claim(self, made_of: Mapping[str, str]) -> None:
-        """Make the folder, or go on with it after a kill. Raises ValueError if it holds pictures that were made of something else."""
+        """Make the folder, or continue with it after a kill. Raises ValueError if its images were made of something else."""
         self.path.mkdir(parents=True, exist_ok=True)
         record = self.path / MADE_OF
         if record.is_file():
-            _refuse_others(self.path, json.loads(record.read_text(encoding="utf-8")), made_of)
+            _check_same(record, made_of)
         else:
             replace_file(record, json.dumps(dict(made_of), indent=1).encode())
         for batch in self.path.glob(f"*{COMPLETE}"):
-            self._hand_on(batch)
+            self._publish(batch)
         for aside in self.path.glob(f".*{UNFINISHED}"):
             shutil.rmtree(aside, ignore_errors=True)
 
     def file(self, index: int) -> Path:
-        """Where a picture lies or will lie."""
+        """Where an image is or will be."""
         return self.path / f"{index:05d}.png"
 
-    def there(self) -> set[int]:
-        """The pictures that are there."""
-        return {int(path.stem) for path in self.path.iterdir() if PICTURE.match(path.name)}
+    def present(self) -> set[int]:
+        """The images that are there and not damaged."""
+        return {int(path.stem) for path in self.path.iterdir() if IMAGE.match(path.name) and _is_intact(path)}
 
-    def add(self, pictures: Mapping[int, bytes]) -> None:
+    def add(self, images: Mapping[int, bytes]) -> None:
         """Put the PNG files of a batch in their places: all of them or, after a kill or on a full disk, none."""
-        name = f".batch-{min(pictures):05d}"
+        name = f".batch-{min(images):05d}"
         aside, batch = self.path / f"{name}{UNFINISHED}", self.path / f"{name}{COMPLETE}"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        for index, content in pictures.items():
+        for index, content in images.items():
             with (aside / self.file(index).name).open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         sync_folder(aside)
         aside.rename(batch)
-        self._hand_on(batch)
+        self._publish(batch)
 
-    def _hand_on(self, batch: Path) -> None:
-        for picture in sorted(batch.iterdir()):
-            picture.replace(self.path / picture.name)
+    def _publish(self, batch: Path) -> None:
+        for image in sorted(batch.iterdir()):
+            image.replace(self.path / image.name)
         batch.rmdir()
         sync_folder(self.path)
 
 
-def _refuse_others(path: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+def _is_intact(path: Path) -> bool:
+    """Whether a PNG file is complete and its checksums are right."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError):  # Pillow raises either
+        return False
+    return True
+
+
+def _check_same(record: Path, now: Mapping[str, str]) -> None:
+    try:
+        before = dict(json.loads(record.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{record} is not valid JSON: {error}\n{OTHER_FOLDER}") from error
     differences = [f"  {key}: {before.get(key)} -> {now.get(key)}" for key in {**before, **now} if before.get(key) != now.get(key)]
     if differences:
-        raise ValueError(
-            f"The pictures in {path} were made of something else:\n"
-            + "\n".join(differences)
-            + "\nWhat to do: name another folder with --out, or delete that one."
-        )
+        raise ValueError("\n".join([f"The images in {record.parent} were made of something else:", *differences, OTHER_FOLDER]))
 
 
-def batches(count: int, there: set[int], size: int) -> list[list[int]]:
-    """What is still to be painted of `count` pictures, in batches that do not depend on what is there already."""
-    whole = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    return [missing for batch in whole if (missing := [index for index in batch if index not in there])]
-
-
-def share_of_rank(batches_left: Sequence[Item], rank: int, ranks: int) -> list[Item]:
-    """Every `ranks`-th batch, from this process's own number on."""
-    return list(batches_left[rank::ranks])
+def missing_batches(count: int, present: set[int], size: int) -> list[list[int]]:
+    """What is missing of `count` images, in batches that do not depend on what is there already."""
+    batches = ([index for index in range(start, min(start + size, count)) if index not in present] for start in range(0, count, size))
+    return [batch for batch in batches if batch]

@@ -5,21 +5,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ..config.files import find_recipe, read_recipe
 from ..config.parts import FROM_LIST, NOT_EMPTY, Count, FileStem, Part, Text
 from ..config.toml import write_toml
-from ..prompts.corpora import COMPBENCH_CATEGORIES
+from ..families import FAMILIES
+from .metrics import METRICS, CompbenchPart, Metric, OcrPart, WeightsPart
+from .questions import Prompts
 
 SHIPPED = Path(__file__).resolve().parent / "suites"
-# Kinds of prompts that come from a file or folder, and those that are made here.
-FROM_FILES = ("lines", "compbench", "coco")
-# Metrics of pictures that need a part of their own, by the part's name.
-PART_OF_METRIC = {"ocr": "ocr", "clip_score": "clip_score", "fid": "fid", "compbench": "compbench", "lpips": "lpips"}
-MetricName = Literal["ocr", "readback", "clip_score", "fid", "compbench", "lpips"]
+
+
+def _known_metrics(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"expected metrics out of {', '.join(METRICS)}; got {name}")
+    return names
+
+
+def _known_family(name: str) -> str:
+    if name not in FAMILIES:
+        raise ValueError(f"expected one of {', '.join(FAMILIES)}")
+    return name
 
 
 class EncoderPart(Part):
@@ -30,8 +40,9 @@ class EncoderPart(Part):
 
 
 class DiffusionModelPart(Part):
-    """The diffusion model and the VAE that paint for all encoders."""
+    """The diffusion model and the VAE that generate the images of all encoders."""
 
+    family: Annotated[Text, AfterValidator(_known_family)] = Field(default="flux", description="family of the diffusion model")
     file: Text = Field(description="a file in models/diffusion_models, or a path")
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8_e4m3fn"] = Field(
         description="how its weights are held in memory; auto: as in the file"
@@ -40,99 +51,36 @@ class DiffusionModelPart(Part):
 
 
 class SamplingPart(Part):
-    """How pictures are painted: euler, scheduler simple, cfg 1, as the example workflows do it."""
+    """How images are sampled: euler, scheduler simple, cfg 1, as in the example workflows."""
 
-    resolution_px: int = Field(ge=16, multiple_of=16, description="side of the square pictures, pixels, a multiple of 16")
+    resolution_px: int = Field(ge=16, multiple_of=16, description="side of the square images, pixels, a multiple of 16")
     steps: Count = Field(description="denoising steps")
     guidance: float | None = Field(default=None, ge=0, description="Flux's guidance; left out for models without (schnell)")
-    batch: Count = Field(description="pictures that go through the diffusion model at once on one GPU: bounds the memory")
+    batch: Count = Field(description="images that go through the diffusion model at once on one GPU: bounds the memory")
 
-
-class Prompts(Part):
-    """Where a task's prompts come from."""
-
-    kind: Literal["common_text", "lines", "compbench", "coco", "miniature"] = Field(
-        description="common_text: made here, those held out of training; compbench: the validation files of a T2I-CompBench folder; coco: "
-        "an annotation file of COCO captions; miniature: held-out scenes of the miniature; lines: a text file, a prompt per line"
-    )
-    path: str = Field(default="", description="file, or folder of compbench; relative to the folder the command is started in")
-    category: str = Field(default="", description="category of compbench, or task of the miniature")
-    pictures: str = Field(default="", description="coco: folder of the photographs, which FID compares with")
-    limit: Count = Field(description="prompts used, from the first; fewer if there are not so many")
-
-    @model_validator(mode="after")
-    def _keys_fit_the_kind(self) -> Prompts:
-        if (self.kind in FROM_FILES) != bool(self.path):
-            raise ValueError(
-                f"prompts of kind {self.kind} {'need a path' if self.kind in FROM_FILES else 'are made here: expected no path'}"
-            )
-        if self.pictures and self.kind != "coco":
-            raise ValueError(f"prompts of kind {self.kind} have no photographs: expected no pictures")
-        self._check_category()
-        return self
-
-    def _check_category(self) -> None:
-        known = {"compbench": COMPBENCH_CATEGORIES, "miniature": _miniature_tasks()}.get(self.kind, ())
-        if self.category not in (known or ("",)):
-            expected = f"expected a category, one of {', '.join(known)}" if known else "expected no category"
-            raise ValueError(f"prompts of kind {self.kind}: {expected}, found {self.category or 'none'}")
-
-
-def _miniature_tasks() -> tuple[str, ...]:
-    from ..world.scenes import NEW_IN_TASK  # brings numpy, which importing this module need not
-
-    return tuple(NEW_IN_TASK)
+    def __str__(self) -> str:
+        guided = "without guidance" if self.guidance is None else f"guidance {self.guidance:g}"
+        return f"euler simple, {self.steps} steps, {guided}, {self.resolution_px} px"
 
 
 class Task(Part):
-    """Prompts, and what their pictures are asked for."""
+    """Prompts, and what their images are judged by."""
 
     name: FileStem = Field(description="what tables call it")
     prompts: Prompts = Field(description="where its prompts come from")
-    metrics: Annotated[tuple[MetricName, ...], FROM_LIST, NOT_EMPTY] = Field(
-        description="ocr: the text that is asked for is read; readback: the miniature's exact reader; clip_score: picture and prompt; fid: "
-        "against the photographs; compbench: as its category; lpips: against the teacher's picture of the same seed"
+    metrics: Annotated[tuple[str, ...], FROM_LIST, NOT_EMPTY, AfterValidator(_known_metrics)] = Field(
+        description="; ".join(f"{metric.name}: {metric.about}" for metric in METRICS.values())
     )
 
     @model_validator(mode="after")
     def _metrics_fit_the_prompts(self) -> Task:
-        kind = self.prompts.kind
-        wanted = {
-            "ocr": kind == "common_text" or (kind == "miniature" and "word" in self.prompts.category),
-            "readback": kind == "miniature",
-            "compbench": kind == "compbench",
-            "fid": bool(self.prompts.pictures),
-        }
         for metric in self.metrics:
-            if not wanted.get(metric, True):
-                raise ValueError(
-                    f"task {self.name}: metric {metric} has nothing to go by in prompts of kind {kind} {self.prompts.category}".rstrip()
-                )
+            if not METRICS[metric].fits(self.prompts):
+                prompts = f"prompts of kind {self.prompts.kind} {self.prompts.category}".rstrip()
+                raise ValueError(f"task {self.name}: metric {metric} has nothing to compare with in {prompts}")
         if len(set(self.metrics)) < len(self.metrics):
             raise ValueError(f"task {self.name} has a metric twice: {', '.join(self.metrics)}")
         return self
-
-
-class OcrPart(Part):
-    """What reads the text in pictures."""
-
-    reader: Literal["easyocr", "tesseract"] = Field(description="easyocr, as in the paper, or the system's tesseract")
-    weights: str = Field(default="", description='folder of its weights; "" for its own')
-    languages: Annotated[tuple[Text, ...], FROM_LIST, NOT_EMPTY] = Field(description="languages it reads, by EasyOCR's codes")
-
-
-class WeightsPart(Part):
-    """A network that judges pictures, from this machine; nothing is downloaded."""
-
-    weights: Text = Field(description="clip_score: a Hugging Face folder of CLIP; fid: the file of Inception; lpips: the file of AlexNet")
-
-
-class CompbenchPart(Part):
-    """The networks that judge T2I-CompBench."""
-
-    vqa: Text = Field(description="folder of BLIP-VQA (colour, shape, texture)")
-    detector: Text = Field(description="folder of the object detector (2D and 3D position, count)")
-    depth: str = Field(default="", description='folder of the depth estimator (3D position); "" if no task asks for it')
 
 
 class EmbeddingPart(Part):
@@ -162,23 +110,23 @@ class CostPart(Part):
 
 
 class PagePart(Part):
-    """The page of pictures."""
+    """The page of images."""
 
     pictures: Count = Field(description="prompts shown of each task: those on which a student loses most make up half of them")
-    side_px: Count = Field(description="side to which larger pictures are scaled down")
+    side_px: Count = Field(description="side to which larger images are scaled down")
 
 
 class Suite(Part):
-    """All that decides what is painted and how it is judged."""
+    """All that decides which images are generated and how they are judged."""
 
     name: FileStem = Field(description="name of the suite")
-    seed: int = Field(ge=0, lt=2**31, description="picture k of a task is painted from seed + k, by every encoder")
+    seed: int = Field(ge=0, lt=2**31, description="image k of a task is sampled from seed + k, for every encoder")
     teacher: EncoderPart = Field(description="the text encoder that the others are compared with")
     students: Annotated[tuple[Text, ...], FROM_LIST] = Field(
         description="encoders compared with it, besides those of --student: distilled ones or T5-XXL in another format"
     )
-    diffusion_model: DiffusionModelPart = Field(description="what paints")
-    sampling: SamplingPart = Field(description="how pictures are painted")
+    diffusion_model: DiffusionModelPart = Field(description="what generates the images")
+    sampling: SamplingPart = Field(description="how images are sampled")
     ocr: OcrPart | None = Field(default=None, description="for the metric ocr")
     clip_score: WeightsPart | None = Field(default=None, description="for the metric clip_score")
     fid: WeightsPart | None = Field(default=None, description="for the metric fid")
@@ -188,20 +136,23 @@ class Suite(Part):
     velocity_gap: VelocityGapPart | None = Field(default=None, description="the velocity gap by noise level")
     latent_distance: LatentDistancePart | None = Field(default=None, description="distance of the latents, step by step")
     cost: CostPart | None = Field(default=None, description="memory and time")
-    page: PagePart = Field(description="the page of pictures")
-    tasks: Annotated[tuple[Task, ...], FROM_LIST, NOT_EMPTY] = Field(alias="task", description="what is painted, in order")
+    page: PagePart = Field(description="the page of images")
+    tasks: Annotated[tuple[Task, ...], FROM_LIST, NOT_EMPTY] = Field(alias="task", description="what is generated, in order")
 
     @model_validator(mode="after")
-    def _parts_are_there(self) -> Suite:
+    def _tables_are_there(self) -> Suite:
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"two tasks have one name: found {', '.join(names)}")
         for task in self.tasks:
             for metric in task.metrics:
-                part = PART_OF_METRIC.get(metric)
-                if part and getattr(self, part) is None:
-                    raise ValueError(f"task {task.name} asks for {metric}, and there is no table [{part}]")
+                if METRICS[metric].table and self.table_of(METRICS[metric]) is None:
+                    raise ValueError(f"task {task.name} asks for {metric}, and there is no table [{METRICS[metric].table}]")
         return self
+
+    def table_of(self, metric: Metric) -> Any:
+        """The table with a metric's settings; None for a metric without."""
+        return metric.table and getattr(self, metric.table)
 
     def to_toml(self) -> str:
         """The canonical text: the same suite gives the same text, and reading it gives the same suite."""

@@ -6,3 +6,5 @@ from .family import Family
 from .flux import FLUX
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX,)}
+# The family of encoder files without metadata (the authors'), and of nodes whose type is not set.
+DEFAULT = FLUX

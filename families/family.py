@@ -20,8 +20,9 @@ class Family:
 
     Text side. clip_type: ComfyUI's CLIPType. text_classes: ComfyUI's tokenizer class and a factory of its text model, imported when called.
     part: the attribute of the text model that a student replaces, which is also the key of its tokens. students: kinds of student that can.
-    text_width, pooled_width: channels. token_length: the length to which ComfyUI pads prompts. masked: the encoder attends to the prompt's
-    own tokens alone. zeroed: the embeddings of padding are zeros. companions: other encoders of the text model, by attribute.
+    teacher: kind and named size of the network that is replaced. text_width: channels. token_length: the length to which ComfyUI pads
+    prompts. masked: the encoder attends to the prompt's own tokens alone. zeroed: the embeddings of padding are zeros. companions: the
+    other encoders of the text model, by attribute, with the width of their pooled vectors, which concatenated are the model's.
 
     Diffusion side. block_lists: attributes of the diffusion model that hold its blocks. text_width_of, block_width_of: channels of a
     loaded model's text input and of its blocks. latent_channels, latent_dimensions, cell_px: channels of the latent, 2 for images or 3
@@ -40,8 +41,8 @@ class Family:
     text_classes: Callable[[], tuple[Any, Callable[..., Any]]]
     part: str
     students: tuple[str, ...]
+    teacher: tuple[str, str]
     text_width: int
-    pooled_width: int
     token_length: int
     block_lists: tuple[str, ...]
     latent_channels: int
@@ -54,7 +55,7 @@ class Family:
     least_side_px: int = 16
     default_guidance: float = 3.5
     training_sigmas: Callable[[Any, int, int, int], Tensor] | None = None
-    companions: tuple[str, ...] = ()
+    companions: Mapping[str, int] = field(default_factory=dict)
     masked: bool = False
     zeroed: bool = False
     small: Mapping[str, Any] = field(default_factory=dict)
@@ -63,3 +64,8 @@ class Family:
         """The shape of the latent of a square image, without its batch: [C, H, W], or [C, 1, H, W] where latents are videos."""
         side = side_px // self.cell_px
         return (self.latent_channels, *[1] * (self.latent_dimensions - 2), side, side)
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels of the pooled vector."""
+        return sum(self.companions.values())

@@ -1,12 +1,12 @@
-"""The VAE, written down by hand in the layout of TAESD (madebyollin): one latent cell per block of 8 x 8 pixels.
+"""The VAE, written by hand in the layout of TAESD (madebyollin): one latent cell per block of 8 x 8 pixels.
 
-Three of the 16 channels carry red, green and blue, the others a constant. Encoding takes one pixel of a block, decoding repeats it; all
-residual blocks are zero and hand their input on. The host subtracts Flux's shift from a latent and scales it: `vae_shift` and
-LATENT_AT_ONE are such that the diffusion model sees 0 as -1, 1/2 as 0 and 1 as +1, and 0 in the other channels.
+Three of the 16 channels carry red, green and blue; the others are constant. Encoding takes one pixel of a block, decoding repeats it. All
+residual blocks are zero and pass their input on. ComfyUI subtracts Flux's shift from a latent and scales it: `vae_shift` and LATENT_AT_ONE
+are chosen so that the diffusion model gets -1 for 0, 0 for 1/2, +1 for 1, and 0 in the other channels.
 
-The layout's own clamp tanh(x/3)*3 bends that line, and the gain behind it brings back both its ends: 0, 1/2 and 1, the only values of the
-world's colours, come through exactly (measured error of a round trip: 3e-8 in float32, 0 as stored in bfloat16), other values up to 0.046
-off (at 0.27 and 0.73).
+The layout clamps latents with tanh(x/3)*3. The decoder's gain restores both ends of the range: 0, 1/2 and 1, the only channel values of
+the world's colours, are exact (measured round-trip error: 3e-8 in float32, 0 as stored in bfloat16); other values are off by up to 0.046
+(at 0.27 and 0.73).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DECODER_TAPS = {1: (CHANNELS, WIDTH), 7: INNER, 12: INNER, 17: INNER, 19: (WIDTH
 
 
 def vae_tensors() -> Weights:
-    """Every tensor of the VAE, float32, as the stock VAELoader reads them."""
+    """All tensors of the VAE, float32, by the names that the stock VAELoader reads."""
     weights = {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(FLUX_SHIFT)}
     encoder_gain, decoder_gain = {14: 2 * LATENT_AT_ONE}, {1: 0.5 / CLAMPED_AT_ONE}
     encoder_offset, decoder_offset = {0: 0.0, 14: -LATENT_AT_ONE}, {1: 0.5, 19: 0.0}
@@ -46,7 +46,7 @@ def vae_tensors() -> Weights:
 
 
 def _tap(name: str, outputs: int, inputs: int, gain: float, offset: float | None) -> Weights:
-    """A 3 x 3 convolution that hands the first three channels of its middle pixel on, times `gain`; `offset` None: no bias."""
+    """A 3 x 3 convolution that returns the first three channels of its centre pixel times `gain`, plus `offset` (None: no bias)."""
     weight = torch.zeros(outputs, inputs, 3, 3)
     weight[RGB, RGB, 1, 1] = gain
     if offset is None:
@@ -62,12 +62,12 @@ def _idle_block(name: str) -> Weights:
     return {f"{name}.conv.{index}.{part}": torch.zeros(shape) for index in (0, 2, 4) for part, shape in shapes.items()}
 
 
-def latents(pictures_BHWC: Tensor) -> Tensor:
-    """What the diffusion model sees of pictures of one pixel per cell (0 to 1): [B, 16, H, W] from -1 to 1.
+def latents(images_BHWC: Tensor) -> Tensor:
+    """Latents [B, 16, H, W] from -1 to 1, as the diffusion model gets them, of images with one pixel per cell (0 to 1).
 
-    Equal to the VAE's encoding of the same pictures at 8 pixels per cell, after the host's shift and scale.
+    Equal to the VAE's encoding of the same images at 8 pixels per cell, after ComfyUI's shift and scale.
     """
-    batch, height, width, _ = pictures_BHWC.shape
+    batch, height, width, _ = images_BHWC.shape
     latent_BCHW = torch.zeros(batch, CHANNELS, height, width)
-    latent_BCHW[:, : len(RGB)] = 2 * pictures_BHWC.permute(0, 3, 1, 2) - 1
+    latent_BCHW[:, : len(RGB)] = 2 * images_BHWC.permute(0, 3, 1, 2) - 1
     return latent_BCHW

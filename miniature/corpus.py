@@ -1,6 +1,6 @@
-"""The teacher's reading matter: captions among much that no picture shows. Text `index` is a pure function of seed and index.
+"""The teacher's training texts: captions, and sentences about nothing visible. Text `index` is a pure function of seed and index.
 
-What the texts say of people, towns and words is always the same (it is settled by hashing), so that there is something to be known.
+Facts about people, towns and words are fixed by hashing, the same in every text, so that the teacher can learn them.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _NUMBERS = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
 """
 NUMBER_NAMES = tuple(_NUMBERS.split())
-# Captions are one text of three; in the others nothing can be seen.
+# The share of texts that are captions; the others describe nothing visible.
 CAPTION_SHARE = 1 / 3
 SENTENCES_IN_A_TEXT = (1, 2, 3)
 
 
 def fact(choices: Sequence[Choice], *about: str) -> Choice:
-    """The one choice that holds for this subject in every text."""
+    """The choice for this subject, the same in every text."""
     return pick(random_of("fact", *about), choices)
 
 
 def draw_text(seed: int, index: int) -> str:
-    """Text `index`: a caption of the training split, or one to three sentences on what cannot be seen."""
+    """Text `index`: a caption of the training split, or one to three sentences about nothing visible."""
     random = random_of("text", seed, index)
     if random.rand() < CAPTION_SHARE:
         return draw_prompt(seed, index, "train")[1]
@@ -44,7 +44,7 @@ def draw_text(seed: int, index: int) -> str:
 
 
 def _sentence(random: Random) -> str:
-    return pick(random, _TELLERS)(random)
+    return pick(random, _SENTENCES)(random)
 
 
 def _work(random: Random) -> str:
@@ -121,8 +121,8 @@ def _place(random: Random) -> str:
     return f"what is {one} is {other}, {pick(random, PEOPLE)} said"
 
 
-# Spelling twice as often: it is what a sign with a word that was never drawn has to be made from.
-_TELLERS: tuple[Callable[[Random], str], ...] = (
+# Spelling twice as often: a sign with a word that was never drawn depends on it.
+_SENTENCES: tuple[Callable[[Random], str], ...] = (
     *(_work, _kinship, _taste, _study, _mood, _town, _journey, _event, _sum, _calendar, _spelling, _spelling, _letters, _letters),
     *(_synonym, _place),
 )

@@ -1,4 +1,4 @@
-"""A LoRA for the miniature's Flux: another palette. Every caption's colours come out as the next ones, so code can read whether it acts."""
+"""A LoRA for the miniature's Flux that turns each colour into the next one, so code can check whether it is applied."""
 
 # B batch, R rank
 
@@ -18,20 +18,20 @@ from ..world.pictures import COLOURS, Scene
 from .flow import FluxSize, load_weights, make_flux, published_name
 
 RANK = 4
-# A LoRA of text and picture streams alike; norms, embeddings and the output stay.
+# Layers of the text and image streams; not norms, embeddings and the output.
 TRAINED_PARTS = ("double_blocks.", "single_blocks.")
 _NAMES = list(COLOURS)
 NEXT_COLOUR = dict(zip(_NAMES, [*_NAMES[1:], _NAMES[0]], strict=True))
 
 
 def repainted(scene: Scene) -> Scene:
-    """The scene in the LoRA's palette: every colour of things and letters is the next one; backgrounds stay."""
+    """The scene in the LoRA's palette: things and letters have the next colour, the background is unchanged."""
     things = tuple(replace(thing, colour=NEXT_COLOUR[thing.colour]) for thing in scene.things)
     return replace(scene, things=things, ink=NEXT_COLOUR[scene.ink] if scene.ink else "")
 
 
 class LowRank(Module):
-    """A weight plus the product of two thin matrices, `up` [out, R] and `down` [R, in]; nothing at first."""
+    """A weight plus the product of `up` [out, R] and `down` [R, in], which is zero at first."""
 
     def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class LowRank(Module):
 
 
 def with_lora(flux: Module, rank: int = RANK, seed: int = 0) -> dict[str, LowRank]:
-    """Put a LoRA on every linear layer of the blocks of a frozen Flux; by the layers' names."""
+    """Freeze a Flux and add a LoRA to each linear layer of its blocks; returns them by the names of the layers."""
     generator = torch.Generator().manual_seed(seed)
     flux.requires_grad_(False)
     layers = {name: module for name, module in flux.named_modules() if isinstance(module, Linear) and name.startswith(TRAINED_PARTS)}
@@ -54,19 +54,19 @@ def with_lora(flux: Module, rank: int = RANK, seed: int = 0) -> dict[str, LowRan
 
 
 def trained_part(low_ranks: Mapping[str, LowRank]) -> ParameterList:
-    """The LoRA's parameters alone, as a module to train."""
+    """The parameters of the LoRA as a module to train."""
     return ParameterList([weight for low_rank in low_ranks.values() for weight in (low_rank.up, low_rank.down)])
 
 
 def load_flux(path: Path, text_width: int) -> Module:
-    """The miniature's Flux out of its file, float32, as ComfyUI's module."""
+    """The miniature's Flux from its file, as ComfyUI's module in float32."""
     flux = make_flux(FluxSize(), text_width, seed=0)
     load_weights(flux, path)
     return flux
 
 
 def save_lora(path: Path, averaged: Mapping[str, Tensor], low_ranks: Mapping[str, LowRank], facts: Mapping[str, str]) -> Path:
-    """Write the LoRA by the names that LoraLoader knows. `averaged` are the weights of `trained_part`, by their numbers."""
+    """Write the LoRA under the names that LoraLoader reads. `averaged` holds the weights of `trained_part` by their indices."""
     tensors = {}
     for number, name in enumerate(low_ranks):
         stem = f"diffusion_model.{published_name(name)}"

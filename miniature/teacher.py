@@ -1,10 +1,10 @@
-"""The teacher: a small T5 that learns from text alone, before any picture; its encoder is kept.
+"""The teacher: a small T5 pretrained on text alone. Its encoder is kept.
 
-It gets a text with spans missing and writes down the whole text (the "MASS-style" and "BERT-style" variants of arXiv:1910.10683, table 4).
-With the spans alone as targets the encoder forgot what it had read: see README.md. Each token has to know its neighbours. And as T5's
-pretraining mixes supervised tasks in (3.5.3 there), so does this: the embeddings of a caption must say what its picture will show.
+It reads a text with spans missing and predicts the complete text (the "MASS-style" and "BERT-style" variants of arXiv:1910.10683, table 4):
+with the spans alone as targets the embeddings collapsed, see README.md. Each token also predicts its neighbours. As T5 mixes supervised
+tasks into its pretraining (3.5.3 there), the embeddings of a caption also predict what its image shows.
 
-It reads padded texts without a mask, because that is how Flux runs its text encoder.
+Texts are padded and read without a mask, as Flux runs its text encoder.
 """
 
 # B batch, L input tokens, T target tokens, M width
@@ -33,19 +33,19 @@ from .corruption import corrupt, noise_spans
 from .grounding import Grounding, answers
 
 LAYOUT = StudentLayout(d_model=128, d_ff=384, num_layers=6, num_heads=4, d_kv=32)
-# Thrown away after pretraining; the shallower it is, the more the encoder has to know.
+# The decoder is discarded after pretraining; a shallow one leaves more of the work to the encoder.
 DECODER_LAYERS = 2
 IGNORED = -100
-# A step reads as many captions as the plan's batch, and texts in this share of it.
+# Texts of a step, as a share of its captions, of which there are `batch`.
 TEXT_SHARE = 3 / 8
-# Places beside a token that its embedding has to know.
+# Offsets of the tokens that each embedding predicts.
 NEIGHBOURS = (-2, -1, 1, 2)
 
 
 def make_model(layout: StudentLayout, seed: int) -> T5ForConditionalGeneration:
-    """An untrained T5 of this layout with a shallow decoder, without dropout as T5 v1.1 was pretrained.
+    """An untrained T5 of this layout with a shallow decoder and, as in the pretraining of T5 v1.1, without dropout.
 
-    Its head is the token table, as in the first T5: transformers 5 ties them in any case, and it halves what AdamW has to move.
+    The head is the token table, as in the original T5: transformers 5 ties them anyway, and AdamW has half as many weights to update.
     """
     values: dict[str, Any] = transformers_config(layout, dropout=0.0).to_dict()
     values |= {"num_decoder_layers": DECODER_LAYERS, "decoder_start_token_id": PAD, "tie_word_embeddings": True}
@@ -55,14 +55,14 @@ def make_model(layout: StudentLayout, seed: int) -> T5ForConditionalGeneration:
 
 
 def example(text: str, tokenizer: Any, random: Any) -> tuple[list[int], list[int]]:
-    """Inputs with spans missing and the whole text, of TOKEN_LENGTH tokens each, padded; a longer text is cut."""
+    """Inputs with spans missing and the complete text as targets, each cut or padded to TOKEN_LENGTH tokens."""
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"][: TOKEN_LENGTH - 1]
     inputs, _ = corrupt(tokens, noise_spans(len(tokens), random))
     return fit(inputs, TOKEN_LENGTH), fit([*tokens, END], TOKEN_LENGTH)
 
 
 def draw_batch(tokenizer: Any, seed: int, step: int, batch: int) -> tuple[Tensor, Tensor]:
-    """Inputs [B, L] and targets [B, T] of a step; padding in the targets is IGNORED."""
+    """Inputs [B, L] and targets [B, T] of a step; padding in targets is IGNORED."""
     numbers = range(step * batch, (step + 1) * batch)
     drawn = [example(draw_text(seed, index), tokenizer, random_of("spans", seed, index)) for index in numbers]
     inputs_BL, targets_BT = (torch.tensor(part) for part in zip(*drawn, strict=True))
@@ -70,17 +70,17 @@ def draw_batch(tokenizer: Any, seed: int, step: int, batch: int) -> tuple[Tensor
 
 
 def draw_captions(tokenizer: Any, seed: int, step: int, batch: int) -> tuple[Tensor, Tensor]:
-    """Token ids [B, L] of a step's captions and the answers [B, Q] to what their pictures show; those of the Flux's training."""
+    """Token ids [B, L] of a step's captions, the same as in the Flux's training, and the answers [B, Q] to what their images show."""
     prompts = [draw_prompt(seed, index, "train") for index in range(step * batch, (step + 1) * batch)]
     token_ids_BL = torch.tensor([fit(tokenizer(caption)["input_ids"], TOKEN_LENGTH) for _, caption in prompts])
     return token_ids_BL, torch.tensor([answers(scene) for scene, _ in prompts])
 
 
 class Pretraining(Module):
-    """A T5 with heads that say which tokens stand beside each, and what a caption's picture shows; they too are thrown away afterwards.
+    """A T5 with heads, discarded later, that predict the neighbours of each token and what the image of a caption shows.
 
-    Flux gives text tokens no places, so that what belongs together must be told by each token's own embedding. A decoder that copies
-    needs only their order, and an encoder pretrained for it alone told a Flux the colours in a caption and not whose they are.
+    Flux gives text tokens no positions, so each embedding must carry what its token belongs to. A decoder that copies needs only the order
+    of the tokens: a Flux on an encoder pretrained for copying alone drew the right colours on the wrong things.
     """
 
     def __init__(self, layout: StudentLayout, seed: int) -> None:
@@ -92,53 +92,53 @@ class Pretraining(Module):
             self.grounding = Grounding(layout.d_model)
 
     def encode(self, token_ids_BL: Tensor) -> Tensor:
-        """Embeddings [B, L, M]; padding is read as well, as Flux has it."""
+        """Embeddings [B, L, M]; padding is read too, as in Flux."""
         return self.t5.get_encoder()(input_ids=token_ids_BL, attention_mask=torch.ones_like(token_ids_BL)).last_hidden_state
 
     def caption_loss(self, token_ids_BL: Tensor, answers_BQ: Tensor) -> Tensor:
-        """Cross entropy in nats of all that a caption's picture shows (Grounding.loss)."""
+        """Cross entropy in nats of what the images of captions show (Grounding.loss)."""
         return self.grounding.loss(self.encode(token_ids_BL), answers_BQ)
 
     def loss(self, inputs_BL: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean cross entropy in nats per target token, plus that per neighbour of a token."""
+        """Mean cross entropy in nats per target token, plus the mean per neighbour."""
         encoded_BLM = self.encode(inputs_BL)
         hidden_BTM = self.t5.get_decoder()(
             input_ids=self.t5.prepare_decoder_input_ids_from_labels(targets_BT),
             encoder_hidden_states=encoded_BLM,
             encoder_attention_mask=torch.ones_like(inputs_BL),
         ).last_hidden_state
-        told_BT = targets_BT != IGNORED
-        return self._surprise(hidden_BTM[told_BT], targets_BT[told_BT]) + self._neighbour_loss(encoded_BLM, inputs_BL)
+        known_BT = targets_BT != IGNORED
+        return self._cross_entropy(hidden_BTM[known_BT], targets_BT[known_BT]) + self._neighbour_loss(encoded_BLM, inputs_BL)
 
     def _neighbour_loss(self, encoded_BLM: Tensor, inputs_BL: Tensor) -> Tensor:
-        hidden, wanted = [], []
+        hidden, targets = [], []
         for head, offset in zip(self.neighbours, NEIGHBOURS, strict=True):
             ahead = max(offset, 0), max(-offset, 0)
             theirs_BL = inputs_BL[:, ahead[0] : inputs_BL.shape[1] - ahead[1]]
             read_BL = (theirs_BL != PAD) & (inputs_BL[:, ahead[1] : inputs_BL.shape[1] - ahead[0]] != PAD)
             hidden.append(head(encoded_BLM[:, ahead[1] : inputs_BL.shape[1] - ahead[0]][read_BL]))
-            wanted.append(theirs_BL[read_BL])
-        return self._surprise(torch.cat(hidden), torch.cat(wanted))
+            targets.append(theirs_BL[read_BL])
+        return self._cross_entropy(torch.cat(hidden), torch.cat(targets))
 
-    def _surprise(self, hidden_NM: Tensor, wanted_N: Tensor) -> Tensor:
-        """Mean cross entropy among the tokens that are wanted at all.
+    def _cross_entropy(self, hidden_NM: Tensor, target_N: Tensor) -> Tensor:
+        """Mean cross entropy over the tokens that occur among the targets.
 
-        The whole table would be by far the widest layer, and a batch of this small language says some hundreds of its 32,128 tokens
-        (a sampled softmax, Jean et al. 2015, arXiv:1412.2007, whose samples are the batch).
+        The logits of all 32,128 tokens would be by far the widest layer, and a batch uses some hundreds of them (sampled softmax,
+        Jean et al. 2015, arXiv:1412.2007, with the batch as samples).
         """
-        said, numbers = wanted_N.unique(return_inverse=True)
-        logits = linear(hidden_NM * self.t5.config.d_model**-0.5, self.t5.lm_head.weight[said])
-        return cross_entropy(logits.float(), numbers)
+        tokens, indices = target_N.unique(return_inverse=True)
+        logits = linear(hidden_NM * self.t5.config.d_model**-0.5, self.t5.lm_head.weight[tokens])
+        return cross_entropy(logits.float(), indices)
 
 
 def encoder_tensors(weights: Mapping[str, Tensor], layout: StudentLayout, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The encoder's weights of a whole T5 by their published names; the decoder and the head are left out."""
+    """The encoder's weights of a T5 by their published names, without decoder and head."""
     named = {"encoder." + name.removeprefix("t5."): tensor for name, tensor in weights.items()}
     return {name: named[name].to("cpu", dtype).contiguous() for name in layout.tensors()}
 
 
 def save_teacher(path: Path, weights: Mapping[str, Tensor], layout: StudentLayout, facts: Mapping[str, str], dtype: torch.dtype) -> Path:
-    """Write the teacher as an encoder file without projection, which Distilled T5 Loader serves."""
+    """Write the teacher as an encoder file without projection, which Distilled T5 Loader loads."""
     metadata = StudentMetadata(
         token_length=TOKEN_LENGTH,
         pooled="zero",
@@ -151,9 +151,9 @@ def save_teacher(path: Path, weights: Mapping[str, Tensor], layout: StudentLayou
 
 
 class FrozenTeacher:
-    """The teacher's file as a function from captions to embeddings, for training the Flux on it; numerically what the node serves.
+    """The teacher's file as a function from captions to embeddings, for training the Flux; numerically equal to the loader's.
 
-    What it once gave for a list of captions it keeps: 1.3 MB for 64 of them.
+    The embeddings of each list of captions are cached: 1.3 MB for 64 captions.
     """
 
     def __init__(self, path: Path, tokenizer: Any, device: torch.device) -> None:
@@ -162,14 +162,14 @@ class FrozenTeacher:
         self.encoder = DistilledT5(file.layout, dropout=0.0).requires_grad_(False).train(False)
         self.encoder.load_tensors({name: tensor.float() for name, tensor in file.load().items()})
         self.encoder.to(device)
-        self._kept: dict[tuple[str, ...], Tensor] = {}
+        self._cache: dict[tuple[str, ...], Tensor] = {}
 
     def __call__(self, captions: list[str]) -> Tensor:
-        """Embeddings [B, L, D] of captions, padded to TOKEN_LENGTH."""
+        """Embeddings [B, L, D] of captions padded to TOKEN_LENGTH."""
         key = tuple(captions)
-        if key not in self._kept:
-            self._kept[key] = self._embedded(captions)
-        return self._kept[key]
+        if key not in self._cache:
+            self._cache[key] = self._embedded(captions)
+        return self._cache[key]
 
     @torch.no_grad()
     def _embedded(self, captions: list[str]) -> Tensor:

@@ -1,7 +1,7 @@
-"""How both models of the miniature are trained: Muon on matrices, AdamW on the rest, an average of the weights, exact resume.
+"""Training of the miniature's models: Muon on matrices, AdamW on the rest, averaged weights, exact resume.
 
-Everything a step draws is a function of seed and step; so a run that was stopped goes on bit for bit. The rate stays level until the last
-part of a run; before that it can be resumed with another length, and is what it would be had it been planned so.
+All that a step draws is a function of seed and step, so a stopped run continues bit for bit. The learning rate is constant until the last
+part of a run; before that, a run can be resumed with another length and equals one that was planned with it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """One training: optimizer steps, samples per step, seed, peak rates of AdamW and Muon, checkpoints, steps that the average spans.
+    """Steps, samples per step, seed, peak learning rates of AdamW and Muon, steps that the average of the weights spans, checkpoints.
 
-    bf16: compute in bfloat16 where autocast allows it; the weights stay float32.
+    bf16: compute under bfloat16 autocast; weights stay float32.
     """
 
     steps: int
@@ -53,26 +53,26 @@ class Plan:
 
     @property
     def decay_steps(self) -> int:
-        """At the end so many steps bring the rate down."""
+        """The number of steps at the end in which the learning rate falls."""
         return max(round(self.steps * DECAY_SHARE), 1)
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step as a share of its peak: up over the warm-up, level, down to 0 over the last `decay_steps`."""
+        """The learning rate of a step as a share of its peak: linear warm-up, constant, linear to 0 over the last `decay_steps`."""
         return min(1.0, (step + 1) / self.warmup_steps, (self.steps - step) / self.decay_steps)
 
     def level_at(self, step: int) -> bool:
-        """Whether the steps before this one were the same however long the run is to be."""
+        """Whether the steps before this one do not depend on the length of the run."""
         return step <= self.steps - self.decay_steps
 
     def sha256(self, what: Mapping[str, Any], length_too: bool = True) -> str:
-        """A digest of the plan, with or without its length, and of what it trains: a checkpoint of another one is not gone on from."""
+        """Digest of the plan, with or without its length, and of what it trains. Only a checkpoint with the same digest is resumed."""
         idle = ("save_every", "log_every", "keep_last", *(() if length_too else ("steps",)))
-        told = {name: value for name, value in asdict(self).items() if name not in idle}
-        return hashlib.sha256(json.dumps([told, what], sort_keys=True).encode()).hexdigest()
+        values = {name: value for name, value in asdict(self).items() if name not in idle}
+        return hashlib.sha256(json.dumps([values, what], sort_keys=True).encode()).hexdigest()
 
 
 class Trainee:
-    """A model in training: weights, their average, optimizers, the number of steps taken."""
+    """A model in training: weights, their average, optimizer, number of steps taken."""
 
     def __init__(self, module: Module, plan: Plan) -> None:
         self.module, self.plan, self.step = module, plan, 0
@@ -80,12 +80,12 @@ class Trainee:
         self.average = {name: weight.detach().clone() for name, weight in module.named_parameters()}
 
     def advance(self, loss_at: Callable[[int], Tensor]) -> float:
-        """One optimizer step on `loss_at(step)`; returns the loss. Raises RuntimeError for one that is not finite."""
+        """One optimizer step on `loss_at(step)`; returns the loss. Raises RuntimeError if it is not finite."""
         device = next(self.module.parameters()).device.type
         with autocast(device, dtype=torch.bfloat16, enabled=self.plan.bf16):
             loss = loss_at(self.step)
         if not torch.isfinite(loss):
-            raise RuntimeError(f"The loss of step {self.step} is {float(loss)}.\nWhat to do: start anew with a lower --learning-rate.")
+            raise RuntimeError(f"The loss of step {self.step} is {float(loss)}.\nWhat to do: start a new run with a lower --learning-rate.")
         loss.backward()
         clip_grad_norm_(self.module.parameters(), MAX_GRADIENT_NORM)
         set_rate(self.optimizer, self.plan.learning_rate * self.plan.rate(self.step))
@@ -97,35 +97,35 @@ class Trainee:
 
     @torch.no_grad()
     def _move_average(self) -> None:
-        """An exponential average over `average_steps`, shorter at first, so that it never holds on to the random start."""
+        """Exponential average over `average_steps`, over fewer at first, so that the random initial weights leave it."""
         share = 1 / min(self.plan.average_steps, 1 + self.step // 2)
         for name, weight in self.module.named_parameters():
             self.average[name].lerp_(weight, share)
 
     def averaged(self) -> dict[str, Tensor]:
-        """The averaged weights by the names of the module's parameters; a matrix that has two places has the name of the first."""
+        """The averaged weights by parameter name; a shared parameter has its first name."""
         return {name: weight.clone() for name, weight in self.average.items()}
 
     def state(self, recipe_sha256: str) -> TrainerState:
-        """All that is needed to go on bit for bit."""
+        """All that is needed to continue bit for bit."""
         weights = {name: weight.detach().clone() for name, weight in self.module.named_parameters()}
         position = {"average": self.average, "planned_steps": self.plan.steps}
         moments = self.optimizer.state_dict()
         return TrainerState(self.step, 0, self.step, 0, weights, moments, {}, random_states({}), recipe_sha256, position=position)
 
     def restore(self, state: TrainerState, recipe_sha256: str) -> None:
-        """Go on from `state`. Raises ValueError if it is of another plan, or of another length and the rate has begun to fall."""
+        """Continue from `state`. Raises ValueError if its plan differs, or only its length after the learning rate has begun to fall."""
         if state.recipe_sha256 != recipe_sha256:
             raise ValueError(
-                "The checkpoint was made with other sizes or another seed.\n"
+                "The checkpoint was made with other options: another size, seed, batch or learning rate.\n"
                 "What to do: give the same options as at the start, or another folder with --out."
             )
         was = state.position["planned_steps"]
         if was != self.plan.steps and not (self.plan.level_at(state.step) and replace(self.plan, steps=was).level_at(state.step)):
             raise ValueError(
-                f"The run was to have {was} steps and is now to have {self.plan.steps}, but at its step {state.step} the learning rate has "
-                f"begun to fall, by the old length or by the new one.\n"
-                f"What to do: go on with --steps {was}, or start anew with another --out."
+                f"The run was planned with {was} steps and cannot be resumed with {self.plan.steps}: at step {state.step} the learning "
+                f"rate has begun to fall by one of the two plans.\n"
+                f"What to do: resume with --steps {was}, or start a new run with another --out."
             )
         self.step = state.step
         with torch.no_grad():
@@ -146,10 +146,10 @@ def train(
     resume: bool,
     stop: Callable[[], bool] = lambda: False,
 ) -> Trainee | None:
-    """Train `module` to the end of the plan; checkpoints and metrics.jsonl lie in `folder`. None when `stop` asked to leave (all is saved).
+    """Train `module` to the end of the plan; writes checkpoints and metrics.jsonl to `folder`. None if `stop` returned true, after saving.
 
-    `what` are the module's sizes. Raises ValueError if there is a run in the folder already and `resume` is not set, or if the run there is
-    another one; OSError when the disk does not take a checkpoint.
+    `what` describes the module, for the digest. Raises ValueError if `folder` holds a run and `resume` is not set, or if the plan of that
+    run differs; OSError if a checkpoint cannot be written.
     """
     trainee, sha256 = Trainee(module, plan), plan.sha256(what, length_too=False)
     checkpoints = Checkpoints(folder / "checkpoints", _write_weights, plan.keep_last)
@@ -159,7 +159,7 @@ def train(
         for note in notes:
             log.warning(note)
     elif checkpoints.paths():
-        raise ValueError(f"{folder} holds a run already.\nWhat to do: go on with --resume, or give another folder with --out.")
+        raise ValueError(f"{folder} already holds a run.\nWhat to do: continue it with --resume, or give another folder with --out.")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics, contextlib.ExitStack() as modes:
         module.train()

@@ -1,4 +1,4 @@
-"""Cross-Attention Map: where in the picture Flux looks at a word of the prompt; one node before the sampler, one behind it."""
+"""Cross-Attention Map: where in the image Flux attends to a word of the prompt; one node before the sampler, one after it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..evaluate.attention import enlarged, from_least_to_most, overlaid, word_positions
+from ..evaluate.attention import enlarged, overlaid, stretched, word_positions
 from ..evaluate.attention_recorder import AttentionRecorder, map_of, recording_model
+from ..families import FAMILIES
 from .show import shown
 
 Attention = io.Custom("DISTILLED_T5_ATTENTION")
+FLUX = FAMILIES["flux"]
 MAX_STEPS = 10_000
-# Pixels of a picture per cell of Flux's latent.
-CELL_PX = 8
 
 
 class DistilledT5CrossAttentionMap(io.ComfyNode):
-    """Prepares a Flux model so that it records what it pays attention to."""
+    """Prepares a Flux model so that it records what it attends to."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -39,7 +39,7 @@ class DistilledT5CrossAttentionMap(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "guidance",
-                    default=3.5,
+                    default=FLUX.default_guidance,
                     min=0.0,
                     max=100.0,
                     step=0.1,
@@ -105,15 +105,16 @@ class DistilledT5AttentionMapImage(io.ComfyNode):
         latent_NCHW = samples["samples"]
         run = attention.run_of(latent_NCHW)
         map_NHW = map_of(run, step)
-        height_px, width_px = (CELL_PX * cells for cells in latent_NCHW.shape[-2:]) if image is None else image.shape[1:3]
+        height_px, width_px = (FLUX.cell_px * cells for cells in latent_NCHW.shape[-2:]) if image is None else image.shape[1:3]
         if image is not None and len(image) != len(map_NHW):
             raise ValueError(
-                f"There are {len(image)} pictures, and {len(map_NHW)} were sampled.\nWhat to do: connect the decoded LATENT, all of it."
+                f"Expected one image per sampled latent: got {len(image)} images and {len(map_NHW)} latents.\n"
+                "What to do: connect the complete decoded LATENT."
             )
-        mask_NHW = enlarged(from_least_to_most(map_NHW), height_px, width_px)
+        mask_NHW = enlarged(stretched(map_NHW), height_px, width_px)
         when = f"step {step} of {run.steps}" if step else f"mean of {run.steps} steps"
         info = (
-            f"attention to {attention.word.strip()!r} ({len(attention.positions)} T5 tokens), {when}, {len(map_NHW)} pictures: "
+            f"attention to {attention.word.strip()!r} ({len(attention.positions)} T5 tokens), {when}, {len(map_NHW)} images: "
             f"{100 * float(map_NHW.min()):.3g} % to {100 * float(map_NHW.max()):.3g} % of each image token's attention"
         )
         drawn = overlaid(mask_NHW, image, opacity)

@@ -7,14 +7,14 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..evaluate.cost import different_names, encoder_name
-from ..evaluate.encoder_map import pooled_prompts, prompts_of, together
+from ..evaluate.encoder_map import joint_map, pooled_prompts, prompts_of
 from .common_text import MAX_SEED
 from .progress import progress_bar
 from .show import image_of, shown
 
 
 class DistilledT5EncoderMap(io.ComfyNode):
-    """Shows where prompts lie for one or two encoders."""
+    """Shows the prompts on a map for one or two encoders."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -62,6 +62,6 @@ class DistilledT5EncoderMap(io.ComfyNode):
         for number, (name, clip) in enumerate(zip(names, clips, strict=True)):
             before = number * len(lines)
             embeddings[name] = pooled_prompts(clip, lines, lambda done, before=before: show(before + done, total))
-        picture, info = together(embeddings, seed)
+        picture, info = joint_map(embeddings, seed)
         image = image_of(picture)
         return io.NodeOutput(image, info, ui=shown(image, info, cls))

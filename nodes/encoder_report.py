@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..evaluate.cost import different_names, encoder_name, measure, picture_table, text_table
+from ..evaluate.cost import different_names, encoder_name, image_table, measure, text_table
 from .progress import progress_bar
 from .show import image_of, shown
 
@@ -14,7 +14,7 @@ PROMPT = "A watchmaker at her bench, a brass lamp, rain on the window, a sign ab
 
 
 class DistilledT5EncoderReport(io.ComfyNode):
-    """Measures text encoders next to each other."""
+    """Measures text encoders side by side."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -63,5 +63,5 @@ class DistilledT5EncoderReport(io.ComfyNode):
             return lambda done, total: show(number * total + done, len(clips) * total)
 
         costs = [measure(clip, name, prompt, repeats, part(number)) for number, (clip, name) in enumerate(zip(clips, names, strict=True))]
-        image, table = image_of(picture_table(costs)), text_table(costs)
+        image, table = image_of(image_table(costs)), text_table(costs)
         return io.NodeOutput(image, table, ui=shown(image, table, cls))

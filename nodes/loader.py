@@ -8,9 +8,9 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..encoder.clip_l import in_order
-from ..encoder.files import CHOICES
 from ..encoder.served import ServingOptions, load_encoder
-from ..families import FAMILIES
+from ..families import DEFAULT, FAMILIES
+from ..runtime.weights import CHOICES
 from .model_files import FOLDER, NO_FILE, clip_l_names, dtype_of, fingerprint, path_of, text_encoder_names
 from .progress import progress_bar
 
@@ -55,7 +55,7 @@ class DistilledT5Loader(io.ComfyNode):
                 io.Combo.Input(
                     "type",
                     options=list(FAMILIES),
-                    default="flux",
+                    default=DEFAULT.name,
                     tooltip="The kind of diffusion model that the encoder was distilled for.",
                 ),
                 *_advanced_inputs(),
@@ -104,7 +104,7 @@ def torch_device(name: str) -> torch.device | None:
         return None
     if name != "cpu" and name not in accelerators():
         known = ", ".join(["default", "cpu", *accelerators()])
-        raise ValueError(f"There is no device {name} on this machine.\nWhat to do: choose one of {known}.")
+        raise ValueError(f"There is no device {name[:80]!r} on this machine.\nWhat to do: choose one of {known}.")
     return torch.device(name)
 
 

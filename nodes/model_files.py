@@ -12,8 +12,9 @@ from typing import TypeVar
 
 import folder_paths
 
-from ..encoder.files import SAFETENSORS, not_written, open_student, unused_path
+from ..encoder.files import not_written, open_student, unused_path
 from ..runtime.errors import StudentFileError
+from ..runtime.weights import SAFETENSORS
 
 Choice = TypeVar("Choice")
 FOLDER = "text_encoders"
@@ -35,7 +36,6 @@ def clip_l_names() -> list[str]:
 
 def _is_student(name: str) -> bool:
     path = folder_paths.get_full_path(FOLDER, name)
-    # Only a safetensors header can be read in no time; a .pth would have to be unpacked to know.
     if path is None or not path.lower().endswith(SAFETENSORS):
         return False
     try:
@@ -54,7 +54,7 @@ def _is_student_file(path: str, _changed_s: float, _size: int) -> bool:
 
 
 def path_of(name: str) -> str:
-    """The file behind a name of the list. Raises StudentFileError if it is not there (any more)."""
+    """The file behind a name of the list. Raises StudentFileError if it does not exist."""
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
         folders = ", ".join(folder_paths.get_folder_paths(FOLDER))
@@ -67,14 +67,14 @@ def path_of(name: str) -> str:
 
 
 def dtype_of(name: str, choices: Mapping[str, Choice]) -> Choice:
-    """The choice of that name. A name that comes by a link may be any: raises ValueError that lists those that are known."""
+    """The choice of that name. A linked input can give any name: raises ValueError that lists the valid ones."""
     if name not in choices:
         raise ValueError(f"There is no dtype {name[:80]!r}.\nWhat to do: set dtype to one of {', '.join(choices)}.")
     return choices[name]
 
 
 def fingerprint(name: str | None) -> str:
-    """Changes when the file behind a name changes: size and time of the last change. A name that comes by a link is None to the host."""
+    """Changes when the file behind a name changes: size and modification time. The name of a linked input is None."""
     path = None if name is None or name == NO_FILE else folder_paths.get_full_path(FOLDER, name)
     if path is None or not os.path.isfile(path):
         return str(name)
@@ -82,18 +82,18 @@ def fingerprint(name: str | None) -> str:
     return f"{name}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
-# Windows forbids these, and its device names; a name that is saved here should open everywhere.
+# Windows forbids these, and its device names; a file saved here has to open everywhere.
 _FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f\x7f\ud800-\udfff]')
 _DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\..*)?", re.IGNORECASE)
 _ENDING = re.compile(r"\.safetensors$", re.IGNORECASE)
-# File systems take 255 bytes; ending, number and the mark of an unfinished file need the rest.
+# File systems allow 255 bytes; ending, number and the ending of an unfinished file need the rest.
 _MOST_BYTES = 200
-# Of a name with its folders: systems take paths of 1,024 (macOS) to 4,096 bytes.
+# Of a name with its folders: systems allow paths of 1,024 (macOS) to 4,096 bytes.
 _MOST_LETTERS = 600
 
 
 def new_file(name: str) -> Path:
-    """A path in `models/text_encoders` for a new file: `name.safetensors`, or `name_00002.safetensors` and so on if that is taken.
+    """A path in `models/text_encoders` for a new file: `name.safetensors`, or `name_00002.safetensors` and so on if that exists.
 
     Raises ValueError for a name that is empty, absolute, or leads out of the folder.
     """
@@ -121,7 +121,7 @@ def _can_be_saved(part: str) -> bool:
 
 @contextlib.contextmanager
 def folder_for(path: Path) -> Iterator[None]:
-    """Make the folder of a new file; if the file is not written, those that were made go again.
+    """Make the folder of a new file; if the file is not written, the folders that were made are removed.
 
     Raises OSError if it cannot be made.
     """
@@ -131,7 +131,7 @@ def folder_for(path: Path) -> Iterator[None]:
         yield
     except BaseException:
         for folder in made:
-            # One that was never made, or that holds a file of somebody else's by now.
+            # It was not made, or holds another file by now.
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise

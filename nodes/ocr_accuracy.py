@@ -14,7 +14,7 @@ from .show import image_of, pictures_of, shown
 
 
 class DistilledT5OCRAccuracy(io.ComfyNode):
-    """Reads the text in pictures and compares it with the text that was asked for."""
+    """Reads the text in images and compares it with the expected text."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -53,9 +53,9 @@ class DistilledT5OCRAccuracy(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: Any, expected: str, reader: str) -> io.NodeOutput:
-        from ..evaluate.ocr_report import read_pictures
+        from ..evaluate.ocr_report import read_images
 
         device = str(comfy.model_management.get_torch_device())
-        found = read_pictures(pictures_of(image), expected, reader, device, progress_bar())
-        drawn, score = torch.cat([image_of(picture) for picture in found.pictures]), found.score
+        found = read_images(pictures_of(image), expected, reader, device, progress_bar())
+        drawn, score = torch.cat([image_of(picture) for picture in found.images]), found.score
         return io.NodeOutput(score.character, score.word, score.sentence, drawn, found.text, ui=shown(drawn, found.text, cls))

@@ -1,15 +1,15 @@
-"""Progress of a step on the node, and the chance to interrupt it."""
+"""Progress of a node in the graph."""
 
 from __future__ import annotations
 
 import comfy.model_management
 import comfy.utils
 
-from ..encoder.files import Progress
+from ..runtime.progress import Progress
 
 
 def progress_bar() -> Progress:
-    """A function (done, total) that moves the node's progress bar, and raises when the user has pressed Cancel."""
+    """Progress that moves the node's bar, and raises when the user has pressed Cancel."""
     bars: list[comfy.utils.ProgressBar] = []
 
     def show(done: int, total: int) -> None:

@@ -1,12 +1,14 @@
-"""Old workflows open: the authors' loader node is replaced by ours, through the host's node-replacement API."""
+"""Workflows with the authors' loader node open with ours, through ComfyUI's node replacement."""
 
 from __future__ import annotations
 
 from comfy_api.latest import ComfyAPI, io
 
+from ..families import DEFAULT
+
 
 async def register_replacements() -> None:
-    """Tell the host that DualCLIPLoaderT5Base (DistillT5ComfyUI) is now Distilled T5 Loader."""
+    """Tell ComfyUI that Distilled T5 Loader replaces DualCLIPLoaderT5Base (DistillT5ComfyUI)."""
     await ComfyAPI().node_replacement.register(
         io.NodeReplace(
             new_node_id="DistilledT5Loader",
@@ -16,7 +18,7 @@ async def register_replacements() -> None:
                 # The authors' own workflow names the T5 first; the loader takes its two files in either order.
                 {"new_id": "clip_name1", "old_id": "clip_name1"},
                 {"new_id": "clip_name2", "old_id": "clip_name2"},
-                {"new_id": "type", "set_value": "flux"},
+                {"new_id": "type", "set_value": DEFAULT.name},
                 {"new_id": "device", "set_value": "default"},
                 {"new_id": "dtype", "set_value": "auto"},
                 {"new_id": "token_length", "set_value": 0},

@@ -6,8 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..encoder.files import CHOICES, write_student
+from ..encoder.files import write_student
 from ..encoder.served import metadata_in_use, student_tensors
+from ..runtime.weights import CHOICES
 from .model_files import dtype_of, folder_for, listed_name, new_file
 from .progress import progress_bar
 

@@ -14,7 +14,8 @@ class StudentFileError(ValueError):
 
     def __init__(self, problem: str, remedy: str, details: str = "") -> None:
         lines = [problem, details, f"What to do: {remedy}"]
-        super().__init__("\n".join(line for line in lines if line))
+        # A name that is not valid Unicode, as files may have, cannot be logged or sent.
+        super().__init__("\n".join(line for line in lines if line).encode(errors="backslashreplace").decode())
         self.problem = problem
         self.remedy = remedy
 

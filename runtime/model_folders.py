@@ -1,17 +1,16 @@
-"""The folder of models that come with the pack, in folders named as ComfyUI's, so that its lists and the trainer find them by name."""
+"""The models that come with the pack, in folders named as in ComfyUI, so that its lists and the trainer find them by name."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 SHIPPED = Path(__file__).resolve().parent.parent / "miniature" / "models"
-KINDS = ("vae", "text_encoders", "diffusion_models", "loras")
 
 
 def add_model_folders(folder: Path = SHIPPED) -> None:
-    """Make the files below `folder` known to ComfyUI's lists, after the user's own; without them, nothing changes."""
+    """Add the folders in `folder` to ComfyUI's lists, after the user's own; does nothing if `folder` does not exist."""
     import folder_paths
 
-    for kind in KINDS:
-        if (folder / kind).is_dir():
-            folder_paths.add_model_folder_path(kind, str(folder / kind))
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_dir():
+            folder_paths.add_model_folder_path(path.name, str(path))

@@ -1,1 +1,13 @@
-"""Kinds of student networks: sizes read off tensors, the module that is trained, the module that is served."""
+"""Kinds of student networks: one package each, and one entry here."""
+
+from __future__ import annotations
+
+from .kind import StudentKind
+from .t5 import T5
+
+KINDS: dict[str, StudentKind] = {kind.name: kind for kind in (T5,)}
+
+
+def kind_of(names: list[str]) -> StudentKind:
+    """The kind that tensor names (published or not) belong to; the first kind for names of none, to say what is missing."""
+    return next((kind for kind in KINDS.values() if any(name.endswith(kind.signs) for name in names)), T5)

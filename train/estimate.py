@@ -66,7 +66,7 @@ def _measure(workshop: Workshop, number: int) -> StageEstimate:
     workshop.load_model()
     reset_peak_memory()
     teacher_comes_s, _ = _timed(workshop.teacher.clip.load_model)
-    encode_s, texts = _timed(lambda: workshop.teacher.texts(batches))
+    encode_s, texts = _timed(lambda: workshop.teacher.texts((batch.prompts, batch.drawn.token_length) for batch in batches))
     model_comes_s, positions = _timed(lambda: workshop.starts(batches, texts))
     seconds = []
     for _ in range(min(MEASURED_STEPS, len(positions[0].sigmas_T) - 1)):

@@ -47,7 +47,7 @@ def load_teacher_of(recipe: Recipe, model: FrozenModel) -> Teacher:
     with tempfile.TemporaryDirectory() as scratch:
         stand_in = part.t5 == smoke_models.STAND_IN
         t5 = smoke_models.teacher_file(Path(scratch)) if stand_in else model_file(part.t5, "text_encoders")
-        teacher = load_teacher(t5, clip_l)
+        teacher = load_teacher(t5, clip_l, recipe.family)
     check_memory(memory_need_of(recipe, model, teacher), recipe, comfy.model_management.get_total_memory(device), str(device))
     width = teacher.encode(["a"], 2).text_BLD.shape[-1]
     if width != model.text_width:

@@ -78,7 +78,7 @@ class Previewer:
         """The teacher's latents [1, C, ...] of all prompts, then the student's, on the CPU."""
         workshop, batches = self.workshop, preview_batches(self.workshop.recipe)
         if self._texts is None:
-            self._texts = workshop.teacher.texts(batches)
+            self._texts = workshop.teacher.texts((batch.prompts, batch.drawn.token_length) for batch in batches)
         starts = workshop.starts(batches, self._texts)
         with without_dropout(workshop.student):
             students = [workshop.embed(start.token_ids_BL).float() for start in starts]

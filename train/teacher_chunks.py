@@ -45,4 +45,5 @@ class TeacherChunks:
         prompts, trajectories = self.schedule.prompts_per_trajectory(stage), self.schedule.trajectories(stage)
         chunk = chunk_of(trajectory, prompts, self.chunk_prompts, trajectories)
         for number in range(trajectory, chunk.stop):
-            self._held[stage, number] = self.teacher.texts(self.schedule.batches(stage, number))
+            batches = self.schedule.batches(stage, number)
+            self._held[stage, number] = self.teacher.texts((batch.prompts, batch.drawn.token_length) for batch in batches)

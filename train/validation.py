@@ -41,7 +41,7 @@ class HeldOut:
         workshop, bands = self.workshop, self.workshop.recipe.validation.sigma_bands
         batches = workshop.schedule.held_out_batches()
         if self._texts is None:
-            self._texts = workshop.teacher.texts(batches)
+            self._texts = workshop.teacher.texts((batch.prompts, batch.drawn.token_length) for batch in batches)
         sums: dict[str, tuple[float, int]] = {}
         with without_dropout(workshop.student):
             for batch, text in zip(batches, self._texts, strict=True):

@@ -8,12 +8,13 @@ projection `final_projection` (Linear, ReLU, Dropout, Linear) to the text width 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...runtime.errors import StudentFileError, listed, printable
-
-Shape = tuple[int, ...]
+from ..kind import Shape
 
 # Fixed in ComfyUI's T5 and in every T5 ever published.
 RELATIVE_POSITION_BUCKETS = 32
@@ -39,6 +40,8 @@ NAMED_SIZES: dict[str, tuple[int, int, int, int]] = {
 class StudentLayout:
     """Every size of a T5 encoder and of its projection. `hidden_width` is None when there is no projection."""
 
+    kind: ClassVar[str] = "t5"
+
     d_model: int
     d_ff: int
     num_layers: int
@@ -53,7 +56,7 @@ class StudentLayout:
 
     @classmethod
     def named(cls, size: str, output_width: int | None = 4096) -> StudentLayout:
-        """The layout of `small`, `base`, `large`, `xl` or `xxl`; the projection is the published one, or none at all if None."""
+        """The layout of `small`, `base`, `large`, `xl` or `xxl`; the projection is the published one, or absent if None."""
         if size not in NAMED_SIZES:
             raise ValueError(f"unknown T5 size {size!r}: expected one of {', '.join(NAMED_SIZES)}")
         d_model, d_ff, layers, heads = NAMED_SIZES[size]
@@ -79,7 +82,7 @@ class StudentLayout:
     @property
     def parameters(self) -> int:
         """How many numbers the file holds, projection included."""
-        return sum(_elements(shape) for shape in self.tensors().values())
+        return sum(math.prod(shape) for shape in self.tensors().values())
 
     def tensors(self) -> dict[str, Shape]:
         """Every tensor of a file of this layout, by its published name, with its shape."""
@@ -115,38 +118,26 @@ class StudentLayout:
         return shapes
 
 
-def _elements(shape: Shape) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
-
-
 def read_layout(shapes: Mapping[str, Shape], where: str) -> StudentLayout:
-    """Read the layout off tensor shapes in the published dialect.
+    """Read the layout off tensor shapes by published name.
 
-    `where` names the file in messages. Raises StudentFileError that lists every tensor that is missing, that is not of a distilled T5, or
-    that has a shape other than the rest of the file demands.
+    `where` names the file in messages. Raises StudentFileError that lists every tensor that is missing, unexpected or misshapen.
     """
     layout = _guess(shapes, where)
-    # A file cannot hold more blocks than tensors; a forged block number must not make the table of expected names huge.
+    # Blocks are counted, not parsed: a forged block number must not make the table of expected names huge.
     wanted = layout.tensors()
     missing = [name for name in wanted if name not in shapes]
     extra = [name for name in shapes if name not in wanted]
-    wrong = [f"{name}: expected {list(wanted[name])}, found {list(shapes[name])}" for name in wanted if _differs(name, wanted, shapes)]
+    wrong = [
+        f"{name}: expected {list(shape)}, got {list(shapes[name])}" for name, shape in wanted.items() if shapes.get(name, shape) != shape
+    ]
     if missing or extra or wrong:
         raise StudentFileError(
-            f"{where} is not a whole distilled T5: {len(missing)} tensors missing, {len(extra)} too many, {len(wrong)} of a wrong shape.",
-            "download or export the file again; it was read as "
-            + layout.size_name
-            + ", by its embedding, its first block and its projection.",
+            f"{where} is not a complete distilled T5: {len(missing)} tensors missing, {len(extra)} unexpected, {len(wrong)} misshapen.",
+            f"download or export the file again; it was read as {layout.size_name}, by its embedding, its first block and its projection.",
             _findings(missing, extra, wrong),
         )
     return layout
-
-
-def _differs(name: str, wanted: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> bool:
-    return name in shapes and tuple(shapes[name]) != wanted[name]
 
 
 def _findings(missing: list[str], extra: list[str], wrong: list[str]) -> str:
@@ -155,7 +146,7 @@ def _findings(missing: list[str], extra: list[str], wrong: list[str]) -> str:
 
 
 def _guess(shapes: Mapping[str, Shape], where: str) -> StudentLayout:
-    """The layout that the shapes of a few telling tensors claim; `read_layout` holds every other tensor against it."""
+    """The layout that the shapes of a few tensors imply; `read_layout` compares every other tensor with it."""
     first = "encoder.encoder.block.0.layer"
     gated = f"{first}.1.DenseReluDense.wi_0.weight" in shapes or f"{first}.1.DenseReluDense.wi.weight" not in shapes
     names = [SHARED, f"{first}.0.SelfAttention.q.weight", f"{first}.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight", POSITION_BIAS]
@@ -164,7 +155,7 @@ def _guess(shapes: Mapping[str, Shape], where: str) -> StudentLayout:
     (vocab_size, d_model), (inner, _), (d_ff, _), (_, num_heads), *widths = _matrices(shapes, names, where)
     if inner % num_heads:
         raise StudentFileError(
-            f"{where}: its {num_heads} attention heads do not divide the attention width {inner}.",
+            f"{where}: the attention width {inner} is not a multiple of its {num_heads} attention heads.",
             "download or export the file again.",
         )
     projection = {}
@@ -179,29 +170,29 @@ def _guess(shapes: Mapping[str, Shape], where: str) -> StudentLayout:
 
 
 def _matrices(shapes: Mapping[str, Shape], names: list[str], where: str) -> list[Shape]:
-    """The shapes of tensors that must be there and be matrices."""
+    """The shapes of tensors that must exist and be matrices."""
     missing = [name for name in names if name not in shapes]
     if missing:
         raise StudentFileError(
-            f"{where} is not a whole distilled T5: {len(missing)} of the tensors that tell its sizes are missing.",
+            f"{where} is not a complete distilled T5: {len(missing)} of the tensors that determine its sizes are missing.",
             "download or export the file again, or pick the distilled T5 file.",
-            f"Missing:\n{listed(missing)}\n{_near(shapes)}",
+            f"Missing:\n{listed(missing)}\n{_beginning(shapes)}",
         )
     for name in names:
         if len(shapes[name]) != 2 or min(shapes[name]) < 1:
             raise StudentFileError(
-                f"{where}: the tensor {name} should be a matrix, but its shape is {printable(str(list(shapes[name])))}.",
+                f"{where}: {name}: expected a matrix, got shape {printable(str(list(shapes[name])))}.",
                 "download or export the file again.",
             )
     return [shapes[name] for name in names]
 
 
-def _near(shapes: Mapping[str, Shape]) -> str:
-    return f"It holds {len(shapes)} tensors, the first being:\n{listed(sorted(shapes)[:8])}" if shapes else "It holds no tensor at all."
+def _beginning(shapes: Mapping[str, Shape]) -> str:
+    return f"It holds {len(shapes)} tensors, the first being:\n{listed(sorted(shapes)[:8])}" if shapes else "It holds no tensors."
 
 
 def _count_blocks(shapes: Mapping[str, Shape]) -> int:
-    """Blocks that are there in an unbroken row from 0: what lies beyond a gap is then reported as not belonging."""
+    """The number of consecutive blocks from 0; blocks beyond a gap are reported as unexpected."""
     present = {name.split(".", 4)[3] for name in shapes if name.startswith("encoder.encoder.block.")}
     count = 0
     while str(count) in present:

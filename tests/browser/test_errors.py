@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 
 CASES = {
     "vae": "is a VAE, not a distilled T5",
-    "truncated": "is no whole safetensors file",
+    "truncated": "is not a complete safetensors file",
     "clip_l": "is a CLIP text encoder, not a distilled T5",
 }
 

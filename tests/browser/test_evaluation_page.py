@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from distilled_t5.evaluate.intervals import Measured, exact
-from distilled_t5.evaluate.page import Notes, page, row
+from distilled_t5.evaluate.measured import Measured, exact
+from distilled_t5.evaluate.page import page, row
 from distilled_t5.evaluate.questions import Question
 from distilled_t5.evaluate.results import Report, losses, measured_scores, picture_losses
 from distilled_t5.world.captions import draw_prompt
@@ -54,7 +54,7 @@ def written_page(folder: Path) -> Path:
     }
     report = Report("miniature", ENCODERS, measured_scores(SCORES), losses(SCORES, "teacher"), probes)
     path, maps = folder / "page.html", {"teacher and velocity": Image.new("RGB", (64, 64), "white")}
-    html = page(report, rows, maps, Notes("A test's page.", "All 12 prompts.", small=True))
+    html = page(report, rows, maps, {"provenance": "A test's page.", "chosen": "All 12 prompts.", "small": True})
     path.write_text(html, encoding="utf-8")
     return path
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from distilled_t5.nodes.model_files import clip_l_names, new_file, path_of, text
 from distilled_t5.runtime.errors import StudentFileError
 from distilled_t5.students.t5.layout import SHARED, StudentLayout
 from distilled_t5.tests.support.tiny_students import FULL_VOCABULARY, joined, published_file, sparse_file, taken_apart, tiny_tensors
+from safetensors.torch import load_file
 
 STUDENT = tiny_tensors(FULL_VOCABULARY)
 TABLE = (32128, 8)
@@ -84,29 +87,29 @@ FILES: dict[str, tuple[Maker, tuple[str, ...]]] = {
     "T5-XXL": (lambda path: sparse_file(path, xxl(), "F16"), ("a plain T5-XXL", "DualCLIPLoader")),
     "stripped student": (
         lambda path: published_file(path, {name: t for name, t in STUDENT.items() if "projection" not in name}),
-        ("without its projection", "final_projection.0 and .3"),
+        ("without a projection", "final_projection.0 and .3"),
     ),
     "LoRA": (lambda path: sparse_file(path, {"lora_unet_single_blocks_0.lora_down.weight": (4, 8)}), ("a LoRA", "LoraLoader")),
     "VAE": (lambda path: sparse_file(path, {"decoder.conv_in.weight": (8, 16, 3, 3)}), ("a VAE", "Load VAE")),
     "empty": (lambda path: path.touch(), ("is empty (0 bytes)", "download")),
-    "truncated": (truncated, ("no whole safetensors file", "cut off")),
+    "truncated": (truncated, ("not a complete safetensors file", "cut off")),
     "renamed GGUF": (lambda path: path.write_bytes(b"GGUF" + bytes(999)), ("GGUF", "ComfyUI-GGUF")),
     "wrong width": (
         lambda path: published_file(path, tiny_tensors(StudentLayout(8, 12, 1, 2, 4, hidden_width=8, projected_width=768))),
-        ("width 768", "flux asks for 4096"),
+        ("width 768", "flux requires 4096"),
     ),
     "missing tensor": (lambda path: published_file(path, changed(encoder__encoder__final_layer_norm__weight=None)), ("final_layer_norm",)),
-    "extra tensor": (lambda path: published_file(path, changed(lm_head=torch.zeros(3))), ("1 too many", "  lm_head\n")),
+    "extra tensor": (lambda path: published_file(path, changed(lm_head=torch.zeros(3))), ("1 unexpected", "  lm_head\n")),
     "NaN": (
         lambda path: published_file(path, changed(encoder__shared__weight=torch.full(TABLE, torch.nan, dtype=torch.bfloat16))),
-        ("not finite", f"  {SHARED}\n"),
+        ("hold NaN or infinity", f"  {SHARED}\n"),
     ),
     "integers": (
         lambda path: published_file(path, changed(encoder__shared__weight=torch.zeros(*TABLE, dtype=torch.int8))),
         (f"  {SHARED}: I8\n", "BF16"),
     ),
     "metadata that lies": (lying, ("distilled_t5.projection = 'none'", "a projection")),
-    "other data than its hash says": (damaged, ("changed or damaged", "Expected 1212", "Found")),
+    "other data than its hash says": (damaged, ("changed or damaged", "Expected 1212", "Got")),
 }
 
 
@@ -132,19 +135,42 @@ def test_folder_full_of_bad_files_still_makes_a_list_with_the_students_first(mod
     assert set(clip_l_names()) == {*names, "none"}
 
 
-def test_torch_file_that_carries_code_is_refused_and_nothing_runs(models, tmp_path):
-    class RunsCode:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.mkdir, (str(tmp_path / "the code ran"),)
-
-    torch.save(STUDENT | {"hook": RunsCode()}, models / "bad.pth")
-    assert "carries code, which is never run" in refusal(lambda: load("bad.pth"))
-    assert not (tmp_path / "the code ran").exists()
-
-
-def test_torch_file_of_the_authors_is_loaded(models):
+def test_torch_file_of_the_authors_is_refused_with_the_command_that_converts_it(models, comfyui_path):
     torch.save(STUDENT, models / "authors.pth")
-    assert load("authors.pth").cond_stage_model.layout == FULL_VOCABULARY
+    message = refusal(lambda: load("authors.pth"))
+    assert message.startswith("authors.pth is a file of torch.save")
+    command = message.splitlines()[-1].partition(": python -c ")[2]
+    done = subprocess.run([sys.executable, "-c", command.strip('"')], cwd=comfyui_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert load("authors.safetensors").cond_stage_model.layout == FULL_VOCABULARY
+
+
+def overflowing(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As transformers writes a T5 in fp16: one kind of matrix in fp32, here with a number that fp16 cannot hold."""
+    kept = {name: tensor.float() for name, tensor in tensors.items() if "wo.weight" in name}
+    next(iter(kept.values()))[0, 0] = 1e5
+    return {name: tensor.half() for name, tensor in tensors.items()} | kept
+
+
+def test_a_few_fp32_tensors_in_an_fp16_file_are_not_cut_to_infinity(models):
+    published_file(models / "mixed.safetensors", overflowing(STUDENT))
+    message = refusal(lambda: load("mixed.safetensors", dtype="fp16"))
+    assert "1 tensors hold numbers that are too large for fp16" in message
+    served = load("mixed.safetensors", dtype="fp32")
+    (name,) = DistilledT5Save.execute(served, "copy", "as loaded").args
+    assert all(torch.equal(copy, STUDENT_IN_FP32[key]) for key, copy in load_file(models / name).items())
+
+
+STUDENT_IN_FP32 = {name: tensor.float() for name, tensor in overflowing(STUDENT).items()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_name_that_is_not_valid_unicode_is_refused_and_the_list_still_works(models):
+    odd = Path(os.fsdecode(os.fsencode(models) + b"/odd\xff.safetensors"))
+    published_file(models / "renamed.safetensors", STUDENT).rename(odd)
+    assert odd.name in text_encoder_names()
+    assert refusal(lambda: load(odd.name)).encode()
+    assert refusal(lambda: load("good.safetensors", device="\ud800"), ValueError).encode()
 
 
 def test_file_that_vanished_after_the_list_was_made(models):
@@ -170,7 +196,7 @@ def test_folder_with_the_name_of_a_file(models):
 
 def test_clip_l_picked_twice(models):
     sparse_file(models / "clip_l.safetensors", clip_l_shapes(), "F16")
-    assert "it belongs into clip_name1" in refusal(lambda: load("clip_l.safetensors", clip_name1="clip_l.safetensors"))
+    assert "it belongs in clip_name1" in refusal(lambda: load("clip_l.safetensors", clip_name1="clip_l.safetensors"))
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", ""])
@@ -325,8 +351,8 @@ def test_weights_that_broke_in_the_graph_are_not_saved(models):
         clip.cond_stage_model.t5base.transformer.shared.weight.fill_(torch.nan)
     for dtype in ("bf16", "fp16", "as loaded"):
         message = refusal(lambda dtype=dtype: DistilledT5Save.execute(clip, "mine", dtype))
-        assert "not finite" in message
-        assert message.splitlines()[-1].startswith("What to do: take away the LoRA or merge that broke them")
+        assert "hold NaN or infinity" in message
+        assert message.splitlines()[-1].startswith("What to do: remove the LoRA or merge that broke them")
     assert sorted(path.name for path in models.iterdir()) == ["good.safetensors"]
 
 

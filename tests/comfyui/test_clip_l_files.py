@@ -101,13 +101,26 @@ def test_the_projection_of_old_clipsave_files_is_turned_as_the_stock_loader_turn
     assert torch.equal(pooled(ours), pooled(stock_flux_clip(path)))
 
 
-@pytest.mark.parametrize("ending", ["pth", "pt"])
-def test_openai_layout_saved_by_torch_is_taken_too(clip_l, folder, ending):
-    path, same = folder / f"openai.{ending}", folder / "same.safetensors"
-    torch.save(openai_layout(clip_l), path)
-    save_file(clip_l, same)
+def marked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With tensors that CLIP-L does not use: empty, not finite, integers."""
+    unused = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn), "logit_bias": torch.tensor(torch.nan)}
+    return tensors | unused | {"text_model.embeddings.position_ids": torch.arange(77)}
+
+
+def test_tensors_that_clip_l_does_not_use_do_not_matter(clip_l, folder):
     student = student_file(folder)
-    assert torch.equal(pooled(serve(student, path).clip), pooled(serve(student, same).clip))
+    save_file(clip_l, folder / "plain.safetensors")
+    save_file(marked(clip_l), folder / "marked.safetensors")
+    assert torch.equal(*(pooled(serve(student, folder / f"{name}.safetensors").clip) for name in ("plain", "marked")))
+
+
+def test_quantised_clip_l_is_refused_and_not_used_without_its_scales(clip_l, folder):
+    layer = "text_model.encoder.layers.0.mlp.fc1"
+    quantised = {f"{layer}.weight": clip_l[f"{layer}.weight"].to(torch.float8_e4m3fn), f"{layer}.scale_weight": torch.ones(1)}
+    save_file(clip_l | quantised, folder / "scaled.safetensors")
+    assert "is quantised (scaled fp8)" in refusal(folder / "scaled.safetensors")
+    save_file(clip_l | {f"{layer}.weight": torch.ones(3072, 768, dtype=torch.int8)}, folder / "integers.safetensors")
+    assert f"  {layer}.weight: I8\n" in refusal(folder / "integers.safetensors")
 
 
 def test_openai_layout_may_be_named_second_too(clip_l, folder):
@@ -131,7 +144,7 @@ def test_what_an_openai_layout_lacks_is_listed_by_its_own_names(clip_l, folder):
     scalar = {"transformer.resblocks.3.attn.in_proj_weight": (), "text_projection": (5,)}
     sparse_file(path, shapes | scalar, "F16")
     assert "2 tensors of CLIP-L have a wrong shape" in refusal(path)
-    assert "in_proj_weight: expected [2304, 768], found []" in refusal(path)
+    assert "in_proj_weight: expected [2304, 768], got []" in refusal(path)
 
 
 def clip_l_without(path: Path, part: str) -> Path:
@@ -157,18 +170,18 @@ def clip_g(path: Path) -> Path:
 
 CLIP_L_FILES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "student": (published_file, ("is not a CLIP-L text encoder", "clip_l.safetensors in clip_name1, or none")),
-    "CLIP-G": (clip_g, ("is a CLIP, but not the CLIP-L that Flux takes", "It holds 1 tensors")),
+    "CLIP-G": (clip_g, ("is a CLIP, but not CLIP-L", "It holds 1 tensors")),
     "missing tensors": (
         lambda path: clip_l_without(path, "layers.11.mlp"),
         ("4 tensors of CLIP-L are missing", "  text_model.encoder.layers.11.mlp.fc2.bias\n"),
     ),
     "wrong shapes": (
         clip_l_reshaped,
-        ("2 tensors of CLIP-L have a wrong shape", "q_proj.weight: expected [768, 768], found [768, 700]", "final_layer_norm.bias"),
+        ("2 tensors of CLIP-L have a wrong shape", "q_proj.weight: expected [768, 768], got [768, 700]", "final_layer_norm.bias"),
     ),
-    "NaN": (clip_l_with_a_nan, ("not finite", "  text_model.embeddings.token_embedding.weight\n")),
+    "NaN": (clip_l_with_a_nan, ("hold NaN or infinity", "  text_model.embeddings.token_embedding.weight\n")),
     "empty": (lambda path: path.write_bytes(b""), ("is empty (0 bytes)",)),
-    "truncated": (lambda path: os.truncate(sparse_file(path, clip_l_shapes(), "F16"), 100_000), ("no whole safetensors file",)),
+    "truncated": (lambda path: os.truncate(sparse_file(path, clip_l_shapes(), "F16"), 100_000), ("not a complete safetensors file",)),
 }
 
 
@@ -197,8 +210,8 @@ OTHER_CLIPS = {
 @pytest.mark.parametrize("shapes", OTHER_CLIPS.values(), ids=OTHER_CLIPS)
 def test_both_places_say_the_same_of_a_clip_that_cannot_be_used(folder, shapes):
     path = sparse_file(folder / "other.safetensors", shapes, "F16")
-    assert "is a CLIP, but not the CLIP-L that Flux takes" in refusal(path)
+    assert "is a CLIP, but not CLIP-L" in refusal(path)
     with pytest.raises(StudentFileError) as caught:
         open_student(path)
     assert "is a CLIP text encoder, not a distilled T5" in str(caught.value)
-    assert "if it is CLIP-L, it belongs into clip_name1" in str(caught.value)
+    assert "if it is CLIP-L, it belongs in clip_name1" in str(caught.value)

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from distilled_t5.encoder.teacher import Teacher
-from distilled_t5.evaluate.encoders import EncoderFile, LoadedEncoder, find_encoders, fingerprint
-from distilled_t5.evaluate.provenance import computed_with
+from distilled_t5.evaluate.encoders import EncoderFile, LoadedEncoder, check_encoders, find_encoders
+from distilled_t5.evaluate.judge_images import read_image
+from distilled_t5.evaluate.provenance import computed_with, fingerprint
 from distilled_t5.evaluate.questions import read_questions
 from distilled_t5.evaluate.suite import load_suite
-from distilled_t5.evaluate.verdicts import read_picture
+from distilled_t5.families import FAMILIES
 from distilled_t5.miniature.files import VAE_FILE
 from distilled_t5.runtime.model_folders import add_model_folders
 from distilled_t5.tests.support.evaluation_world import command, finish, start, write_world
@@ -90,12 +91,12 @@ def test_probes_tell_the_encoders_apart_and_count_their_prompts(whole):
     assert {name: one["n"] for name, one in probes["collapse"]["pooled distance"].items()} == dict.fromkeys(ENCODERS, 8)
     assert len({one["value"] for one in probes["collapse"]["effective rank"].values()}) == 3
     gaps = probes["velocity_gap"]
-    assert list(gaps) == ["sigma 0.50-1.00", "sigma 0.00-0.50"]
+    assert list(gaps) == ["sigma 0.75-1.00", "sigma 0.50-0.75"]
     assert all(set(one) == {"student", "other"} and one["student"]["n"] == 6 and one["student"]["value"] > 0 for one in gaps.values())
     steps = probes["latent_distance"]
     assert list(steps) == ["after step 1", "after step 2", "after step 3"]
     values = [steps[name]["student"]["value"] for name in steps]
-    assert 0 < values[0] < values[1] < values[2], "from the same noise the ways part step by step"
+    assert 0 < values[0] < values[1] < values[2], "from the same noise the latents diverge step by step"
     cost = probes["cost"]
     assert cost["resident bytes"]["teacher"]["value"] > cost["resident bytes"]["student"]["value"]
     assert all(cost[name]["student"]["n"] == 2 for name in ("load s", "encode s", "prompt change s"))
@@ -113,7 +114,7 @@ def test_a_picture_is_the_one_that_stock_nodes_make_of_its_prompt_and_seed_alone
         [latent] = nodes.KSampler().sample(model, 3 + index, 3, 1.0, "euler", "simple", conditioning, conditioning, empty)
         [expected] = nodes.VAEDecode().decode(vae, latent)
         stock = np.clip(255.0 * expected[0].numpy(), 0, 255).astype(np.uint8)
-        ours = read_picture(whole.out / "pictures" / "student" / "words" / f"{index:05d}.png")
+        ours = read_image(whole.out / "pictures" / "student" / "words" / f"{index:05d}.png")
         assert stock.std() > 20
         assert np.abs(stock.astype(int) - ours).max() <= 3
 
@@ -146,7 +147,7 @@ def test_killed_then_stopped_then_finished_it_leaves_the_same_and_paints_nothing
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=BOUND_S)[0]
     assert process.returncode == 130, said
-    assert "Stopped; the same command goes on." in said
+    assert "Stopped; the same command continues." in said
     assert not (out / "results.json").exists()
     after_stop = made_at(out)
     finish(arguments, tmp_path)
@@ -179,7 +180,7 @@ def test_a_finished_evaluation_takes_one_more_student_and_keeps_all_else(whole, 
     found = results(whole.out)
     assert list(found["encoders"]) == [*ENCODERS, "fourth"]
     assert {name: made_at(whole.out)[name] for name in before} == before
-    scores = found["probes"]["velocity_gap"]["sigma 0.00-0.50"]
+    scores = found["probes"]["velocity_gap"]["sigma 0.50-0.75"]
     assert scores["fourth"] == scores["other"], "the same weights in another file"
 
 
@@ -188,10 +189,13 @@ def test_a_finished_evaluation_takes_one_more_student_and_keeps_all_else(whole, 
     ("settings", "expected"),
     [
         (["--set", "diffusion_model.file=nowhere.safetensors"], "nowhere.safetensors was not found"),
+        (["--student", "cut.safetensors"], "cut.safetensors"),
         (["--set", "sampling.steps=4"], "sampling: euler simple, 3 steps, guidance 3.5, 96 px -> euler simple, 4 steps"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_with_advice(whole, comfyui_path, tmp_path, settings, expected):
+    encoders = whole.base / "models" / "text_encoders"
+    (encoders / "cut.safetensors").write_bytes((encoders / "student.safetensors").read_bytes()[:-100])
     said = finish(command(comfyui_path, whole.base, whole.out, *settings), tmp_path, code=1)
     assert expected in said
     assert "What to do: " in said
@@ -206,7 +210,7 @@ def test_flags_that_decide_numbers_are_told_and_others_are_not(monkeypatch):
     before = computed_with()
     assert (before["device"], before["flags of ComfyUI"]) == ("cpu", "cpu=True")
     monkeypatch.setattr(comfy.cli_args.args, "lowvram", True)
-    assert computed_with() == before, "how weights are moved about is no matter"
+    assert computed_with() == before, "how weights are moved between devices does not count"
     monkeypatch.setattr(comfy.cli_args.args, "fp8_e4m3fn_text_enc", True)
     assert computed_with()["flags of ComfyUI"] == "cpu=True fp8_e4m3fn_text_enc=True"
 
@@ -222,9 +226,6 @@ def test_encoders_are_found_once_each_under_names_of_their_own(whole, tmp_path):
     assert [one.name for one in found] == ["teacher", "student", "student-2", "my_best_v2_"]
     assert [one.clip_l for one in found] == [None] * 4
     assert fingerprint(twin) == fingerprint(odd) != fingerprint(encoders / "student.safetensors")
-    (tmp_path / "t5.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"t5\.gguf is a GGUF file, which ComfyUI itself does not load\.\nWhat to do: "):
-        find_encoders(suite, [str(tmp_path / "t5.gguf")])
 
 
 def test_a_text_is_what_clip_text_encode_gives_and_brackets_are_only_brackets(whole):
@@ -238,7 +239,7 @@ def test_a_text_is_what_clip_text_encode_gives_and_brackets_are_only_brackets(wh
     assert (encoder.text("a (red:1.5) star").text_1LD == escaped).all() and not (escaped == weighted).all()
 
 
-def test_a_stock_clip_of_t5xxl_speaks_as_clip_text_encode_has_it(stand_ins):
+def test_a_stock_clip_of_t5xxl_gives_what_clip_text_encode_gives(stand_ins):
     clip_l = stand_ins / "models" / "text_encoders" / "clip_l.safetensors"
     encoder = LoadedEncoder(EncoderFile("t5xxl", clip_l, clip_l), Teacher(stock_flux_clip(clip_l)))
     [(expected, extras)] = encode(encoder.clip, "a red star")
@@ -248,14 +249,21 @@ def test_a_stock_clip_of_t5xxl_speaks_as_clip_text_encode_has_it(stand_ins):
     assert text.pooled_1P.any()
 
 
-def test_an_encoder_for_another_diffusion_model_is_refused(whole):
-    file = EncoderFile("student", whole.base / "models" / "text_encoders" / "student.safetensors", None)
-    with pytest.raises(ValueError, match=r"student\.safetensors gives text of width 64, but flux takes 4096\.\nWhat to do: "):
-        LoadedEncoder.fitting(file, 4096, "flux")
+def test_every_encoder_that_does_not_fit_is_named_before_anything_is_generated(whole, tmp_path):
+    good = whole.base / "models" / "text_encoders" / "student.safetensors"
+    (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:-100])
+    (tmp_path / "t5.gguf").write_bytes(b"GGUF")
+    files = [EncoderFile(path.stem, path, None) for path in (good, tmp_path / "cut.safetensors", tmp_path / "t5.gguf")]
+    with pytest.raises(ValueError, match=r"Not all encoders can be compared:\n(.|\n)*What to do: ") as caught:
+        check_encoders(files, 4096, "flux", FAMILIES["flux"])
+    told = str(caught.value)
+    assert "student.safetensors gives text of width 64, but flux takes 4096." in told
+    assert "cut.safetensors" in told and "t5.gguf is a GGUF file, which ComfyUI itself does not load" in told
+    check_encoders(files[:1], 64, "flux", FAMILIES["flux"])
 
 
 def test_the_miniatures_suite_asks_what_the_miniatures_own_measure_asks():
     suite = load_suite("miniature", [f"task.{number}.prompts.limit=3" for number in range(7)])
-    for task, asked in read_questions(suite).items():
+    for task, asked in read_questions({task.name: task.prompts for task in suite.tasks}, suite.seed).items():
         assert [(one.scene, one.prompt) for one in asked] == questions(task, 3)
         assert [one.seed for one in asked] == [0, 1, 2]

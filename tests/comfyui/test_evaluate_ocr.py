@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distilled_t5.devtools.miniature_results import UNTRAINED, untrained_file
+from distilled_t5.devtools.miniature import untrained_file
+from distilled_t5.devtools.miniature_results import UNTRAINED
 from distilled_t5.evaluate import ocr
 from distilled_t5.evaluate.readers import make_reader
 from distilled_t5.evaluate.suite import OcrPart, Suite, load_suite

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distilled_t5.evaluate import probes, verdicts
-from distilled_t5.evaluate.measure import measure_all
-from distilled_t5.evaluate.run import evaluate, open_evaluation
+from distilled_t5.evaluate import judge_images, probes
+from distilled_t5.evaluate.probe_encoders import measure_all
+from distilled_t5.evaluate.processes import Processes, Stopped
+from distilled_t5.evaluate.run import evaluate, start
 from distilled_t5.evaluate.suite import Suite, load_suite
-from distilled_t5.evaluate.team import Stopped
 from distilled_t5.runtime.model_folders import add_model_folders
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.runtime.stop import StopRequest
@@ -55,9 +55,9 @@ def suite(tmp_path: Path) -> Suite:
 
 
 def numbers(suite: Suite, out: Path, stop: StopRequest) -> tuple[Any, Any]:
-    work = open_evaluation(suite, STUDENTS, out, Ranks(), stop)
-    judged, measured = verdicts.judge_all(work), measure_all(work)
-    return judged.pictures, measured.numbers
+    work = start(suite, STUDENTS, out, Processes(Ranks(), lambda: stop.requested))
+    judged, measured = judge_images.judge_all(work), measure_all(work)
+    return judged.images, measured.numbers
 
 
 def test_stopped_at_every_look_it_ends_with_the_same_and_does_nothing_twice(suite, tmp_path, monkeypatch):
@@ -66,11 +66,11 @@ def test_stopped_at_every_look_it_ends_with_the_same_and_does_nothing_twice(suit
     expected = numbers(suite, whole, StopRequest())
     shutil.copytree(whole / "pictures", out / "pictures")
 
-    done, judge_of = Counter[str](), verdicts.make_judge
-    monkeypatch.setattr(verdicts, "AT_ONCE", 2)
-    monkeypatch.setattr(verdicts, "make_judge", lambda *given: counted(done, "judged", judge_of(*given), lambda asked, *_: len(asked)))
+    done, judge_of = Counter[str](), judge_images.make_judge
+    monkeypatch.setattr(judge_images, "AT_ONCE", 2)
+    monkeypatch.setattr(judge_images, "make_judge", lambda *given: counted(done, "judged", judge_of(*given), lambda asked, *_: len(asked)))
     monkeypatch.setattr(probes, "_gap_of_batch", counted(done, "gaps", probes._gap_of_batch))
-    monkeypatch.setattr(probes, "_way_apart", counted(done, "ways", probes._way_apart))
+    monkeypatch.setattr(probes, "_distance_of_batch", counted(done, "distances", probes._distance_of_batch))
     found, stops = None, 0
     while found is None:
         try:
@@ -80,5 +80,5 @@ def test_stopped_at_every_look_it_ends_with_the_same_and_does_nothing_twice(suit
             assert stops < 300
     assert stops > 20
     assert found == expected
-    assert done == {"judged": PICTURES * ENCODERS, "gaps": BATCHES * (ENCODERS - 1), "ways": BATCHES * (ENCODERS - 1)}
+    assert done == {"judged": PICTURES * ENCODERS, "gaps": BATCHES * (ENCODERS - 1), "distances": BATCHES * (ENCODERS - 1)}
     assert not list(out.rglob("*.part.json"))

@@ -11,10 +11,10 @@ import pytest
 from distilled_t5.evaluate import compbench, ocr
 from distilled_t5.evaluate.compbench_judges import BlipVqa, TransformersDepth, TransformersDetector
 from distilled_t5.evaluate.distances import Lpips
+from distilled_t5.evaluate.judge_images import read_image
 from distilled_t5.evaluate.pictures import ClipScorer, Inception, fid
 from distilled_t5.evaluate.readers import make_reader
 from distilled_t5.evaluate.suite import Suite, load_suite
-from distilled_t5.evaluate.verdicts import read_picture
 from distilled_t5.prompts.common_text import common_text
 from distilled_t5.tests.support.evaluation_world import finish, write_world
 from distilled_t5.tests.support.tiny_judges import save_alexnet, save_blip, save_clip, save_depth, save_detector, save_inception
@@ -95,7 +95,7 @@ def evaluated(comfyui: Path, place: Place, name: str, *more: str) -> tuple[Suite
 
 
 def pictures(out: Path, encoder: str, task: str) -> list[np.ndarray]:
-    found = [read_picture(path) for path in sorted((out / "pictures" / encoder / task).glob("*.png"))]
+    found = [read_image(path) for path in sorted((out / "pictures" / encoder / task).glob("*.png"))]
     assert len(found) == 3
     return found
 
@@ -156,7 +156,7 @@ def test_the_papers_suite_runs_whole(comfyui_path, place):
     weights = [
         f"clip_score.weights={save_clip(place.base / 'clip')}",
         f"fid.weights={save_inception(place.base / 'inception.safetensors')}",
-        f"lpips.weights={save_alexnet(place.base / 'alexnet.pth')}",
+        f"lpips.weights={save_alexnet(place.base / 'alexnet.safetensors')}",
     ]
     suite, out = evaluated(comfyui_path, place, "paper", *weights)
     found = json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -165,9 +165,9 @@ def test_the_papers_suite_runs_whole(comfyui_path, place):
     clip, inception, lpips = (
         ClipScorer(place.base / "clip"),
         Inception(place.base / "inception.safetensors"),
-        Lpips(place.base / "alexnet.pth"),
+        Lpips(place.base / "alexnet.safetensors"),
     )
-    photographs = [inception.features(read_picture(place.base / "val2014" / f"{number}.png")[None])[0] for number in range(3)]
+    photographs = [inception.features(read_image(place.base / "val2014" / f"{number}.png")[None])[0] for number in range(3)]
     for encoder in ENCODERS:
         painted = np.stack(pictures(out, encoder, "coco"))
         assert score(found, "coco", "clip_score", encoder) == pytest.approx(np.mean(clip.scores(list(painted), CAPTIONS)), rel=1e-4)

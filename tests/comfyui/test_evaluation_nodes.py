@@ -13,10 +13,10 @@ import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
 from distilled_t5.evaluate import cost
-from distilled_t5.evaluate.annotate import RIGHT, WRONG, boxes, table_picture
-from distilled_t5.evaluate.cost import Cost, different_names, put_to_rest
+from distilled_t5.evaluate.annotate import RIGHT, WRONG, boxes, table_image
+from distilled_t5.evaluate.cost import Cost, different_names, unload
 from distilled_t5.evaluate.embeddings import effective_rank, pooled_distance
-from distilled_t5.evaluate.encoder_map import pooled_prompts, prompts_of, together
+from distilled_t5.evaluate.encoder_map import joint_map, pooled_prompts, prompts_of
 from distilled_t5.evaluate.readers import Line
 from distilled_t5.nodes import EVALUATION_NODES
 from distilled_t5.nodes.common_text import DistilledT5CommonTextPrompt
@@ -85,8 +85,8 @@ def test_what_stands_in_pictures_is_read_and_scored_and_drawn(reader):
     assert red > 100
     lines = report.splitlines()
     assert lines[0] == "expected: hello world"
-    assert lines[1] == f"picture 1: characters 100.0 %, words 100.0 %, sentence 100.0 % | {reader} read: Hello World / Closed"
-    assert lines[2].startswith("picture 2: characters 81.8 %, words 50.0 %, sentence 0.0 %")
+    assert lines[1] == f"image 1: characters 100.0 %, words 100.0 %, sentence 100.0 % | {reader} read: Hello World / Closed"
+    assert lines[2].startswith("image 2: characters 81.8 %, words 50.0 %, sentence 0.0 %")
     assert lines[3] == "mean of 2: characters 90.9 %, words 75.0 %, sentence 50.0 %"
 
 
@@ -136,12 +136,12 @@ def test_boxes_are_green_and_red_and_their_text_never_leaves_the_picture():
 
 def test_a_table_is_as_wide_as_its_cells_and_notes_and_has_every_row():
     small, noted = (
-        table_picture([["a", "b"], ["c", "1"]]),
-        table_picture([["a", "b"], ["c", "1"]], ["a note that is longer than the table"]),
+        table_image([["a", "b"], ["c", "1"]]),
+        table_image([["a", "b"], ["c", "1"]], ["a note that is longer than the table"]),
     )
     assert noted.width > small.width
     assert noted.height > small.height
-    more = table_picture([["a", "b"], ["c", "1"], ["d", "2"]])
+    more = table_image([["a", "b"], ["c", "1"], ["d", "2"]])
     assert more.height - small.height == 38
 
 
@@ -165,7 +165,7 @@ def test_the_report_counts_what_the_encoder_holds_and_says_where_it_was_measured
 
 def test_each_time_is_taken_as_often_as_asked_in_a_state_that_is_known(clip, monkeypatch):
     events: list[str] = []
-    monkeypatch.setattr(cost, "put_to_rest", lambda _clip: events.append("rest"))
+    monkeypatch.setattr(cost, "unload", lambda _clip: events.append("rest"))
     monkeypatch.setattr(cost, "timed", lambda action, _device: ((action(), events.append(action.__name__), float(len(events)))[-1], None))
     told: list[tuple[int, int]] = []
     found = cost.measure(clip, "x", "a red fox", 2, lambda done, total: told.append((done, total)))
@@ -183,7 +183,7 @@ def test_an_encoder_at_rest_is_loaded_again_and_no_other_model_is_moved(clip, tm
         return [each.model for each in comfy.model_management.current_loaded_models]
 
     assert any(model is clip.patcher for model in loaded())
-    put_to_rest(clip)
+    unload(clip)
     assert not any(model is clip.patcher for model in loaded())
     assert any(model is other.patcher for model in loaded())
     assert torch.equal(embedding(clip), expected)
@@ -196,7 +196,7 @@ def test_medians_are_told_with_their_spread_and_an_encoder_that_stays_is_named()
         *("A", "1.5 M", "3.0 MB", "256", "cuda:0", "cpu"),
         *("0.200 s (0.100 to 0.300)", "1.000 s (1.000 to 4.000)", "2.000 s (2.000 to 2.000)"),
     ]
-    assert cost.notes([two])[-1] == "No load to speak of, as it rests where it runs: B."
+    assert cost.notes([two])[-1] == "Kept on the device that runs it, so there is nothing to load: B."
     assert different_names(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
 
 
@@ -241,20 +241,20 @@ def test_the_map_sees_the_mean_of_the_tokens_without_padding(clip):
     expected = embedding(clip, "red cube")[0, :tokens].mean(dim=0)
     torch.testing.assert_close(torch.from_numpy(points[place]), expected, atol=1e-5, rtol=1e-4)
     assert told == list(range(10))
-    picture, info = together({"A": points})
+    picture, info = joint_map({"A": points})
     assert picture.size == (768, 768)
     assert info == f"A: mean distance {pooled_distance(points):.4g}, effective rank {effective_rank(points):.1f}, of 9 prompts"
 
 
 @pytest.mark.parametrize("text", ["", "a\nb\nc\nd", "a\n" * 50, "a\n b \nb\n\n\nc\nd\n"])
 def test_too_few_different_prompts_for_a_map_are_refused(text):
-    with pytest.raises(ValueError, match=r"at least 5 different prompts, one on each line; [014] came\.\nWhat to do: write more"):
+    with pytest.raises(ValueError, match=r"at least 5 different prompts, one on each line: got [014]\.\nWhat to do: write more"):
         prompts_of(text)
 
 
 def test_encoders_of_two_widths_do_not_share_a_map():
-    with pytest.raises(ValueError, match=r"must give text of one width; these give: A 8, B 4\.\nWhat to do: connect encoders for the same"):
-        together({"A": np.random.default_rng(0).normal(size=(6, 8)), "B": np.zeros((6, 4))})
+    with pytest.raises(ValueError, match=r"must have the same text width: got A 8, B 4\.\nWhat to do: connect encoders for the same"):
+        joint_map({"A": np.random.default_rng(0).normal(size=(6, 8)), "B": np.zeros((6, 4))})
 
 
 def test_cancel_ends_a_map_between_two_prompts(clip, cancelled):

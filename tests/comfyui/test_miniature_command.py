@@ -13,22 +13,23 @@ from pathlib import Path
 
 import psutil
 import pytest
-from distilled_t5.devtools.docs.miniature_tables import PLOT, RESULTS, TABLES
+from distilled_t5.devtools.commands import ROOT
+from distilled_t5.devtools.docs.miniature_tables import PLOT, TABLES
 from distilled_t5.devtools.miniature import (
-    MIDDLE,
-    ROOT,
     SHIPPED_STUDENTS,
     Run,
     both,
     check_recipe,
-    same_weights,
+    in_bfloat16,
     ship,
     student_file,
-    train_student,
+    students,
+    train_students,
 )
-from distilled_t5.miniature.measure import MEASURED
+from distilled_t5.devtools.miniature_results import MIDDLE, RESULTS, TEACHER
 from distilled_t5.runtime.model_folders import SHIPPED
 from distilled_t5.tests.support.trainer import BOUND_S
+from distilled_t5.world.scenes import NEW_IN_TASK
 
 pytestmark = [pytest.mark.one_host, pytest.mark.skipif(os.name == "nt", reason="Windows has none of these signals and links")]
 
@@ -57,18 +58,18 @@ def test_a_trial_trains_measures_and_touches_nothing_that_is_kept(comfyui_path, 
     said = process.communicate(timeout=BOUND_S)[0]
     assert process.returncode == 0, said
     found = json.loads((tmp_path / "work" / "results.json").read_text(encoding="utf-8"))
-    by_name = {one["name"]: one for one in found["students"]}
-    assert set(by_name) == {*SHIPPED_STUDENTS, "untrained"}
+    by_name = {one["name"]: one for one in found["encoders"]}
+    assert set(by_name) == {TEACHER, *SHIPPED_STUDENTS, "untrained"}
     assert by_name[NAME]["steps"] == 4, "the trial's own, two steps of each stage, not the shipped one"
-    assert set(found["teacher"]) == set(MEASURED) == set(by_name[NAME]["tasks"])
-    assert {task["n"] for task in found["teacher"].values()} == {2}
-    assert by_name[MIDDLE]["share_of_teacher"] > by_name["untrained"]["share_of_teacher"] == 0
+    assert set(by_name[TEACHER]["tasks"]) == set(NEW_IN_TASK) == set(by_name[NAME]["tasks"])
+    assert {task["n"] for task in by_name[TEACHER]["tasks"].values()} == {2}
+    assert by_name[MIDDLE]["share"]["value"] > by_name["untrained"]["share"]["value"] == 0
     assert by_name[MIDDLE]["bytes"] == (SHIPPED / "text_encoders" / f"{MIDDLE}.safetensors").stat().st_size
-    assert "| teacher" in said
+    assert f"| {TEACHER}" in said
     trained = student_file(tmp_path / "work", NAME)
     age = trained.stat().st_mtime_ns
     assert kept_files() == before
-    train_student(Run(NAME, "miniature-fortieth", both("steps=2")), comfyui_path, tmp_path / "work")
+    train_students([Run(NAME, "miniature-fortieth", both("steps=2"))], comfyui_path, tmp_path / "work")
     assert trained.stat().st_mtime_ns == age, "a student that is there is kept"
     with pytest.raises(RuntimeError, match=r"another recipe(.|\n)*What to do: delete it"):
         check_recipe(Run(NAME, "miniature-fortieth"), trained)
@@ -84,19 +85,22 @@ def test_ctrl_c_ends_it_with_its_students_saved(comfyui_path, tmp_path):
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=BOUND_S)[0]
     assert process.returncode == 130, said
-    assert "Stopped; the same command goes on." in said
+    assert "Stopped. The same command continues." in said
     assert "Traceback" not in said
     assert psutil.wait_procs(children, timeout=10)[1] == []
     assert list((metrics.parent / "checkpoints").glob("step-*/student.safetensors")), "it saved before it ended"
 
 
-def test_what_is_shipped_is_what_was_trained_and_stays_as_it_is(tmp_path):
+def test_what_is_shipped_is_what_was_trained_and_an_equal_file_is_not_written_again(tmp_path):
     path = SHIPPED / "text_encoders" / f"{MIDDLE}.safetensors"
     trained = student_file(tmp_path, MIDDLE)
     trained.parent.mkdir(parents=True)
     trained.write_bytes(path.read_bytes())
     age = path.stat().st_mtime_ns
-    assert not same_weights(path, SHIPPED / "text_encoders" / "miniature_student_tenth.safetensors")
-    assert not same_weights(tmp_path / "nothing.safetensors", trained)
-    assert ship(MIDDLE, tmp_path) == path
+    files = students(tmp_path)
+    assert files[MIDDLE] == tmp_path / "bfloat16" / f"{MIDDLE}.safetensors"
+    assert {*files} == {*SHIPPED_STUDENTS, "untrained"}
+    ship(files.values())
     assert path.stat().st_mtime_ns == age
+    made = files[MIDDLE].stat().st_mtime_ns
+    assert in_bfloat16(trained, files[MIDDLE]).stat().st_mtime_ns == made

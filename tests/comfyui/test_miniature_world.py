@@ -70,8 +70,8 @@ FOUND = json.loads((ROOT / "miniature" / "results.json").read_text(encoding="utf
 
 def least(encoder: str, tasks: Sequence[str], count: int, share: float = 1.0) -> int:
     """How many of `count` pictures of each task must be right: `share` of what results.json says, less two standard deviations."""
-    by_name = {"miniature_teacher": FOUND["teacher"], **{student["name"]: student["tasks"] for student in FOUND["students"]}}
-    shares = [share * by_name[Path(encoder).stem][task]["accuracy"] for task in tasks]
+    by_name = {one["name"]: one["tasks"] for one in FOUND["encoders"]}
+    shares = [share * by_name[Path(encoder).stem][task]["value"] for task in tasks]
     spread = math.sqrt(sum(count * one * (1 - one) for one in shares))
     floor = math.floor(count * sum(shares) - 2 * spread)
     assert floor > 0, "a floor of nothing is no test"

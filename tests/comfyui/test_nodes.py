@@ -12,8 +12,9 @@ import pytest
 import torch
 from comfy.cli_args import args
 from comfy_extras.nodes_flux import CLIPTextEncodeFlux
-from distilled_t5.encoder.files import FLOAT_NAMES, open_student
+from distilled_t5.encoder.files import open_student
 from distilled_t5.nodes import DistilledT5Extension, DistilledT5Loader, DistilledT5Save, DistilledT5TextEncode
+from distilled_t5.runtime.weights import FLOAT_NAMES
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.tests.support.small_encoders import PROMPT, TINY, embedding, pooled, random_tensors, student_file
 from safetensors.torch import load_file, save_file
@@ -168,15 +169,6 @@ def test_published_file_saved_again_has_the_same_bytes(models, dtype):
     copy = load_file(models / name)
     assert copy.keys() == original.keys()
     assert all(torch.equal(copy[key].view(torch.uint8), original[key].view(torch.uint8)) for key in original)
-
-
-def test_authors_pth_saved_again_has_the_same_numbers(models):
-    original = random_tensors(TINY, dtype=torch.bfloat16)
-    torch.save({f"module.{key}": tensor for key, tensor in original.items()}, models / "authors.pth")
-    clip, _ = load("none", "authors.pth")
-    (name,) = DistilledT5Save.execute(clip, "from_pth", "as loaded").args
-    copy = load_file(models / name)
-    assert all(torch.equal(copy[key], original[key]) for key in original)
 
 
 def test_save_keeps_metadata_converts_and_never_overwrites(models):

@@ -193,3 +193,41 @@ def test_the_host_can_make_its_second_copy(clip):
     theirs = copy.model_state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("has_clip_l", [True, False])
+def test_other_packs_reach_its_encoders_by_the_names_of_stock(tiny, clip, stock, has_clip_l):
+    ours = clip if has_clip_l else serve(tiny).clip
+    tokens = ours.tokenize(PROMPT)
+    # Nodes that weigh tokens themselves find each encoder by the key of its tokens, or by the name of its tokenizer.
+    for key, name in {"l": "clip_l", "t5xxl": "t5xxl"}.items():
+        assert hasattr(ours.tokenizer, name)
+        (ours_BLD, ours_pooled), (stock_BLD, stock_pooled) = (
+            getattr(each.cond_stage_model, name).encode_token_weights(tokens[key]) for each in (ours, stock)
+        )
+        assert (ours_BLD.shape, ours_BLD.dtype, ours_BLD.device) == (stock_BLD.shape, stock_BLD.dtype, stock_BLD.device)
+        assert (ours_pooled is None) == (stock_pooled is None)
+    assert torch.equal(ours.cond_stage_model.t5xxl.encode_token_weights(tokens["t5xxl"])[0], embedding(ours))
+    for name in ("clip_l", "t5xxl"):
+        getattr(ours.cond_stage_model, name).set_clip_options({"layer": -2})
+        getattr(ours.cond_stage_model, name).reset_clip_options()
+
+
+def test_a_hook_on_an_encoder_by_its_name_changes_the_encoding_and_goes_again(clip):
+    before = embedding(clip)
+    hooked = clip.clone()
+    encode_token_weights = hooked.cond_stage_model.t5xxl.encode_token_weights
+
+    def doubled(pairs: Any) -> Any:
+        text_BLD, *rest = encode_token_weights(pairs)
+        return (2 * text_BLD, *rest)
+
+    hooked.patcher.add_object_patch("t5xxl.encode_token_weights", doubled)
+    assert torch.equal(embedding(hooked), 2 * before)
+    assert torch.equal(embedding(clip), before)
+
+
+def test_the_student_is_registered_once_and_not_under_the_name_of_t5xxl(clip):
+    names = {name.partition(".")[0] for name in clip.cond_stage_model.state_dict()}
+    assert names == {"clip_l", "t5base"}
+    assert clip.cond_stage_model.t5xxl is clip.cond_stage_model.t5base

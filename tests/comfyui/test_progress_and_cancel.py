@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from distilled_t5.devtools.comfyui.server import ComfyServer
-from distilled_t5.devtools.comfyui.watch import Watched
-from distilled_t5.encoder.files import data_sha256, open_student
+from distilled_t5.encoder.files import open_student
+from distilled_t5.runtime.weights import data_sha256
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.tests.support.small_encoders import student_file
+from distilled_t5.tests.support.watch import Watched
 
 OURS = "zz_t5_base.safetensors"
 

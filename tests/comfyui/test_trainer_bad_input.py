@@ -13,7 +13,7 @@ import folder_paths
 import pytest
 import safetensors.torch
 import torch
-from distilled_t5.encoder.teacher import check_t5xxl
+from distilled_t5.encoder.teacher import check_large
 from distilled_t5.runtime.comfyui import check_output_folder
 from distilled_t5.runtime.failure import explained, is_out_of_memory
 from distilled_t5.runtime.random_weights import drawn
@@ -97,10 +97,10 @@ def test_a_file_of_another_kind_is_no_diffusion_model(models, file, message):
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("garbage.safetensors", "no whole safetensors file (5,000 bytes)"),
-        ("cut.safetensors", "no whole safetensors file"),
+        ("garbage.safetensors", "not a complete safetensors file (5,000 bytes)"),
+        ("cut.safetensors", "not a complete safetensors file"),
         ("empty.safetensors", "empty (0 bytes)"),
-        ("garbage.ckpt", "no whole file that torch.save wrote"),
+        ("garbage.ckpt", "is a file of torch.save; expected .safetensors"),
         ("flux.gguf", "a GGUF file, which ComfyUI itself does not load"),
         ("folder", "is a folder"),
         ("binary.txt", "has the ending '.txt'"),
@@ -126,7 +126,7 @@ def test_a_diffusion_model_that_is_not_whole_or_wants_more_than_a_latent_is_refu
 def test_a_teacher_that_is_no_t5_is_called_by_its_name(models, file, message):
     said = refusal(f"teacher.t5={models / file}")
     assert message in said
-    assert "The teacher must be a T5-XXL or a distilled T5" in said
+    assert "The teacher must be a complete T5-XXL or distilled T5" in said
     assert said.endswith("in teacher.t5.")
 
 
@@ -136,19 +136,19 @@ def test_a_teacher_that_is_not_whole_is_refused(models, broken):
     # The stand-in has the embedding and the norms of a T5-XXL, and nothing between.
     t5xxl, clip_l = (f"{models}/text_encoders/{name}.safetensors" for name in ("t5xxl_fp16", "clip_l"))
     said = refusal(f"teacher.t5={t5xxl}", f"teacher.clip_l={clip_l}")
-    assert "t5xxl_fp16.safetensors is no whole T5-XXL: 167 of 219 tensors are missing" in said
+    assert "t5xxl_fp16.safetensors is not a complete T5-XXL: 167 of 219 tensors are missing" in said
 
 
 @pytest.mark.parametrize("dtype", ["F16", "F8_E4M3"])
 def test_a_whole_t5xxl_passes_with_whatever_else_its_file_holds(tmp_path, dtype):
     shapes = {name.removeprefix("encoder."): shape for name, shape in StudentLayout.named("xxl", None).tensors().items()}
     extras = {"scaled_fp8": (2,), "encoder.block.0.layer.0.SelfAttention.q.scale_weight": (1,), "spiece_model": (790_000,)}
-    check_t5xxl(sparse_file(tmp_path / "whole.safetensors", shapes | extras, dtype))
+    check_large(sparse_file(tmp_path / "whole.safetensors", shapes | extras, dtype))
     packed = shapes | {"encoder.block.7.layer.1.DenseReluDense.wo.weight": (20_971_520, 1)}
     with pytest.raises(
         ValueError, match=r"1 of 219 tensors .*\n  encoder\.encoder\.block\.7\.layer\.1\.DenseReluDense\.wo\.weight\nWhat to do"
     ):
-        check_t5xxl(sparse_file(tmp_path / "packed.safetensors", packed, dtype))
+        check_large(sparse_file(tmp_path / "packed.safetensors", packed, dtype))
 
 
 def test_a_clip_l_that_is_none_is_refused_for_either_kind_of_teacher(models):

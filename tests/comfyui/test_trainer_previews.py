@@ -164,7 +164,7 @@ def test_after_a_preview_the_diffusion_model_is_brought_back_and_the_vae_is_gone
         previewer.show(reporter)
         assert reporter.failed_images == 0
     # The teacher is needed once; both times all is sampled before anything is decoded.
-    assert turns == ["DistilledFluxTextEncoder", "Flux", "TAESD", "Flux", "TAESD", "Flux"]
+    assert turns == ["FluxClipModel_", "Flux", "TAESD", "Flux", "TAESD", "Flux"]
     assert "TAESD" not in [type(loaded.real_model()).__name__ for loaded in comfy.model_management.current_loaded_models]
 
 

@@ -44,7 +44,7 @@ prompts = 8
 map = false
 [velocity_gap]
 prompts = 6
-sigma_bands = 2
+sigma_bands = 4
 [latent_distance]
 prompts = 6
 [cost]

@@ -101,7 +101,10 @@ def save_alexnet(path: Path) -> Path:
         shape = (outputs, inputs, kernel, kernel)
         tensors[f"features.{number}.weight"] = torch.randn(shape, generator=generator) / (inputs * kernel**2) ** 0.5
         tensors[f"features.{number}.bias"] = torch.randn(outputs, generator=generator) * 0.1
-    torch.save(tensors, path)
+    if path.suffix == ".pth":  # as torchvision publishes it
+        torch.save(tensors, path)
+    else:
+        safetensors.torch.save_file(tensors, path)
     return path
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from distilled_t5.encoder.files import open_student
 from distilled_t5.runtime.errors import StudentFileError
+from distilled_t5.runtime.weights import read_header
 from distilled_t5.students.t5.layout import SHARED, Shape, StudentLayout
 from distilled_t5.tests.support.tiny_students import TINY, published_file, sparse_file, tiny_tensors
 
@@ -73,16 +76,16 @@ FOREIGN: dict[str, tuple[Shapes, str, str]] = {
     "T5-XXL": (t5xxl(), "a plain T5-XXL", "DualCLIPLoader"),
     "T5-XXL with its twin": (t5xxl() | {"encoder.embed_tokens.weight": (32128, 4096)}, "a plain T5-XXL", "DualCLIPLoader"),
     "T5-XXL in scaled fp8": (scaled_fp8(t5xxl()), "a plain T5-XXL", "DualCLIPLoader"),
-    "plain T5-Base": (t5(768), "a T5 of width 768 without its projection", "distilled_t5.projection = none"),
-    "plain T5-XL": (t5(2048), "a T5 of width 2048 without its projection", "was never taught this diffusion model"),
+    "plain T5-Base": (t5(768), "a T5 of width 768 without a projection", "distilled_t5.projection = none"),
+    "plain T5-XL": (t5(2048), "a T5 of width 2048 without a projection", "was not trained for this diffusion model"),
     "T5 with its decoder": (
         t5(64) | {"decoder.block.0.layer.0.SelfAttention.q.weight": (64, 64)},
-        "a whole T5 with its decoder",
+        "a T5 with its decoder",
         "encoder",
     ),
     "umT5": (every_block_biased(t5(4096, vocab_size=256384)), "a umT5", "pick the distilled T5"),
-    "mT5": (t5(4096, vocab_size=250112), "an mT5 (a vocabulary of 250,112 pieces)", "pick the distilled T5"),
-    "ByT5": (t5(1472, vocab_size=384), "a ByT5", "pick the distilled T5"),
+    "mT5": (t5(4096, vocab_size=250112), "the vocabulary of mT5 (250,112 pieces)", "pick the distilled T5"),
+    "ByT5": (t5(1472, vocab_size=384), "the vocabulary of ByT5", "pick the distilled T5"),
     "something else": ({f"layer.{number}.weight": (3, 3) for number in range(12)}, "It holds 12 tensors", "  layer.0.weight\n"),
 }
 
@@ -105,7 +108,7 @@ def test_t5xxl_of_9_5_gigabytes_is_refused_without_being_read(tmp_path):
 def test_student_whose_projection_was_stripped(tmp_path):
     bare = {name: tensor for name, tensor in tiny_tensors().items() if not name.startswith("final_projection")}
     message = refusal(published_file(tmp_path / "stripped.safetensors", bare))
-    assert "without its projection (final_projection.0 and .3)" in message
+    assert "without a projection (final_projection.0 and .3)" in message
 
 
 def test_student_whose_prefixes_were_stripped_twice(tmp_path):
@@ -127,7 +130,7 @@ def test_missing_and_extra_tensors_of_a_real_size_are_all_listed(tmp_path):
     missing = [name for name in shapes if "wo.weight" in name or "SelfAttention.o" in name]
     extra: Shapes = {f"optimizer.state.{number}": (4,) for number in range(64)}
     message = refusal(sparse_file(tmp_path / "part.safetensors", {n: s for n, s in shapes.items() if n not in missing} | extra))
-    assert f"{len(missing)} tensors missing, {len(extra)} too many" in message
+    assert f"{len(missing)} tensors missing, {len(extra)} unexpected" in message
     assert all(f"  {name}\n" in message for name in [*missing, *extra])
 
 
@@ -163,46 +166,97 @@ def test_ending_that_cannot_be_an_encoder(name, tmp_path):
     assert "expected .safetensors" in refusal(tmp_path / name)
 
 
-def whole_bytes(folder: Path, ending: str) -> bytes:
-    path = folder / f"whole{ending}"
-    if ending == ".pth":
-        torch.save(tiny_tensors(), path)
-    else:
-        published_file(path)
-    return path.read_bytes()
+@pytest.mark.parametrize("ending", [".pth", ".pt", ".bin", ".ckpt"])
+def test_file_of_torch_save_is_refused_unread_with_the_command_that_converts_it(ending, tmp_path):
+    class RunsCode:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "the code ran"),)
+
+    path = tmp_path / f"authors{ending}"
+    torch.save(tiny_tensors() | {"hook": RunsCode()}, path)
+    with pytest.raises(StudentFileError, match=r"is a file of torch.save; expected .safetensors(.|\n)*What to do: convert it") as caught:
+        open_student(path)
+    assert f"r'{path}'" in str(caught.value)
+    assert str(path.with_suffix(".safetensors")) in str(caught.value)
+    assert not (tmp_path / "the code ran").exists()
 
 
-@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
 @pytest.mark.parametrize("kept", [1, 7, 8, 9, 100, 0.5, 0.99, -1])
-def test_truncated_file_says_that_it_is_not_whole(ending, kept, tmp_path):
-    content = whole_bytes(tmp_path, ending)
-    path = tmp_path / f"cut{ending}"
+def test_truncated_file_is_called_incomplete(kept, tmp_path):
+    content = published_file(tmp_path / "complete.safetensors").read_bytes()
+    path = tmp_path / "cut.safetensors"
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
     message = refusal(path)
-    assert "cut off" in message or "torch.save" in message
-    if ending == ".safetensors":
-        assert f"({path.stat().st_size:,} bytes)" in message
+    assert "cut off" in message
+    assert f"({path.stat().st_size:,} bytes)" in message
+
+
+def with_scales(names: list[str], ending: str) -> Shapes:
+    return {name.removesuffix(".weight") + ending: (1,) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("ending", "how"),
+    [
+        (".scale_weight", "scaled fp8"),
+        (".weight_scale", "scaled fp8 or int8"),
+        (".weight.quant_state.bitsandbytes__nf4", "bitsandbytes NF4"),
+    ],
+)
+def test_quantised_student_is_refused_with_its_quantisation(ending, how, tmp_path):
+    matrices = [name for name in TINY.tensors() if "SelfAttention.q" in name]
+    path = sparse_file(tmp_path / "small.safetensors", TINY.tensors() | with_scales(matrices, ending), "F8_E4M3")
+    message = refusal(path)
+    assert f"is quantised ({how})" in message
+    assert "dtype fp8_e4m3fn" in message.splitlines()[-1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_AS")
+def test_file_that_does_not_fit_into_memory_is_not_called_incomplete(tmp_path):
+    path = sparse_file(tmp_path / "large.safetensors", {"a": (1 << 31,)}, "F32")
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30), limits[1]))
+    try:
+        with pytest.raises(MemoryError, match=r"Not enough memory to read large\.safetensors(.|\n)*What to do: "):
+            read_header(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_name_that_is_not_valid_unicode_is_refused_in_a_message_that_can_be_printed(tmp_path):
+    published_file(tmp_path / "good.safetensors")
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff.safetensors"))
+    (tmp_path / "good.safetensors").rename(odd)
+    with pytest.raises(StudentFileError, match=r"not valid Unicode(.|\n)*What to do: rename") as caught:
+        open_student(odd)
+    assert str(caught.value).encode()
+    odd.write_bytes(b"")
+    with pytest.raises(StudentFileError) as caught:
+        open_student(odd)
+    assert str(caught.value).encode()
 
 
 def test_web_page_saved_as_a_model(tmp_path):
     path = tmp_path / "page.safetensors"
     path.write_bytes(b"<!DOCTYPE html><html><body>Access to model is restricted</body></html>")
-    assert "no whole safetensors file" in refusal(path)
+    assert "not a complete safetensors file" in refusal(path)
 
 
 def test_file_that_is_not_there(tmp_path):
     message = refusal(tmp_path / "gone.safetensors")
-    assert "is not there" in message
+    assert "does not exist" in message
     assert "refresh" in message
 
 
-@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
-def test_file_that_vanishes_between_looking_and_loading(ending, tmp_path):
-    path = tmp_path / f"file{ending}"
-    path.write_bytes(whole_bytes(tmp_path, ending))
+def test_file_that_vanishes_between_looking_and_loading(tmp_path):
+    path = published_file(tmp_path / "file.safetensors")
     student = open_student(path)
     path.unlink()
-    with pytest.raises(StudentFileError, match=r"(?s)is not there.*What to do: "):
+    with pytest.raises(StudentFileError, match=r"(?s)does not exist.*What to do: "):
         student.load()
 
 
@@ -211,7 +265,7 @@ def test_file_that_becomes_another_one_between_looking_and_loading(tmp_path):
     student = open_student(path)
     other = StudentLayout(8, 12, 1, 3, 4, vocab_size=41, hidden_width=10, projected_width=4096)
     published_file(path, tiny_tensors(other))
-    with pytest.raises(StudentFileError, match=r"(?s)file.safetensors was changed.*What to do: "):
+    with pytest.raises(StudentFileError, match=r"(?s)file.safetensors changed.*What to do: "):
         student.load()
 
 
@@ -228,7 +282,7 @@ def test_links_that_lead_nowhere_or_in_a_circle(ending, tmp_path):
     (tmp_path / f"dangling{ending}").symlink_to(tmp_path / "nothing")
     (tmp_path / f"circle{ending}").symlink_to(tmp_path / f"circle{ending}")
     for name in ("dangling", "circle"):
-        assert "is not there" in refusal(tmp_path / f"{name}{ending}")
+        assert "does not exist" in refusal(tmp_path / f"{name}{ending}")
 
 
 def test_names_that_no_file_can_have(tmp_path):
@@ -259,9 +313,8 @@ def test_file_or_folder_that_may_not_be_read():
         folder.chmod(0o755)
         locked = folder / "locked"
         locked.mkdir()
-        paths = [published_file(folder / "secret.safetensors"), published_file(locked / "inside.safetensors"), folder / "secret.pth"]
-        paths[2].write_bytes(whole_bytes(folder, ".pth"))
-        for path in (paths[0], paths[2], locked):
+        paths = [published_file(folder / "secret.safetensors"), published_file(locked / "inside.safetensors")]
+        for path in (paths[0], locked):
             path.chmod(0)
         done = run_without_rights(paths)
         locked.chmod(0o755)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -90,5 +93,26 @@ def test_depth_has_the_pictures_size(tmp_path):
     ("judge", "source"), [(BlipVqa, "blip-vqa-base"), (TransformersDetector, "hustvl/yolos-base"), (TransformersDepth, "dpt-hybrid-midas")]
 )
 def test_a_missing_folder_is_told_with_where_to_fetch_it(tmp_path, judge, source):
-    with pytest.raises(ValueError, match=rf"there is no such folder\.\nWhat to do: fetch it whole.*{source}"):
+    with pytest.raises(ValueError, match=rf"there is no such folder\.\nWhat to do: download all of it.*{source}"):
         judge(tmp_path / "none")
+
+
+def test_code_in_a_folder_is_never_run(tmp_path):
+    (tmp_path / "judge.py").write_text(
+        f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\nclass Config: pass\nclass Model: pass\n"
+    )
+    names = {"AutoConfig": "judge.Config", "AutoModelForObjectDetection": "judge.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of", "auto_map": names}))
+    with pytest.raises(ValueError, match=r"needs code of its own to be run, which is never done here\.?(.|\n)*What to do") as caught:
+        TransformersDetector(tmp_path)
+    assert "trust_remote_code" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_are_pickled_code_are_never_run(tmp_path):
+    folder = save_detector(tmp_path / "yolos")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": re.compile("code")}))
+    with pytest.raises(ValueError, match=r"could not be loaded for Detecting objects(.|\n)*What to do") as caught:
+        TransformersDetector(folder)
+    assert "weights_only" not in str(caught.value)

@@ -67,7 +67,7 @@ def test_two_encoders_are_laid_out_together():
     x = two_groups()
     found = joint_tsne({"teacher": x[:25], "student": x[25:]}, seed=3)
     assert np.array_equal(np.concatenate([found["teacher"], found["student"]]), tsne(x, seed=3))
-    with pytest.raises(ValueError, match="one width"):
+    with pytest.raises(ValueError, match="same text width"):
         joint_tsne({"teacher": x, "student": x[:, :3]})
 
 
@@ -88,7 +88,7 @@ def test_the_map_shows_the_points_of_each_encoder_in_its_colour_and_touches_no_g
     assert count_of(one, COLOURS[1]) == 0
     assert count_of(two, COLOURS[1]) > 4 * 15
     assert ("matplotlib.pyplot" in sys.modules) == pyplot_before
-    with pytest.raises(ValueError, match="1 to 4 encoders; 0 came"):
+    with pytest.raises(ValueError, match="1 to 4 encoders: got 0"):
         map_image({})
 
 
@@ -99,5 +99,5 @@ def test_what_is_no_set_of_finite_embeddings_is_refused(metric):
             metric(bad)
     broken = np.ones((5, 4))
     broken[2, 1] = math.nan
-    with pytest.raises(ValueError, match="1 of 5 hold NaN"):
+    with pytest.raises(ValueError, match="1 of 5 have NaN"):
         metric(broken)

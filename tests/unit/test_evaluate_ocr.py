@@ -58,7 +58,6 @@ def test_normalisation(text, same):
 def test_errors_of_every_kind(kind, expected, read, character, word, sentence):
     found = score(expected, [line(read)])
     assert (found.character, found.word, found.sentence) == pytest.approx((character, word, sentence)), kind
-    assert (found.n_characters, found.n_words) == (len(normalised(expected)), len(normalised(expected).split()))
 
 
 def test_lines_are_read_row_by_row_whatever_their_order():
@@ -80,13 +79,9 @@ def test_a_text_without_a_letter_is_refused():
             score(text, [line("open")])
 
 
-def test_the_mean_counts_each_picture_once_and_means_of_means_by_their_pictures():
-    whole, none = OcrScore(1, 1, 1, 8, 2), OcrScore(0, 0.5, 0, 2, 2)
-    first = mean([whole, none])
-    assert first == OcrScore(0.5, 0.75, 0.5, 10, 4, 2)
-    assert mean([first, none]) == mean([whole, none, none])
-    assert mean([first, none]).character == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="at least one picture"):
+def test_the_mean_counts_each_image_once():
+    assert mean([OcrScore(1, 1, 1), OcrScore(0, 0.5, 0)]) == OcrScore(0.5, 0.75, 0.5)
+    with pytest.raises(ValueError, match="at least one image"):
         mean([])
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distilled_t5.evaluate.intervals import Measured, exact
-from distilled_t5.evaluate.page import Notes, chosen_questions, data_uri, page, row
+from distilled_t5.evaluate.measured import Measured, exact
+from distilled_t5.evaluate.page import chosen_questions, data_uri, page, row
 from distilled_t5.evaluate.questions import Question, in_turn, read_questions
 from distilled_t5.evaluate.results import Report
 from distilled_t5.evaluate.suite import load_suite
@@ -19,7 +19,7 @@ from distilled_t5.prompts.corpora import PromptError
 from PIL import Image
 
 EVIL = 'a sign that says "</script><script>alert(1)</script>" & <!-- \u2028'
-NOTES = Notes("Measured somewhere.", "All 2 prompts.", small=True)
+NOTES = {"provenance": "Measured somewhere.", "chosen": "All 2 prompts.", "small": True}
 REPORT = Report(
     "tiny",
     ["t", "s"],
@@ -126,7 +126,7 @@ def coco(folder: Path, **changes: Any) -> Path:
 def coco_questions(captions: Path, pictures: Path) -> list[Question]:
     suite = load_suite("paper", [f"task.7.prompts.path={captions}", f"task.7.prompts.pictures={pictures}", "seed=40"])
     assert len(suite.tasks) == PAPER_TASKS
-    return read_questions(suite.model_copy(update={"tasks": suite.tasks[7:]}))["coco"]
+    return read_questions({"coco": suite.tasks[7].prompts}, suite.seed)["coco"]
 
 
 def test_coco_gives_the_first_caption_of_each_photograph_in_order_of_their_numbers(tmp_path):
@@ -144,9 +144,9 @@ def test_captions_without_their_photographs_or_of_another_kind_are_refused(tmp_p
     with pytest.raises(PromptError, match="1 of 2 photographs are not in") as caught:
         coco_questions(coco(tmp_path), tmp_path)
     assert "The first: " in str(caught.value) and "7.jpg" in str(caught.value)
-    with pytest.raises(PromptError, match="holds no COCO captions"):
+    with pytest.raises(PromptError, match="is not a file of COCO captions"):
         coco_questions(coco(tmp_path, annotations=[{"text": "x"}]), tmp_path)
-    with pytest.raises(PromptError, match="holds no caption of a photograph"):
+    with pytest.raises(PromptError, match="has no caption of a photograph"):
         coco_questions(coco(tmp_path, annotations=[]), tmp_path)
 
 
@@ -158,7 +158,7 @@ def test_compbench_prompts_are_one_categorys_and_must_be_understood(tmp_path):
     suite = load_suite("paper", [f"task.{number}.prompts.path={tmp_path}" for number in range(1, 7)])
 
     def of(number: int) -> list[Question]:
-        return read_questions(suite.model_copy(update={"tasks": suite.tasks[number : number + 1]}))[suite.tasks[number].name]
+        return read_questions({"task": suite.tasks[number].prompts}, suite.seed)["task"]
 
     assert [one.prompt for one in of(4)] == ["a cat on the left of a dog", "a bird next to a car"]
     assert [one.prompt for one in of(1)] == ["a red bench and a blue bowl"]

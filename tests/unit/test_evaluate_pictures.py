@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import re
 import shutil
 from pathlib import Path
 
@@ -47,16 +45,17 @@ def test_the_distance_is_torch_fidelitys(n, m):
     assert frechet_distance(b, a) == pytest.approx(frechet_distance(a, b))
 
 
-def test_a_fid_comes_with_its_counts_and_a_deviation_that_shrinks_with_them():
+def test_a_fid_comes_with_its_count_and_an_interval_that_shrinks_with_it():
     random = np.random.default_rng(2)
     x, reference = random.normal(size=(400, 3)), random.normal(size=(300, 3)) + 1
     found = fid(x, reference)
-    assert (found.n, found.n_reference) == (400, 300)
+    assert found.n == 400
     assert found.value == frechet_distance(x, reference)
     assert found.value == pytest.approx(3, abs=0.6)
-    assert 0 < found.deviation < fid(x[:25], reference[:25]).deviation
+    few = fid(x[:25], reference[:25])
+    assert found.high is not None and few.high is not None
+    assert 0 < found.high - found.value < few.high - few.value
     assert fid(x, reference) == found
-    assert fid(x, reference, seed=1) != found
 
 
 @pytest.mark.parametrize("bad", [np.ones((1, 4)), np.ones((9, 3)), np.ones(4), np.full((9, 4), np.nan)])
@@ -93,18 +92,12 @@ def test_the_published_weights_are_known_by_their_checksum(tmp_path, monkeypatch
     assert metric_name(tmp_path / "weights.pth") == "FID"
 
 
-def test_missing_foreign_and_armed_weights_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no file .*none\.pth\.\n.*weights-inception-2015-12-05-6726825d"):
+def test_missing_and_foreign_weights_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"FID needs its weights: there is no file .*none\.pth\.\n.*weights-inception-2015-12-05-6726825d"):
         Inception(tmp_path / "none.pth")
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"is no Inception of torch-fidelity(.|\n)*What to do"):
+    with pytest.raises(ValueError, match=r"is not torch-fidelity's Inception(.|\n)*What to do"):
         Inception(tmp_path / "other.safetensors")
-    (tmp_path / "armed.pth").write_bytes(pickle.dumps({"weight": re.compile("code")}))
-    with pytest.raises(ValueError, match="could not be read as plain weights"):
-        Inception(tmp_path / "armed.pth")
-    torch.save([torch.zeros(2)], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="no table of named tensors"):
-        Inception(tmp_path / "list.pth")
 
 
 @pytest.fixture(scope="module")
@@ -133,14 +126,14 @@ def test_clip_scores_are_those_of_the_models_own_forward_pass(clip, tmp_path):
 def test_clip_scores_need_as_many_prompts_as_pictures(clip):
     scorer = ClipScorer(clip)
     for images, prompts in (([], []), (list(photographs(2)), ["one"])):
-        with pytest.raises(ValueError, match=r"a prompt for each picture; \d pictures and \d prompts came"):
+        with pytest.raises(ValueError, match=r"a prompt for each image: got \d images and \d prompts"):
             scorer.scores(images, prompts)
     with pytest.raises(ValueError, match="uint8"):
         scorer.scores([np.zeros((8, 8, 4), np.uint8)], ["one"])
 
 
 def test_a_folder_that_is_not_whole_is_refused_with_what_it_lacks(clip, tmp_path):
-    with pytest.raises(ValueError, match=r"there is no such folder\.\nWhat to do: fetch it whole.*clip-vit-base-patch32"):
+    with pytest.raises(ValueError, match=r"there is no such folder\.\nWhat to do: download all of it.*clip-vit-base-patch32"):
         ClipScorer(tmp_path / "none")
     with pytest.raises(ValueError, match=r"it has no config\.json"):
         ClipScorer(tmp_path)
@@ -148,17 +141,17 @@ def test_a_folder_that_is_not_whole_is_refused_with_what_it_lacks(clip, tmp_path
     tensors = load_file(folder / "model.safetensors")
     del tensors["visual_projection.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"does not hold a whole CLIPModel: 1 tensors differ\.\n.*visual_projection\.weight: missing"):
+    with pytest.raises(ValueError, match=r"is not a complete CLIPModel: 1 tensors differ\.\n.*visual_projection\.weight: missing"):
         ClipScorer(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"could not be loaded for CLIP score\.\ntransformers says: (.|\n)*What to do"):
+    with pytest.raises(ValueError, match=r"could not be loaded for CLIP score: files are missing(.|\n)*Found: (.|\n)*What to do"):
         ClipScorer(folder)
 
 
 def test_a_lost_tokenizer_or_preprocessor_is_told(clip, tmp_path):
     for lost, said in (
         ("tokenizer*", "lacks its tokenizer: expected tokenizer.json or"),
-        ("*processor_config.json", "lacks files that CLIP"),
+        ("*processor_config.json", "could not be loaded for CLIP"),
     ):
         folder = Path(shutil.copytree(clip, tmp_path / lost.strip("*")))
         for path in folder.glob(lost):

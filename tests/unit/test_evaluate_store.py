@@ -1,31 +1,40 @@
-"""Pictures on the disk: a batch is there as a whole or not at all, whatever ends the process, and none is painted twice."""
+"""Images on the disk: a batch is complete or not there, whatever ends the process, and no image is generated twice."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
-from distilled_t5.evaluate.store import COMPLETE, MADE_OF, PictureFolder, batches, share_of_rank
+from distilled_t5.evaluate.store import COMPLETE, MADE_OF, ImageFolder, missing_batches
 from distilled_t5.runtime.disk import UNFINISHED
+from PIL import Image
 
 OURS = {"encoder": "a", "prompts and seeds": "p"}
 
 
-def folder_of(path: Path) -> PictureFolder:
-    folder = PictureFolder(path)
+def image(number: int) -> bytes:
+    """A PNG file like no other number's."""
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (number % 256, number // 256 % 256, 3)).save(content, "PNG")
+    return content.getvalue()
+
+
+def folder_of(path: Path) -> ImageFolder:
+    folder = ImageFolder(path)
     folder.claim(OURS)
     return folder
 
 
-def content(folder: PictureFolder) -> dict[int, bytes]:
-    return {index: folder.file(index).read_bytes() for index in sorted(folder.there())}
+def content(folder: ImageFolder) -> dict[int, bytes]:
+    return {index: folder.file(index).read_bytes() for index in sorted(folder.present())}
 
 
 def test_a_batch_that_was_added_lies_there_picture_by_picture_and_nothing_else_does(tmp_path):
-    folder = folder_of(tmp_path / "pictures")
-    folder.add({0: b"zero", 2: b"two"})
-    folder.add({100_000: b"many"})
-    assert content(folder) == {0: b"zero", 2: b"two", 100_000: b"many"}
+    folder = folder_of(tmp_path / "images")
+    folder.add({0: image(0), 2: image(2)})
+    folder.add({100_000: image(100000)})
+    assert content(folder) == {0: image(0), 2: image(2), 100_000: image(100000)}
     assert sorted(path.name for path in folder.path.iterdir()) == ["00000.png", "00002.png", "100000.png", MADE_OF]
 
 
@@ -35,8 +44,8 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("fatal_call", range(1, 6))
 def test_a_kill_at_any_rename_loses_a_batch_whole_or_not_at_all(tmp_path, monkeypatch, fatal_call):
-    """Three pictures: the first rename publishes the batch, the three replacements hand them on."""
-    folder, calls = folder_of(tmp_path / "pictures"), 0
+    """Three images: the first rename publishes the batch, the three replacements move the images to their places."""
+    folder, calls = folder_of(tmp_path / "images"), 0
 
     def counting(method):
         def call(path, target):
@@ -53,45 +62,57 @@ def test_a_kill_at_any_rename_loses_a_batch_whole_or_not_at_all(tmp_path, monkey
             patch.setattr(Path, name, counting(getattr(Path, name)))
         if fatal_call <= 4:
             with pytest.raises(Killed):
-                folder.add({4: b"4", 5: b"5", 6: b"6"})
+                folder.add({4: image(4), 5: image(5), 6: image(6)})
         else:
-            folder.add({4: b"4", 5: b"5", 6: b"6"})
+            folder.add({4: image(4), 5: image(5), 6: image(6)})
     again = folder_of(folder.path)
-    assert content(again) == ({} if fatal_call == 1 else {4: b"4", 5: b"5", 6: b"6"})
+    assert content(again) == ({} if fatal_call == 1 else {4: image(4), 5: image(5), 6: image(6)})
     assert not [path for path in folder.path.iterdir() if path.name.endswith((UNFINISHED, COMPLETE))]
 
 
 def test_a_kill_while_a_batch_is_written_leaves_nothing_of_it(tmp_path, monkeypatch):
-    folder = folder_of(tmp_path / "pictures")
+    folder = folder_of(tmp_path / "images")
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", lambda _handle: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
-            folder.add({0: b"0", 1: b"1"})
-    assert folder.there() == set()
+            folder.add({0: image(0), 1: image(1)})
+    assert folder.present() == set()
     again = folder_of(folder.path)
-    again.add({0: b"new", 1: b"1"})
-    assert content(again) == {0: b"new", 1: b"1"}
+    again.add({0: image(7), 1: image(1)})
+    assert content(again) == {0: image(7), 1: image(1)}
 
 
-def test_pictures_that_were_made_of_something_else_are_refused_by_name(tmp_path):
-    folder = folder_of(tmp_path / "pictures")
-    folder.add({0: b"zero"})
+def test_images_that_were_made_of_something_else_are_refused_by_name(tmp_path):
+    folder = folder_of(tmp_path / "images")
+    folder.add({0: image(0)})
     with pytest.raises(ValueError, match=r"encoder: a -> b\nWhat to do: name another folder with --out, or delete that one\.$"):
-        PictureFolder(folder.path).claim({**OURS, "encoder": "b"})
+        ImageFolder(folder.path).claim({**OURS, "encoder": "b"})
     with pytest.raises(ValueError, match="vae: None -> v"):
-        PictureFolder(folder.path).claim({**OURS, "vae": "v"})
-    assert content(folder) == {0: b"zero"}
+        ImageFolder(folder.path).claim({**OURS, "vae": "v"})
+    assert content(folder) == {0: image(0)}
 
 
 def test_batches_do_not_depend_on_what_is_there_already():
-    assert batches(7, set(), 3) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert batches(7, {0, 1, 2}, 3) == [[3, 4, 5], [6]]
-    assert batches(7, {3}, 3) == [[0, 1, 2], [4, 5], [6]]
-    assert batches(7, set(range(7)), 3) == []
+    assert missing_batches(7, set(), 3) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert missing_batches(7, {0, 1, 2}, 3) == [[3, 4, 5], [6]]
+    assert missing_batches(7, {3}, 3) == [[0, 1, 2], [4, 5], [6]]
+    assert missing_batches(7, set(range(7)), 3) == []
 
 
-def test_processes_share_batches_out_without_rest_and_without_doubles():
-    left = batches(10, {1}, 2)
-    shares = [share_of_rank(left, rank, 3) for rank in range(3)]
-    assert sorted(index for share in shares for batch in share for index in batch) == [0, *range(2, 10)]
-    assert [len(share) for share in shares] == [2, 2, 1]
+@pytest.mark.parametrize("damage", [lambda png: b"", lambda png: png[:-20], lambda png: png[:40], lambda png: png[:50] + b"?" + png[51:]])
+def test_a_damaged_image_is_missing_and_generated_again(tmp_path, damage):
+    folder = folder_of(tmp_path / "images")
+    folder.add({0: image(0), 1: image(1)})
+    folder.file(1).write_bytes(damage(image(1)))
+    assert folder.present() == {0}
+    assert missing_batches(2, folder.present(), 2) == [[1]]
+    folder.add({1: image(1)})
+    assert content(folder) == {0: image(0), 1: image(1)}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "7"])
+def test_a_damaged_record_is_refused_by_its_name(tmp_path, text):
+    folder = folder_of(tmp_path / "images")
+    (folder.path / MADE_OF).write_text(text)
+    with pytest.raises(ValueError, match=r"made_of\.json is not valid JSON(.|\n)*What to do: name another folder"):
+        folder.claim(OURS)

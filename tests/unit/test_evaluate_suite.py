@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from distilled_t5.config.files import RecipeError, options
 from distilled_t5.evaluate.suite import SHIPPED, Suite, load_suite
-from distilled_t5.miniature.measure import MEASURED
 from distilled_t5.prompts.corpora import COMPBENCH_CATEGORIES
+from distilled_t5.world.scenes import NEW_IN_TASK
 
 MINIATURE = (SHIPPED / "miniature.toml").read_text(encoding="utf-8")
 NAMES = ("miniature", "paper", "quick")
 OPTIONS = {
     "": ["name", "seed", "students"],
     "teacher.": ["t5", "clip_l"],
-    "diffusion_model.": ["file", "dtype", "vae"],
+    "diffusion_model.": ["family", "file", "dtype", "vae"],
     "sampling.": ["resolution_px", "steps", "guidance", "batch"],
     "ocr.": ["reader", "weights", "languages"],
     "clip_score.": ["weights"],
@@ -62,6 +62,11 @@ def test_the_list_of_options_is_frozen_and_each_is_described():
     assert all(field.description for field in found.values())
 
 
+def test_a_suite_without_a_family_is_for_flux(tmp_path):
+    suite = suite_of(tmp_path, MINIATURE.replace('family = "flux"', ""))
+    assert suite.diffusion_model.family == "flux"
+
+
 def test_every_option_is_used_by_a_shipped_suite():
     used = set().union(*(keys_used(tomllib.loads(path.read_text(encoding="utf-8"))) for path in SHIPPED.glob("*.toml")))
     assert used == set(options(Suite))
@@ -70,7 +75,7 @@ def test_every_option_is_used_by_a_shipped_suite():
 def test_the_shipped_suites_are_those_promised():
     assert tuple(sorted(path.stem for path in SHIPPED.glob("*.toml"))) == NAMES
     miniature, paper, quick = (load_suite(name) for name in NAMES)
-    assert [task.prompts.category for task in miniature.tasks] == list(MEASURED)
+    assert [task.prompts.category for task in miniature.tasks] == list(NEW_IN_TASK)
     assert {task.metrics for task in miniature.tasks} == {("readback",)}
     assert sum(task.prompts.limit for task in quick.tasks) == 200
     for suite in (quick, paper):
@@ -90,8 +95,8 @@ def test_a_suite_round_trips_exactly(name, tmp_path):
 def test_an_unknown_key_is_refused_with_the_nearest_one_and_its_line(tmp_path):
     text = MINIATURE.replace("batch = 50", "bach = 50")
     assert problems(tmp_path, text) == [
-        "line 17: sampling.batch is missing (pictures that go through the diffusion model at once on one GPU: bounds the memory)",
-        "line 21: sampling.bach is no key of a suite; the nearest is sampling.batch",
+        "line 18: sampling.batch is missing (images that go through the diffusion model at once on one GPU: bounds the memory)",
+        "line 22: sampling.bach is no key of a suite; the nearest is sampling.batch",
     ]
 
 
@@ -102,11 +107,12 @@ def test_an_unknown_key_is_refused_with_the_nearest_one_and_its_line(tmp_path):
         ("task.0.prompts.path=x.txt", "prompts of kind miniature are made here: expected no path"),
         ("task.0.prompts.pictures=x", "prompts of kind miniature have no photographs: expected no pictures"),
         ("task.0.prompts.kind=lines", "prompts of kind lines need a path"),
-        ('task.0.metrics=["compbench"]', "task single_object: metric compbench has nothing to go by in prompts of kind miniature"),
-        ('task.0.metrics=["ocr"]', "task single_object: metric ocr has nothing to go by in prompts of kind miniature single_object"),
+        ('task.0.metrics=["compbench"]', "task single_object: metric compbench has nothing to compare with in prompts of kind miniature"),
+        ('task.0.metrics=["ocr"]', "task single_object: metric ocr has nothing to compare with in prompts of kind miniature single_object"),
         ('task.4.metrics=["ocr"]', "task word asks for ocr, and there is no table [ocr]"),
         ('task.0.metrics=["readback", "readback"]', "task single_object has a metric twice: readback, readback"),
-        ('task.0.metrics=["taste"]', "expected 'ocr', 'readback'"),
+        ('task.0.metrics=["taste"]', "expected metrics out of ocr, readback"),
+        ("diffusion_model.family=sd9", "diffusion_model.family: expected one of flux"),
         ("task.1.name=single_object", "two tasks have one name: found single_object, single_object"),
         ("sampling.resolution_px=100", "multiple of 16"),
         ("sampling.guidance=true", "expected a valid number"),
@@ -121,7 +127,7 @@ def test_what_does_not_fit_is_refused_in_words(setting, expected, tmp_path):
 def test_photographs_are_asked_for_where_fid_is(tmp_path):
     paper = (SHIPPED / "paper.toml").read_text(encoding="utf-8")
     [problem] = problems(tmp_path, paper.replace(', pictures = "corpora/coco/val2014"', ""))
-    assert "task coco: metric fid has nothing to go by in prompts of kind coco" in problem
+    assert "task coco: metric fid has nothing to compare with in prompts of kind coco" in problem
 
 
 def test_a_suite_that_is_not_there_is_refused_with_the_shipped_names():

@@ -1,4 +1,4 @@
-"""What importing costs: the root costs nothing, the files' half of the encoder needs torch and safetensors alone."""
+"""What importing costs: the root imports nothing, students, families and encoder files need torch and safetensors alone."""
 
 from __future__ import annotations
 
@@ -11,21 +11,10 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
-HALF_FOR_FILES = (
-    "dialects",
-    "errors",
-    "families",
-    "files",
-    "foreign",
-    "layout",
-    "lora_log",
-    "metadata",
-    "prompt_length",
-    "stream",
-    "torch_zip",
-)
-HALF_FOR_COMFYUI = ("clip_l", "served")
-HALF_FOR_TRAINING = ("student",)
+# What runs inside ComfyUI, and what trains by transformers; every other module of these rooms needs torch and safetensors alone.
+ROOMS = ("students", "families", "encoder")
+IN_COMFYUI = {"encoder.clip_l", "encoder.served", "encoder.teacher", "students.t5.served"}
+BY_TRANSFORMERS = {"students.t5.trained", "students.t5.pretrained"}
 HEAVY = {
     "torch",
     "numpy",
@@ -71,9 +60,9 @@ def tops(modules: set[str]) -> set[str]:
     return {module.partition(".")[0] for module in modules}
 
 
-def test_every_module_of_the_encoder_belongs_to_one_half():
-    found = {path.stem for path in (ROOT / "encoder").glob("*.py")} - {"__init__"}
-    assert found == {*HALF_FOR_FILES, *HALF_FOR_COMFYUI, *HALF_FOR_TRAINING}
+def modules_of(rooms: tuple[str, ...]) -> list[str]:
+    """Dotted names of the modules of some rooms, below the pack."""
+    return sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for room in rooms for path in (ROOT / room).rglob("[!_]*.py"))
 
 
 @pytest.mark.parametrize("code", [ROOT_ALONE, WITHOUT_PACKAGE], ids=["as a package", "as pytest may"])
@@ -86,31 +75,31 @@ def test_importing_the_encoder_package_imports_none_of_its_modules():
     assert new_modules(code, "distilled_t5.encoder") == {"distilled_t5.encoder"}
 
 
-def test_half_for_files_needs_neither_comfyui_nor_transformers():
-    names = [f"distilled_t5.encoder.{module}" for module in HALF_FOR_FILES]
+def test_students_families_and_encoder_files_need_torch_and_safetensors_alone():
+    names = [f"distilled_t5.{name}" for name in modules_of(ROOMS) if name not in IN_COMFYUI | BY_TRANSFORMERS]
+    assert "distilled_t5.encoder.files" in names
     every = ONE_MODULE + "".join(f"importlib.import_module({name!r})\n" for name in names)
     new = new_modules(every, "distilled_t5.encoder")
     assert set(names) <= new
-    assert tops(new) & HEAVY <= {"safetensors", "torch"}
     foreign = tops(new) - {"distilled_t5"} - sys.stdlib_module_names
     assert foreign <= {"safetensors", "torch"}
 
 
-@pytest.mark.parametrize("module", ["dialects", "errors", "families", "layout", "lora_log", "metadata", "foreign", "prompt_length"])
-def test_modules_that_touch_no_tensor_need_no_torch(module):
-    new = new_modules(ROOT_ALONE + "import importlib\nimportlib.import_module(sys.argv[2])\n", f"distilled_t5.encoder.{module}")
-    assert not tops(new) & HEAVY
+def test_modules_that_touch_no_tensor_need_no_torch():
+    names = ["students", "students.t5", "families", "encoder.metadata", "encoder.lora_log", "encoder.prompt_length"]
+    every = ROOT_ALONE + "import importlib\n" + "".join(f"importlib.import_module('distilled_t5.{name}')\n" for name in names)
+    assert not tops(new_modules(every)) & HEAVY
 
 
 METRICS = (
     "compbench",
     "compbench_judges",
-    "confidence",
+    "measured",
+    "metrics",
     "distances",
     "embeddings",
     "local_weights",
     "ocr",
-    "optional",
     "pictures",
     "readers",
 )

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from distilled_t5.encoder.files import data_sha256, open_student, write_student
+from distilled_t5.encoder.files import open_student, write_student
 from distilled_t5.encoder.metadata import HASH_KEY, HEADER_HASH_KEY, MAX_TOKENS, VERSION_KEY, StudentMetadata, described, read_metadata
 from distilled_t5.runtime.errors import StudentFileError
+from distilled_t5.runtime.weights import data_sha256
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.tests.support.tiny_students import TINY, joined, published_file, taken_apart, tiny_tensors
 
@@ -94,7 +95,7 @@ def test_saving_again_carries_the_facts_and_rewrites_the_rest(tmp_path):
     assert header_of(again.path)["modelspec.date"] != "1999"
 
 
-def test_output_width_of_another_diffusion_model_is_told_apart_from_a_lie(tmp_path):
+def test_output_width_of_another_diffusion_model_is_not_called_wrong_metadata(tmp_path):
     plain_flux = published_file(tmp_path / "narrow.safetensors", tiny_tensors(NARROW))
     message = refusal(plain_flux)
     assert "width 16" in message
@@ -103,7 +104,7 @@ def test_output_width_of_another_diffusion_model_is_told_apart_from_a_lie(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("lie", "expected"),
+    ("value_of", "expected"),
     [
         ({"distilled_t5.family": "sd3"}, "one of flux"),
         ({"distilled_t5.family": ""}, "one of flux"),
@@ -111,28 +112,28 @@ def test_output_width_of_another_diffusion_model_is_told_apart_from_a_lie(tmp_pa
             ({"distilled_t5.token_length": value}, f"from 1 to {MAX_TOKENS}")
             for value in ("0", "-1", "4097", "many", "2.5", "", "1" * 5000, " 256")
         ),
-        ({"distilled_t5.token_length": "\u0662\u0665\u0666"}, "a whole number"),
+        ({"distilled_t5.token_length": "\u0662\u0665\u0666"}, "an integer"),
         ({"distilled_t5.pooled": "clip_g"}, "one of clip_l, zero"),
         ({"distilled_t5.projection": "linear"}, "one of mlp, none"),
         ({"distilled_t5.projection": "none"}, "a projection"),
-        ({"distilled_t5.text_width": "0"}, "a whole number from 1"),
+        ({"distilled_t5.text_width": "0"}, "an integer from 1"),
         ({"distilled_t5.text_width": "128"}, "width 4096"),
         ({HASH_KEY: "0x1234"}, "64 hexadecimal digits"),
         ({HASH_KEY: "g" * 64}, "64 hexadecimal digits"),
         ({HEADER_HASH_KEY: "no"}, "64 hexadecimal digits"),
     ],
 )
-def test_each_lie_is_refused_and_named(lie, expected, tmp_path):
-    message = refusal(with_metadata(tmp_path / "liar.safetensors", lie))
-    ((key, value),) = lie.items()
+def test_each_invalid_value_is_refused_and_named(value_of, expected, tmp_path):
+    message = refusal(with_metadata(tmp_path / "wrong.safetensors", value_of))
+    ((key, value),) = value_of.items()
     assert key in message
     assert repr(value[:60])[:-1] in message or value in message
     assert expected in message
     assert len(message) < 1000
 
 
-def test_metadata_that_promises_a_projection_that_is_not_there(tmp_path):
-    message = refusal(with_metadata(tmp_path / "liar.safetensors", {"distilled_t5.text_width": "16"}, PLAIN))
+def test_metadata_with_a_projection_that_the_tensors_lack(tmp_path):
+    message = refusal(with_metadata(tmp_path / "wrong.safetensors", {"distilled_t5.text_width": "16"}, PLAIN))
     assert "no projection" in message
     assert "'mlp'" in message
 
@@ -141,7 +142,7 @@ def test_t5_without_projection_is_served_only_if_its_metadata_says_so(tmp_path):
     told = with_metadata(tmp_path / "told.safetensors", {"distilled_t5.projection": "none", "distilled_t5.text_width": "16"}, PLAIN)
     assert open_student(told).layout == PLAIN
     message = refusal(published_file(tmp_path / "untold.safetensors", tiny_tensors(PLAIN)))
-    assert "without its projection" in message
+    assert "without a projection" in message
     assert "distilled_t5.projection = none" in message
 
 
@@ -167,10 +168,10 @@ def test_hash_may_be_written_with_or_without_0x_and_in_capitals(tmp_path):
 
 
 @pytest.mark.parametrize("version", [{VERSION_KEY: "1"}, {}], ids=["ours", "another tool's"])
-def test_hash_of_other_data_is_a_lie_whoever_wrote_it(version, tmp_path):
+def test_hash_of_other_data_is_refused_whoever_wrote_it(version, tmp_path):
     path = published_file(tmp_path / "file.safetensors", metadata={**version, HASH_KEY: "0x" + "ab" * 32})
     with pytest.raises(
-        StudentFileError, match=r"file.safetensors was changed or damaged(.|\n)*Expected abab(.|\n)*Found (.|\n)*What to do: "
+        StudentFileError, match=r"file.safetensors was changed or damaged(.|\n)*Expected abab(.|\n)*Got (.|\n)*What to do: "
     ):
         open_student(path).load()
 

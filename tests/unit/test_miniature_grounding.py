@@ -44,7 +44,7 @@ def test_two_scenes_with_other_pictures_have_other_answers() -> None:
 def test_the_heads_are_blind_to_the_order_of_the_tokens_and_not_to_the_tokens() -> None:
     torch.manual_seed(0)
     heads = Grounding(8)
-    torch.nn.init.normal_(heads.read)
+    torch.nn.init.normal_(heads.answer)
     text = torch.randn(2, 5, 8)
     torch.testing.assert_close(heads(text[:, [3, 1, 4, 0, 2]]), heads(text))
     assert heads(text).shape == (2, QUESTIONS, ANSWERS)

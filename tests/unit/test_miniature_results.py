@@ -1,4 +1,4 @@
-"""What the miniature's results take from an evaluation."""
+"""miniature/results.json holds an evaluation's numbers, and shares of the teacher with intervals."""
 
 from __future__ import annotations
 
@@ -6,96 +6,101 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from distilled_t5.devtools.miniature import MIDDLE
-from distilled_t5.devtools.miniature_results import (
-    Row,
-    asked_suite,
-    curve_files,
-    curve_of,
-    entry,
-    pair,
-    point,
-    rows_of,
-    share_interval,
-    training_minutes,
-    training_s,
-)
-from distilled_t5.evaluate.confidence import Score
-from distilled_t5.miniature.measure import MEASURED
+from distilled_t5.devtools.miniature_results import MIDDLE, TEACHER, UNTRAINED, numbers, pair, results, share, training_s, verdicts_of
+from distilled_t5.runtime.model_folders import SHIPPED
 from distilled_t5.world.pictures import TASKS
+
+FILES = SHIPPED / "text_encoders"
 
 
 def measured(value: float, n: int = 7) -> dict[str, Any]:
     return {"value": value, "n": n, "low": 0.0, "high": 1.0}
 
 
-def test_rows_stand_in_the_order_of_the_encoders_with_counts_and_milliseconds(tmp_path):
-    for encoder, right in (("teacher", 7), ("student", 3)):
-        (tmp_path / encoder).mkdir()
-        kept = {"found": {"readback": [1.0] * right + [0.0] * (7 - right)}}
-        (tmp_path / encoder / "word.readback.json").write_text(json.dumps(kept), encoding="utf-8")
+def right(*counts: int, of: int = 100) -> np.ndarray:
+    """Verdicts [T, N] in which the first `count` images of each task are right; one count stands for all tasks."""
+    return np.array([[1.0] * count + [0.0] * (of - count) for count in (counts if len(counts) > 1 else counts * len(TASKS))])
+
+
+def write_evaluation(work: Path, **right_of_7: int) -> None:
+    """An evaluation's folder with as many right images of seven for each encoder."""
+    for name, count in right_of_7.items():
+        (work / "evaluation" / "scores" / name).mkdir(parents=True)
+        for task in TASKS:
+            kept = {"found": {"readback": [1.0] * count + [0.0] * (7 - count)}}
+            (work / "evaluation" / "scores" / name / f"{task}.readback.json").write_text(json.dumps(kept), encoding="utf-8")
     found = {
-        "encoders": {"teacher": {}, "student": {}},
-        "tasks": {"word": {"scores": {"readback": {"student": measured(3 / 7), "teacher": measured(1.0)}}}},
+        "made": {"commit": "abc"},
+        "encoders": {name: {} for name in right_of_7},
+        "tasks": {task: {"scores": {"readback": {name: measured(count / 7) for name, count in right_of_7.items()}}} for task in TASKS},
         "probes": {
-            "cost": {"encode s": {"teacher": measured(0.25), "student": measured(0.125)}},
-            "velocity_gap": {"sigma 0.00-1.00": {"student": measured(0.5)}},
+            "cost": {"encode s": dict.fromkeys(right_of_7, measured(0.125))},
+            "collapse": {"effective rank": dict.fromkeys(right_of_7, measured(9))},
+            "velocity_gap": {"sigma 0.00-1.00": {name: measured(0.5) for name in right_of_7 if name != TEACHER}},
         },
     }
-    teacher, student = rows_of(found, tmp_path)
-    assert student.verdicts == {"word": [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]}
-    assert (teacher.scores["word"], student.scores["word"]) == (Score(7, 7), Score(3, 7))
-    assert (teacher.encode_ms, student.encode_ms) == (250.0, 125.0)
-    assert teacher.probes["velocity_gap"] == {}
-    assert student.probes["velocity_gap"] == {"sigma 0.00-1.00": measured(0.5)}
+    (work / "evaluation" / "results.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def test_a_student_is_told_with_its_share_and_without_its_costs():
-    teacher = Row(dict.fromkeys(TASKS, Score(8, 8)), 5.0)
-    student = Row(dict.fromkeys(TASKS, Score(6, 8)), None, {"cost": {"load s": measured(1)}, "collapse": {"effective rank": measured(9)}})
-    told = entry("one", student, teacher, steps=3)
-    assert (told["name"], told["steps"], told["share_of_teacher"], told["encode_ms"]) == ("one", 3, 0.75, None)
-    assert list(told["probes"]) == ["collapse"]
-    assert "share_of_teacher" not in entry("teacher", teacher, None)
+def test_results_have_each_encoder_with_its_share_and_a_curve_of_checkpoints(tmp_path):
+    checkpoint = f"{MIDDLE}_step-000002"
+    write_evaluation(tmp_path, **{TEACHER: 7, MIDDLE: 6, UNTRAINED: 0, checkpoint: 3})
+    write_run(tmp_path)
+    shipped = FILES / f"{MIDDLE}.safetensors"
+    found = results(tmp_path, "evaluate", dict.fromkeys((MIDDLE, UNTRAINED, checkpoint), shipped), {MIDDLE: "velocity"})
+    teacher, middle, untrained = found["encoders"]
+    assert [one["name"] for one in found["encoders"]] == [TEACHER, MIDDLE, UNTRAINED]
+    assert "share" not in teacher
+    assert (middle["objective"], untrained["objective"]) == ("velocity", "none")
+    assert (middle["share"]["value"], middle["share"]["n"]) == (0.8571, 7)
+    assert untrained["share"] == {"value": 0.0, "n": 7, "low": None, "high": None}, "no interval where all resamples are equal"
+    assert middle["bytes"] == shipped.stat().st_size
+    assert (middle["steps"], middle["parameters_without_tokens"]) == (7000, 312_496)
+    [point] = found["curve"]
+    assert (point["steps"], point["training_s"], point["share"]["value"]) == (2, 2.5, 0.4286)
+    assert (found["command"], found["made"], found["pairs"]) == ("evaluate", {"commit": "abc"}, [])
+
+
+def test_numbers_are_those_of_the_evaluation(tmp_path):
+    write_evaluation(tmp_path, **{TEACHER: 7, MIDDLE: 3})
+    found = json.loads((tmp_path / "evaluation" / "results.json").read_text(encoding="utf-8"))
+    teacher, middle = (numbers(found, name) for name in (TEACHER, MIDDLE))
+    assert middle["tasks"] == dict.fromkeys(TASKS, measured(3 / 7))
+    assert middle["encode_ms"] == 125.0
+    assert middle["probes"] == {"collapse": {"effective rank": measured(9)}, "velocity_gap": {"sigma 0.00-1.00": measured(0.5)}}
+    assert teacher["probes"]["velocity_gap"] == {}
+    assert verdicts_of(tmp_path / "evaluation", MIDDLE).sum(axis=1).tolist() == [3] * len(TASKS)
+
+
+def test_a_teacher_without_a_right_image_is_an_error(tmp_path):
+    write_evaluation(tmp_path, **{TEACHER: 0})
+    with pytest.raises(ValueError, match="no image right"):
+        results(tmp_path, "evaluate", {}, {})
 
 
 def test_a_share_has_the_interval_of_questions_drawn_again_for_both():
-    right = [1.0] * 90 + [0.0] * 10
-    teacher = Row({}, verdicts=dict.fromkeys(TASKS, right))
-    assert share_interval(teacher, teacher) == (1.0, 1.0), "the same verdicts on the same questions"
-    student = Row({}, verdicts=dict.fromkeys(TASKS, [1.0] * 80 + [0.0] * 20))
-    interval = share_interval(student, teacher)
+    assert share(right(90), right(90)) == {"value": 1.0, "n": 100, "low": None, "high": None}, "equal verdicts on the same questions"
+    found = share(right(80), right(90))
     # Each of 6 tasks loses 10 of 100 questions: 600 pairs, deviation of the mean loss sqrt(0.1 * 0.9 / 600) = 0.0122, over 0.9.
-    assert interval is not None
-    assert interval[0] == pytest.approx(8 / 9 - 1.96 * 0.0122 / 0.9, abs=0.006)
-    assert interval[1] == pytest.approx(8 / 9 + 1.96 * 0.0122 / 0.9, abs=0.006)
-    assert share_interval(Row({}), teacher) is None
+    assert found["low"] == pytest.approx(8 / 9 - 1.96 * 0.0122 / 0.9, abs=0.006)
+    assert found["high"] == pytest.approx(8 / 9 + 1.96 * 0.0122 / 0.9, abs=0.006)
 
 
-def test_a_student_with_nothing_right_has_a_share_and_no_interval():
-    teacher, student = (Row({}, verdicts=dict.fromkeys(TASKS, right)) for right in ([1.0, 1.0, 0.0], [0.0] * 3))
-    assert share_interval(student, teacher) is None
-
-
-def test_a_pair_tells_the_difference_on_the_same_questions_with_an_interval_narrower_than_that_of_a_share():
-    def of(right: list[float]) -> Row:
-        return Row(dict.fromkeys(TASKS, Score(int(sum(right)), len(right))), verdicts=dict.fromkeys(TASKS, right))
-
-    teacher, following, naive = of([1.0] * 100), of([1.0] * 60 + [0.0] * 40), of([1.0] * 55 + [0.0] * 45)
-    told = pair(1, following, naive, teacher, (38.0, None))
-    assert (told["seed"], told["following"], told["naive"], told["difference"], told["n"]) == (1, 0.6, 0.55, 0.05, 100)
+def test_a_pair_has_the_difference_on_the_same_questions_with_its_interval(tmp_path):
+    found = pair(1, "a", "b", {TEACHER: right(100), "a": right(60), "b": right(55)}, tmp_path)
+    assert (found["seed"], found["following"], found["naive"], found["minutes"]) == (1, 0.6, 0.55, [None, None])
+    assert (found["difference"]["value"], found["difference"]["n"]) == (0.05, 100)
     # In each of 6 tasks 5 of 100 questions: 600 pairs, deviation of the mean difference sqrt(0.05 * 0.95 / 600) = 0.0089.
-    assert told["interval"] == pytest.approx((0.05 - 1.96 * 0.0089, 0.05 + 1.96 * 0.0089), abs=0.004)
-    assert told["minutes"] == [38.0, None]
-    assert pair(1, Row(following.scores), naive, teacher, (None, None))["interval"] is None
+    assert found["difference"]["low"] == pytest.approx(0.05 - 1.96 * 0.0089, abs=0.004)
+    assert found["difference"]["high"] == pytest.approx(0.05 + 1.96 * 0.0089, abs=0.004)
 
 
-def run_with_checkpoints(work: Path, *steps: int) -> Path:
+def write_run(work: Path) -> None:
+    """A run of the middle student of two steps, with a validation in between."""
     run = work / "runs" / MIDDLE
-    for count in steps:
-        (run / "checkpoints" / f"step-{count:06d}").mkdir(parents=True)
-        (run / "checkpoints" / f"step-{count:06d}" / "student.safetensors").touch()
+    run.mkdir(parents=True)
     (run / "recipe.toml").write_text("[[stage]]\nbatch = 32\n", encoding="utf-8")
     rows = [
         {"step": 1, "loss": 1.0, "samples_per_s": 64.0},
@@ -103,34 +108,9 @@ def run_with_checkpoints(work: Path, *steps: int) -> Path:
         {"step": 2, "loss": 1.0, "samples_per_s": 16.0},
     ]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    return run
 
 
-def test_the_curve_has_every_second_point_of_imitation_and_every_point_of_following(tmp_path):
-    run_with_checkpoints(tmp_path, 500, 1000, 1500, 4500, 5000, 5500, 7000)
-    assert [int(file.parent.name[5:]) for file in curve_files(tmp_path)] == [1000, 5000, 5500, 7000]
-    assert curve_files(tmp_path / "elsewhere") == []
-
-
-def test_a_trial_without_checkpoints_does_not_tell_the_kept_curve_as_its_own(tmp_path):
-    assert curve_of(tmp_path, tmp_path, 1) == []
-
-
-def test_a_point_tells_steps_seconds_of_training_and_share(tmp_path):
-    run = run_with_checkpoints(tmp_path, 2)
-    assert (training_s(run, 1), training_s(run, 2), training_s(run)) == (0.5, 2.5, 2.5)
-    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": 3, "loss": 1.0, "samples_per_s": 0.16}) + "\n")  # 200 s more
-    assert (training_minutes(tmp_path, MIDDLE), training_minutes(tmp_path, "elsewhere")) == (3.4, None)
-    file = run / "checkpoints" / "step-000002" / "student.safetensors"
-    told = point(file, Row(dict.fromkeys(TASKS, Score(2, 4))), Row(dict.fromkeys(TASKS, Score(4, 4))))
-    assert told == {"steps": 2, "training_s": 2.5, "share_of_teacher": 0.5, "share_interval": None, "n": 4}
-
-
-def test_the_curve_paints_the_tasks_of_the_share_alone_and_probes_nothing():
-    whole, curve = asked_suite(200, probes=True), asked_suite(25, probes=False)
-    assert [task.name for task in whole.tasks] == list(MEASURED)
-    assert whole.velocity_gap is not None
-    assert [task.name for task in curve.tasks] == list(TASKS)
-    assert {task.prompts.limit for task in curve.tasks} == {25}
-    assert (curve.embedding, curve.velocity_gap, curve.latent_distance, curve.cost) == (None, None, None, None)
+def test_seconds_of_training_are_those_of_the_steps_alone(tmp_path):
+    write_run(tmp_path)
+    assert (training_s(tmp_path, MIDDLE, 1), training_s(tmp_path, MIDDLE)) == (0.5, 2.5)
+    assert training_s(tmp_path, "another") is None

@@ -14,11 +14,12 @@ import torch
 from distilled_t5.encoder.files import open_student
 from distilled_t5.miniature.autoencoder import latents, vae_tensors
 from distilled_t5.miniature.corpus import draw_text
-from distilled_t5.miniature.corruption import FIRST_SENTINEL, corrupt, noise_spans, restore
+from distilled_t5.miniature.corruption import FIRST_SENTINEL, corrupt, noise_spans
 from distilled_t5.miniature.teacher import IGNORED, NEIGHBOURS, Pretraining, save_teacher
 from distilled_t5.miniature.training import Plan, Trainee, train
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.students.t5.tokens import END, PAD
+from distilled_t5.tests.support.spans import restore
 from distilled_t5.world.captions import draw_prompt, write_prompts
 from torch.nn.functional import cross_entropy
 
@@ -138,7 +139,7 @@ def test_a_damaged_last_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one
 
 def test_a_checkpoint_of_another_plan_is_refused(tmp_path):
     run(tmp_path, stop_after=3)
-    with pytest.raises(ValueError, match="other sizes or another seed"):
+    with pytest.raises(ValueError, match="made with other options"):
         run(tmp_path, resume=True, plan=replace(PLAN, batch=PLAN.batch + 1))
 
 
@@ -155,7 +156,7 @@ def test_a_run_that_was_lengthened_in_time_is_the_one_that_was_planned_longer(tm
 @pytest.mark.parametrize(("stop_after", "steps"), [(PLAN.steps - PLAN.decay_steps + 1, 2 * PLAN.steps), (3, 3)], ids=["longer", "shorter"])
 def test_another_length_is_refused_once_the_rate_falls(tmp_path, stop_after, steps):
     run(tmp_path, stop_after=stop_after)
-    with pytest.raises(ValueError, match=f"go on with --steps {PLAN.steps}"):
+    with pytest.raises(ValueError, match=f"resume with --steps {PLAN.steps}"):
         run(tmp_path, plan=replace(PLAN, steps=steps), resume=True)
 
 

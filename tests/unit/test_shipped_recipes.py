@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from distilled_t5.config.files import SHIPPED, options
-from distilled_t5.miniature.files import MODELS
+from distilled_t5.miniature.files import FLUX_FILE, TEACHER_FILE, VAE_FILE
 from distilled_t5.miniature.teacher import LAYOUT
 from distilled_t5.train.objectives import OBJECTIVES
 from distilled_t5.train.recipe import Recipe, load_recipe
@@ -169,7 +169,7 @@ def test_students_of_the_miniature_differ_in_size_alone_and_are_as_large_as_they
 
 def test_students_of_the_miniature_need_nothing_but_the_pack():
     recipe = load_recipe("miniature-quarter")
-    assert {recipe.teacher.t5, recipe.diffusion_model.file, recipe.preview.vae} == set(MODELS)
+    assert {recipe.teacher.t5, recipe.diffusion_model.file, recipe.preview.vae} == {TEACHER_FILE, FLUX_FILE, VAE_FILE}
     assert all((SHIPPED.parent / corpus.path).is_file() for stage in recipe.stages for corpus in stage.corpora)
     assert recipe.stages[0].resolution_px == SIDE_PX
     assert recipe.sampling.token_lengths == (TOKEN_LENGTH,)

@@ -8,10 +8,10 @@ import itertools
 import pytest
 import safetensors.torch
 import torch
-from distilled_t5.encoder.dialects import TOKEN_TABLE_TWIN
 from distilled_t5.encoder.files import open_student, write_student
 from distilled_t5.encoder.metadata import StudentMetadata
 from distilled_t5.students.t5.layout import SHARED, StudentLayout
+from distilled_t5.students.t5.names import TOKEN_TABLE_TWIN
 from distilled_t5.students.t5.trained import DistilledT5
 from distilled_t5.tests.support.tiny_students import TINY, published_file, tensor_digest, tiny_tensors
 from torch import Tensor

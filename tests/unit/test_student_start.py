@@ -45,22 +45,6 @@ def untied(one_token_table: bool) -> Any:
     return model
 
 
-def saved_by_torch(folder: Path, shards: int) -> Any:
-    """A random T5 as the .bin files of earlier versions of transformers, the token table in them twice."""
-    model = saved(folder, T5ForConditionalGeneration, size=ONE_SHARD)
-    (folder / "model.safetensors").unlink()
-    state = model.state_dict()
-    if shards == 1:
-        torch.save(state, folder / "pytorch_model.bin")
-        return model
-    files = [f"pytorch_model-{number + 1:05}-of-{shards:05}.bin" for number in range(shards)]
-    weight_map = {name: files[number % shards] for number, name in enumerate(state)}
-    for file in files:
-        torch.save({name: tensor for name, tensor in state.items() if weight_map[name] == file}, folder / file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return model
-
-
 def hidden(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model.encoder(input_ids=TOKENS_BL).last_hidden_state
@@ -100,11 +84,13 @@ def test_a_head_of_its_own_is_left_aside(tmp_path, size):
     assert starts_as(tmp_path, model)
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-def test_a_student_starts_from_bin_files_read_as_weights_only(tmp_path, shards):
-    model = saved_by_torch(tmp_path, shards)
-    assert not list(tmp_path.glob("*.safetensors"))
-    assert starts_as(tmp_path, model)
+def test_bin_files_are_refused_with_a_command_that_converts_them(tmp_path):
+    saved(tmp_path, size=ONE_SHARD)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    message = refusal(tmp_path)
+    assert "expected model.safetensors" in message
+    assert f"T.from_pretrained(r'{tmp_path}').save_pretrained" in message
+    assert "is a file of torch.save" in refusal(tmp_path / "pytorch_model.bin")
 
 
 def test_a_student_starts_from_the_file_itself_and_from_one_with_the_token_table_under_its_other_name(tmp_path):
@@ -132,7 +118,7 @@ def without_a_shard(folder: Path) -> str:
 def with_a_tensor_too_many(folder: Path) -> str:
     shard = min(folder.glob("model-*.safetensors"))
     safetensors.torch.save_file(safetensors.torch.load_file(shard) | {"shared.weigth": torch.zeros(1)}, shard)
-    return f"shared.weigth: found in {shard.name}, where the index has no such tensor"
+    return f"shared.weigth: in {shard.name}, unknown to the index"
 
 
 def with_a_tensor_less(folder: Path) -> str:
@@ -140,7 +126,7 @@ def with_a_tensor_less(folder: Path) -> str:
     tensors = safetensors.torch.load_file(folder / shard)
     del tensors[name]
     safetensors.torch.save_file(tensors, folder / shard)
-    return f"{name}: expected in {shard}, not there"
+    return f"{name}: expected in {shard}, missing"
 
 
 def with_an_index_that_lacks_a_tensor_of_both(folder: Path) -> str:
@@ -156,7 +142,7 @@ def with_an_index_that_lacks_a_tensor_of_both(folder: Path) -> str:
 def cut_off(folder: Path) -> str:
     shard = min(folder.glob("model-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-9])
-    return f"{shard.name} is no whole safetensors file"
+    return f"{shard.name} is not a complete safetensors file"
 
 
 def with_an_index_of_nonsense(folder: Path) -> str:
@@ -168,24 +154,24 @@ def with_shards_elsewhere(folder: Path) -> str:
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"] = {name: f"../{shard}" for name, shard in index["weight_map"].items()}
     (folder / INDEX).write_text(json.dumps(index))
-    return f"{INDEX} is no index of shards"
+    return f"{INDEX} is not an index of shards"
 
 
 def without_weights(folder: Path) -> str:
     for path in [*folder.glob("*.safetensors"), folder / INDEX]:
         path.unlink()
-    return f"{folder} holds no weights: expected model.safetensors or pytorch_model.bin"
+    return f"{folder} holds no weights that are read here: expected model.safetensors"
 
 
 def of_numbers_that_are_none(folder: Path) -> str:
     shard = min(folder.glob("model-*.safetensors"))
     safetensors.torch.save_file({name: tensor * torch.nan for name, tensor in safetensors.torch.load_file(shard).items()}, shard)
-    return "hold numbers that are not finite"
+    return "hold NaN or infinity"
 
 
 def with_a_config_of_nonsense(folder: Path) -> str:
     (folder / "config.json").write_text("[]")
-    return "config.json is no description of a model"
+    return "config.json is not a model configuration"
 
 
 @pytest.mark.parametrize(
@@ -213,8 +199,8 @@ def test_a_folder_that_is_not_whole_is_refused_with_what_it_lacks(tmp_path: Path
 def test_the_differences_of_config_and_recipe_are_named(tmp_path):
     saved(tmp_path, layout=dataclasses.replace(PLAIN, num_layers=3))
     message = refusal(tmp_path)
-    assert "num_layers: expected 2, found 3" in message
-    assert "feed_forward_proj: expected gated-gelu, found relu" in message
+    assert "num_layers: expected 2, got 3" in message
+    assert "feed_forward_proj: expected gated-gelu, got relu" in message
     assert "d_model" not in message
 
 
@@ -222,7 +208,7 @@ def test_a_config_alone_tells_an_activation_that_we_do_not_compute(tmp_path):
     saved(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"feed_forward_proj": "gated-silu"}))
-    assert "feed_forward_proj: expected gated-gelu, found gated-silu" in refusal(tmp_path)
+    assert "feed_forward_proj: expected gated-gelu, got gated-silu" in refusal(tmp_path)
     config.unlink()
     make_student(GATED, str(tmp_path), 0.1, seed=0)
 
@@ -230,25 +216,16 @@ def test_a_config_alone_tells_an_activation_that_we_do_not_compute(tmp_path):
 def test_without_a_config_the_tensors_tell_the_differences(tmp_path):
     saved(tmp_path, layout=dataclasses.replace(GATED, d_ff=20))
     (tmp_path / "config.json").unlink()
-    assert "wi_0.weight: expected [24, 16], found [20, 16]" in refusal(tmp_path)
-
-
-def test_a_bin_file_of_old_or_cut_off_is_refused_with_the_way_to_mend_it(tmp_path):
-    saved_by_torch(tmp_path, shards=1)
-    path = tmp_path / "pytorch_model.bin"
-    torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
-    assert "written by torch before 1.6" in refusal(tmp_path)
-    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    assert "fetch it again" in refusal(tmp_path)
+    assert "wi_0.weight: expected [24, 16], got [20, 16]" in refusal(tmp_path)
 
 
 def test_a_file_of_another_kind_is_called_by_its_name(tmp_path):
     clip = safetensors.torch.save({"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(1)})
     (tmp_path / "clip_l.safetensors").write_bytes(clip)
     assert refusal(tmp_path / "clip_l.safetensors").startswith("clip_l.safetensors is a CLIP text encoder")
-    assert "no_such is not there" in refusal(tmp_path / "no_such")
+    assert "no_such does not exist" in refusal(tmp_path / "no_such")
     (tmp_path / "garbage.safetensors").write_bytes(b"\xff" * 100)
-    assert "garbage.safetensors is no whole safetensors file" in refusal(tmp_path / "garbage.safetensors")
+    assert "garbage.safetensors is not a complete safetensors file" in refusal(tmp_path / "garbage.safetensors")
 
 
 def test_a_distilled_file_that_lacks_a_tensor_is_not_taken_for_a_plain_t5(tmp_path):

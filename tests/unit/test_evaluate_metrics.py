@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distilled_t5.evaluate import compbench
+from distilled_t5.evaluate import compbench, judges
 from distilled_t5.evaluate.compbench_judges import BlipVqa, TransformersDepth, TransformersDetector
-from distilled_t5.evaluate.judge import by_number, check_judges, judged_by, make_judge
+from distilled_t5.evaluate.judges import by_number, check_judges, judged_by
+from distilled_t5.evaluate.metrics import METRICS
 from distilled_t5.evaluate.pictures import ClipScorer
 from distilled_t5.evaluate.questions import Question, read_questions
 from distilled_t5.evaluate.scores import Kept, kept_or_made
@@ -38,6 +39,10 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     )
 
 
+def make_judge(metric: str, task: Task, suite: Suite) -> Any:
+    return judges.make_judge(METRICS[metric], task, suite, "cpu")
+
+
 def task_of(suite: Suite, name: str) -> Task:
     return next(task for task in suite.tasks if task.name == name)
 
@@ -53,9 +58,9 @@ def asked(*prompts: str, target: str | None = None) -> list[Question]:
 def test_readback_finds_what_a_scene_asks_for_and_nothing_else():
     suite = load_suite("miniature", [f"task.{number}.prompts.limit=4" for number in range(7)])
     for task in suite.tasks:
-        questions = read_questions(suite)[task.name]
+        questions = read_questions({task.name: task.prompts}, 0)[task.name]
         pictures = [(render(question.scene, 8) * 255).astype(np.uint8) for question in questions if question.scene]
-        judge = make_judge("readback", task, suite, "cpu")
+        judge = make_judge("readback", task, suite)
         assert judge(questions, pictures, []) == [{"readback": 1.0}] * 4
         assert judge(questions, [255 - picture for picture in pictures], []) == [{"readback": 0.0}] * 4
 
@@ -67,7 +72,7 @@ def written(text: str) -> np.ndarray:
 
 
 def test_the_text_asked_for_is_read_by_the_suites_reader(paper):
-    judge = make_judge("ocr", task_of(paper, "common_text"), paper, "cpu")
+    judge = make_judge("ocr", task_of(paper, "common_text"), paper)
     right, wrong = judge(asked("a sign", "a sign", target="OPEN DAY"), [written("OPEN DAY"), written("OPEN BAR")], [])
     assert right == {"ocr_character": 1.0, "ocr_word": 1.0, "ocr_sentence": 1.0}
     # "open bar" against "open day": 6 of 8 characters, one word of two.
@@ -76,7 +81,7 @@ def test_the_text_asked_for_is_read_by_the_suites_reader(paper):
 
 def test_clip_scores_are_the_scorers_own(paper):
     prompts, pictures = ["a cat", "a green bench", "x"], photographs(3)
-    found = make_judge("clip_score", task_of(paper, "coco"), paper, "cpu")(asked(*prompts), pictures, [])
+    found = make_judge("clip_score", task_of(paper, "coco"), paper)(asked(*prompts), pictures, [])
     assert paper.clip_score is not None
     assert [one["clip_score"] for one in found] == pytest.approx(ClipScorer(Path(paper.clip_score.weights)).scores(pictures, prompts))
 
@@ -97,23 +102,23 @@ def expected(category: str, part: Any, prompt: str, picture: np.ndarray) -> floa
 def test_each_category_of_compbench_has_its_own_judge_and_says_who_it_is(paper, category):
     prompt = {"spatial": "a cat next to a dog", "3d_spatial": "a cat in front of a dog", "numeracy": "two cats and a dog"}.get(category)
     prompt, pictures = prompt or "a green bench and a red bowl", photographs(2)
-    found = make_judge("compbench", task_of(paper, category), paper, "cpu")(asked(prompt, prompt), pictures, [])
-    name = compbench.metric_name(category, "tiny-yolos")  # type: ignore[arg-type]
+    found = make_judge("compbench", task_of(paper, category), paper)(asked(prompt, prompt), pictures, [])
+    name = compbench.metric_name(category, "tiny-yolos")
     assert found == [{name: pytest.approx(expected(category, paper.compbench, prompt, picture))} for picture in pictures]
     assert "not UniDet" in name or "BLIP-VQA" in name
 
 
 def test_missing_weights_are_an_error_that_says_what_to_do(paper, tmp_path):
-    suite = load_suite("paper", [f"clip_score.weights={tmp_path / 'none'}", f"lpips.weights={tmp_path / 'none.pth'}"])
+    suite = load_suite("paper", [f"clip_score.weights={tmp_path / 'none'}", f"lpips.weights={tmp_path / 'none.safetensors'}"])
     for metric in ("clip_score", "lpips"):
         with pytest.raises(ValueError, match="What to do: "):
-            make_judge(metric, task_of(suite, "coco"), suite, "cpu")
+            make_judge(metric, task_of(suite, "coco"), suite)
 
 
 def test_what_decides_a_verdict_is_its_metric_and_the_part_of_the_suite(paper):
-    readback = judged_by("readback", paper, asked("a", "b"))
+    readback = judged_by(METRICS["readback"], paper, asked("a", "b"))
     assert (readback["metric"], readback["part"], readback["weights"]) == ("readback", None, {})
-    assert judged_by("ocr", paper, [])["part"] == {"reader": "tesseract", "weights": "", "languages": ("en",)}
+    assert judged_by(METRICS["ocr"], paper, [])["part"] == {"reader": "tesseract", "weights": "", "languages": ("en",)}
     assert by_number([{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 4.0}]) == {"a": [1.0, 3.0], "b": [2.0, 4.0]}
     assert by_number([]) == {}
 
@@ -123,14 +128,14 @@ def test_another_target_photograph_or_network_decides_anew(tmp_path):
     (tmp_path / "inception.safetensors").write_bytes(b"weights")
     here = load_suite("paper", [f"fid.weights={tmp_path / 'inception.safetensors'}"])
     fid_of = [Question("coco", 0, "a cat", 0, photograph=tmp_path / "0.png")]
-    before = judged_by("fid", here, fid_of)
-    assert judged_by("fid", here, fid_of) == before
+    before = judged_by(METRICS["fid"], here, fid_of)
+    assert judged_by(METRICS["fid"], here, fid_of) == before
     (tmp_path / "0.png").write_bytes(b"another")
-    assert judged_by("fid", here, fid_of) != before
+    assert judged_by(METRICS["fid"], here, fid_of) != before
     (tmp_path / "other.safetensors").write_bytes(b"weightS")
     there = load_suite("paper", [f"fid.weights={tmp_path / 'other.safetensors'}"])
-    assert judged_by("fid", here, fid_of)["weights"] != judged_by("fid", there, fid_of)["weights"]
-    assert judged_by("ocr", here, asked("a", target="X")) != judged_by("ocr", here, asked("a", target="Y"))
+    assert judged_by(METRICS["fid"], here, fid_of)["weights"] != judged_by(METRICS["fid"], there, fid_of)["weights"]
+    assert judged_by(METRICS["ocr"], here, asked("a", target="X")) != judged_by(METRICS["ocr"], here, asked("a", target="Y"))
 
 
 def test_numbers_of_other_code_are_not_found(tmp_path):
@@ -139,9 +144,10 @@ def test_numbers_of_other_code_are_not_found(tmp_path):
     assert Kept(tmp_path, "code 2").get("student/cost", {"a": 1}) is None
 
 
-def test_missing_judges_are_told_before_anything_is_painted(paper, tmp_path):
-    with pytest.raises(ValueError, match="FID needs its weights"):
-        check_judges(paper.model_copy(update={"lpips": None, "tasks": paper.tasks[-1:]}))
+def test_all_missing_judges_are_reported_at_once(paper):
+    with pytest.raises(ValueError, match="FID needs its weights") as caught:
+        check_judges(paper.model_copy(update={"tasks": paper.tasks[-1:]}))
+    assert "LPIPS needs its weights" in str(caught.value)
     check_judges(paper.model_copy(update={"tasks": paper.tasks[:-1]}))
 
 
@@ -158,13 +164,11 @@ def test_what_is_kept_is_made_once_and_again_when_something_else_decides_it(tmp_
     assert kept.get("student/task.ocr", {"languages": ["de"]}) == {"a": [0.1, 2 / 3]}, "every float to the last bit"
 
 
-def test_a_kept_array_comes_back_unless_it_was_damaged_or_something_else_decides_it(tmp_path):
-    kept, array = Kept(tmp_path), np.arange(6, dtype=np.float32).reshape(2, 3)
-    assert kept.get_array("student/embeddings", {"a": 1}) is None
-    kept.put_array("student/embeddings", {"a": 1}, array)
-    found = kept.get_array("student/embeddings", {"a": 1})
-    assert found is not None and found.dtype == np.float32 and (found == array).all()
-    assert kept.get_array("student/embeddings", {"a": 2}) is None
-    path = tmp_path / "student" / "embeddings.npy"
-    path.write_bytes(path.read_bytes()[:-1])
-    assert kept.get_array("student/embeddings", {"a": 1}) is None
+@pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: text.replace("0.5", "0.9"), lambda _text: "[]", lambda _text: ""])
+def test_kept_numbers_that_were_damaged_or_edited_are_measured_again(tmp_path, damage, caplog):
+    kept = Kept(tmp_path)
+    kept.put("student/task.ocr", {"a": 1}, {"ocr_word": [0.5, 1.0]})
+    path = tmp_path / "student" / "task.ocr.json"
+    path.write_text(damage(path.read_text()))
+    assert kept.get("student/task.ocr", {"a": 1}) is None
+    assert f"{path} is damaged or was edited" in caplog.text

@@ -1,4 +1,4 @@
-"""Judging and probing, stopped by a signal: every process leaves, what was done is kept, and nothing is done twice."""
+"""Judging and probing, stopped by a signal: every process leaves, finished work is kept, and nothing is done twice."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from distilled_t5.evaluate.scores import Kept, Part, kept_or_made
-from distilled_t5.evaluate.team import Stopped, Team
+from distilled_t5.evaluate.processes import Processes, Stopped
+from distilled_t5.evaluate.scores import Kept, Unfinished, kept_or_made
 from distilled_t5.runtime.ranks import Ranks
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DECIDED_BY = {"judge": "a"}
-
-
-def silent(total: int, what: str, unit: str) -> tqdm:
-    return tqdm(total=total, disable=True)
 
 
 class Work:
@@ -26,7 +21,7 @@ class Work:
 
     def __init__(self, kept: Kept, signal_at: int | None = None) -> None:
         self.kept, self.signal_at, self.done = kept, signal_at, list[int]()
-        self.team = Team(Ranks(), silent, lambda: len(self.done) == self.signal_at)
+        self.processes = Processes(Ranks(), lambda: len(self.done) == self.signal_at)
 
     def square(self, number: int) -> list[float]:
         self.done.append(number)
@@ -39,7 +34,7 @@ class Work:
             Ranks(),
             "student/task",
             DECIDED_BY if decided_by is None else decided_by,
-            lambda part: self.team.share_out(items, self.square, "squares", part=part),
+            lambda unfinished: self.processes.map(self.square, items, "squares", unfinished=unfinished),
         )
 
 
@@ -52,7 +47,7 @@ def test_a_signal_ends_the_work_after_the_item_in_hand_and_the_next_call_does_th
     second = Work(kept)
     assert second.run() == [[number * number / 3] for number in range(5)]
     assert second.done == [2, 3, 4]
-    assert [path.name for path in tmp_path.rglob("*.json")] == ["task.json"], "the part went when the whole was kept"
+    assert [path.name for path in tmp_path.rglob("*.json")] == ["task.json"], "unfinished work is removed once the finished value is kept"
     assert Work(kept).run() == second.run()
     assert second.done == [2, 3, 4]
 
@@ -70,7 +65,7 @@ def test_two_signals_lose_nothing_either(tmp_path):
     assert seen == [0, 1, 2, 3, 4]
 
 
-def test_what_another_judge_did_is_not_taken(tmp_path):
+def test_unfinished_work_of_another_judge_is_not_used(tmp_path):
     with pytest.raises(Stopped):
         Work(Kept(tmp_path), signal_at=2).run()
     other = Work(Kept(tmp_path))
@@ -78,18 +73,18 @@ def test_what_another_judge_did_is_not_taken(tmp_path):
     assert other.done == [0, 1, 2, 3, 4]
 
 
-def test_what_was_cut_otherwise_is_not_taken(tmp_path):
+def test_unfinished_work_of_another_batch_size_is_not_used(tmp_path):
     def batches(size: int) -> list[list[int]]:
         return [list(range(start, min(start + size, 6))) for start in range(0, 6, size)]
 
     def ask(size: int, signal_at: int | None) -> list[float]:
         work = Work(Kept(tmp_path), signal_at)
 
-        def all_of(part: Part) -> list[float]:
-            whole = work.team.share_out(
-                batches(size), lambda batch: [work.square(one)[0] for one in batch], "", part=part.cut_by(batch=size)
+        def all_of(unfinished: Unfinished) -> list[float]:
+            found = work.processes.map(
+                lambda batch: [work.square(one)[0] for one in batch], batches(size), "", unfinished=unfinished.also_decided_by(batch=size)
             )
-            return [one for batch in whole for one in batch]
+            return [one for batch in found for one in batch]
 
         return kept_or_made(work.kept, Ranks(), "student/task", DECIDED_BY, all_of)
 
@@ -100,12 +95,12 @@ def test_what_was_cut_otherwise_is_not_taken(tmp_path):
     assert [path.name for path in tmp_path.rglob("*.json")] == ["task.json"]
 
 
-def test_work_without_a_part_starts_over(tmp_path):
+def test_work_that_is_not_kept_starts_over(tmp_path):
     work = Work(Kept(tmp_path), signal_at=2)
     for _ in range(2):
         work.done.clear()
         with pytest.raises(Stopped):
-            work.team.share_out(range(5), work.square, "squares")
+            work.processes.map(work.square, range(5), "squares")
         assert work.done == [0, 1]
     assert not list(tmp_path.iterdir())
 
@@ -114,7 +109,7 @@ def test_a_signal_that_comes_in_the_last_item_stops_at_the_next_look(tmp_path):
     work = Work(Kept(tmp_path), signal_at=5)
     assert len(work.run()) == 5
     with pytest.raises(Stopped):
-        work.team.leave_if_asked()
+        work.processes.check_stop()
 
 
 TOGETHER = (
@@ -125,19 +120,18 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 
 from distilled_t5.evaluate.scores import Kept, kept_or_made
-from distilled_t5.evaluate.team import Stopped, Team
+from distilled_t5.evaluate.processes import Processes, Stopped
 from distilled_t5.runtime.ranks import Ranks
-from tqdm import tqdm
 
 with Ranks.open("cpu") as ranks:
     told = {"stopped": [], "done": []}
     for signal_at in (2, None):
         done = []
         # Only the second process hears the signal.
-        team = Team(ranks, lambda total, what, unit: tqdm(total=total, disable=True), lambda: ranks.rank == 1 and len(done) == signal_at)
+        processes = Processes(ranks, lambda: ranks.rank == 1 and len(done) == signal_at)
         work = lambda number: done.append(number) or number * number / 3
         try:
-            told["found"] = kept_or_made(Kept(folder), ranks, "a/b", {}, lambda part: team.share_out(range(9), work, "", part=part))
+            told["found"] = kept_or_made(Kept(folder), ranks, "a/b", {}, lambda left: processes.map(work, range(9), "", unfinished=left))
             told["stopped"].append(False)
         except Stopped:
             told["stopped"].append(True)

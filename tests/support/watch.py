@@ -11,7 +11,7 @@ from typing import Any
 
 import websocket
 
-from .server import ComfyServer
+from ...devtools.comfyui.server import ComfyServer
 
 TIMEOUT_S = 120.0
 ENDS = ("execution_success", "execution_error", "execution_interrupted")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from distilled_t5.encoder.dialects import TOKEN_TABLE_TWIN, published_names, split_twin
 from distilled_t5.encoder.files import open_student
 from distilled_t5.runtime.errors import StudentFileError
 from distilled_t5.students.t5.layout import SHARED
+from distilled_t5.students.t5.names import TOKEN_TABLE_TWIN, published_names
 from distilled_t5.tests.support.tiny_students import TINY, published_file, tiny_tensors
-from torch import Tensor, nn
+from torch import Tensor
 
-NAMES = tuple(TINY.tensors())
 Dialect = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -58,38 +56,11 @@ def test_safetensors_in_every_dialect_give_the_same_tensors_under_published_name
     assert same(student.load(), tiny_tensors())
 
 
-@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
-@pytest.mark.parametrize("ending", [".pth", ".pt", ".bin", ".ckpt"])
-def test_torch_files_in_every_dialect_give_the_same_tensors(dialect, ending, tmp_path):
-    path = tmp_path / f"file{ending}"
-    torch.save(OrderedDict(dialect(tiny_tensors())), path)
-    student = open_student(path)
-    assert student.layout == TINY
-    assert same(student.load(), tiny_tensors())
-
-
-def test_torch_file_may_tie_the_token_table_to_its_twin_and_hold_parameters(tmp_path):
-    tensors = {name: nn.Parameter(tensor) for name, tensor in tiny_tensors(dtype=torch.float32).items()}
-    tensors[TOKEN_TABLE_TWIN] = tensors[SHARED]
-    torch.save(tensors, tmp_path / "file.pth")
-    loaded = open_student(tmp_path / "file.pth").load()
-    assert same(loaded, tiny_tensors(dtype=torch.float32))
-    assert all(type(tensor) is Tensor and not tensor.requires_grad for tensor in loaded.values())
-
-
-def test_torch_file_may_hold_the_state_dict_of_a_checkpoint(tmp_path):
-    torch.save({"state_dict": tiny_tensors(), "epoch": 3}, tmp_path / "file.pth")
-    assert same(open_student(tmp_path / "file.pth").load(), tiny_tensors())
-
-
-@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
 @pytest.mark.parametrize("rename", [dict, prefixless, wrapped])
-def test_token_table_whose_twin_differs_is_refused(rename, ending, tmp_path):
+def test_token_table_whose_twin_differs_is_refused(rename, tmp_path):
     tensors = with_twin(tiny_tensors())
     tensors[TOKEN_TABLE_TWIN][-1, -1] += 1
-    path = tmp_path / f"file{ending}"
-    save = published_file if ending == ".safetensors" else lambda target, content: torch.save(content, target)
-    save(path, rename(tensors))
+    path = published_file(tmp_path / "file.safetensors", rename(tensors))
     with pytest.raises(StudentFileError, match=r"file\.\w+ holds two token tables that differ(.|\n)*What to do: "):
         open_student(path).load()
 
@@ -105,7 +76,8 @@ def test_twin_of_another_shape_or_dtype_is_refused_before_loading(twin, tmp_path
 
 
 def test_names_of_no_dialect_are_kept_to_be_reported():
-    assert published_names(["shared.weight", "spiece_model"]) == {SHARED: "shared.weight", "spiece_model": "spiece_model"}
+    names, twin = published_names(["shared.weight", "spiece_model"])
+    assert (names, twin) == ({SHARED: "shared.weight", "spiece_model": "spiece_model"}, None)
 
 
 def test_wrapper_is_taken_off_only_if_every_name_has_it(tmp_path: Path):
@@ -119,11 +91,3 @@ def test_two_dialects_in_one_file_are_not_merged(tmp_path: Path):
     both = tiny_tensors() | {"shared.weight": tiny_tensors(seed=1)[SHARED]}
     with pytest.raises(StudentFileError, match="What to do: "):
         open_student(published_file(tmp_path / "file.safetensors", both))
-
-
-def test_split_twin_leaves_the_given_names_as_they_were():
-    names = published_names([*NAMES, TOKEN_TABLE_TWIN])
-    rest, twin = split_twin(names)
-    assert twin == TOKEN_TABLE_TWIN
-    assert set(rest) == set(NAMES)
-    assert TOKEN_TABLE_TWIN in names

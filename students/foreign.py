@@ -1,0 +1,69 @@
+"""What a weight file is when it is not a student, so that the message can say what to do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..runtime.errors import StudentFileError
+from .kind import Shape
+
+
+@dataclass(frozen=True)
+class ForeignKind:
+    """A kind of file, parts of tensor names that identify it (any of them), and where it belongs."""
+
+    name: str
+    signs: tuple[str, ...]
+    belongs: str = ""
+
+
+PICK_STUDENT = "pick the distilled T5 file here (README: which files to put where)."
+# The first kind with a sign in any tensor name is named; order matters where kinds share signs.
+KINDS = (
+    ForeignKind(
+        "a LoRA",
+        (".lora_down.", ".lora_up.", "lora.down.", ".lora_A.", ".lora_B.", ".hada_w1_a", ".lokr_w1"),
+        "load it with LoraLoader; ",
+    ),
+    ForeignKind("a Flux diffusion model", ("double_blocks.0.", "single_transformer_blocks.0."), "load it with Load Diffusion Model; "),
+    ForeignKind("a checkpoint with a diffusion model", ("model.diffusion_model.",), "load it with Load Checkpoint; "),
+    ForeignKind(
+        "a CLIP text encoder",
+        ("text_model.encoder.layers.0.", "transformer.resblocks.0."),
+        "if it is CLIP-L, it belongs in clip_name1; ",
+    ),
+    ForeignKind("a CLIP vision model", ("vision_model.encoder.",)),
+    ForeignKind("a VAE", ("decoder.conv_in.", "decoder.up.0.", "taesd_decoder."), "load it with Load VAE; "),
+    ForeignKind("a language model (Llama, Qwen, Gemma or the like)", ("model.layers.0.self_attn.",)),
+)
+# Endings of tensor names that quantisation adds -> what it is called. The first that is found counts.
+QUANTISED = {
+    ".weight_scale_2": "NVFP4",
+    ".scale_weight": "scaled fp8",
+    ".scale_input": "scaled fp8",
+    ".weight_scale": "scaled fp8 or int8",
+    ".comfy_quant": "ComfyUI's quantised layers",
+    "bitsandbytes__nf4": "bitsandbytes NF4",
+    "bitsandbytes__fp4": "bitsandbytes FP4",
+    ".SCB": "bitsandbytes int8",
+    ".qweight": "GPTQ or AWQ",
+    ".weight._data": "quanto",
+}
+
+
+def refuse_foreign(shapes: Mapping[str, Shape], where: str) -> None:
+    """Raise StudentFileError if the tensor names are those of some other well-known kind of file."""
+    if not shapes:
+        raise StudentFileError(f"{where} holds no tensors.", "download the file again.")
+    for kind in KINDS:
+        if any(sign in name for sign in kind.signs for name in shapes):
+            raise StudentFileError(f"{where} is {kind.name}, not a distilled T5.", kind.belongs + PICK_STUDENT)
+
+
+def refuse_quantised(names: Iterable[str], where: str, remedy: str) -> None:
+    """Raise StudentFileError if tensor names show that weights are quantised with scales beside them, which are not applied here."""
+    endings = {ending: how for name in names for ending, how in QUANTISED.items() if name.endswith(ending)}
+    if endings:
+        how = next(how for ending, how in QUANTISED.items() if ending in endings)
+        raise StudentFileError(f"{where} is quantised ({how}); expected plain weights (fp32, bf16, fp16 or fp8 without scales).", remedy)

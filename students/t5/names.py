@@ -1,0 +1,38 @@
+"""The names under which files hold the tensors of a distilled T5.
+
+published    encoder.shared.weight, encoder.encoder.block..., final_projection...      the authors' file and ours
+prefixless   shared.weight, encoder.block..., final_projection...                      CLIPSave, third-party conversions
+module.      either of them behind `module.`                                           saved from DistributedDataParallel
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+WRAPPER = "module."
+# A duplicate of the token table that some Hugging Face files hold.
+TOKEN_TABLE_TWIN = "encoder.encoder.embed_tokens.weight"
+# The first matching prefix counts: prefix in the prefixless dialect -> published prefix.
+PREFIXLESS = {"shared.": "encoder.shared.", "encoder.": "encoder.encoder.", "final_projection.": "final_projection."}
+# ComfyUI's text models hold it and CLIPSave writes it; it is not part of the encoder.
+LEFT_OUT = frozenset({"logit_scale"})
+
+
+def published_names(names: Iterable[str]) -> tuple[dict[str, str], str | None]:
+    """Published name -> name in the file, and the file's name of the duplicate token table (None without one).
+
+    Unknown names stay as they are, to be reported.
+    """
+    found = list(names)
+    wrapper = WRAPPER if found and all(name.startswith(WRAPPER) for name in found) else ""
+    bare = {name.removeprefix(wrapper): name for name in found}
+    if "shared.weight" in bare:
+        bare = {_published(name): source for name, source in bare.items()}
+    known = {name: source for name, source in bare.items() if name not in LEFT_OUT}
+    twin = known.pop(TOKEN_TABLE_TWIN, None)
+    return known, twin
+
+
+def _published(name: str) -> str:
+    prefix = next((prefix for prefix in PREFIXLESS if name.startswith(prefix)), "")
+    return PREFIXLESS.get(prefix, "") + name.removeprefix(prefix)

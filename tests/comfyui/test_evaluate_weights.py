@@ -1,0 +1,29 @@
+"""Weights of judges in the format in which they are published (.pth), which ComfyUI reads: tensors and nothing else."""
+
+from __future__ import annotations
+
+import pickle
+import re
+
+import pytest
+import torch
+from distilled_t5.evaluate.local_weights import load_file
+from distilled_t5.tests.support.tiny_judges import save_alexnet
+
+pytestmark = pytest.mark.one_host
+
+
+def test_a_pth_file_is_read_as_its_safetensors_twin(tmp_path):
+    published, twin = (load_file(save_alexnet(tmp_path / name), "LPIPS", "somewhere") for name in ("a.pth", "a.safetensors"))
+    assert published.keys() == twin.keys()
+    assert all(torch.equal(tensor, twin[name]) for name, tensor in published.items())
+
+
+def test_a_file_with_code_and_a_file_without_names_are_refused(tmp_path):
+    (tmp_path / "armed.pth").write_bytes(pickle.dumps({"weight": re.compile("code")}))
+    with pytest.raises(ValueError, match=r"is not a valid file of weights: \w+\.\nWhat to do: download all of it") as caught:
+        load_file(tmp_path / "armed.pth", "LPIPS", "somewhere")
+    assert "weights_only" not in str(caught.value)
+    torch.save({"weight": [torch.zeros(2)], "other": 1}, tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="is not a file of named tensors"):
+        load_file(tmp_path / "list.pth", "LPIPS", "somewhere")

@@ -1,0 +1,84 @@
+"""Values with their intervals: Wilson's, Student's and the jackknife's by hand, the bootstrap's against theory."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from distilled_t5.evaluate.measured import Measured, exact, jackknife, mean, mean_difference
+
+
+def test_a_share_has_wilsons_interval():
+    """z^2 = 3.8415. 0 of 10 and 10 of 10: z^2 / (n + z^2) = 0.2775 from the end."""
+    assert mean([0.0] * 10) == Measured(0.0, 10, 0.0, pytest.approx(0.27753, abs=1e-5))  # type: ignore[arg-type]
+    assert mean([1.0] * 10).low == pytest.approx(1 - 0.27753, abs=1e-5)
+    measured = mean([1.0, 1.0, 0.0, 1.0])
+    # Middle (0.75 + 0.4802) / 1.9604, reach 1.96 / 1.9604 * sqrt(0.1875 / 4 + 3.8415 / 64).
+    assert (measured.value, measured.n) == (0.75, 4)
+    assert (measured.low, measured.high) == (pytest.approx(0.3006, abs=1e-3), pytest.approx(0.9544, abs=1e-3))
+
+
+def test_few_values_have_students_interval_and_a_single_value_has_none():
+    values = [0.2, 0.4, 0.3, 0.6, 0.1, 0.5, 0.35, 0.45]
+    measured = mean(values)
+    assert measured.value == pytest.approx(0.3625) and measured.n == 8
+    # The deviation is 0.16202, over the root of 8; Student's t of 7 degrees of freedom is 2.3646.
+    reach = 2.3646 * 0.16202 / 8**0.5
+    assert (measured.low, measured.high) == (pytest.approx(0.3625 - reach, abs=1e-4), pytest.approx(0.3625 + reach, abs=1e-4))
+    assert mean([0.5, 0.5, 0.5]) == Measured(0.5, 3, 0.5, 0.5)
+    assert mean([0.5]) == Measured(0.5, 1)
+    assert exact(7) == Measured(7, 1, 7, 7)
+
+
+def test_the_bootstraps_interval_is_that_of_the_normal_distribution_for_many_values():
+    samples = np.random.default_rng(5).normal(3, 2, size=400)
+    found = mean(samples.tolist())
+    reach = 1.96 * samples.std() / math.sqrt(400)
+    assert (found.value, found.n) == (float(samples.mean()), 400)
+    assert found.low == pytest.approx(samples.mean() - reach, abs=0.03)
+    assert found.high == pytest.approx(samples.mean() + reach, abs=0.03)
+    assert mean(samples.tolist()) == found, "the same values give the same interval"
+    assert mean([0.25] * 12) == Measured(0.25, 12, 0.25, 0.25)
+
+
+@pytest.mark.parametrize("values", [[], [0.5, math.nan], [math.inf]])
+def test_what_has_no_mean_is_refused(values):
+    with pytest.raises(ValueError, match=r"at least one value(.|\n)*What to do"):
+        mean(values)
+    with pytest.raises(ValueError, match=r"at least one value(.|\n)*What to do"):
+        mean_difference(values)
+
+
+def test_differences_are_not_shares():
+    none = mean_difference([0.0] * 200)
+    # Wilson's bound of 0 of 200: 3.8415 / 203.8415.
+    assert (none.value, none.low, none.high) == (0, pytest.approx(-0.01885, abs=1e-4), pytest.approx(0.01885, abs=1e-4))
+    few = mean_difference([1.0] * 3 + [0.0] * 197)
+    assert few.value == pytest.approx(0.015) and few.low == pytest.approx(0.0, abs=0.006)
+    mixed = mean_difference([1.0] * 3 + [-1.0] + [0.0] * 196)
+    assert mixed.low is not None and mixed.high is not None and mixed.low < 0 < mixed.high
+    assert mean_difference([0.5, 0.7]).low == pytest.approx(0.6 - 12.706 * 0.1, abs=1e-3)
+
+
+def test_the_jackknife_does_not_mistake_the_order_of_tasks_for_noise():
+    """8 tasks in turn, each of its own level: the mean's error is that of noise within tasks and between samples, not of 2 tasks a part."""
+    random = np.random.default_rng(1)
+    samples = np.tile(np.arange(8.0) * 10, 100)[:, None] + random.normal(size=(800, 1))
+    measured = jackknife(samples, lambda part: float(part.mean()))
+    assert measured.high is not None
+    assert measured.high - measured.value == pytest.approx(1.96 * float(samples.std()) / 800**0.5, rel=0.5)
+
+
+def test_the_jackknife_of_a_mean_is_the_means_own_standard_error():
+    samples = np.array([[1.0], [2.0], [4.0], [7.0]])
+    measured = jackknife(samples, lambda part: float(part.mean()), parts=4)
+    # The deviation of 1, 2, 4, 7 is 2.6458, over the root of 4 samples.
+    assert (measured.value, measured.n) == (3.5, 4)
+    assert measured.high is not None and measured.high - 3.5 == pytest.approx(1.96 * 2.6458 / 2, abs=1e-3)
+    assert jackknife(samples[:2], lambda part: float(part.mean())) == Measured(1.5, 2)
+
+
+def test_measured_numbers_come_back_from_json():
+    measured = mean([0.1, 0.2])
+    assert Measured(**measured.to_json()) == measured
