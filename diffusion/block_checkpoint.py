@@ -1,7 +1,7 @@
-"""Block checkpointing: a block of the diffusion model keeps its inputs alone, and is computed again for its gradient.
+"""Block checkpointing: a block of the diffusion model keeps only its inputs, and is computed again for its gradient.
 
-As torch.utils.checkpoint does it, with two differences. The inputs are cloned before a block overwrites them. And the second time, the last
-products of a block are left out: they lead to nothing but its output, which is there already, and make up a third of its work.
+Two differences from torch.utils.checkpoint. Inputs are cloned before a block overwrites them. And the second time, the last products of a
+block are left out: they only contribute to its output, which is known, and are a third of its arithmetic.
 """
 
 # B batch, L tokens, D width
@@ -24,16 +24,16 @@ Forward = Callable[..., Any]
 
 @contextlib.contextmanager
 def replaced_forward(module: Module, forward: Forward) -> Iterator[None]:
-    """Give a module another forward while the context is open."""
+    """Replace a module's forward while the context is open."""
     module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del module.forward  # the class's own shows again
+        del module.forward  # uncovers the class's own
 
 
 def checkpointed(block: Module) -> Forward:
-    """The block's forward, with the same results and gradients, that keeps nothing of the block's insides."""
+    """The block's forward, with the same results and gradients, that keeps no intermediate results of the block."""
     return functools.partial(_forward, block, block.forward)
 
 
@@ -59,7 +59,7 @@ def _is_stream(value: Any) -> bool:
 
 
 class _Recomputed(torch.autograd.Function):
-    """Run without gradient, and again with it when it is asked for; `again` makes the context of the second time."""
+    """Run without gradient, and again with it in the backward pass, in a context that `again` opens."""
 
     @staticmethod
     def forward(ctx: Any, run: Forward, again: Callable[[], contextlib.AbstractContextManager[None]], *streams: Tensor) -> Any:
@@ -89,19 +89,19 @@ def _last_products_left_out(block: Module) -> Iterator[None]:
     last = [end[-1] if isinstance(end, Sequential) else end for end in ends]
     with contextlib.ExitStack() as stack:
         for layer in last:
-            # The host's quantised layers are no torch Linear, and are computed.
+            # ComfyUI's quantised layers are not torch Linear, and are computed.
             if isinstance(layer, Linear):
                 stack.enter_context(replaced_forward(layer, functools.partial(_without_product, layer, layer.forward)))
         yield
 
 
 def _without_product(layer: Linear, forward: Forward, input_BLD: Tensor) -> Tensor:
-    # In float16 the host cuts off what has overflowed, and where it did there is no gradient: there the output counts.
-    return forward(input_BLD) if input_BLD.dtype == torch.float16 else _Unseen.apply(input_BLD, layer)
+    # In float16 ComfyUI clamps what has overflowed, where the gradient is zero: that depends on the output.
+    return forward(input_BLD) if input_BLD.dtype == torch.float16 else _UnusedOutput.apply(input_BLD, layer)
 
 
-class _Unseen(torch.autograd.Function):
-    """A linear layer whose output nobody looks at: it is not computed, its gradient with respect to the input is."""
+class _UnusedOutput(torch.autograd.Function):
+    """A linear layer whose output is not used: only its gradient with respect to the input is computed."""
 
     @staticmethod
     def forward(ctx: Any, input_BLD: Tensor, layer: Linear) -> Tensor:

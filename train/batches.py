@@ -10,7 +10,7 @@ from ..prompts.mix import Prompt, PromptMix, hold_out, read_corpus
 from .recipe import Recipe, Stage
 from .trajectory import Draw, draw
 
-# Batches of one stage are numbered below this, so that no two stages draw the same noise.
+# Batches of a stage have numbers below this, so that no two stages draw the same noise.
 STAGE_SPAN = 1 << 24
 # Held-out batches are drawn from numbers that no stage reaches.
 HELD_OUT_BASE = 1 << 31

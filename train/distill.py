@@ -1,4 +1,4 @@
-"""The training loop: embed once, walk the teacher's trajectory, and at every step move the student towards it."""
+"""One optimizer step: embed the prompts, compare the student with the teacher, backward, clip, step; and the teacher's next positions."""
 
 # B batch, C H W latent, L text tokens, D text width
 
@@ -28,14 +28,14 @@ SKIPS_IN_A_ROW = 10
 
 
 class NotFinite(RuntimeError):
-    """Ten losses or gradients in a row were not finite: the run has gone wrong and stops, with everything saved."""
+    """Ten losses or gradients in a row, or the student's weights, were not finite: the run stops, with its state saved."""
 
 
 @dataclass
 class Learner:
-    """The trained half: student, optimizer, learning rate by step, and how they are run.
+    """Student, optimizer, learning rate by step, and how they are run.
 
-    `step` counts steps of the run, the `skipped` ones that changed no weight among them.
+    `step` counts the steps of the run, including the `skipped` ones that changed no weight.
     """
 
     student: Module
@@ -58,7 +58,7 @@ class Learner:
 
     @property
     def lost(self) -> bool:
-        """Whether so many steps in a row were dropped that the run shall stop."""
+        """Whether so many steps in a row were dropped that the run must stop."""
         return self.skipped_in_a_row >= SKIPS_IN_A_ROW
 
     def check_not_lost(self) -> None:
@@ -71,19 +71,19 @@ class Learner:
             )
 
     def check_weights(self) -> None:
-        """Raise NotFinite if the student is spoilt: such weights must not take the place of a good checkpoint."""
+        """Raise NotFinite if a weight of the student is not finite: such weights must not replace a good checkpoint."""
         if not all(weight.isfinite().all() for weight in self.student.parameters()):
             raise NotFinite(
-                f"At step {self.step} the student's weights are not finite any more. This step is not saved; earlier ones are.\n"
+                f"At step {self.step} the student's weights are no longer finite. This step is not saved; earlier checkpoints are.\n"
                 "What to do: start a new run with a lower optimizer.learning_rate or more optimizer.warmup_steps, from student.start = the "
                 "student.safetensors of a checkpoint if there is one."
             )
 
 
 def loss_scaler(model: FrozenModel) -> GradScaler:
-    """What scales the loss for the backward pass where the diffusion model computes in fp16, in which small gradients become zero.
+    """Scales the loss for the backward pass where the diffusion model computes in fp16, in which small gradients become zero.
 
-    Powers of two, so that unscaled gradients are exact; anything but fp16 goes unscaled.
+    It scales by powers of two, so that unscaled gradients are exact. Other formats are not scaled.
     """
     return GradScaler(model.device.type, enabled=model.compute_dtype == torch.float16)
 

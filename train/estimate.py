@@ -1,4 +1,4 @@
-"""What a run will take, before it is started: memory by part, seconds per step, hours per stage, disk. From three measured steps."""
+"""An estimate of a run from three measured steps: memory by part, seconds per step, hours per stage, disk."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Result = TypeVar("Result")
 class StageEstimate:
     """One stage as measured, in seconds, and memory in MB by kind.
 
-    optimizer_s: an optimizer step, but for the first one. encode_s: the teacher's work for one trajectory. swap_s: teacher and diffusion
-    model changing places, there and back.
+    optimizer_s: an optimizer step after the first one. encode_s: the teacher's work for one trajectory. swap_s: swapping the diffusion
+    model for the teacher and back.
     """
 
     name: str
@@ -43,7 +43,7 @@ class StageEstimate:
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step with its share of what is done once per trajectory and once per chunk."""
+        """Seconds of a step with its share of the work per trajectory and per chunk."""
         return self.optimizer_s + (self.encode_s + self.swap_s / self.trajectories_per_chunk) / self.steps_per_trajectory
 
     @property
@@ -52,7 +52,7 @@ class StageEstimate:
 
 
 def estimate(recipe: Recipe, ranks: Ranks) -> str:
-    """Load everything, take three steps of each stage without saving any, and report. Raises what a run would raise."""
+    """Load everything, take three steps of each stage without saving, and report. Raises what a run would raise."""
     workshop = open_workshop(recipe, ranks)
     with workshop.model.differentiable(recipe.diffusion_model.checkpoint_blocks):
         stages = [_measure(workshop, number) for number in range(len(recipe.stages))]
@@ -62,7 +62,7 @@ def estimate(recipe: Recipe, ranks: Ranks) -> str:
 def _measure(workshop: Workshop, number: int) -> StageEstimate:
     stage, schedule = workshop.recipe.stages[number], workshop.schedule
     batches = schedule.batches(number, 0)
-    # As before every chunk of a run, it is the diffusion model that is on the device.
+    # As before each chunk of a run, the diffusion model is on the device.
     workshop.load_model()
     reset_peak_memory()
     teacher_comes_s, _ = _timed(workshop.teacher.clip.load_model)
@@ -74,7 +74,7 @@ def _measure(workshop: Workshop, number: int) -> StageEstimate:
             lambda places=positions: train_step(places, workshop.model, workshop.learner, OBJECTIVES[stage.objective])
         )
         seconds.append(step_s)
-    # The first step of a size is slower: memory is being got, kernels are being chosen.
+    # The first step of a size is slower: memory is allocated and kernels are chosen.
     settled = seconds[1:] or seconds
     chunk = chunk_of(0, schedule.prompts_per_trajectory(number), workshop.recipe.teacher.chunk_prompts, schedule.trajectories(number))
     return StageEstimate(
@@ -90,7 +90,7 @@ def _measure(workshop: Workshop, number: int) -> StageEstimate:
 
 
 def _timed(work: Callable[[], Result]) -> tuple[float, Result]:
-    """Seconds that some work takes to its end on the GPU, and what it gives."""
+    """Seconds until some work is finished on the GPU, and its result."""
     begin = time.perf_counter()
     result = work()
     if torch.cuda.is_available():
@@ -101,14 +101,14 @@ def _timed(work: Callable[[], Result]) -> tuple[float, Result]:
 def _memory_lines(workshop: Workshop) -> list[str]:
     need, device = workshop.need, workshop.model.device
     total = comfy.model_management.get_total_memory(device)
-    sums = [f"{need.whole / GB:.2f} GB in all, {total / GB:.2f} GB are there."]
+    sums = [f"{need.total / GB:.2f} GB in all, {total / GB:.2f} GB available."]
     if need.offload:
         teacher = held_bytes(workshop.teacher.clip.cond_stage_model)
         sums.append(
-            f"{need.least / GB:.2f} GB with all that ComfyUI can leave in RAM left there, "
+            f"{need.least / GB:.2f} GB with as much left in RAM as ComfyUI can, "
             f"where the diffusion model takes {need.held / GB:.2f} GB and teacher and CLIP-L {teacher / GB:.2f} GB."
         )
-    return [f"Memory on {device} by part, reckoned for stage {need.stage}:", *part_lines(need.parts), *(f"  {line}" for line in sums)]
+    return [f"Memory on {device} by part, estimated for stage {need.stage}:", *part_lines(need.parts), *(f"  {line}" for line in sums)]
 
 
 def _ram_lines(workshop: Workshop) -> list[str]:
@@ -118,18 +118,18 @@ def _ram_lines(workshop: Workshop) -> list[str]:
         parts = ram_parts(workshop.recipe, layout, need.held, held_bytes(workshop.teacher.clip.cond_stage_model), processes)
         return [*ram_lines(parts, processes), ""]
     if processes > 1:
-        return [f"Each of the {processes} processes takes this much RAM: {_for_all(need.whole, processes)}.", ""]
+        return [f"Each of the {processes} processes takes this much RAM: {_for_all(need.total, processes)}.", ""]
     return []
 
 
 def ram_lines(parts: Mapping[str, int], processes: int) -> list[str]:
-    """What a process takes of RAM beside its GPU, by part, and what all processes take."""
+    """The RAM of a process on a GPU, by part, and that of all processes."""
     each = sum(parts.values())
     together = f" for each process, {_for_all(each, processes)}" if processes > 1 else ""
     return [
         "RAM by part, at most:",
         *part_lines(parts),
-        f"  {each / GB:.2f} GB in all{together}, and some 2 GB for Python and its libraries.",
+        f"  {each / GB:.2f} GB in all{together}, plus about 2 GB for Python and its libraries.",
     ]
 
 
@@ -148,7 +148,7 @@ def _stage_lines(recipe: Recipe, stages: list[StageEstimate]) -> list[str]:
 
 def _disk_lines(workshop: Workshop) -> list[str]:
     weights = sum(weight.numel() for weight in workshop.student.parameters())
-    # The best one beside the last ones, and one that is being written.
+    # The last ones, the best one, and the one that is being written.
     kept = workshop.recipe.checkpoints.keep_last + 2
     size_gb = weights * SAVED_BYTES / 1e9
     return [

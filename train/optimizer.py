@@ -1,4 +1,4 @@
-"""What moves weights that are trained: AdamW alone, or Muon for the matrices inside the blocks and AdamW for all else."""
+"""The optimizer: AdamW alone, or Muon for the matrices inside the blocks and AdamW for everything else."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ RATE_SHARE = "rate_share"
 
 
 class MuonAndAdamW:
-    """Two optimizers as one, as far as the trainer, its checkpoints and GradScaler ask for one."""
+    """Two optimizers with the part of torch's interface that the trainer, its checkpoints and GradScaler use."""
 
     def __init__(self, muon: Optimizer, adamw: Optimizer) -> None:
         self._parts = {"muon": muon, "adamw": adamw}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of both; a change of theirs is seen by their optimizer."""
+        """The parameter groups of both, shared with their optimizer."""
         return [group for part in self._parts.values() for group in part.param_groups]
 
     @property
@@ -31,12 +31,12 @@ class MuonAndAdamW:
         return {weight: state for part in self._parts.values() for weight, state in part.state.items()}
 
     def step(self) -> None:
-        """Move every weight that has a gradient."""
+        """Update every weight that has a gradient."""
         for part in self._parts.values():
             part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         for part in self._parts.values():
             part.zero_grad(set_to_none=set_to_none)
 
@@ -45,7 +45,7 @@ class MuonAndAdamW:
         return {name: part.state_dict() for name, part in self._parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Load what `state_dict` returned."""
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
 
@@ -53,9 +53,9 @@ class MuonAndAdamW:
 def make_optimizer(
     module: Module, learning_rate: float, betas: tuple[float, float], weight_decay: float, muon_learning_rate: float = 0.0
 ) -> Optimizer | MuonAndAdamW:
-    """The optimizer over a module's parameters: AdamW, and Muon (torch's) where it has a rate and the module has blocks.
+    """The optimizer of a module's parameters: AdamW, and torch's Muon if it has a learning rate and the module has blocks.
 
-    Raises ValueError if it is to be Muon and this torch has none.
+    Raises ValueError if Muon is wanted and this torch does not have it.
     """
     named = dict(module.named_parameters())
     matrices = {name: weight for name, weight in named.items() if is_inner_matrix(name, weight)}
@@ -75,11 +75,11 @@ def make_optimizer(
 
 
 def is_inner_matrix(name: str, weight: Tensor) -> bool:
-    """Whether Muon may move this weight: a matrix in a block of a T5 or a Flux; token table, biases of place, norms, both ends are not."""
+    """Whether Muon may update this weight: a matrix inside a block, but not a position bias; tables and ends of a model are outside."""
     return weight.ndim == 2 and "block" in name and "relative_attention_bias" not in name
 
 
 def set_rate(optimizer: Optimizer | MuonAndAdamW, learning_rate: float) -> None:
-    """Set the learning rate of a step; Muon's goes up and down with it."""
+    """Set the learning rate of a step; Muon's is a fixed multiple of it."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get(RATE_SHARE, 1.0)

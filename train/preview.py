@@ -61,7 +61,7 @@ class Previewer:
         if self.vae is None or not self.workshop.ranks.is_main:
             return
         with undisturbed():
-            reporter.picture("preview", self.sheet)
+            reporter.image("preview", self.sheet)
         # The VAE may have pushed the diffusion model off its device.
         self.workshop.load_model()
 

@@ -1,4 +1,4 @@
-"""What a run tells: progress bar, metrics.jsonl, train.log, TensorBoard where it is installed, pictures."""
+"""Reports of a run: progress bar, metrics.jsonl, train.log, TensorBoard where it is installed, images."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 
 MB = 1_000_000
 JPEG_QUALITY = 92
-NO_TENSORBOARD = "TensorBoard is not installed; `pip install tensorboard` adds its curves. metrics.jsonl has the same numbers."
+NO_TENSORBOARD = "TensorBoard is not installed; `pip install tensorboard` adds curves. metrics.jsonl has the same numbers."
 log = logging.getLogger(__name__)
 
 
 class Reporter:
     """Reports one run from `start_step` on; on processes other than the main one, where `run` is None, it does nothing.
 
-    Metrics beyond `start_step` are cut off first, so that after a resume no step stands there twice.
+    Metrics beyond `start_step` are removed first, so that after a resume no step is listed twice.
     """
 
     def __init__(self, run: RunDirectory | None, is_main: bool, total_steps: int, start_step: int = 0) -> None:
-        assert (run is not None) == is_main, "the main process, and no other, has the run directory"
+        assert (run is not None) == is_main, "only the main process has the run directory"
         self.run = run
         self.step_number = start_step
-        self.preview_troubles = 0
+        self.failed_images = 0
         self._closing = contextlib.ExitStack()
         self._clock_s = time.monotonic()
         self._bar: tqdm[Any] | None = None
@@ -57,7 +57,7 @@ class Reporter:
                 self._closing = opened.pop_all()
 
     def step(self, step: int, loss: float, samples: int, **numbers: float) -> None:
-        """Report an optimizer step: the loss over the global batch of `samples`, and whatever else was measured, by name."""
+        """Report an optimizer step: the loss over the global batch of `samples`, and other measured numbers by name."""
         now_s = time.monotonic()
         samples_per_s = samples / max(now_s - self._clock_s, 1e-9)
         self.step_number, self._clock_s = step, now_s
@@ -79,10 +79,10 @@ class Reporter:
         self._clock_s = time.monotonic()
         return mean
 
-    def picture(self, name: str, make: Callable[[], Image.Image]) -> Path | None:
-        """Call `make` and write its picture to samples/; returns the file, or None if that failed.
+    def image(self, name: str, make: Callable[[], Image.Image]) -> Path | None:
+        """Call `make` and write its image to samples/; returns the file, or None if that failed.
 
-        A run is worth more than a preview: trouble of any kind is logged with its traceback, counted, and the run goes on.
+        A failure of any kind is logged with its traceback and counted, and the run continues.
         """
         if self.run is None:
             return None
@@ -92,8 +92,8 @@ class Reporter:
             make().convert("RGB").save(encoded, "JPEG", quality=JPEG_QUALITY)
             replace_file(path, encoded.getvalue())
         except Exception:
-            self.preview_troubles += 1
-            log.exception("Step %d: the picture %s could not be made; the run goes on.", self.step_number, name)
+            self.failed_images += 1
+            log.exception("Step %d: the image %s could not be made; the run continues.", self.step_number, name)
             path = None
         self._clock_s = time.monotonic()
         return path
@@ -105,9 +105,9 @@ class Reporter:
         self._clock_s = time.monotonic()
 
     def close(self) -> None:
-        """Close everything and take the log handlers off again."""
-        if self.preview_troubles:
-            log.warning("%d pictures could not be made; train.log says why.", self.preview_troubles)
+        """Close everything and remove the log handlers."""
+        if self.failed_images:
+            log.warning("%d images could not be made; the reasons are in train.log.", self.failed_images)
         self._closing.close()
         self._bar = self._metrics = self._board = None
 
@@ -117,7 +117,7 @@ class Reporter:
     def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
         self.close()
         if error is not None and self.run is not None:
-            # The terminal of a long run may be gone by the time that somebody asks; a full disk is no further trouble.
+            # The terminal may be closed by the time that the reason is wanted. A full disk must not hide the error.
             with contextlib.suppress(OSError), self.run.log.open("a", encoding="utf-8") as file:
                 file.writelines(traceback.format_exception(error))
 
@@ -125,7 +125,7 @@ class Reporter:
         opened.enter_context(logging_to(run.log))
         dropped = cut_metrics(run.metrics, self.step_number)
         if dropped:
-            log.info("Removed %d lines of metrics beyond step %d, which are measured again.", dropped, self.step_number)
+            log.info("Removed %d lines of metrics beyond step %d; those steps are repeated.", dropped, self.step_number)
         self._metrics = opened.enter_context(run.metrics.open("ab", buffering=0))
         if importlib.util.find_spec("tensorboard") is None:
             log.info(NO_TENSORBOARD)
@@ -145,8 +145,8 @@ class Reporter:
             self._metrics.write(line.encode())
         except OSError as error:
             raise OSError(
-                f"{self._metrics.name} cannot be written to: {error.strerror}.\n"
-                "What to do: see that the disk has room, then go on with --resume."
+                f"{self._metrics.name} cannot be written: {error.strerror}.\n"
+                "What to do: check that the disk has free space, then resume with --resume."
             ) from error
         if self._board is not None:
             for name, value in _flat(values):
@@ -154,7 +154,7 @@ class Reporter:
 
 
 def cut_metrics(path: Path, last_step: int) -> int:
-    """Remove the lines of steps beyond `last_step`, and what a kill left of a line; returns how many lines went."""
+    """Remove the lines of steps beyond `last_step` and incomplete lines; returns how many were removed."""
     if not path.is_file():
         return 0
     lines = path.read_bytes().splitlines(keepends=True)
@@ -165,7 +165,7 @@ def cut_metrics(path: Path, last_step: int) -> int:
 
 
 def memory_mb() -> dict[str, float]:
-    """By name: the most memory that tensors took on the GPU since `reset_peak_memory`, if there is one, and the process's RAM now."""
+    """By name: the peak of memory taken by tensors on the GPU since `reset_peak_memory`, if there is a GPU, and the process's RAM now."""
     ram = {"ram_mb": round(psutil.Process().memory_info().rss / MB, 1)}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return {"gpu_peak_mb": round(torch.cuda.max_memory_allocated() / MB, 1)} | ram
@@ -173,7 +173,7 @@ def memory_mb() -> dict[str, float]:
 
 
 def reset_peak_memory() -> None:
-    """Forget what the GPU's tensors took so far."""
+    """Restart the measurement of peak GPU memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
 
@@ -182,13 +182,14 @@ def _step_of(line: bytes) -> int | None:
     """The step of a complete line of metrics."""
     try:
         values = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return values.get("step") if isinstance(values, dict) else None
+    step = values.get("step") if isinstance(values, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN and no infinity: null stands for them."""
+    """The values with null for NaN and infinity, which JSON does not have."""
     return {name: _finite(value) if isinstance(value, Mapping) else _or_null(value) for name, value in values.items()}
 
 

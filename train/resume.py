@@ -1,4 +1,4 @@
-"""What a checkpoint takes from a run, and how every process of a resumed run gets its part back."""
+"""Collect the state of a run from its processes, and put it back into the processes of a resumed run."""
 
 # B batch, C H W latent
 
@@ -18,14 +18,14 @@ from .trajectory import Position
 from .workshop import RunState, Workshop
 
 log = logging.getLogger(__name__)
-# What of a state each process has for itself.
+# The parts of a state that differ between processes.
 OWN = ("rng", "position")
 
 
 def gather_state(workshop: Workshop, state: RunState) -> TrainerState | None:
-    """The state of the whole run on the main process, None on the others; all of them must call it.
+    """The state of the run on the main process, None on the others; all processes must call it.
 
-    Raises NotFinite for a student that is spoilt.
+    Raises NotFinite if a weight of the student is not finite.
     """
     learner, ranks = workshop.learner, workshop.ranks
     learner.check_weights()
@@ -50,9 +50,9 @@ def gather_state(workshop: Workshop, state: RunState) -> TrainerState | None:
 
 
 def restore(workshop: Workshop, checkpoints: Checkpoints) -> RunState:
-    """Put the newest whole checkpoint back into every process; the best held-out loss so far, and the positions on the trajectory.
+    """Load the newest intact checkpoint into every process.
 
-    Raises ValueError if another recipe or another number of processes saved it.
+    Raises ValueError if it was saved with another recipe or another number of processes.
     """
     ranks = workshop.ranks
     state, notes = checkpoints.load_latest() if ranks.is_main else (None, [])
@@ -70,8 +70,8 @@ def restore(workshop: Workshop, checkpoints: Checkpoints) -> RunState:
 def _check_same_run(workshop: Workshop, recipe_sha256: str, processes: int) -> None:
     if recipe_sha256 != workshop.recipe.sha256:
         raise ValueError(
-            "The checkpoint was saved under another recipe than the run's recipe.toml says now, or by another version of the trainer.\n"
-            "What to do: put recipe.toml or the pack back as it was, or start a new run in another folder with --run."
+            "The checkpoint was saved with another recipe than the run's present recipe.toml, or by another version of the trainer.\n"
+            "What to do: restore recipe.toml or the earlier version of the pack, or start a new run in another folder with --run."
         )
     if processes != workshop.ranks.world:
         raise ValueError(
@@ -89,10 +89,10 @@ def _put_back(workshop: Workshop, common: Mapping[str, Any]) -> None:
     workshop.student.load_tensors(common["student"])
     learner.optimizer.load_state_dict(common["optimizer"])
     learner.step, learner.skipped = common["step"], common["skipped_steps"]
-    # A run that stopped because of them may try again.
+    # A run that stopped because of dropped steps may try again.
     in_a_row = schedule["skipped_in_a_row"]
     learner.skipped_in_a_row = in_a_row if in_a_row < SKIPS_IN_A_ROW else 0
-    # Empty, or not there in older checkpoints, if the diffusion model did not compute in fp16 where the run was saved.
+    # Empty if the diffusion model did not compute in fp16 when the run was saved; older checkpoints lack it.
     scaler = schedule.get("scaler")
     if scaler:
         learner.scaler.load_state_dict(scaler)

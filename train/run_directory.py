@@ -1,9 +1,8 @@
-"""The folder of one run, which explains itself: what it holds, who may write to it, which recipe it belongs to."""
+"""The folder of one run: its files, its lock, and the recipe that it belongs to."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -12,16 +11,11 @@ from ..runtime.disk import replace_file
 from ..runtime.lock import RunError, lock
 from .state import CHECKPOINT, REPLACED
 
-if sys.platform == "win32":
-    pass
-else:
-    pass
-
 
 class RunDirectory:
     """`runs/<name>/`: recipe.toml, metrics.jsonl, train.log, checkpoints/, samples/. One process at a time writes to it.
 
-    `start` or `resume` opens it and takes its lock; `close`, leaving the context, or the end of the process gives the lock back.
+    `start` or `resume` opens it and takes its lock; `close`, leaving the context, or the end of the process releases the lock.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -35,30 +29,30 @@ class RunDirectory:
 
     @property
     def is_run(self) -> bool:
-        """Whether there is a run in the folder."""
+        """Whether the folder holds a run."""
         return self.recipe.is_file()
 
     @property
     def has_checkpoints(self) -> bool:
-        """Whether there is a checkpoint to go on from (unless it is damaged)."""
+        """Whether there is a checkpoint to resume from, intact or not."""
         folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
         return any(CHECKPOINT.match(path.name.removesuffix(REPLACED)) for path in folders)
 
     def start(self, recipe_toml: str) -> RunDirectory:
-        """Make the folder, or take one that is empty or whose run has not saved anything yet.
+        """Make the folder, or take one that is empty or whose run has no checkpoint yet.
 
-        Raises RunError if it holds a run with checkpoints or something else, or if another process writes to it; OSError if it cannot
-        be written.
+        Raises RunError if it holds a run with checkpoints or other files, or if another process writes to it; OSError if it cannot be
+        written.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"{self.path} is a file; a run needs a folder.", "name another folder with --run.")
+            raise RunError(f"{self.path} is a file, not a folder.", "name another folder with --run.")
         if self.path.is_dir() and not self.is_run and any(not path.name.startswith(".") for path in self.path.iterdir()):
-            raise RunError(f"{self.path} holds files and is no run (it has no recipe.toml).", "name a new folder with --run.")
+            raise RunError(f"{self.path} holds files but no run (it has no recipe.toml).", "name a new folder with --run.")
         self._open(recipe_toml)
         return self
 
     def resume(self) -> RunDirectory:
-        """Open the folder of a run that is there.
+        """Open the folder of an existing run.
 
         Raises RunError if there is none, or if another process writes to it; OSError if it cannot be written.
         """
@@ -70,7 +64,7 @@ class RunDirectory:
         return self
 
     def refuse_other_recipe(self, differences: Sequence[str]) -> None:
-        """Raise RunError that lists the differences between this run's recipe and the one asked for, if there are any."""
+        """Raise RunError with the differences between this run's recipe and the requested one, if there are any."""
         if differences:
             listed = "\n".join(f"  {difference}" for difference in differences)
             raise RunError(
@@ -79,7 +73,7 @@ class RunDirectory:
             )
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -100,7 +94,7 @@ class RunDirectory:
             self.close()
             raise OSError(
                 f"{self.path} cannot be written to: {error.strerror or error}.\n"
-                "What to do: see that the folder may be written to and that its disk has room and knows file locks, "
+                "What to do: check the folder's permissions and the disk's free space and support of file locks, "
                 "or name another folder with --run."
             ) from error
         except RunError:
@@ -108,12 +102,10 @@ class RunDirectory:
             raise
 
     def _lay_out(self, recipe_toml: str | None) -> None:
-        """What a run consists of, made where it is not there; looked at under the lock, so that nobody else can be at it."""
+        """Make what is missing of a run, under its lock, so that no other process does the same."""
         if recipe_toml is not None:
             if self.has_checkpoints:
-                raise RunError(
-                    f"{self.path} holds a run that has saved checkpoints.", "go on with --resume, or name another folder with --run."
-                )
+                raise RunError(f"{self.path} holds a run with checkpoints.", "resume it with --resume, or name another folder with --run.")
             self.metrics.unlink(missing_ok=True)
             replace_file(self.recipe, recipe_toml.encode())
         self.checkpoints.mkdir(exist_ok=True)

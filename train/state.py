@@ -1,4 +1,4 @@
-"""Everything that a run needs to go on bit for bit, saved so that after a kill at any moment a whole checkpoint is there."""
+"""Checkpoints: all that a run needs to continue with the same bits, saved so that a kill at any moment leaves an intact one."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from ..runtime.packing import pack, unpack
 
 FORMAT = 1
 CHECKPOINT = re.compile(r"step-(\d{6,})$")
-# An older checkpoint of the same step, while the newer one takes its place.
+# An older checkpoint of the same step, while the newer one replaces it.
 REPLACED = ".replaced"
 BROKEN = ".broken"
 STUDENT, TENSORS, VALUES, MANIFEST = "student.safetensors", "state.safetensors", "state.json", "manifest.json"
-# What the system says about a file that is lost or cannot be read off the disk any more.
+# Errors of a file that is lost or can no longer be read from the disk.
 LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 
 StudentWriter = Callable[[Path, Mapping[str, Tensor]], object]
@@ -37,10 +37,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class TrainerState:
-    """Where a run stands after `step` optimizer steps.
+    """The state of a run after `step` optimizer steps.
 
-    student: tensors by published name. optimizer, schedule: their state_dict(). rng: what `random_states` gave, by whatever the caller
-    likes (ranks). position: whatever else the loop needs. best: the lowest held-out loss so far.
+    student: tensors by published name. optimizer: its state_dict(). schedule: counters and loss scale. rng, position: random states and
+    latents by rank. best: the lowest held-out loss so far.
     """
 
     step: int
@@ -57,35 +57,35 @@ class TrainerState:
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what was written; the text names the file and what is wrong with it."""
+    """A checkpoint differs from what was written; the message names the file and the difference."""
 
 
 class NoCheckpoint(ValueError):
-    """There is nothing to go on from."""
+    """There is no checkpoint to resume from."""
 
 
 class CheckpointNotSaved(OSError):
-    """The disk did not take a checkpoint; those before it are as they were."""
+    """A checkpoint could not be written; earlier ones are unchanged."""
 
 
 class Checkpoints:
-    """The checkpoints folder of a run: step-000100/ and so on, each whole or not there. The holder of the run's lock writes here.
+    """The checkpoints folder of a run: step-000100/ and so on, each complete or absent. Only the holder of the run's lock writes here.
 
-    write_student(path, tensors) writes the student's part in the form that the node loads. Kept are the last `keep_last` and the best.
+    write_student(path, tensors) writes the student as a file that the node loads. The last `keep_last` checkpoints and the best are kept.
     """
 
     def __init__(self, folder: Path, write_student: StudentWriter, keep_last: int) -> None:
         if keep_last < 1:
-            raise ValueError(f"At least one checkpoint must be kept, and keep_last is {keep_last}.")
+            raise ValueError(f"keep_last must be at least 1, got {keep_last}.")
         self.folder = folder
         self.write_student = write_student
         self.keep_last = keep_last
 
     def save(self, state: TrainerState) -> Path:
-        """Write a checkpoint, then remove those that need not be kept; returns its folder.
+        """Write a checkpoint, then remove those that are not kept; returns its folder.
 
-        Raises CheckpointNotSaved when the disk does not take it: nothing of it is left behind, the others are untouched. What
-        `write_student` raises otherwise passes through, with the same promise.
+        Raises CheckpointNotSaved if it cannot be written: nothing of it is left behind, and the others are unchanged. The same holds for
+        other exceptions of `write_student`, which pass through.
         """
         name = f"step-{state.step:06d}"
         aside = self.folder / f".{name}{UNFINISHED}"
@@ -97,7 +97,7 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             raise CheckpointNotSaved(
                 f"The checkpoint of step {state.step} could not be saved in {self.folder}: {str(error).splitlines()[0]}\n"
-                "What to do: see that the disk has room and may be written to, then go on with --resume; earlier checkpoints are untouched."
+                "What to do: check the disk's free space and permissions, then resume with --resume; earlier checkpoints are unchanged."
             ) from error
         finally:
             with contextlib.suppress(OSError):
@@ -106,9 +106,9 @@ class Checkpoints:
         return self.folder / name
 
     def load_latest(self) -> tuple[TrainerState, list[str]]:
-        """The newest whole checkpoint, and sentences about damaged ones, which are set aside under the ending .broken.
+        """The newest intact checkpoint, and messages about damaged ones, which are renamed to end in .broken.
 
-        Raises NoCheckpoint if none is whole, OSError if one may not be read.
+        Raises NoCheckpoint if none is intact, OSError if one cannot be read for lack of permission.
         """
         self.tidy()
         notes: list[str] = []
@@ -116,13 +116,13 @@ class Checkpoints:
             try:
                 state = read_checkpoint(path)
             except DamagedCheckpoint as damage:
-                notes.append(f"{path.name} is damaged ({damage}) and was set aside as {_set_aside(path).name}.")
+                notes.append(f"{path.name} is damaged ({damage}) and was renamed to {_set_aside(path).name}.")
                 continue
             if notes:
-                notes.append(f"The run goes on from {path.name}.")
+                notes.append(f"The run continues from {path.name}.")
             return state, notes
-        found = "\n".join(notes) if notes else "None was saved yet."
-        raise NoCheckpoint(f"There is no whole checkpoint in {self.folder}.\n{found}\nWhat to do: start the run anew, without --resume.")
+        found = "\n".join(notes) if notes else "None has been saved yet."
+        raise NoCheckpoint(f"There is no intact checkpoint in {self.folder}.\n{found}\nWhat to do: start the run again, without --resume.")
 
     def paths(self) -> list[Path]:
         """Folders of all checkpoints, the oldest first."""
@@ -131,13 +131,13 @@ class Checkpoints:
         return sorted((path for path in self.folder.iterdir() if CHECKPOINT.match(path.name)), key=_step)
 
     def best(self) -> Path | None:
-        """The oldest of the checkpoints with the lowest held-out loss so far: the one that was saved when it was reached."""
+        """The oldest of the checkpoints with the lowest held-out loss so far: the one that reached it."""
         manifests = {path: _peek(path) for path in self.paths()}
         rated = [path for path, manifest in manifests.items() if manifest.get("best") is not None]
         return min(rated, key=lambda path: manifests[path]["best"], default=None)
 
     def tidy(self) -> None:
-        """Finish or remove what a killed process left half done."""
+        """Complete or remove what a killed process left unfinished."""
         for path in self.folder.glob("step-*" + REPLACED):
             target = path.with_name(path.name.removesuffix(REPLACED))
             if target.exists():
@@ -148,7 +148,7 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def _publish(self, aside: Path, name: str) -> None:
-        """Give a complete checkpoint its name. One that has the name already stays findable until the new one has it."""
+        """Rename a complete checkpoint to its name. An older one of that name can be found until then."""
         target = self.folder / name
         if target.exists():
             target.rename(target.with_name(name + REPLACED))
@@ -156,13 +156,13 @@ class Checkpoints:
         sync_folder(self.folder)
 
     def _drop_old(self) -> None:
-        whole = [path for path in self.paths() if _peek(path)]
-        for path in set(whole) - {*whole[-self.keep_last :], self.best()}:
+        intact = [path for path in self.paths() if _peek(path)]
+        for path in set(intact) - {*intact[-self.keep_last :], self.best()}:
             _remove_if_possible(path)
 
 
 def write_checkpoint(folder: Path, state: TrainerState, write_student: StudentWriter) -> None:
-    """Write all files of a checkpoint and bring them to the disk, the manifest last."""
+    """Write all files of a checkpoint and sync them to the disk, the manifest last."""
     tensors: dict[str, Tensor] = {}
     values = {name: pack(value, tensors, name) for name, value in vars(state).items() if name != "student"}
     write_student(folder / STUDENT, state.student)
@@ -178,9 +178,9 @@ def write_checkpoint(folder: Path, state: TrainerState, write_student: StudentWr
 
 
 def read_checkpoint(folder: Path) -> TrainerState:
-    """Load a checkpoint after checking every byte of it against its manifest; tensors are on the CPU and independent of the files.
+    """Load a checkpoint after checking every byte against its manifest; tensors are on the CPU and independent of the files.
 
-    Raises DamagedCheckpoint, ValueError for one of a later version of this trainer, OSError if it may not be read.
+    Raises DamagedCheckpoint, ValueError for another format version, OSError if it cannot be read for lack of permission.
     """
     try:
         _check_files(folder, _manifest(folder))
@@ -196,7 +196,7 @@ def read_checkpoint(folder: Path) -> TrainerState:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    # Clones, because what is loaded is a view of the file, which is deleted one day.
+    # Clones, because loaded tensors are views of the file, which will be deleted.
     return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
 
 
@@ -204,36 +204,35 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         content, intact = manifest["content"], manifest["sha256"] == _digest(manifest["content"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise DamagedCheckpoint(f"{MANIFEST} cannot be understood") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{MANIFEST} is not a valid manifest") from error
     if not intact:
-        raise DamagedCheckpoint(f"{MANIFEST} was changed")
+        raise DamagedCheckpoint(f"{MANIFEST} does not have its own SHA-256")
     if content["format"] != FORMAT:
         raise ValueError(
             f"{folder} was written in format {content['format']}; this version of the trainer reads format {FORMAT}.\n"
-            "What to do: go on with the version that wrote it."
+            "What to do: resume with the version that wrote it."
         )
     return content
 
 
 def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     for name in (STUDENT, TENSORS, VALUES):
-        said = manifest["files"][name]
-        size = (folder / name).stat().st_size
-        if size != said["size"]:
-            raise DamagedCheckpoint(f"{name} has {size:,} bytes instead of {said['size']:,}")
-        if sha256(folder / name) != said["sha256"]:
-            raise DamagedCheckpoint(f"{name} does not have the SHA-256 that {MANIFEST} names")
+        expected, size = manifest["files"][name], (folder / name).stat().st_size
+        if size != expected["size"]:
+            raise DamagedCheckpoint(f"{name}: expected {expected['size']:,} bytes, got {size:,}")
+        if sha256(folder / name) != expected["sha256"]:
+            raise DamagedCheckpoint(f"{name} does not have the SHA-256 of {MANIFEST}")
 
 
 def _peek(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files have the right sizes, else an empty one: a look that costs no reading of gigabytes."""
+    """The manifest of a checkpoint whose files have the right sizes, else an empty one; the files are not read."""
     try:
         manifest = _manifest(folder)
-        whole = all((folder / name).stat().st_size == said["size"] for name, said in manifest["files"].items())
+        complete = all((folder / name).stat().st_size == expected["size"] for name, expected in manifest["files"].items())
     except (OSError, ValueError):
         return {}
-    return manifest if whole else {}
+    return manifest if complete else {}
 
 
 def _set_aside(folder: Path) -> Path:
@@ -245,7 +244,7 @@ def _set_aside(folder: Path) -> Path:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint; under a name that says so first, so that a kill leaves no half one that looks whole."""
+    """Delete a checkpoint. It is renamed first, so that a kill does not leave an incomplete one under a valid name."""
     aside = folder.with_name(f".{folder.name}.old{UNFINISHED}")
     folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
@@ -255,13 +254,13 @@ def _remove_if_possible(folder: Path) -> None:
     try:
         _remove(folder)
     except OSError as error:
-        # Windows does not move a folder out of which ComfyUI holds a file open; the next save tries again.
-        log.warning("%s could not be removed (%s) and stays for now.", folder, error)
+        # Windows cannot rename a folder while ComfyUI has a file of it open; the next save tries again.
+        log.warning("%s could not be removed (%s); the next save tries again.", folder, error)
 
 
 def _step(path: Path) -> int:
     match = CHECKPOINT.match(path.name)
-    assert match, f"{path} is no checkpoint"
+    assert match, f"{path} is not a checkpoint"
     return int(match[1])
 
 
@@ -270,5 +269,5 @@ def _digest(content: Any) -> str:
 
 
 def _json(values: Any) -> str:
-    # JSON has no NaN; `pack` writes those as text.
+    # JSON has no NaN; `pack` writes it as text.
     return json.dumps(values, indent=1, allow_nan=False)

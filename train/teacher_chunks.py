@@ -1,18 +1,19 @@
-"""The teacher's texts for several trajectories in a row: teacher and diffusion model change places once per chunk, not per trajectory."""
+"""The teacher's texts for several trajectories at a time: teacher and diffusion model are swapped once per chunk, not per trajectory."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+from .batches import Schedule
+
+if TYPE_CHECKING:  # it needs ComfyUI, which `chunk_of` does not
     from ..encoder.teacher import Teacher, TeacherText
-    from .batches import Schedule
 
 
 def chunk_of(trajectory: int, prompts: int, chunk_prompts: int, trajectories: int) -> range:
-    """The trajectories that are encoded together with this one, of the `trajectories` of its stage with `prompts` prompts each.
+    """The trajectories that are encoded together with this one, of a stage's `trajectories` with `prompts` prompts each.
 
-    As many as `chunk_prompts` prompts allow, at least one. It depends on nothing else: a resumed run has the same borders.
+    As many as `chunk_prompts` prompts allow, at least one. Nothing else decides: a resumed run has the same chunks.
     """
     size = max(1, chunk_prompts // prompts)
     first = trajectory - trajectory % size
@@ -20,10 +21,10 @@ def chunk_of(trajectory: int, prompts: int, chunk_prompts: int, trajectories: in
 
 
 class TeacherChunks:
-    """What the teacher says along a run, encoded chunk by chunk and held in RAM until its trajectory takes it.
+    """The teacher's texts along a run, encoded chunk by chunk and held in RAM until their trajectory takes them.
 
-    At most `chunk_prompts` prompts, or one trajectory's if those are more: prompts x tokens x text width x 4 bytes. The host's text
-    encoders compute in float32, so that two bytes would lose bits.
+    At most `chunk_prompts` prompts, or one trajectory's if those are more: prompts x tokens x text width x 4 bytes. ComfyUI's text
+    encoders compute in float32, so two bytes would lose precision.
     """
 
     def __init__(self, teacher: Teacher, schedule: Schedule, chunk_prompts: int) -> None:
@@ -31,9 +32,9 @@ class TeacherChunks:
         self._held: dict[tuple[int, int], list[TeacherText]] = {}
 
     def take(self, stage: int, trajectory: int) -> list[TeacherText]:
-        """The texts of this process's batches on a trajectory, each batch encoded by itself.
+        """The texts of this process's batches on a trajectory, each batch encoded separately.
 
-        If they are not there, the rest of the chunk is encoded: all of it, or what is left of it where a run is resumed.
+        If they are not held, the rest of the chunk is encoded: all of it, or what is left of it in a resumed run.
         """
         if (stage, trajectory) not in self._held:
             self._encode(stage, trajectory)

@@ -102,11 +102,11 @@ def test_commands_that_fail_after_comfyui_has_started_say_why(comfyui_path, tmp_
             "b", settings=[*QUICK, f"diffusion_model.file={stand_ins}/models/vae/ae.safetensors"]
         ),
         "Not enough memory on cpu: stage follow-the-steps needs": asked("c", settings=huge),
-        "inside of the block at work": asked("d", "--estimate", settings=huge),
+        "activations of the current block": asked("d", "--estimate", settings=huge),
         f"{tmp_path / 'file' / 'run'} cannot be written to": asked("file/run"),
         "checkpoints.every_steps: 2 -> 4": asked("ruined", "--resume"),
         f"Another process writes to the run in {run}: process {os.getpid()} on": asked("run", "--resume", settings=LONGER),
-        "There is no whole checkpoint in": asked("ruined", "--resume", settings=LONGER),
+        "There is no intact checkpoint in": asked("ruined", "--resume", settings=LONGER),
     }
     with RunDirectory(run).resume():
         answers = in_turn(list(expected.values()), tmp_path)
@@ -150,7 +150,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_a_full_disk_then_leaves_th
     arguments = command(comfyui_path, tmp_path / "base", run, "--resume", settings=LONGER)
     said = finish(arguments, tmp_path, code=1, before=limit_size_of_files(room))
     assert f"{newest.name} is damaged (state.safetensors does not have the SHA-256" in said
-    assert f"The run goes on from {before.name}." in said
+    assert f"The run continues from {before.name}." in said
     assert f"The checkpoint of step {int(before.name[5:]) + 2} could not be saved" in said
     assert said.strip().splitlines()[-1].startswith("What to do: see that the disk has room")
     assert "Traceback" not in said

@@ -44,8 +44,8 @@ def test_every_shipped_recipe_is_estimated_stage_by_stage(name):
     assert measured == stages | {"all": f"{sum(stage.steps for stage in recipe.stages):,}"}
     for part in ("diffusion model, frozen", "student, gradients and AdamW", "student's activations", "teacher and CLIP-L"):
         assert re.search(rf"^  {part} +\d+\.\d+ GB$", said, re.MULTILINE), part
-    assert re.search(r"reckoned for stage \S+:$", said, re.MULTILINE)
-    assert re.search(r"[\d.]+ GB in all, [\d.]+ GB are there\.$", said, re.MULTILINE)
+    assert re.search(r"estimated for stage \S+:$", said, re.MULTILINE)
+    assert re.search(r"[\d.]+ GB in all, [\d.]+ GB available\.$", said, re.MULTILINE)
     assert re.search(r"^Disk: [\d.]+ GB for at most \d+ checkpoints", said, re.MULTILINE)
 
 
@@ -72,6 +72,6 @@ def test_ram_is_told_by_part_and_for_all_processes():
 def test_two_processes_print_one_estimate_that_counts_both(comfyui_path, tmp_path):
     said = finish(command(comfyui_path, tmp_path, tmp_path / "run", "--estimate"), tmp_path, launcher=TWO_PROCESSES)
     assert said.count("s/step") == 1
-    [each] = re.findall(r"([\d.]+) GB in all, [\d.]+ GB are there", said)
+    [each] = re.findall(r"([\d.]+) GB in all, [\d.]+ GB available", said)
     [both] = re.findall(r"Each of the 2 processes takes this much RAM: ([\d.]+) GB for 2 processes on one machine", said)
     assert float(both) == pytest.approx(2 * float(each), abs=0.02)

@@ -98,8 +98,8 @@ def test_a_broken_vae_is_reported_and_changes_nothing(plain, tmp_path, content):
     (tmp_path / "broken.safetensors").write_bytes(content)
     assert_same_end(trained(tmp_path / "run", tmp_path / "broken.safetensors"), plain)
     said = (tmp_path / "run" / "train.log").read_text(encoding="utf-8")
-    assert "Step 3: the picture preview could not be made; the run goes on." in said
-    assert "2 pictures could not be made" in said
+    assert "Step 3: the image preview could not be made; the run continues." in said
+    assert "2 images could not be made" in said
     assert not list((tmp_path / "run" / "samples").iterdir())
 
 
@@ -162,7 +162,7 @@ def test_after_a_preview_the_diffusion_model_is_brought_back_and_the_vae_is_gone
         previewer = Previewer(workshop)
         previewer.show(reporter)
         previewer.show(reporter)
-        assert reporter.preview_troubles == 0
+        assert reporter.failed_images == 0
     # The teacher is needed once; both times all is sampled before anything is decoded.
     assert turns == ["FluxClipModel_", "Flux", "TAESD", "Flux", "TAESD", "Flux"]
     assert "TAESD" not in [type(loaded.real_model()).__name__ for loaded in comfy.model_management.current_loaded_models]
@@ -183,7 +183,7 @@ def test_trouble_inside_the_student_leaves_its_dropout_on(workshop, tmp_path):
     try:
         with RunDirectory(tmp_path / "run").start("") as run, Reporter(run, True, 1) as reporter:
             previewer.show(reporter)
-            assert reporter.preview_troubles == 1
+            assert reporter.failed_images == 1
         assert all(module.training for module in student.modules())
         with pytest.raises(Trouble):
             held_out.loss()

@@ -19,7 +19,7 @@ from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.resume import gather_state, restore
 from distilled_t5.train.run import train
 from distilled_t5.train.state import Checkpoints, read_checkpoint
-from distilled_t5.train.workshop import open_workshop
+from distilled_t5.train.workshop import RunState, open_workshop
 
 # One trajectory of twelve steps, saved after ten.
 SETTINGS = [
@@ -106,7 +106,7 @@ def test_the_scale_of_the_loss_is_part_of_the_state(whole, tmp_path):
     # As it stands between two of its doublings.
     workshop.learner.scaler.load_state_dict(workshop.learner.scaler.state_dict() | {"_growth_tracker": 7})
     workshop.learner.scaler.scale(torch.ones(()))
-    state = gather_state(workshop, None, [])
+    state = gather_state(workshop, RunState())
     assert state is not None
     checkpoints = Checkpoints(tmp_path, write_student, 1)
     checkpoints.save(state)

@@ -77,7 +77,7 @@ def test_stopping_and_going_on_gives_the_run_without_interruption_bit_for_bit(wh
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 130, said
-    assert said.endswith("Stopped; go on with --resume.\n")
+    assert said.endswith("Stopped; continue with --resume.\n")
     stopped_at = metrics(run)[-1]["step"]
     assert 3 <= stopped_at < TOTAL_STEPS
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{stopped_at:06d}"]
@@ -138,7 +138,7 @@ def test_ten_losses_in_a_row_that_are_not_finite_end_a_run_with_all_saved_and_it
 def test_a_student_that_is_spoilt_ends_the_run_with_advice_and_takes_no_checkpoints_place(comfyui_path, tmp_path):
     settings = [*QUICK, "optimizer.warmup_steps=0", "optimizer.learning_rate=1e30", "checkpoints.every_steps=6"]
     said = finish(command(comfyui_path, tmp_path, tmp_path / "run", settings=settings), tmp_path, code=1)
-    assert "the student's weights are not finite any more" in said
+    assert "the student's weights are no longer finite" in said
     assert "What to do: start a new run with a lower optimizer.learning_rate" in said
     assert "download" not in said
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
@@ -153,7 +153,7 @@ def test_another_recipe_is_not_resumed_and_the_differences_are_listed(whole, com
 @pytest.mark.one_host
 def test_a_run_that_is_there_is_not_started_over(whole, comfyui_path, tmp_path):
     said = finish(command(comfyui_path, tmp_path, whole[0]), tmp_path, code=1)
-    assert "go on with --resume" in said
+    assert "resume it with --resume" in said
 
 
 @pytest.mark.one_host

@@ -37,25 +37,25 @@ def test_parts_of_schnell_24gb_by_hand():
     # 4 prompts of 256 text and 1024 picture tokens; T5-Base with its projection has 129,551,488 weights.
     assert need.parts == {
         "diffusion model, frozen": 11_891_178_560,
-        "its weights at work": 2 * 339_831_296,
+        "copies of its weights": 2 * 339_831_296,
         "student, gradients and AdamW": 16 * 129_551_488,
         "student's activations": 13 * (4 * 256 * (30 * 768 + 14 * 768 + 16 * 2048) + 4 * 12 * 12 * 256**2)
         + 4 * 256 * 12 * (4096 + 4096)
         + 2 * 129_551_488,
         "teacher's embeddings of one trajectory": 32 * 256 * 4096 * 4,
         "inputs of 57 blocks": 57 * 5120 * 3072 * 2,
-        "inside of the block at work": 5120 * 3072 * 28 * 4,
+        "activations of the current block": 5120 * 3072 * 28 * 4,
         "GPU driver and fragments": 1_000_000_000,
     }
-    assert need.whole == sum(need.parts.values())
-    assert need.least == need.whole - 11_891_178_560
+    assert need.total == sum(need.parts.values())
+    assert need.least == need.total - 11_891_178_560
 
 
 def test_room_is_all_but_what_lies_on_the_device_already():
     recipe, weights = load_recipe("schnell-24gb"), 129_551_488
     need = need_of(recipe, SCHNELL_FP8)
     # The student's float32 weights are there before the first step; gradients and moments come with it, moments stay.
-    assert need.room(weights, False, 24 * GIB) == need.whole - SCHNELL_WEIGHTS - 4 * weights
+    assert need.room(weights, False, 24 * GIB) == need.total - SCHNELL_WEIGHTS - 4 * weights
     assert need.room(weights, True, 24 * GIB) == need.room(weights, False, 24 * GIB) - 8 * weights
 
 
@@ -63,9 +63,9 @@ def test_weights_that_are_used_as_they_lie_need_room_only_where_some_come_from_r
     recipe, weights = load_recipe("flux-dev-paper", ["diffusion_model.checkpoint_blocks=false"]), 129_551_488
     need = need_of(recipe, DEV_BF16)
     # A graph without checkpoints keeps all that was brought over.
-    here = need.room(weights, False, need.whole)
-    assert here == need.whole - 2 * DEV_WEIGHTS - 4 * weights
-    assert need.room(weights, False, need.whole - 1) == here + 2 * DEV_WEIGHTS, (
+    here = need.room(weights, False, need.total)
+    assert here == need.total - 2 * DEV_WEIGHTS - 4 * weights
+    assert need.room(weights, False, need.total - 1) == here + 2 * DEV_WEIGHTS, (
         "a graph without checkpoints keeps all that was brought over"
     )
 
@@ -75,15 +75,15 @@ def test_the_stage_of_the_largest_pictures_decides_for_the_papers_recipe():
     assert need.stage == "written-words"
     assert need.parts["inputs of 57 blocks"] == 57 * 4 * (4096 + 512) * 3072 * 2
     # bf16 weights on the GPU are used as they lie; those that come from RAM lie on the GPU a second time while a block is at work.
-    assert need.parts["its weights at work"] == 0
-    assert need.least == need.whole - 2 * DEV_WEIGHTS + 2 * DOUBLE_BLOCK
+    assert need.parts["copies of its weights"] == 0
+    assert need.least == need.total - 2 * DEV_WEIGHTS + 2 * DOUBLE_BLOCK
 
 
 def test_without_checkpoints_the_graph_keeps_every_weight_that_was_cast():
     recipe = load_recipe("schnell-24gb", ["diffusion_model.checkpoint_blocks=false"])
     need = need_of(recipe, SCHNELL_FP8)
-    assert need.parts["its weights at work"] == 2 * SCHNELL_WEIGHTS
-    assert need.parts["insides of 57 blocks"] == 57 * 5120 * 3072 * 14 * 2
+    assert need.parts["copies of its weights"] == 2 * SCHNELL_WEIGHTS
+    assert need.parts["activations of 57 blocks"] == 57 * 5120 * 3072 * 14 * 2
     with pytest.raises(ValueError, match="checkpoint_blocks = true"):
         check_memory(need, recipe, 24 * GIB, "cuda:0")
 
@@ -99,7 +99,7 @@ def test_on_a_cpu_everything_lies_in_ram_the_teacher_too():
     )
     assert need.parts["teacher and CLIP-L"] == T5_XXL_FP16
     assert "GPU driver and fragments" not in need.parts
-    assert need.least == need.whole > 4 * SCHNELL_WEIGHTS + T5_XXL_FP16
+    assert need.least == need.total > 4 * SCHNELL_WEIGHTS + T5_XXL_FP16
 
 
 @pytest.mark.parametrize(("name", "size_gb"), [("schnell-24gb", 24), ("schnell-16gb", 16), ("schnell-12gb", 12)])
@@ -107,7 +107,7 @@ def test_shipped_recipes_fit_the_memory_in_their_names(name, size_gb):
     recipe = load_recipe(name)
     need = need_of(recipe, SCHNELL_FP8)
     check_memory(need, recipe, round(0.97 * size_gb * GIB), "cuda:0")
-    assert (need.whole <= 0.97 * size_gb * GIB) == (name == "schnell-24gb"), "the others leave some of the diffusion model in RAM"
+    assert (need.total <= 0.97 * size_gb * GIB) == (name == "schnell-24gb"), "the others leave some of the diffusion model in RAM"
 
 
 @pytest.mark.parametrize(("name", "size_gb"), [("flux-dev-small", 48), ("flux-dev-paper", 48), ("flux-dev-large", 48), ("flux-dev-xl", 80)])
@@ -122,10 +122,10 @@ def test_too_little_memory_is_refused_with_what_is_needed_what_is_there_and_the_
     with pytest.raises(ValueError, match="Not enough memory on cuda:0") as refusal:
         check_memory(need, recipe, 16 * GIB, "cuda:0")
     message = str(refusal.value)
-    assert f"needs {need.least / 1e9:.1f} GB, with all that ComfyUI can leave in RAM left there; cuda:0 has 17.2 GB" in message
+    assert f"needs {need.least / 1e9:.1f} GB even with as much left in RAM as ComfyUI can; cuda:0 has 17.2 GB" in message
     assert f"{16 * recipe.student.student_layout(4096).parameters / 1e9:.3f} GB" in message
     assert message.splitlines()[-1].startswith("What to do: lower batch and raise accumulate")
-    assert message.endswith("the shipped recipe schnell-16gb is made for this much.")
+    assert message.endswith("the shipped recipe schnell-16gb is made for this much memory.")
 
 
 def test_what_is_just_enough_passes_and_a_byte_less_does_not():

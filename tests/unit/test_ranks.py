@@ -79,7 +79,7 @@ with Ranks.open("cpu", timeout_s=120) as ranks:
     run = RunDirectory(folder / "run").start("recipe") if ranks.is_main else None
     with Reporter(run, ranks.is_main, 2) as reporter:
         reporter.step(1, 0.5, 8)
-        reporter.picture("sheet", lambda: Image.new("RGB", (8, 8)))
+        reporter.image("sheet", lambda: Image.new("RGB", (8, 8)))
     told["written"] = written
     (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(told))
 """

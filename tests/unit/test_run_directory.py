@@ -48,7 +48,7 @@ def test_a_run_that_saved_nothing_is_started_over(tmp_path):
 def test_a_run_with_checkpoints_is_not_started_over(tmp_path, name):
     with RunDirectory(tmp_path).start(RECIPE) as run:
         (run.checkpoints / name).mkdir()
-    with pytest.raises(RunError, match=r"has saved checkpoints.\nWhat to do: go on with --resume"):
+    with pytest.raises(RunError, match=r"holds a run with checkpoints.\nWhat to do: resume it with --resume"):
         RunDirectory(tmp_path).start("other")
     assert (tmp_path / "recipe.toml").read_text() == RECIPE
     RunDirectory(tmp_path).resume().close()
@@ -56,7 +56,7 @@ def test_a_run_with_checkpoints_is_not_started_over(tmp_path, name):
 
 def test_a_folder_with_other_things_and_a_file_are_no_place_for_a_run(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunError, match="holds files and is no run"):
+    with pytest.raises(RunError, match="holds files but no run"):
         RunDirectory(tmp_path).start(RECIPE)
     with pytest.raises(RunError, match="is a file"):
         RunDirectory(tmp_path / "notes.txt").start(RECIPE)

@@ -95,7 +95,7 @@ def test_torn_lines_of_metrics_are_cut_off_and_whole_ones_kept(tmp_path, torn):
 
 def test_a_picture_is_written_under_its_step(run):
     with Reporter(run, True, 10, start_step=120) as reporter:
-        path = reporter.picture("contact-sheet", lambda: square("red"))
+        path = reporter.image("contact-sheet", lambda: square("red"))
         assert path == run.samples / "step-000120-contact-sheet.jpg"
         with Image.open(path) as picture:
             assert picture.size == (8, 8)
@@ -107,15 +107,15 @@ def test_trouble_in_a_picture_is_logged_with_its_traceback_counted_and_ends_noth
         raise RuntimeError("the VAE is upside down")
 
     with Reporter(run, True, 10) as reporter:
-        assert reporter.picture("first", broken) is None
-        assert reporter.picture("second", broken) is None
-        assert reporter.preview_troubles == 2
+        assert reporter.image("first", broken) is None
+        assert reporter.image("second", broken) is None
+        assert reporter.failed_images == 2
         reporter.step(1, 0.5, 4)
     text = run.log.read_text()
     assert text.count("RuntimeError: the VAE is upside down") == 2
     assert text.count("in broken") == 2
-    assert "2 pictures could not be made" in text
-    assert "the picture first could not be made" in capsys.readouterr().err
+    assert "2 images could not be made" in text
+    assert "the image first could not be made" in capsys.readouterr().err
     assert list(run.samples.iterdir()) == []
     assert len(rows(run)) == 1
 
@@ -125,8 +125,8 @@ def test_ctrl_c_in_a_picture_is_no_trouble_of_the_picture(run):
         raise KeyboardInterrupt
 
     with Reporter(run, True, 10) as reporter, pytest.raises(KeyboardInterrupt):
-        reporter.picture("first", interrupted)
-    assert reporter.preview_troubles == 0
+        reporter.image("first", interrupted)
+    assert reporter.failed_images == 0
 
 
 def test_log_holds_our_lines_and_those_of_the_host_and_its_handlers_are_taken_off_again(run, capsys):
@@ -157,7 +157,7 @@ def test_other_ranks_write_and_print_nothing_and_make_no_pictures(capsys):
     with Reporter(None, False, 10) as reporter:
         reporter.step(1, 0.5, 4)
         assert reporter.held_out({"all": 2.0}, 4) == 2.0
-        assert reporter.picture("first", pytest.fail) is None
+        assert reporter.image("first", pytest.fail) is None
     assert capsys.readouterr() == ("", "")
 
 
@@ -175,7 +175,7 @@ def test_curves_for_tensorboard_where_it_is_installed_and_else_a_line_that_says_
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a file that is always full")
 def test_metrics_that_cannot_be_written_are_a_clear_error(run):
     run.metrics.symlink_to("/dev/full")
-    with Reporter(run, True, 10) as reporter, pytest.raises(OSError, match=r"cannot be written to: No space left on device.\nWhat to do"):
+    with Reporter(run, True, 10) as reporter, pytest.raises(OSError, match=r"cannot be written: No space left on device.\nWhat to do"):
         reporter.step(1, 0.5, 4)
 
 

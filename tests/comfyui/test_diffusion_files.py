@@ -1,0 +1,38 @@
+"""Opening diffusion models: guidance is given exactly to models that take it, and a failing driver is not blamed on the file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import comfy.sd
+import pytest
+from distilled_t5.diffusion.files import check_guidance, open_diffusion_model
+from distilled_t5.diffusion.frozen import FrozenModel
+from distilled_t5.families import FAMILIES
+from distilled_t5.miniature.files import FLUX_FILE, place
+from distilled_t5.runtime.model_folders import SHIPPED
+from distilled_t5.tests.support.small_models import SMALL_MODELS
+
+FLUX = FAMILIES["flux"]
+
+
+def test_guidance_is_given_exactly_to_models_that_take_it() -> None:
+    dev = SMALL_MODELS["flux"]
+    schnell = replace(dev, config={**dev.config, "guidance_embed": False})
+    guided, unguided = (FrozenModel(small.patcher(), FLUX) for small in (dev, schnell))
+    check_guidance("dev", guided, [2.0, 3.5])
+    check_guidance("schnell", unguided, [])
+    with pytest.raises(ValueError, match=r"schnell takes no guidance, but sampling.guidance is 2, 3.5.\nWhat to do: "):
+        check_guidance("schnell", unguided, [2.0, 3.5])
+    with pytest.raises(ValueError, match=r"dev needs guidance, but sampling.guidance is empty.\nWhat to do: set it to 3.5"):
+        check_guidance("dev", guided, [])
+
+
+def test_an_error_of_the_driver_is_not_blamed_on_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_arguments: object, **_named: object) -> None:
+        raise RuntimeError("CUDA error: the launch timed out and was terminated")
+
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model", failing)
+    with pytest.raises(ValueError, match=r"could not be loaded: CUDA error.*\nWhat to do: check the GPU and its driver.") as caught:
+        open_diffusion_model(place(SHIPPED, FLUX_FILE), "auto", FLUX)
+    assert "not a diffusion model" not in str(caught.value)
