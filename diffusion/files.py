@@ -10,7 +10,7 @@ import torch
 
 from ..encoder.files import CHOICES, read_header
 from ..families import FAMILIES
-from ..runtime.comfyui import lines_of_host
+from ..runtime.comfyui import logged_lines
 from ..runtime.errors import StudentFileError, printable
 from ..runtime.failure import is_out_of_memory
 from ..train.trajectory import LATENT_CHANNELS
@@ -56,7 +56,7 @@ def _load_patcher(path: Path, dtype: torch.dtype | None) -> Any:
         read_header(path)
     except StudentFileError as error:
         raise ValueError(f"{error.problem}\n{NAME_A_FLUX}") from error
-    with lines_of_host("unet missing: ") as missing:
+    with logged_lines("unet missing: ") as missing:
         try:
             patcher = comfy.sd.load_diffusion_model(str(path), model_options={} if dtype is None else {"dtype": dtype})
         except HOST_ERRORS as error:

@@ -17,7 +17,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ..runtime.disk import sync_folder
+from ..runtime.disk import UNFINISHED, sync_folder
 from ..runtime.errors import StudentFileError, listed, printable
 from ..students.t5.layout import SHARED, Shape, StudentLayout, read_layout
 from .dialects import published_names, split_twin
@@ -40,7 +40,6 @@ FLOAT_NAMES = {
 CHOICES = {name: dtype for dtype, name in FLOAT_NAMES.items() if dtype != torch.float8_e5m2}
 GGUF = b"GGUF"
 # The ending of a file that is being written; one that has not changed for an hour belongs to a process that was killed.
-UNFINISHED = ".distilled-t5-part"
 ABANDONED_S = 3600.0
 ANOTHER_FILE = "download the file again, or use an earlier checkpoint: such weights give black or broken pictures."
 OTHER_WEIGHTS = (

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ..config.files import find_recipe, read_recipe
-from ..config.parts import FROM_LIST, NOT_EMPTY, Count, FileStem, Part, Text
-from ..config.toml import write_toml
+from ..config.files import load_config
+from ..config.parts import FROM_LIST, NOT_EMPTY, Config, Count, FilePath, FileStem, OptionalPath, Part, Text
 from ..prompts.corpora import COMPBENCH_CATEGORIES
 
 SHIPPED = Path(__file__).resolve().parent / "suites"
@@ -25,18 +23,18 @@ MetricName = Literal["ocr", "readback", "clip_score", "fid", "compbench", "lpips
 class EncoderPart(Part):
     """The text encoder that the others are compared with, and the CLIP-L beside all of them."""
 
-    t5: Text = Field(description="T5-XXL (bf16, fp16, fp8) or an encoder of ours: a file in models/text_encoders, or a path")
-    clip_l: Text = Field(description='CLIP-L for the pooled vector: a file in models/text_encoders, a path, or "none" for zeros')
+    t5: FilePath = Field(description="T5-XXL (bf16, fp16, fp8) or an encoder of ours: a file in models/text_encoders, or a path")
+    clip_l: FilePath = Field(description='CLIP-L for the pooled vector: a file in models/text_encoders, a path, or "none" for zeros')
 
 
 class DiffusionModelPart(Part):
     """The diffusion model and the VAE that paint for all encoders."""
 
-    file: Text = Field(description="a file in models/diffusion_models, or a path")
+    file: FilePath = Field(description="a file in models/diffusion_models, or a path")
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8_e4m3fn"] = Field(
         description="how its weights are held in memory; auto: as in the file"
     )
-    vae: Text = Field(description="a file in models/vae, or a path")
+    vae: FilePath = Field(description="a file in models/vae, or a path")
 
 
 class SamplingPart(Part):
@@ -55,9 +53,9 @@ class Prompts(Part):
         description="common_text: made here, those held out of training; compbench: the validation files of a T2I-CompBench folder; coco: "
         "an annotation file of COCO captions; miniature: held-out scenes of the miniature; lines: a text file, a prompt per line"
     )
-    path: str = Field(default="", description="file, or folder of compbench; relative to the folder the command is started in")
+    path: OptionalPath = Field(default="", description="file, or folder of compbench; relative to the folder the command is started in")
     category: str = Field(default="", description="category of compbench, or task of the miniature")
-    pictures: str = Field(default="", description="coco: folder of the photographs, which FID compares with")
+    pictures: OptionalPath = Field(default="", description="coco: folder of the photographs, which FID compares with")
     limit: Count = Field(description="prompts used, from the first; fewer if there are not so many")
 
     @model_validator(mode="after")
@@ -117,22 +115,22 @@ class OcrPart(Part):
     """What reads the text in pictures."""
 
     reader: Literal["easyocr", "tesseract"] = Field(description="easyocr, as in the paper, or the system's tesseract")
-    weights: str = Field(default="", description='folder of its weights; "" for its own')
+    weights: OptionalPath = Field(default="", description='folder of its weights; "" for its own')
     languages: Annotated[tuple[Text, ...], FROM_LIST, NOT_EMPTY] = Field(description="languages it reads, by EasyOCR's codes")
 
 
 class WeightsPart(Part):
     """A network that judges pictures, from this machine; nothing is downloaded."""
 
-    weights: Text = Field(description="clip_score: a Hugging Face folder of CLIP; fid: the file of Inception; lpips: the file of AlexNet")
+    weights: FilePath = Field(description="clip_score: a Hugging Face folder of CLIP; fid: a file of Inception; lpips: a file of AlexNet")
 
 
 class CompbenchPart(Part):
     """The networks that judge T2I-CompBench."""
 
-    vqa: Text = Field(description="folder of BLIP-VQA (colour, shape, texture)")
-    detector: Text = Field(description="folder of the object detector (2D and 3D position, count)")
-    depth: str = Field(default="", description='folder of the depth estimator (3D position); "" if no task asks for it')
+    vqa: FilePath = Field(description="folder of BLIP-VQA (colour, shape, texture)")
+    detector: FilePath = Field(description="folder of the object detector (2D and 3D position, count)")
+    depth: OptionalPath = Field(default="", description='folder of the depth estimator (3D position); "" if no task asks for it')
 
 
 class EmbeddingPart(Part):
@@ -168,13 +166,13 @@ class PagePart(Part):
     side_px: Count = Field(description="side to which larger pictures are scaled down")
 
 
-class Suite(Part):
+class Suite(Config):
     """All that decides what is painted and how it is judged."""
 
     name: FileStem = Field(description="name of the suite")
     seed: int = Field(ge=0, lt=2**31, description="picture k of a task is painted from seed + k, by every encoder")
     teacher: EncoderPart = Field(description="the text encoder that the others are compared with")
-    students: Annotated[tuple[Text, ...], FROM_LIST] = Field(
+    students: Annotated[tuple[FilePath, ...], FROM_LIST] = Field(
         description="encoders compared with it, besides those of --student: distilled ones or T5-XXL in another format"
     )
     diffusion_model: DiffusionModelPart = Field(description="what paints")
@@ -203,20 +201,10 @@ class Suite(Part):
                     raise ValueError(f"task {task.name} asks for {metric}, and there is no table [{part}]")
         return self
 
-    def to_toml(self) -> str:
-        """The canonical text: the same suite gives the same text, and reading it gives the same suite."""
-        return write_toml(self.model_dump(by_alias=True, exclude_none=True))
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the canonical text in UTF-8."""
-        return hashlib.sha256(self.to_toml().encode()).hexdigest()
-
 
 def load_suite(name_or_path: str, overrides: Sequence[str] = ()) -> Suite:
-    """The suite of that path, or the shipped one of that name, with `part.key=value` and `task.0.prompts.limit=5` settings applied.
+    """The suite in that file, or the shipped one of that name, with `part.key=value` and `task.0.prompts.limit=5` settings applied.
 
-    Raises RecipeError that lists every problem: an unknown key with the nearest known one, a wrong value with what was expected, each with
-    its line or setting.
+    Raises ConfigError that lists every problem: an unknown key with the nearest known one, a wrong value with what was expected.
     """
-    return read_recipe(find_recipe(name_or_path, SHIPPED, "suite"), overrides, Suite, "suite")
+    return load_config(name_or_path, overrides, Suite, "suite", SHIPPED)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distilled_t5.config.files import RecipeError, options
+from distilled_t5.config.files import ConfigError, options
 from distilled_t5.evaluate.suite import SHIPPED, Suite, load_suite
 from distilled_t5.miniature.measure import MEASURED
 from distilled_t5.prompts.corpora import COMPBENCH_CATEGORIES
@@ -42,7 +42,7 @@ def suite_of(folder: Path, text: str, *overrides: str) -> Suite:
 
 def problems(folder: Path, text: str, *overrides: str) -> list[str]:
     """The lines of the error about a suite's text."""
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(ConfigError) as caught:
         suite_of(folder, text, *overrides)
     return caught.value.details
 
@@ -87,11 +87,11 @@ def test_a_suite_round_trips_exactly(name, tmp_path):
     assert load_suite(name, ["seed=7"]).sha256 != suite.sha256
 
 
-def test_an_unknown_key_is_refused_with_the_nearest_one_and_its_line(tmp_path):
+def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path):
     text = MINIATURE.replace("batch = 50", "bach = 50")
     assert problems(tmp_path, text) == [
-        "line 17: sampling.batch is missing (pictures that go through the diffusion model at once on one GPU: bounds the memory)",
-        "line 21: sampling.bach is no key of a suite; the nearest is sampling.batch",
+        "sampling.batch is missing (pictures that go through the diffusion model at once on one GPU: bounds the memory)",
+        "sampling.bach is not a key of a suite; the nearest is sampling.batch",
     ]
 
 
@@ -125,7 +125,7 @@ def test_photographs_are_asked_for_where_fid_is(tmp_path):
 
 
 def test_a_suite_that_is_not_there_is_refused_with_the_shipped_names():
-    with pytest.raises(RecipeError, match=r"quik is neither a suite file \(it is not there\) nor the name of a shipped suite") as caught:
+    with pytest.raises(ConfigError, match=r"quik is neither a suite file \(it does not exist\) nor the name of a shipped suite") as caught:
         load_suite("quik")
     assert "shipped: miniature, paper, quick" in str(caught.value)
     assert "did you mean quick?" in str(caught.value)
