@@ -1,4 +1,4 @@
-"""The folder of models that come with the pack, in folders named as ComfyUI's, so that its lists and the trainer find them by name."""
+"""The models shipped with the pack, in folders named as ComfyUI's, so that its lists and the trainer find them by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ KINDS = ("vae", "text_encoders", "diffusion_models", "loras")
 
 
 def add_model_folders(folder: Path = SHIPPED) -> None:
-    """Make the files below `folder` known to ComfyUI's lists, after the user's own; without them, nothing changes."""
+    """Add the model folders in `folder` to ComfyUI's, after the user's own."""
     import folder_paths
 
     for kind in KINDS:

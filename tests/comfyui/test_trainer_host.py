@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import folder_paths
 import pytest
 from distilled_t5.runtime.comfyui import OLDEST, model_file, refuse_old_comfyui
-from distilled_t5.tests.support.trainer import command, finish
+from distilled_t5.tests.support.trainer import QUICK, command, finish, metrics, wait_for_step
 
 STARTED = """
 import sys
@@ -140,3 +142,21 @@ def test_a_model_that_is_a_link_keeps_its_name_and_extension(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path / "models")
     for name in ("t5.safetensors", "./t5.safetensors", "../models/t5.safetensors", str(tmp_path / "models" / "t5.safetensors")):
         assert model_file(name, "text_encoders") == tmp_path / "models" / "t5.safetensors"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo terminals are POSIX")
+def test_a_run_whose_terminal_is_closed_is_saved(comfyui_path, tmp_path):
+    run = tmp_path / "run"
+    ours, theirs = pty.openpty()
+    arguments = command(comfyui_path, tmp_path / "base", run, settings=[*QUICK, "stage.1.steps=400", "checkpoints.every_steps=400"])
+    process = subprocess.Popen([sys.executable, *arguments], cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    try:
+        wait_for_step(process, run, 3)
+        os.close(ours)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(timeout=120) == 130
+    finally:
+        process.kill()
+    stopped_at = metrics(run)[-1]["step"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{stopped_at:06d}"]
