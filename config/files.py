@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ..runtime.errors import printable
+from ..runtime.errors import UserError, printable
 from .toml import toml_parser, toml_value
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -21,12 +21,12 @@ SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
 QUOTES = "in TOML, put a Windows path between single quotes or write it with forward slashes"
 
 
-class ConfigError(ValueError):
-    """A recipe or suite that cannot be used: every problem with its key, and what to do."""
+class ConfigError(UserError):
+    """A recipe or suite that cannot be used; `problems` begin with their keys."""
 
-    def __init__(self, problem: str, remedy: str, details: Sequence[str] = ()) -> None:
-        super().__init__("\n".join([problem, *(f"  {detail}" for detail in details), f"What to do: {remedy}"]))
-        self.details = list(details)
+    def __init__(self, problem: str, remedy: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(problem, remedy, "\n".join(f"  {one}" for one in problems))
+        self.problems = list(problems)
 
 
 def load_config(name_or_path: str, overrides: Sequence[str], model: type[Model], noun: str = "recipe", folder: Path = SHIPPED) -> Model:

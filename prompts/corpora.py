@@ -17,7 +17,7 @@ from typing import Any, Literal, TextIO
 from pydantic import Field, model_validator
 
 from ..config.parts import Count, OptionalPath, Part
-from ..runtime.errors import printable
+from ..runtime.errors import UserError, printable
 from ..runtime.optional import needed
 
 PACK = Path(__file__).resolve().parent.parent
@@ -38,13 +38,8 @@ class Prompt:
     target: str | None = None
 
 
-class PromptError(ValueError):
-    """Prompts that cannot be used: what is wrong, what was found, what to do."""
-
-    def __init__(self, problem: str, remedy: str, found: str = "") -> None:
-        super().__init__("\n".join(line for line in (problem, found, f"What to do: {remedy}") if line))
-        self.problem = problem
-        self.remedy = remedy
+class PromptError(UserError):
+    """Prompts that cannot be used."""
 
 
 class Corpus(Part):

@@ -1,22 +1,23 @@
-"""The exception for encoder files, and text that can be printed."""
+"""Errors with advice, and text that can be printed."""
 
 from __future__ import annotations
 
 
-class StudentFileError(ValueError):
-    """A file that cannot be used as a distilled T5: what is wrong, what to do.
-
-    The first line says what is wrong (ComfyUI's error dialog shows it first); the last says what to do.
-    """
-
-    # ComfyUI shows the module before the message, and imports a pack under its full path.
-    __module__ = "distilled_t5"
+class UserError(ValueError):
+    """A mistake of the user's: the first line says what is wrong, the last what to do."""
 
     def __init__(self, problem: str, remedy: str, details: str = "") -> None:
         lines = [problem, details, f"What to do: {remedy}"]
         super().__init__("\n".join(line for line in lines if line))
         self.problem = problem
         self.remedy = remedy
+
+
+class StudentFileError(UserError):
+    """A file that cannot be used as a distilled T5."""
+
+    # ComfyUI shows the module before the message, and imports a pack under its full path.
+    __module__ = "distilled_t5"
 
 
 def printable(text: str, most: int = 200) -> str:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
+from .errors import UserError
+
 if sys.platform == "win32":
     import msvcrt
 else:
@@ -18,11 +20,8 @@ else:
 LOCKED_BYTE = 1 << 30
 
 
-class RunError(ValueError):
-    """A run directory that cannot be used: what is wrong, what to do."""
-
-    def __init__(self, problem: str, remedy: str) -> None:
-        super().__init__(f"{problem}\nWhat to do: {remedy}")
+class RunError(UserError):
+    """A run directory that cannot be used."""
 
 
 def lock(folder: Path, option: str = "--run") -> BinaryIO:

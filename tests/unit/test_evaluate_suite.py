@@ -44,7 +44,7 @@ def problems(folder: Path, text: str, *overrides: str) -> list[str]:
     """The lines of the error about a suite's text."""
     with pytest.raises(ConfigError) as caught:
         suite_of(folder, text, *overrides)
-    return caught.value.details
+    return caught.value.problems
 
 
 def keys_used(value: Any, prefix: str = "") -> set[str]:

@@ -36,8 +36,8 @@ def refusal(folder: Path, text: str, *overrides: str) -> list[str]:
     head, *details, remedy = str(caught.value).splitlines()
     assert "mine.toml" in head
     assert remedy.startswith("What to do: ")
-    assert [line.strip() for line in details] == caught.value.details
-    return caught.value.details
+    assert [line.strip() for line in details] == caught.value.problems
+    return caught.value.problems
 
 
 def test_windows_line_endings_are_read(tmp_path):
@@ -279,7 +279,7 @@ def test_wrong_setting_is_refused_and_quoted(setting, expected, tmp_path):
         recipe_of(tmp_path, SMOKE, setting)
     shown = setting if setting.isprintable() else repr(setting)[1:-1]
     assert f"mine.toml --set {shown}: " in str(caught.value).splitlines()[0]
-    assert any(expected in detail for detail in caught.value.details)
+    assert any(expected in detail for detail in caught.value.problems)
     assert all(line.isprintable() for line in str(caught.value).splitlines())
 
 
