@@ -13,6 +13,11 @@ if __package__:
 
     async def comfy_entrypoint():  # noqa: ANN201 (naming the type would import it)
         """Return the extension with this pack's nodes (ComfyUI's V3 node API)."""
+        import comfyui_version
+
+        from .runtime.comfyui import refuse_old_comfyui
+
+        refuse_old_comfyui(comfyui_version.__version__)
         from .nodes import DistilledT5Extension
 
         return DistilledT5Extension()

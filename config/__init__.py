@@ -1,1 +1,1 @@
-"""Typed TOML files: read, checked with every problem listed, written."""
+"""Typed TOML files: read, validated with every problem listed, written."""

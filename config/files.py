@@ -1,11 +1,9 @@
-"""A recipe's file: found, read, changed by `--set`, and held against its models with every problem listed at once."""
+"""Recipes and suites: found, read, changed by `--set`, checked against their model with every problem listed at once."""
 
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from inspect import isclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -13,38 +11,54 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ..runtime.errors import printable
-from .toml import KeyPath, dotted, key_lines, read_toml, toml_value
+from ..runtime.errors import UserError, printable
+from .toml import toml_parser, toml_value
 
 Model = TypeVar("Model", bound=BaseModel)
-# Where a key stands: the line to sort by, and the place in words.
-Places = dict[KeyPath, tuple[int, str]]
-# Where pydantic speaks of Python and not of TOML.
+# TOML's names for what pydantic calls by Python's.
 EXPECTED = {"model_type": "expected a table", "tuple_type": "expected a list"}
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
+QUOTES = "in TOML, put a Windows path between single quotes or write it with forward slashes"
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be used: every problem with its place, and what to do."""
+class ConfigError(UserError):
+    """A recipe or suite that cannot be used; `problems` begin with their keys."""
 
-    def __init__(self, problem: str, remedy: str, details: Sequence[str] = ()) -> None:
-        super().__init__("\n".join([problem, *(f"  {detail}" for detail in details), f"What to do: {remedy}"]))
-        self.details = list(details)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing wrong with a recipe: the key, and what is wrong with its value."""
-
-    path: KeyPath
-    text: str
+    def __init__(self, problem: str, remedy: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(problem, remedy, "\n".join(f"  {one}" for one in problems))
+        self.problems = list(problems)
 
 
-def find_recipe(name_or_path: str, folder: Path = SHIPPED, noun: str = "recipe") -> Path:
-    """The file of a recipe: a path, or the name of a shipped one (`smoke`, `smoke.toml`, `recipes/smoke.toml`) from any folder.
+def load_config(name_or_path: str, overrides: Sequence[str], model: type[Model], noun: str = "recipe", folder: Path = SHIPPED) -> Model:
+    """The recipe or suite in a file, or the shipped one of that name in `folder`, with `part.key=value` settings applied.
 
-    `folder` and `noun` are for files that are written like recipes and called otherwise.
+    `noun` is what error messages call it. Raises ConfigError that lists every problem: an unknown key with the nearest known one, a
+    wrong value with what was expected.
     """
+    path = _find(name_or_path, noun, folder)
+    data, problems = _read(path), []
+    for setting in overrides:
+        try:
+            set_value(data, setting)
+        except ValueError as error:  # noqa: PERF203 (every problem is reported)
+            problems.append(f"--set {printable(setting)}: {error}")
+    try:
+        config = model.model_validate(data)
+    except ValidationError as error:
+        problems += [_problem(details, model, noun) for details in error.errors(include_url=False)]
+    else:
+        if not problems:
+            return config
+    changed = "".join(f" --set {printable(setting)}" for setting in overrides)
+    raise ConfigError(
+        f"{path}{changed}: {len(problems)} {'problem' if len(problems) == 1 else 'problems'}.",
+        f"correct these keys; the shipped {noun}s explain every key.",
+        problems,
+    )
+
+
+def _find(name_or_path: str, noun: str, folder: Path) -> Path:
+    """The file: a path, or the name of a shipped one (`smoke`, `smoke.toml`, `recipes/smoke.toml`) from any working folder."""
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path
@@ -53,57 +67,27 @@ def find_recipe(name_or_path: str, folder: Path = SHIPPED, noun: str = "recipe")
     if name in shipped and str(path.parent) in (".", folder.name):
         return folder / f"{name}.toml"
     near = difflib.get_close_matches(name, shipped, n=1)
-    found = "is a folder" if path.is_dir() else "is not there"
-    raise RecipeError(
-        f"{name_or_path} is neither a {noun} file (it {found}) nor the name of a shipped {noun}.",
+    found = "is a folder" if path.is_dir() else "does not exist"
+    raise ConfigError(
+        f"{printable(name_or_path)} is neither a {noun} file (it {found}) nor the name of a shipped {noun}.",
         f"did you mean {near[0]}?" if near else "give the path of a .toml file, or one of these names.",
         [f"shipped: {', '.join(shipped)}"],
     )
 
 
-def read_recipe(path: Path, overrides: Sequence[str], model: type[Model], noun: str = "recipe") -> Model:
-    """The recipe in a file, with `part.key=value` settings applied. Raises RecipeError that lists every problem with its place."""
+def _read(path: Path) -> dict[str, Any]:
+    toml = toml_parser()
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        data = read_toml(text)
+        return toml.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}.", "save it as UTF-8.") from error
-    except ValueError as error:
-        raise RecipeError(f"{path} is no TOML: {error}", "mend that place; texts stand in double quotes.") from error
-    places: Places = {key: (line, f"line {line}") for key, line in key_lines(text).items()}
-    problems: list[Problem] = []
-    for setting in overrides:
-        key, wrong = set_value(data, setting, noun)
-        place = (0, f"--set {printable(setting)}")
-        places = {other: line for other, line in places.items() if other[: len(key)] != key} | {key: place}
-        for length in range(1, len(key)):
-            places.setdefault(key[:length], place)
-        problems += [Problem(key, wrong)] if wrong else []
-    try:
-        recipe = model.model_validate(data)
-    except ValidationError as error:
-        problems += [_problem(details, model, noun) for details in error.errors(include_url=False)]
-    else:
-        if not problems:
-            return recipe
-    raise RecipeError(
-        f"{path}: {len(problems)} {'problem' if len(problems) == 1 else 'problems'}.",
-        f"mend the places named; the shipped {noun}s show every key with its meaning.",
-        [text for _, text in sorted(_placed(problem, places) for problem in problems)],
-    )
-
-
-def _placed(problem: Problem, places: Places) -> tuple[int, str]:
-    """The problem with the line of its key, or of the table that should hold the key; what has no place at all comes last."""
-    for length in range(len(problem.path), 0, -1):
-        if problem.path[:length] in places:
-            line, place = places[problem.path[:length]]
-            return line, f"{place}: {problem.text}"
-    return sys.maxsize, problem.text
+        raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.", "save it as UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        found = "arrays or tables are nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ConfigError(f"{path} is not valid TOML: {found}.", f"correct that place; {QUOTES}.") from error
 
 
 def options(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    """Every key that a recipe can have, by dotted name without list positions (`stage.corpora.path`); a table comes before its keys."""
+    """Every key that a config can have, by dotted name without list positions (`stage.corpora.path`); a table comes before its keys."""
     found: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
@@ -114,29 +98,27 @@ def options(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
 
 
 def _part(annotation: Any) -> type[BaseModel] | None:
-    """The model within `Model`, `Model | None` or `tuple[Model, ...]`."""
+    """The model in `Model`, `Model | None` or `tuple[Model, ...]`."""
     if isclass(annotation) and not get_args(annotation):
         return annotation if issubclass(annotation, BaseModel) else None
     return next((part for part in map(_part, get_args(annotation)) if part), None)
 
 
-def _problem(details: Mapping[str, Any], model: type[BaseModel], noun: str) -> Problem:
-    """What pydantic found, in the words of a recipe."""
-    path: KeyPath = tuple(details["loc"])
+def _problem(details: Mapping[str, Any], model: type[BaseModel], noun: str) -> str:
+    """One of pydantic's errors in TOML's terms, beginning with the dotted key as `--set` takes it."""
     known = options(model)
-    kind, message, name = details["type"], details["msg"], ".".join(key for key in path if isinstance(key, str))
+    key = printable(".".join(map(str, details["loc"])))
+    name = ".".join(part for part in details["loc"] if isinstance(part, str))
+    kind, message, value = details["type"], details["msg"], details["input"]
     meaning = f" ({known[name].description})" if name in known else ""
     if kind == "extra_forbidden":
-        return Problem(path, f"{dotted(path)} is no key of a {noun}; the nearest is {_nearest(name, known)}")
+        return f"{key} is not a key of a {noun}; the nearest is {_nearest(name, known)}"
     if kind == "missing":
-        return Problem(path, f"{dotted(path)} is missing{meaning}")
-    if kind == "value_error":
-        text = message.removeprefix("Value error, ")
-        # A check of one value does not say what the value is; a check of a whole table does.
-        found = "" if isinstance(details["input"], Mapping) else f", found {_shown(details['input'])}{meaning}"
-        return Problem(path, f"{dotted(path) or f'the {noun}'}: {text}{found}")
-    expected = EXPECTED.get(kind) or message.replace("Input should be", "expected")
-    return Problem(path, f"{dotted(path)}: {expected}, found {_shown(details['input'])}{meaning}")
+        return f"{key} is missing{meaning}"
+    # The check of a complete table says itself which values it means.
+    got = "" if kind == "value_error" and isinstance(value, Mapping) else f", got {printable(toml_value(value), 80)}{meaning}"
+    message = message.removeprefix("Value error, ").replace("Input should be", "expected").replace("String should have", "expected")
+    return f"{key or f'the {noun}'}: {EXPECTED.get(kind, message)}{got}"
 
 
 def _nearest(name: str, known: Mapping[str, FieldInfo]) -> str:
@@ -150,47 +132,37 @@ def _nearest(name: str, known: Mapping[str, FieldInfo]) -> str:
     return owner + dot + (near or difflib.get_close_matches(key, siblings, n=1, cutoff=0))[0]
 
 
-def _shown(value: Any, most: int = 80) -> str:
-    """A value as a recipe would write it, cut to `most` characters."""
-    text = toml_value(value)
-    return text if len(text) <= most else text[:most] + "..."
-
-
-def set_value(data: dict[str, Any], setting: str, noun: str = "recipe") -> tuple[KeyPath, str]:
-    """Apply `part.key=value` to parsed TOML, in place: its path, and what is wrong with it ("" if nothing is).
-
-    The value is TOML; what is no TOML is text, so that a shell needs no quotes within quotes.
-    """
+def set_value(data: dict[str, Any], setting: str) -> None:
+    """Apply `part.key=value` to parsed TOML, in place. Raises ValueError that says what is wrong with the setting."""
     key, equals, value = setting.partition("=")
-    path: KeyPath = tuple(int(name) if name.isdecimal() else name for name in key.strip().split("."))
+    path = key.strip().split(".")
     if not equals or "" in path:
-        return path, "expected part.key=value"
+        raise ValueError("expected part.key=value")
     place: Any = data
     for depth, name in enumerate(path):
-        wrong = _misplaced(place, path[: depth + 1], noun)
-        if wrong:
-            return path, wrong
-        if depth == len(path) - 1:
-            place[name] = _setting_value(value.strip())
+        owner, is_last = ".".join(path[:depth]), depth == len(path) - 1
+        index: Any = name
+        if isinstance(place, list):
+            if not (name.isdecimal() and int(name) < len(place)):
+                raise ValueError(f"{owner} has {len(place)} entries: expected a number from 0 to {len(place) - 1}, got {printable(name)}")
+            index = int(name)
+        elif not isinstance(place, dict):
+            raise ValueError(f"{owner} is a value, not a table")
+        elif not is_last:
+            place.setdefault(name, {})
+        if is_last:
+            place[index] = _setting_value(value.strip())
         else:
-            place = place.setdefault(name, {}) if isinstance(place, dict) else place[name]
-    return path, ""
-
-
-def _misplaced(place: Any, path: KeyPath, noun: str) -> str:
-    name, owner = path[-1], dotted(path[:-1])
-    if isinstance(place, list):
-        if isinstance(name, int) and name < len(place):
-            return ""
-        return f"{owner} has {len(place)} entries: expected a number from 0 to {len(place) - 1}, found {name}"
-    if not isinstance(place, dict):
-        return f"{owner} is a value, not a table: nothing can be set in it"
-    return "" if isinstance(name, str) else f"{owner or f'a {noun}'} is a table, not a list: it has no entry {name}"
+            place = place[index]
 
 
 def _setting_value(text: str) -> Any:
+    """The TOML value of a setting; other text stands for itself, so that a shell needs no quotes within quotes."""
+    toml = toml_parser()
     try:
-        parsed = read_toml(f"value = {text}")
-    except ValueError:
+        parsed = toml.loads(f"value = {text}")
+    except (ValueError, RecursionError) as error:
+        if text[:1] in ("'", '"'):
+            raise ValueError(f"not valid TOML: {error}; {QUOTES}, or leave the quotes out") from error
         return text
     return parsed["value"] if list(parsed) == ["value"] else text

@@ -11,7 +11,7 @@ import comfy.sd
 import torch
 
 from ..families.family import Family
-from ..runtime.comfyui import lines_of_host
+from ..runtime.comfyui import logged_lines
 from ..runtime.errors import StudentFileError, printable
 from ..runtime.failure import is_out_of_memory
 from ..runtime.weights import CHOICES, read_header
@@ -61,7 +61,7 @@ def _load_patcher(path: Path, dtype: torch.dtype | None, family: Family) -> Any:
         read_header(path)
     except StudentFileError as error:
         raise _refused(error.problem, family) from error
-    with lines_of_host("unet missing: ") as missing:
+    with logged_lines("unet missing: ") as missing:
         try:
             patcher = comfy.sd.load_diffusion_model(str(path), model_options={} if dtype is None else {"dtype": dtype})
         except DETECTION_ERRORS as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..runtime.disk import sync_folder
+from ..runtime.disk import UNFINISHED, sync_folder
 from ..runtime.errors import StudentFileError
 from ..runtime.progress import Progress, silent, waiting
 from ..runtime.weights import FLOAT_NAMES, check_finite, data_sha256, dtype_name, load_tensors, read_header, reading, widest_float
@@ -26,7 +26,6 @@ from .metadata import HASH_KEY, HEADER_HASH_KEY, KEY, NO_HASH, StudentMetadata, 
 from .stream import write_stream
 
 # The ending of a file that is being written; one that has not changed for an hour belongs to a process that was killed.
-UNFINISHED = ".distilled-t5-part"
 ABANDONED_S = 3600.0
 REMOVE_THE_CHANGE = (
     "remove the LoRA or merge that broke them, or lower its strength; or load the encoder as bf16 or fp32. "

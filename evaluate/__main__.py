@@ -3,60 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
-
-
-def trainers_command() -> ModuleType:
-    """The trainer's command: this one shares its bootstrap and how it splits flags."""
-    start = Path(__file__).resolve().parent.parent / "train" / "__main__.py"
-    spec = importlib.util.spec_from_file_location("distilled_t5_bootstrap", start)
-    assert spec is not None and spec.loader is not None
-    command = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(command)
-    return command
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """What the command takes."""
     parser = argparse.ArgumentParser(
         prog="evaluate",
-        description="Compare text encoders by their images, in numbers and side by side. What follows -- goes to ComfyUI (--cpu ...). "
-        "After an interruption the same command continues.",
+        description="Compare text encoders by their pictures, in numbers and side by side. Flags after -- are ComfyUI's (--cpu ...). "
+        "After an interruption, the same command continues.",
     )
     parser.add_argument("suite", help="a suite file, or the name of a shipped one: miniature, quick, paper")
     parser.add_argument(
         "--student", action="append", default=[], metavar="FILE", help="an encoder to compare with the teacher; may be repeated"
     )
-    parser.add_argument("--out", metavar="DIR", help="folder of images and results (default: evaluations/NAME-OF-SUITE)")
+    parser.add_argument("--out", metavar="DIR", help="folder of pictures and results (default: evaluations/NAME-OF-SUITE)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="part.key=value", help="change one value of the suite; may be repeated"
     )
-    parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one that has this pack in its custom_nodes)")
+    parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one in whose custom_nodes this pack is)")
     return parser
 
 
-def main(options: argparse.Namespace, flags: list[str]) -> int:
-    """Run the command: 0 when it is done, 130 after a stop by signal, 1 after a failure.
+def main(argv: list[str]) -> int:
+    """Run the command: 0 when it is done, 130 after a stop by signal, 1 after a failure."""
+    from distilled_t5.runtime.command import exit_status, split_flags
 
-    An expected failure prints a message with advice; a bug keeps its traceback.
-    """
-    try:
-        return run(options, flags)
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        return 130
-    except Exception as error:
-        from distilled_t5.runtime.failure import ADVICE, ISSUES, explained
-
-        sentence = explained(error, None)
-        fault = f"This is a bug of the evaluation, not of your input.\n{ADVICE}report it at {ISSUES} with the lines below."
-        print(f"\n{sentence or fault}", file=sys.stderr, flush=True)
-        if sentence is None:
-            raise
-        return 1
+    ours, flags = split_flags(argv)
+    options = command_line().parse_args(ours)
+    return exit_status(lambda: run(options, flags), "evaluation")
 
 
 def run(options: argparse.Namespace, flags: list[str]) -> int:
@@ -70,21 +47,19 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
     from distilled_t5.runtime.ranks import Ranks
 
     with Ranks.open("cuda" if torch.cuda.is_available() and "--cpu" not in flags else "cpu") as ranks:
-        # Only now: ComfyUI reads the current GPU when it is imported, and each process must read its own.
+        # Only now: ComfyUI selects the current GPU when it is imported, which must be that of the process.
         from distilled_t5.evaluate.run import evaluate
 
         path = evaluate(suite, options.student, Path(options.out or Path("evaluations", suite.name)), ranks)
     if ranks.is_main:
         if path is None:
-            print("Stopped; the same command continues.")
+            print("Stopped; the same command goes on.")
         else:
             print((path.parent / "table.md").read_text(encoding="utf-8"))
-            print(f"Done: {path}\nOpen it in a browser; results.json and table.md are beside it.")
+            print(f"Done: {path}\nOpen it in a browser; results.json and table.md are in the same folder.")
     return 130 if path is None else 0
 
 
 if __name__ == "__main__":
-    command = trainers_command()
-    command.register_pack()
-    ours, for_comfyui = command.split_flags(sys.argv[1:])
-    sys.exit(main(command_line().parse_args(ours), for_comfyui))
+    runpy.run_path(str(Path(__file__).absolute().parents[1] / "train" / "__main__.py"))["register_pack"]()
+    sys.exit(main(sys.argv[1:]))

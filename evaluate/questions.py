@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..config.parts import Count, Part
+from ..config.parts import Count, OptionalPath, Part
 from ..prompts.common_text import common_text
 from ..prompts.corpora import COMPBENCH_CATEGORIES, PromptError, compbench_files, located, read_file
 from ..world.pictures import Scene
@@ -30,26 +30,26 @@ class Prompts(Part):
     """Where a task's prompts come from."""
 
     kind: Literal["common_text", "lines", "compbench", "coco", "miniature"] = Field(
-        description="common_text: made here, those held out of training; compbench: the validation files of a T2I-CompBench folder; coco: "
+        description="common_text: generated, held out of training; compbench: the validation files of a T2I-CompBench folder; coco: "
         "an annotation file of COCO captions; miniature: held-out scenes of the miniature; lines: a text file, a prompt per line"
     )
-    path: str = Field(default="", description="file, or folder of compbench; relative to the folder the command is started in")
+    path: OptionalPath = Field(default="", description="file, or folder of compbench; relative to the working folder or to the pack's")
     category: str = Field(default="", description="category of compbench, or task of the miniature")
-    pictures: str = Field(default="", description="coco: folder of the photographs that FID compares with")
+    pictures: OptionalPath = Field(default="", description="coco: folder of the photographs that FID compares with")
     limit: Count = Field(description="prompts used, from the first; fewer if there are not so many")
 
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> Prompts:
         if (self.kind in FROM_FILES) != bool(self.path):
             raise ValueError(
-                f"prompts of kind {self.kind} {'need a path' if self.kind in FROM_FILES else 'are made here: expected no path'}"
+                f"prompts of kind {self.kind} {'need a path' if self.kind in FROM_FILES else 'are generated: expected no path'}"
             )
         if self.pictures and self.kind != "coco":
             raise ValueError(f"prompts of kind {self.kind} have no photographs: expected no pictures")
         known = CATEGORIES.get(self.kind, ())
         if self.category not in (known or ("",)):
             expected = f"expected a category, one of {', '.join(known)}" if known else "expected no category"
-            raise ValueError(f"prompts of kind {self.kind}: {expected}, found {self.category or 'none'}")
+            raise ValueError(f"prompts of kind {self.kind}: {expected}, got {self.category or 'none'}")
         return self
 
 

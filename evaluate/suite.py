@@ -1,17 +1,15 @@
-"""The suite of an evaluation: typed, documented field by field, refused as a whole if any of it is not understood."""
+"""The suite of an evaluation: every key typed, documented and validated."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ..config.files import find_recipe, read_recipe
-from ..config.parts import FROM_LIST, NOT_EMPTY, Count, FileStem, Part, Text
-from ..config.toml import write_toml
+from ..config.files import load_config
+from ..config.parts import FROM_LIST, NOT_EMPTY, Config, Count, FilePath, FileStem, Part, Text
 from ..families import FAMILIES
 from .metrics import METRICS, CompbenchPart, Metric, OcrPart, WeightsPart
 from .questions import Prompts
@@ -33,30 +31,30 @@ def _known_family(name: str) -> str:
 
 
 class EncoderPart(Part):
-    """The text encoder that the others are compared with, and the CLIP-L beside all of them."""
+    """The text encoder that the others are compared with, and the CLIP-L of all of them."""
 
-    t5: Text = Field(description="T5-XXL (bf16, fp16, fp8) or an encoder of ours: a file in models/text_encoders, or a path")
-    clip_l: Text = Field(description='CLIP-L for the pooled vector: a file in models/text_encoders, a path, or "none" for zeros')
+    t5: FilePath = Field(description="T5-XXL (bf16, fp16, fp8) or a distilled T5: a file in models/text_encoders, or a path")
+    clip_l: FilePath = Field(description='CLIP-L for the pooled vector: a file in models/text_encoders, a path, or "none" for zeros')
 
 
 class DiffusionModelPart(Part):
-    """The diffusion model and the VAE that generate the images of all encoders."""
+    """The diffusion model and the VAE of all images."""
 
     family: Annotated[Text, AfterValidator(_known_family)] = Field(default="flux", description="family of the diffusion model")
-    file: Text = Field(description="a file in models/diffusion_models, or a path")
+    file: FilePath = Field(description="a file in models/diffusion_models, or a path")
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8_e4m3fn"] = Field(
         description="how its weights are held in memory; auto: as in the file"
     )
-    vae: Text = Field(description="a file in models/vae, or a path")
+    vae: FilePath = Field(description="a file in models/vae, or a path")
 
 
 class SamplingPart(Part):
-    """How images are sampled: euler, scheduler simple, cfg 1, as in the example workflows."""
+    """How images are sampled: euler, scheduler simple, CFG 1, as in the example workflows."""
 
-    resolution_px: int = Field(ge=16, multiple_of=16, description="side of the square images, pixels, a multiple of 16")
+    resolution_px: int = Field(ge=16, multiple_of=16, description="side of the square images in pixels, a multiple of 16")
     steps: Count = Field(description="denoising steps")
-    guidance: float | None = Field(default=None, ge=0, description="Flux's guidance; left out for models without (schnell)")
-    batch: Count = Field(description="images that go through the diffusion model at once on one GPU: bounds the memory")
+    guidance: float | None = Field(default=None, ge=0, description="Flux's guidance; left out for models without guidance (schnell)")
+    batch: Count = Field(description="images in one forward pass of the diffusion model on one GPU: decides the memory needed")
 
     def __str__(self) -> str:
         guided = "without guidance" if self.guidance is None else f"guidance {self.guidance:g}"
@@ -64,9 +62,9 @@ class SamplingPart(Part):
 
 
 class Task(Part):
-    """Prompts, and what their images are judged by."""
+    """Prompts, and the metrics of their images."""
 
-    name: FileStem = Field(description="what tables call it")
+    name: FileStem = Field(description="name of the task in tables")
     prompts: Prompts = Field(description="where its prompts come from")
     metrics: Annotated[tuple[str, ...], FROM_LIST, NOT_EMPTY, AfterValidator(_known_metrics)] = Field(
         description="; ".join(f"{metric.name}: {metric.about}" for metric in METRICS.values())
@@ -77,55 +75,55 @@ class Task(Part):
         for metric in self.metrics:
             if not METRICS[metric].fits(self.prompts):
                 prompts = f"prompts of kind {self.prompts.kind} {self.prompts.category}".rstrip()
-                raise ValueError(f"task {self.name}: metric {metric} has nothing to compare with in {prompts}")
+                raise ValueError(f"task {self.name}: metric {metric} does not apply to {prompts}")
         if len(set(self.metrics)) < len(self.metrics):
-            raise ValueError(f"task {self.name} has a metric twice: {', '.join(self.metrics)}")
+            raise ValueError(f"task {self.name}: expected different metrics, got {', '.join(self.metrics)}")
         return self
 
 
 class EmbeddingPart(Part):
-    """Collapse: how far apart an encoder keeps prompts."""
+    """Collapse: the distances between the embeddings of different prompts."""
 
-    prompts: int = Field(ge=3, description="prompts encoded, of all tasks in turn")
+    prompts: int = Field(ge=3, description="prompts encoded, from all tasks in turn")
     map: bool = Field(description="draw the t-SNE map of teacher and student (needs scikit-learn and matplotlib)")
 
 
 class VelocityGapPart(Part):
-    """The trainer's own held-out loss, on the suite's prompts, along the teacher's trajectories."""
+    """The trainer's held-out loss, on the suite's prompts, along the teacher's trajectories."""
 
-    prompts: int = Field(ge=2, description="prompts measured, of all tasks in turn")
-    sigma_bands: Count = Field(description="bands of equal width, of noise levels from 0 to 1, in which the gap is reported")
+    prompts: int = Field(ge=2, description="prompts measured, from all tasks in turn")
+    sigma_bands: Count = Field(description="bands of equal width between noise levels 0 and 1; the gap is reported for each")
 
 
 class LatentDistancePart(Part):
-    """How far the student's latent is from the teacher's of the same seed, after each denoising step."""
+    """The distance of the student's latent from the teacher's of the same seed, after each denoising step."""
 
-    prompts: int = Field(ge=2, description="prompts measured, of all tasks in turn")
+    prompts: int = Field(ge=2, description="prompts measured, from all tasks in turn")
 
 
 class CostPart(Part):
     """Memory and time of each encoder."""
 
-    repeats: int = Field(ge=2, description="times that each is measured")
+    repeats: int = Field(ge=2, description="measurements of each")
 
 
 class PagePart(Part):
     """The page of images."""
 
-    pictures: Count = Field(description="prompts shown of each task: those on which a student loses most make up half of them")
-    side_px: Count = Field(description="side to which larger images are scaled down")
+    pictures: Count = Field(description="prompts shown of each task: half of them those on which a student loses most")
+    side_px: Count = Field(description="side in pixels to which larger images are scaled down")
 
 
-class Suite(Part):
-    """All that decides which images are generated and how they are judged."""
+class Suite(Config):
+    """Everything that decides the images and their scores."""
 
     name: FileStem = Field(description="name of the suite")
     seed: int = Field(ge=0, lt=2**31, description="image k of a task is sampled from seed + k, for every encoder")
     teacher: EncoderPart = Field(description="the text encoder that the others are compared with")
-    students: Annotated[tuple[Text, ...], FROM_LIST] = Field(
-        description="encoders compared with it, besides those of --student: distilled ones or T5-XXL in another format"
+    students: Annotated[tuple[FilePath, ...], FROM_LIST] = Field(
+        description="encoders compared with it, in addition to --student: distilled T5s or T5-XXL in another format"
     )
-    diffusion_model: DiffusionModelPart = Field(description="what generates the images")
+    diffusion_model: DiffusionModelPart = Field(description="the diffusion model and the VAE")
     sampling: SamplingPart = Field(description="how images are sampled")
     ocr: OcrPart | None = Field(default=None, description="for the metric ocr")
     clip_score: WeightsPart | None = Field(default=None, description="for the metric clip_score")
@@ -134,40 +132,30 @@ class Suite(Part):
     compbench: CompbenchPart | None = Field(default=None, description="for the metric compbench")
     embedding: EmbeddingPart | None = Field(default=None, description="collapse of the embeddings")
     velocity_gap: VelocityGapPart | None = Field(default=None, description="the velocity gap by noise level")
-    latent_distance: LatentDistancePart | None = Field(default=None, description="distance of the latents, step by step")
+    latent_distance: LatentDistancePart | None = Field(default=None, description="distance of the latents after each step")
     cost: CostPart | None = Field(default=None, description="memory and time")
     page: PagePart = Field(description="the page of images")
-    tasks: Annotated[tuple[Task, ...], FROM_LIST, NOT_EMPTY] = Field(alias="task", description="what is generated, in order")
+    tasks: Annotated[tuple[Task, ...], FROM_LIST, NOT_EMPTY] = Field(alias="task", description="the tasks, in order")
 
     @model_validator(mode="after")
     def _tables_are_there(self) -> Suite:
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
-            raise ValueError(f"two tasks have one name: found {', '.join(names)}")
+            raise ValueError(f"expected a different name for every task, got {', '.join(names)}")
         for task in self.tasks:
             for metric in task.metrics:
                 if METRICS[metric].table and self.table_of(METRICS[metric]) is None:
-                    raise ValueError(f"task {task.name} asks for {metric}, and there is no table [{METRICS[metric].table}]")
+                    raise ValueError(f"task {task.name}: metric {metric} needs the table [{METRICS[metric].table}]")
         return self
 
     def table_of(self, metric: Metric) -> Any:
         """The table with a metric's settings; None for a metric without."""
         return metric.table and getattr(self, metric.table)
 
-    def to_toml(self) -> str:
-        """The canonical text: the same suite gives the same text, and reading it gives the same suite."""
-        return write_toml(self.model_dump(by_alias=True, exclude_none=True))
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the canonical text in UTF-8."""
-        return hashlib.sha256(self.to_toml().encode()).hexdigest()
-
 
 def load_suite(name_or_path: str, overrides: Sequence[str] = ()) -> Suite:
-    """The suite of that path, or the shipped one of that name, with `part.key=value` and `task.0.prompts.limit=5` settings applied.
+    """The suite in that file, or the shipped one of that name, with `part.key=value` and `task.0.prompts.limit=5` settings applied.
 
-    Raises RecipeError that lists every problem: an unknown key with the nearest known one, a wrong value with what was expected, each with
-    its line or setting.
+    Raises ConfigError that lists every problem: an unknown key with the nearest known one, a wrong value with what was expected.
     """
-    return read_recipe(find_recipe(name_or_path, SHIPPED, "suite"), overrides, Suite, "suite")
+    return load_config(name_or_path, overrides, Suite, "suite", SHIPPED)

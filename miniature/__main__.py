@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-
-def register_pack() -> None:
-    """Import the pack's root as package `distilled_t5` with the bootstrap of the trainer's command."""
-    start = Path(__file__).resolve().parent.parent / "train" / "__main__.py"
-    spec = importlib.util.spec_from_file_location("distilled_t5_bootstrap", start)
-    assert spec is not None and spec.loader is not None
-    bootstrap = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bootstrap)
-    bootstrap.register_pack()
-
 
 PROMPTS = 6_000
 
@@ -67,19 +56,22 @@ def make(options: argparse.Namespace) -> list[Path | None]:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; an expected failure prints a message and returns 1, a stop by signal returns 130."""
+    """Run the command: 0 when it is done, 130 after a stop by signal, 1 after a failure."""
+    from distilled_t5.runtime.command import exit_status
+
     options = command_line().parse_args(argv)
+    return exit_status(lambda: run(options), "miniature")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Make what is asked for and print where it is; the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        made = make(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
+    made = make(options)
     for path in made:
         print("Stopped. Continue with --resume." if path is None else f"Done: {path}")
     return 130 if None in made else 0
 
 
 if __name__ == "__main__":
-    register_pack()
+    runpy.run_path(str(Path(__file__).absolute().parents[1] / "train" / "__main__.py"))["register_pack"]()
     sys.exit(main(sys.argv[1:]))

@@ -1,1 +1,1 @@
-"""Where prompts come from: corpora, CommonText, and their mix."""
+"""Prompts: corpora, CommonText, and their mix."""

@@ -1,7 +1,7 @@
-"""What a run is trained on: the corpora of a recipe, their mix, and the part of it that is held out.
+"""The training prompts of a run: the corpora of a recipe, their mix, and the prompts held out of it.
 
-The mix is a pure function of the batch's index: it keeps no position, so any rank can be asked for any batch, and a resumed run goes on to
-the sample.
+The mix is a pure function of the batch's index and keeps no position, so every rank can compute every batch, and a resumed run continues
+with the next sample.
 """
 
 from __future__ import annotations
@@ -12,24 +12,18 @@ import hashlib
 import heapq
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from .common_text import COUNTS, common_text
-from .corpora import Prompt, PromptError, read_compbench, read_file
-
-if TYPE_CHECKING:
-    from ..train.recipe import Corpus
-
-__all__ = ["Prompt", "PromptError", "PromptMix", "hold_out", "read_corpus"]
+from .corpora import Corpus, Prompt, PromptError, read_compbench, read_file
 
 
 def read_corpus(corpus: Corpus, split: Literal["train", "validation"] = "train", seed: int = 0) -> list[Prompt]:
-    """The prompts of one corpus of a recipe, at most its `limit` of them.
+    """The prompts of one corpus of a recipe, at most `limit`.
 
-    `split` chooses the files of a T2I-CompBench folder and the split of CommonText, `seed` CommonText's draw; a file has neither.
-    Raises PromptError.
+    `split` selects the files of a T2I-CompBench folder and the split of CommonText; `seed` is CommonText's. Raises PromptError.
     """
     if corpus.kind == "common_text":
         return common_text(split, corpus.limit or COUNTS[split], seed)
@@ -39,12 +33,12 @@ def read_corpus(corpus: Corpus, split: Literal["train", "validation"] = "train",
 
 
 def _rank_of(seed: int, text: str) -> bytes:
-    """Where a text stands when the prompts to hold out are chosen: as good as random, and the same on every machine."""
+    """The sort key by which held-out prompts are chosen: pseudorandom and reproducible."""
     return hashlib.blake2b(text.encode(), key=f"hold out {seed}".encode(), digest_size=16).digest()
 
 
 def _shares(weights: Sequence[int], count: int) -> list[int]:
-    """`count` divided in proportion to the weights: whole numbers, the largest remainders rounded up."""
+    """`count` divided in proportion to the weights into integers, the largest remainders rounded up."""
     exact = [count * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda index: shares[index] - exact[index])
@@ -54,46 +48,46 @@ def _shares(weights: Sequence[int], count: int) -> list[int]:
 
 
 def hold_out(corpora: Sequence[tuple[Sequence[Prompt], int]], count: int, seed: int) -> list[Prompt]:
-    """`count` different prompts for validation, of each (prompts, repeat) as many as its share of an epoch.
+    """`count` different prompts for validation, from each (prompts, repeat) in proportion to its share of an epoch.
 
-    For a run of several stages: hold out of all their corpora together and give the result to each stage's PromptMix. Raises PromptError.
+    In a run of several stages, hold out of all corpora together and pass the result to each stage's PromptMix. Raises PromptError.
     """
     _check(corpora)
     chosen: dict[str, Prompt] = {}
     for (prompts, _), share in zip(corpora, _shares([len(prompts) * repeat for prompts, repeat in corpora], count), strict=True):
         free = {prompt.text: prompt for prompt in prompts if prompt.text not in chosen}
         if share and share >= len(free):
-            problem = f"{count} prompts are to be held out, {share} of them from a corpus with {len(free)} different prompts."
-            raise PromptError(problem, "hold out fewer, or use a larger corpus.")
+            problem = f"{count} prompts cannot be held out: {share} of them would come from a corpus with {len(free)} different prompts."
+            raise PromptError(problem, "lower validation.prompts, or use a larger corpus.")
         first = heapq.nsmallest(share, free, key=functools.partial(_rank_of, seed))
         chosen |= {text: free[text] for text in first}
     return [chosen[text] for text in sorted(chosen, key=functools.partial(_rank_of, seed))]
 
 
 def _check(corpora: Sequence[tuple[Sequence[Prompt], int]]) -> None:
-    """PromptError for a mix of nothing, an empty corpus or a repeat that is no whole number above zero."""
+    """Raise PromptError for no corpus, an empty one or a repeat below 1."""
     if not corpora:
-        raise PromptError("There is no corpus to train on.", "give the stage at least one corpus.")
+        raise PromptError("There is no corpus to train on.", "add a corpus to the stage.")
     for number, (prompts, repeat) in enumerate(corpora, start=1):
         if not prompts:
-            raise PromptError(f"Corpus {number} of {len(corpora)} is empty.", "take it out of the recipe, or give it prompts.")
+            raise PromptError(f"Corpus {number} of {len(corpora)} is empty.", "remove it from the recipe, or add prompts to it.")
         if repeat < 1:
             raise PromptError(f"Corpus {number} of {len(corpora)} is repeated {repeat} times.", "write repeat = 1 or more.")
 
 
-@functools.lru_cache(maxsize=2)  # a batch may lie across the end of an epoch
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
-    """A permutation of range(length) that depends on seed and epoch alone."""
-    # Of NumPy's generators only RandomState is promised to give the same numbers for ever (NEP 19).
+    """A permutation of range(length) for this seed and epoch."""
+    # Of NumPy's generators only RandomState is guaranteed to stay reproducible (NEP 19).
     key = np.frombuffer(hashlib.blake2b(f"order {seed} {epoch}".encode(), digest_size=32).digest(), dtype="<u4")
     return np.random.RandomState(key).permutation(length).astype(np.uint32)
 
 
 class PromptMix:
-    """An endless sequence of prompts: every epoch holds each prompt of each corpus `repeat` times, in an order of its own.
+    """An endless sequence of prompts: every epoch contains each prompt of each corpus `repeat` times, in a new order.
 
-    `corpora` are (prompts, repeat); `held_out` is how many prompts to keep for validation, or those prompts (from `hold_out`). No prompt
-    with the text of a held-out one is ever in a batch, whichever corpus it stands in. Raises PromptError: a corpus has nothing left.
+    `corpora` are (prompts, repeat); `held_out` is how many prompts to keep for validation, or those prompts (from `hold_out`). No batch
+    contains the text of a held-out prompt, from whichever corpus. Raises PromptError if nothing is left of a corpus.
     """
 
     def __init__(self, corpora: Sequence[tuple[Sequence[Prompt], int]], seed: int, held_out: int | Sequence[Prompt] = 0) -> None:
@@ -107,16 +101,16 @@ class PromptMix:
         *self._starts, self.epoch_length = itertools.accumulate(lengths, initial=0)
 
     def batch(self, index: int, batch: int, rank: int = 0, ranks: int = 1) -> list[Prompt]:
-        """The prompts of one rank in global batch `index`: a pure function of the arguments.
+        """The prompts of one rank in global batch `index`.
 
-        A global batch is `ranks * batch` prompts in a row, rank 0 has the first `batch`; where an epoch runs out, the next one goes on.
+        A global batch is `ranks * batch` consecutive prompts, of which rank 0 has the first `batch`; it may span epochs.
         """
         assert index >= 0 and batch >= 1 and 0 <= rank < ranks, (index, batch, rank, ranks)
         first = (index * ranks + rank) * batch
         return [self._at(position) for position in range(first, first + batch)]
 
     def _at(self, position: int) -> Prompt:
-        """The prompt at a place of the endless sequence."""
+        """The prompt at a position of the sequence."""
         epoch, place = divmod(position, self.epoch_length)
         entry = int(epoch_order(self.seed, epoch, self.epoch_length)[place])
         corpus = bisect.bisect_right(self._starts, entry) - 1

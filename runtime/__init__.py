@@ -1,1 +1,1 @@
-"""What every command shares: finding and starting ComfyUI, ranks, stop, disk, locks, logging, randomness."""
+"""What the commands share: ComfyUI in this process, ranks, signals, atomic writes, locks, logging, random states."""

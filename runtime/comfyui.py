@@ -1,10 +1,11 @@
-"""ComfyUI under the trainer: found, started without a server, with its own command-line flags and model folders."""
+"""ComfyUI in this process: found, started without a server, with its own command-line flags and model folders."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import logging
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -13,9 +14,9 @@ from typing import Any
 
 from .model_folders import add_model_folders
 
-# Flags that main.py applies before torch is imported, or that are for the server (0.16.3 to 0.30.0).
-# Left out are those that switch off what the trainer never has, such as --disable-all-custom-nodes: they hold anyway; and those that
-# other flags set as well: --cache-classic (--high-ram), --auto-launch (--windows-standalone-build, in every portable ComfyUI).
+# Flags that main.py applies before torch is imported, or that are for the server (0.16.3 to 0.30.0). Not listed: flags that disable what
+# the trainer never uses, such as --disable-all-custom-nodes; and flags that other flags set as well: --cache-classic (--high-ram),
+# --auto-launch (--windows-standalone-build, in every portable ComfyUI).
 WHICH_GPU = ("cuda_device", "default_device", "oneapi_device_selector")
 OF_THE_SERVER = (
     *("cuda_malloc", "vram_headroom", "disable_nvml_pressure", "enable_dynamic_vram", "debug_hang", "verbose", "log_stdout"),
@@ -27,35 +28,49 @@ OF_THE_SERVER = (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+OLDEST = "0.16.3"
 
 
 def find_comfyui(given: str | None = None) -> Path:
-    """The folder of ComfyUI's main.py: the given one, else the one whose custom_nodes this pack lies in, else the developer's copy.
+    """ComfyUI's folder: the given one, else the one in whose custom_nodes this pack is, else the developer's copy.
 
-    Raises ValueError that says where was looked.
+    Raises ValueError that names the folder searched.
     """
-    # absolute(), not resolve(): a pack that is linked into custom_nodes belongs to that ComfyUI.
-    around = Path(__file__).absolute().parent.parent.parent
-    places = [Path(given).expanduser()] if given else [around.parent] if around.name == "custom_nodes" else [ROOT / ".dev" / "comfyui"]
-    for place in places:
-        if (place / "main.py").is_file() and (place / "comfy").is_dir():
-            return place.resolve()
-    looked = ", ".join(map(str, places))
+    # Not resolved: a pack that is linked into custom_nodes belongs to that ComfyUI.
+    around = Path(__file__).absolute().parents[2]
+    place = Path(given).expanduser() if given else around.parent if around.name == "custom_nodes" else ROOT / ".dev" / "comfyui"
+    if (place / "main.py").is_file() and (place / "comfy").is_dir():
+        return place.resolve()
     raise ValueError(
-        f"No ComfyUI found: expected main.py and comfy/ in {looked}.\n"
+        f"No ComfyUI found: expected main.py and comfy/ in {place}.\n"
         "What to do: give its folder with --comfyui, or put this pack into ComfyUI/custom_nodes."
     )
+
+
+def refuse_old_comfyui(version: str) -> None:
+    """Raise ValueError if this version of ComfyUI is too old for the pack."""
+    if [int(number) for number in re.findall(r"\d+", version)] < [int(number) for number in OLDEST.split(".")]:
+        raise ValueError(f"ComfyUI {version} is too old: {OLDEST} or newer is needed.\nWhat to do: update ComfyUI.")
+
+
+def _version(folder: Path) -> str:
+    file = folder / "comfyui_version.py"
+    found = re.search('__version__ = "(.+)"', file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found[1] if found else "without a version"
 
 
 def start_comfyui(folder: Path, flags: Sequence[str]) -> None:
     """Make `comfy` importable with these flags, as ComfyUI's main.py does: arguments first, then model paths. Once per process.
 
-    `--cpu` is added where torch sees no accelerator, since the host would stop there. `--disable-async-offload` is added unless the flags
-    say otherwise: weights that the host brings over asynchronously lie in buffers that it writes over, and autograd needs them later.
-    Raises ValueError for flags under which nothing can be trained.
+    Adds `--cpu` if torch finds no accelerator, since ComfyUI would stop, and `--disable-async-offload` unless the flags say otherwise:
+    ComfyUI reuses the buffers of weights that it copies asynchronously, but autograd needs the weights later. Raises ValueError for a
+    ComfyUI that is too old and for flags with which nothing can be trained.
     """
+    version = _version(folder)
+    refuse_old_comfyui(version)
+    sys.stderr.write(f"ComfyUI {version}: {folder}\n")
     flags = list(flags)
-    if not _has_accelerator() and "--cpu" not in flags:
+    if "--cpu" not in flags and not _has_accelerator():
         flags.append("--cpu")
     if not any("async-offload" in flag for flag in flags):
         flags.append("--disable-async-offload")
@@ -83,17 +98,17 @@ def _has_accelerator() -> bool:
 
 
 def _refuse_flags_of_main(given: Set[str]) -> None:
-    """Raise ValueError for flags that only ComfyUI's main.py applies, which the trainer does not run: they would change nothing."""
+    """Raise ValueError for flags that only ComfyUI's main.py applies: without it they would change nothing."""
     if chosen := given & set(WHICH_GPU):
         raise ValueError(
-            f"{_as_flags(chosen)}: ComfyUI's main.py alone applies this, before it imports torch.\n"
+            f"{_as_flags(chosen)}: only ComfyUI's main.py applies this, before it imports torch.\n"
             "What to do: choose the GPU before the command instead: CUDA_VISIBLE_DEVICES=N python ... (HIP_VISIBLE_DEVICES, "
-            "ONEAPI_DEVICE_SELECTOR); torchrun gives every process its own of those that are visible."
+            "ONEAPI_DEVICE_SELECTOR); torchrun assigns one visible GPU to each process."
         )
     if others := given & set(OF_THE_SERVER):
         raise ValueError(
-            f"{_as_flags(others)}: ComfyUI's main.py alone applies this, and the trainer starts no server.\n"
-            "What to do: leave it out. Folders of models are those of --base-directory and --extra-model-paths-config."
+            f"{_as_flags(others)}: only ComfyUI's main.py applies this, and no server is started here.\n"
+            "What to do: leave it out. Model folders are set by --base-directory and --extra-model-paths-config."
         )
 
 
@@ -102,12 +117,12 @@ def _as_flags(names: Iterable[str]) -> str:
 
 
 def _refuse_fast_products(arguments: Any) -> None:
-    """Raise ValueError for the products of `--fast` that have no gradient: ComfyUI would train nothing, without a word."""
+    """Raise ValueError for the matrix products of `--fast` that have no gradient: training would silently have no effect."""
     without = {"fp8_matrix_mult", "cublas_ops"} & {feature.value for feature in arguments.fast or ()}
     if without:
         raise ValueError(
             f"ComfyUI's --fast {' '.join(sorted(without))} has no gradient: the student would learn nothing.\n"
-            "What to do: leave --fast out, or name what may stay: -- --fast fp16_accumulation."
+            "What to do: leave --fast out, or name an option that has a gradient: -- --fast fp16_accumulation."
         )
 
 
@@ -120,19 +135,19 @@ def _add_model_paths(folder: Path, configs: list[list[str]] | None) -> None:
 
 
 def model_file(name: str, kind: str) -> Path:
-    """A model file by the name that ComfyUI lists it under (`kind` is a folder of `models`), or by its path.
+    """A model file by the name under which ComfyUI lists it (`kind` is a folder of `models`), or by its path.
 
-    Raises ValueError that says where was looked.
+    A file that is a link keeps its name, which has the extension. Raises ValueError that names the folders searched.
     """
     import folder_paths
 
     folders = folder_paths.get_folder_paths(kind)
     found = folder_paths.get_full_path(kind, name)
-    # Hugging Face models are folders, which ComfyUI's own lists leave out.
+    # ComfyUI does not list folders, such as Hugging Face models.
     places = [Path(found)] if found else [*(Path(folder, name) for folder in folders), Path(name).expanduser()]
     for place in places:
         if place.exists():
-            return place.resolve()
+            return place.parent.resolve() / place.name
     raise ValueError(
         f"{name} was not found, neither as a path nor in {', '.join(folders)}.\n"
         f"What to do: put it into ComfyUI's models/{kind}, or give its path."
@@ -140,8 +155,8 @@ def model_file(name: str, kind: str) -> Path:
 
 
 @contextlib.contextmanager
-def lines_of_host(beginning: str) -> Iterator[list[str]]:
-    """What ComfyUI logs while the context is open and that begins so. Its loaders tell nobody else that weights were missing."""
+def logged_lines(beginning: str) -> Iterator[list[str]]:
+    """The warnings with this beginning that ComfyUI logs while the context is open. Its loaders report missing weights in no other way."""
     listener = _Listener(beginning)
     logging.getLogger().addHandler(listener)
     try:
@@ -162,7 +177,7 @@ class _Listener(logging.Handler):
 
 
 def check_output_folder() -> None:
-    """Make the folder that finished encoders go to, and see that it takes files, before days are spent on one. Raises OSError."""
+    """Create the folder of finished encoders and check that files can be written to it. Raises OSError."""
     import folder_paths
 
     folder = Path(folder_paths.get_folder_paths("text_encoders")[0])
@@ -171,6 +186,6 @@ def check_output_folder() -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(
-            f"The finished encoder is to go into {folder}, which cannot be written to: {error.strerror or error}.\n"
-            "What to do: see that ComfyUI's models/text_encoders may be written to, or name another folder with -- --base-directory."
+            f"The finished encoder cannot be written to {folder}: {error.strerror or error}.\n"
+            "What to do: check the permissions of ComfyUI's models/text_encoders, or name another folder with -- --base-directory."
         ) from error

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, brought to the disk, renamed."""
+"""Atomic writes: a file is written beside its place, synced to the disk, renamed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import hashlib
 import os
 from pathlib import Path
 
-# The ending of what is being written; whoever holds the run's lock may remove what carries it.
-UNFINISHED = ".part"
+# The extension of what is being written. After a kill, its owner may remove what has it.
+UNFINISHED = ".distilled-t5-part"
 CHUNK_BYTES = 1 << 22
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` in the place of the file: after a kill or a power cut either the old file is there or the new one."""
+    """Replace the file atomically: after a kill or a power failure it has either the old content or the new one."""
     aside = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         with aside.open("wb") as file:
@@ -37,16 +37,16 @@ def sha256(path: Path) -> str:
 
 
 def sync_file(path: Path) -> None:
-    """Bring a file that is closed already to the disk."""
-    with path.open("r+b") as file:  # Windows syncs only what is open for writing
+    """Sync a closed file to the disk."""
+    with path.open("r+b") as file:  # Windows syncs only files open for writing
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last through a power cut, where the system can (POSIX)."""
+    """Make renames in a folder survive a power failure (POSIX)."""
     if os.name != "posix":
         return
-    # Some network file systems take no fsync of a folder, or do not open one; the files are on the disk already.
+    # Some network file systems refuse fsync of a folder; the files are on the disk already.
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,16 +1,10 @@
-"""The one exception a user of an encoder file can meet."""
+"""Errors with advice, and text that can be printed."""
 
 from __future__ import annotations
 
 
-class StudentFileError(ValueError):
-    """A file that cannot be served as a distilled T5: what is wrong, and what to do about it.
-
-    The first line says what is wrong (ComfyUI's error dialog shows it first); the last says what to do.
-    """
-
-    # ComfyUI shows the module before the message, and it imports a pack under its whole path.
-    __module__ = "distilled_t5"
+class UserError(ValueError):
+    """A mistake of the user's: the first line says what is wrong, the last what to do."""
 
     def __init__(self, problem: str, remedy: str, details: str = "") -> None:
         lines = [problem, details, f"What to do: {remedy}"]
@@ -20,14 +14,21 @@ class StudentFileError(ValueError):
         self.remedy = remedy
 
 
+class StudentFileError(UserError):
+    """A file that cannot be used as a distilled T5."""
+
+    # ComfyUI shows the module before the message, and imports a pack under its full path.
+    __module__ = "distilled_t5"
+
+
 def printable(text: str, most: int = 200) -> str:
-    """Text from a file on one line: what does not print is escaped, what is longer than `most` is cut."""
+    """Text from a file on one line: unprintable characters are escaped, and it is cut to `most` characters."""
     shown = text if len(text) <= most else text[:most] + "..."
     return shown if shown.isprintable() else repr(shown)[1:-1]
 
 
 def listed(names: list[str], limit: int = 1000) -> str:
-    """Names one per line, all of them up to `limit` (no T5 has that many), then how many more there are."""
+    """Names one per line, at most `limit` (more than any T5 has), then how many more there are."""
     shown = [f"  {printable(name)}" for name in names[:limit]]
     rest = len(names) - limit
     return "\n".join(shown + ([f"  ... and {rest} more"] if rest > 0 else []))

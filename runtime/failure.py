@@ -1,33 +1,28 @@
-"""What the command says when it fails: a sentence for what the user can mend, and the whole story of what only we can.
+"""What a command says when it fails: a sentence with advice for an expected failure, a traceback for a bug.
 
-Nothing is imported here but what every Python has: this is also for a Python that lacks the rest.
+Imports the standard library alone: this must also run in a Python that lacks the packages.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ..train.recipe import Recipe
+from collections.abc import Callable
 
 ADVICE = "What to do: "
 ISSUES = "https://github.com/distilled-t5/distilled-t5/issues"
-BUG = (
-    f"\nThis is a fault of the trainer, not of what you gave it. The last checkpoint is whole.\n{ADVICE}report it at {ISSUES} with the "
-    "command and the lines below."
-)
-# In lower case. torch, drivers and libraries say the first ones of a GPU, and torch the last two of a CPU (Linux, Windows).
+# In lower case. The last two are torch's for CPU memory (Linux, Windows), the others those of torch, drivers and libraries for a GPU.
 OUT_OF_MEMORY = ("out of memory", "out_of_device_memory", "_status_alloc_failed", "can't allocate memory", "not enough memory: you tried")
-# What these lack no package brings.
-OURS_OR_THE_HOSTS = ("distilled_t5", "comfy", "folder_paths", "utils")
+# Modules that no package provides.
+NOT_PACKAGES = ("distilled_t5", "comfy", "folder_paths", "utils")
 
 
-def explained(error: Exception, recipe: Recipe | None) -> str | None:
-    """A sentence with advice about an expected failure; None for a bug, whose traceback is wanted."""
+def explained(error: Exception, memory_advice: Callable[[], str] | None = None) -> str | None:
+    """A sentence with advice for an expected failure; None for a bug. `memory_advice` says what needs less memory."""
     if is_out_of_memory(error):
-        return _out_of_memory(error, recipe)
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS_OR_THE_HOSTS:
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        advice = memory_advice() if memory_advice else "close other programs, then run the same command again."
+        return f"Out of memory: {first}\nCheckpoints are complete; no partly written file is left.\n{ADVICE}{advice}"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in NOT_PACKAGES:
         return (
             f"This Python ({sys.executable}) has no package {error.name}.\n"
             f"{ADVICE}run the command with the Python that runs ComfyUI, or install ComfyUI's requirements.txt into this one."
@@ -35,29 +30,10 @@ def explained(error: Exception, recipe: Recipe | None) -> str | None:
     if isinstance(error, (ValueError, OSError, RuntimeError)) and ADVICE in str(error):
         return str(error)
     if isinstance(error, OSError):
-        return f"{error}\n{ADVICE}see that the file or folder is there and may be read and written, and that its disk has room."
+        return f"{error}\n{ADVICE}check that the file or folder exists, its permissions, and the free space of its disk."
     return None
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the memory of the GPU or of the machine was not enough, as torch and Python say it."""
+    """Whether the memory of the GPU or of the machine was not sufficient, as torch and Python report it."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in OUT_OF_MEMORY))
-
-
-def _out_of_memory(error: Exception, recipe: Recipe | None) -> str:
-    first = str(error).strip().partition("\n")[0] or type(error).__name__
-    lines = [f"The memory was not enough: {first}", "Checkpoints are whole; nothing half-written is left."]
-    if recipe is None:
-        return "\n".join([*lines, f"{ADVICE}close other programs, then run the same command again."])
-    import comfy.model_management
-
-    from ..train.memory import advice
-
-    device = comfy.model_management.get_torch_device()
-    total = comfy.model_management.get_total_memory(device)
-    ways = advice(recipe, total, device.type != "cpu")
-    first_try = (
-        "go on with --resume (on a GPU with -- --reserve-vram 2, which keeps 2 GB more of it free). "
-        "If that is not enough, a new run can start from the last student.safetensors"
-    )
-    return "\n".join([*lines, f"{ADVICE}{first_try} (student.start): {ways}"])

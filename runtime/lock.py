@@ -1,4 +1,4 @@
-"""One process at a time writes to a folder: a lock that the end of the process gives back."""
+"""One process at a time writes to a folder: a lock that ends with the process."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
+from .errors import UserError
+
 if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
 
 
-# Windows locks bytes, and nobody reads these: the text before them tells who holds the lock.
+# Windows locks bytes: these are beyond the text that names the holder of the lock.
 LOCKED_BYTE = 1 << 30
 
 
-class RunError(ValueError):
-    """A run directory that cannot be used as asked: what is wrong, and what to do about it."""
-
-    def __init__(self, problem: str, remedy: str) -> None:
-        super().__init__(f"{problem}\nWhat to do: {remedy}")
+class RunError(UserError):
+    """A run directory that cannot be used."""
 
 
 def lock(folder: Path, option: str = "--run") -> BinaryIO:
-    """The open lock file of a folder that the command line's `option` names; closing it, or the end of the process, unlocks.
+    """The open lock file of the folder that the option `option` names; closing it, or the end of the process, unlocks.
 
-    Raises RunError if another process holds the lock, OSError if the file system has no locks.
+    Raises RunError if another process has the lock, OSError if the file system has no locks.
     """
     file = open(folder / ".lock", "a+b")  # noqa: SIM115 (the caller closes it)
     try:
@@ -43,7 +42,7 @@ def lock(folder: Path, option: str = "--run") -> BinaryIO:
         file.close()
         raise RunError(
             f"Another process writes to the run in {folder}: {holder or 'unknown'}.",
-            f"wait for it or end it, or name another folder with {option}.",
+            f"wait for it or end it, or give another folder with {option}.",
         ) from error
     except OSError:
         file.close()

@@ -1,4 +1,4 @@
-"""What this package logs: to a file, and above the progress bar."""
+"""Logging of this package: to a file, and above the progress bar."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LOGGER = __name__.rpartition(".runtime.")[0] or __name__
 
 @contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """While open, what this package logs goes to the file and above the progress bar; what ComfyUI logs goes to the file as well."""
+    """While open, this package logs to the file and above the progress bar; ComfyUI also logs to the file."""
     to_file = logging.FileHandler(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     above_bar = _AboveBar()
     ours, root = logging.getLogger(LOGGER), logging.getLogger()
     before = ours.level, ours.propagate
-    # Not propagated: ComfyUI's handlers would print every line a second time, through the bar.
+    # Not propagated: ComfyUI's handlers would print every line again, across the bar.
     ours.propagate = False
     ours.setLevel(logging.INFO)
     ours.addHandler(above_bar)

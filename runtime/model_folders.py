@@ -1,4 +1,4 @@
-"""The models that come with the pack, in folders named as in ComfyUI, so that its lists and the trainer find them by name."""
+"""The models shipped with the pack, in folders named as ComfyUI's, so that its lists and the trainer find them by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "miniature" / "models"
 
 
 def add_model_folders(folder: Path = SHIPPED) -> None:
-    """Add the folders in `folder` to ComfyUI's lists, after the user's own; does nothing if `folder` does not exist."""
+    """Add the model folders in `folder` to ComfyUI's, after the user's own."""
     import folder_paths
 
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():

@@ -1,4 +1,4 @@
-"""Packages that only a metric needs: imported when it is used; a missing one is an error with the command that installs it."""
+"""Optional packages: imported when used; a missing one is an error with the command that installs it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def needed(module: str, package: str, what_for: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
-            raise  # it is there, and something that it needs itself is not
+            raise  # it is installed, but a dependency of it is not
         raise ValueError(f"{what_for} needs the package {package}.\nWhat to do: {pip_install(package)}") from error
 
 
 def pip_install(package: str) -> str:
-    """The command that installs an optional package for this very Python, which in a portable ComfyUI is not the one on PATH."""
+    """The command that installs a package for this Python, which in a portable ComfyUI is not the one on PATH."""
     return f'run "{sys.executable}" -m pip install {package}'

@@ -1,6 +1,6 @@
-"""Nested Python values with tensors in them, taken apart into JSON and named tensors, and put together again exactly.
+"""Nested Python values with tensors as JSON and named tensors, and back, without loss: types, floats and dtypes stay the same to the bit.
 
-What comes back has the same types, the same floats to the last bit and the same dtypes; nothing read is ever executed.
+Nothing that is read is executed.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from typing import Any
 from torch import Tensor
 
 Json = Any
-# Lists, strings, whole numbers, finite floats, booleans and None stand in the JSON as they are; all else is an object of one key.
+# Lists, strings, integers, finite floats, booleans and None are plain JSON; everything else is an object with one key.
 TENSOR, TUPLE, DICT, FLOAT = "tensor", "tuple", "dict", "float"
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str, copy: bool = True) -> Json:
     """The JSON form of `value`; its tensors are added to `tensors`, on the CPU, under names that begin with `name`.
 
-    With `copy` off, those that lie contiguous on the CPU already are the very tensors of `value`.
-
-    Raises TypeError for a value of a type that cannot be brought back.
+    Without `copy`, tensors that are contiguous on the CPU are not copied. Raises TypeError for a type that cannot be unpacked.
     """
     if isinstance(value, Tensor):
         while name in tensors:  # the keys 0 and "0" of one dict
@@ -41,7 +39,7 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str, copy: bool = True) -
 
 
 def unpack(packed: Json, tensors: dict[str, Tensor]) -> Any:
-    """What `pack` took apart."""
+    """The value that `pack` packed."""
     if isinstance(packed, list):
         return [unpack(part, tensors) for part in packed]
     if not isinstance(packed, dict):
@@ -58,5 +56,5 @@ def unpack(packed: Json, tensors: dict[str, Tensor]) -> Any:
 
 def _key(key: Any, name: str) -> str | int:
     if type(key) not in (str, int):
-        raise TypeError(f"{name} has the key {key!r}; keys in a checkpoint are strings or whole numbers.")
+        raise TypeError(f"{name} has the key {key!r}; keys in a checkpoint are strings or integers.")
     return key

@@ -1,4 +1,4 @@
-"""The states of all random number generators of this process, taken and given back."""
+"""The states of all random number generators of this process, saved and restored."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 
 def random_states(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators (CPU and every GPU), and of `generators` by name; tensors are on the CPU."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 (libraries that use the global generator are why it is stored)
+    """The states of Python's, NumPy's and torch's generators (CPU and every GPU), and of `generators` by name, as CPU tensors."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 (for libraries that use the global generator)
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
@@ -25,12 +25,12 @@ def random_states(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
 
 
 def restore_random_states(states: Mapping[str, Any], generators: Mapping[str, torch.Generator]) -> list[str]:
-    """Give the generators their states back; returns sentences about what this machine has no place for.
+    """Restore the states of the generators; returns sentences about states of devices that this machine does not have.
 
-    Raises ValueError if `generators` are called otherwise than those whose states were taken.
+    Raises ValueError if the names of `generators` are not those whose states were saved.
     """
     if set(states["generators"]) != set(generators):
-        raise ValueError(f"Random states are of {sorted(states['generators'])}, but the generators are {sorted(generators)}.")
+        raise ValueError(f"Random states: expected those of {sorted(generators)}, got {sorted(states['generators'])}.")
     random.setstate(states["python"])
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
@@ -52,7 +52,7 @@ def restore_random_states(states: Mapping[str, Any], generators: Mapping[str, to
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Whatever is drawn while the context is open, afterwards the generators of this process stand where they stood before."""
+    """Restore all generators of this process at the end of the context, whatever was drawn in it."""
     before = random_states({})
     try:
         yield
@@ -61,4 +61,4 @@ def undisturbed() -> Iterator[None]:
 
 
 def _elsewhere(before: int, now: int, what: str) -> str:
-    return f"The run had {before} {what} and this machine has {now}: dropout will not be what it would have been there."
+    return f"The run had {before} {what} and this machine has {now}: dropout will differ from an uninterrupted run."

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from pathlib import Path
-from typing import Any
 
 
 def register_pack() -> None:
-    """Import the pack's root as package `distilled_t5`, whatever its folder is called and wherever the command was started.
+    """Import the pack's root as package `distilled_t5`, whatever the name of its folder and the working folder.
 
-    The root must not be on sys.path, where its `nodes` would hide ComfyUI's; neither must the folder of the command, which Python puts
-    there (this one, or that of another command that shares this function).
+    The root must not be on sys.path, where its `nodes` would hide ComfyUI's; neither must the folder of a command, which Python puts there.
     """
-    root = Path(__file__).resolve().parent.parent
-    folders = (root, *(root / command for command in ("train", "miniature", "evaluate")))
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in folders]
+    # Not resolved: a pack that is linked into custom_nodes belongs to that ComfyUI.
+    root = Path(os.path.abspath(__file__)).parents[1]
+    ours = {place.resolve() for place in (root, *(root / command for command in ("train", "miniature", "evaluate")))}
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in ours]
     spec = importlib.util.spec_from_file_location("distilled_t5", root / "__init__.py", submodule_search_locations=[str(root)])
     assert spec is not None and spec.loader is not None
     sys.modules["distilled_t5"] = importlib.util.module_from_spec(spec)
@@ -27,7 +27,7 @@ def register_pack() -> None:
 def command_line() -> argparse.ArgumentParser:
     """The parser of the command's arguments."""
     parser = argparse.ArgumentParser(
-        prog="train", description="Distil a text encoder. Arguments after -- are passed to ComfyUI (--reserve-vram, --cpu ...)."
+        prog="train", description="Distil a text encoder. Flags after -- are ComfyUI's (--reserve-vram, --cpu ...)."
     )
     parser.add_argument("recipe", help="a recipe file, or the name of a shipped one, such as smoke")
     parser.add_argument(
@@ -38,55 +38,49 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--estimate", action="store_true", help="measure three steps of each stage and report what the run will take, without training"
     )
-    parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one whose custom_nodes contains this pack)")
+    parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one in whose custom_nodes this pack is)")
     return parser
 
 
-def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The command's own arguments, and those for ComfyUI after `--`."""
-    return (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-
-
 def main(argv: list[str]) -> int:
-    """Run the command; its exit status is 0 on success, 130 after a stop by signal, 1 after a failure.
+    """Run the command: 0 when it is done, 130 after a stop by signal, 1 after a failure."""
+    from distilled_t5.runtime.command import exit_status, split_flags
 
-    An expected failure is printed as a message with advice; a bug also as a traceback.
-    """
-    arguments, flags = split_flags(argv)
-    options = command_line().parse_args(arguments)
-    recipe: Any = None
-    try:
-        from distilled_t5.train.recipe import load_recipe
-
-        recipe = load_recipe(options.recipe, options.set)
-        return run(recipe, options, flags)
-    except KeyboardInterrupt:
-        print("\nStopped before training began.", file=sys.stderr)
-        return 130
-    except Exception as error:
-        from distilled_t5.runtime.failure import BUG, explained
-
-        message = explained(error, recipe)
-        print(f"\n{message or BUG}", file=sys.stderr, flush=True)
-        if message is None:
-            raise
-        return 1
+    ours, flags = split_flags(argv)
+    options = command_line().parse_args(ours)
+    return exit_status(lambda: run(options, flags), "trainer", lambda: memory_advice(options))
 
 
-def run(recipe: Any, options: argparse.Namespace, flags: list[str]) -> int:
+def memory_advice(options: argparse.Namespace) -> str:
+    """What needs less memory than the run that these options ask for."""
+    import comfy.model_management
+    from distilled_t5.train.memory import advice
+    from distilled_t5.train.recipe import load_recipe
+
+    device = comfy.model_management.get_torch_device()
+    smaller = advice(load_recipe(options.recipe, options.set), comfy.model_management.get_total_memory(device), device.type != "cpu")
+    return (
+        "go on with --resume (on a GPU with -- --reserve-vram 2, which keeps 2 GB more of it free). "
+        f"If that is not enough, start a new run from the last student.safetensors (student.start): {smaller}"
+    )
+
+
+def run(options: argparse.Namespace, flags: list[str]) -> int:
     """Train or estimate a recipe under ComfyUI started with these flags; the exit status."""
     from distilled_t5.runtime.comfyui import check_output_folder, find_comfyui, start_comfyui
+    from distilled_t5.train.recipe import load_recipe
 
+    recipe = load_recipe(options.recipe, options.set)
     start_comfyui(find_comfyui(options.comfyui), flags)
     import torch
     from distilled_t5.runtime.ranks import Ranks
     from distilled_t5.train.smoke_models import STAND_IN
 
     if recipe.diffusion_model.file == STAND_IN:
-        # Models this small do not gain from threads, which wait for each other on a busy machine (143 s instead of 14 s measured).
+        # Models this small gain nothing from threads, which lose minutes waiting for a busy core (14 s against 143 s measured).
         torch.set_num_threads(1)
     with Ranks.open("cuda" if torch.cuda.is_available() and "--cpu" not in flags else "cpu") as ranks:
-        # Imported here: ComfyUI reads the current GPU on import, and each process has its own.
+        # Only now: ComfyUI selects the current GPU when it is imported, which must be that of the process.
         from distilled_t5.train.estimate import estimate
         from distilled_t5.train.run import train
 

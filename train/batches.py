@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..prompts.mix import Prompt, PromptMix, hold_out, read_corpus
+from ..prompts.corpora import Prompt
+from ..prompts.mix import PromptMix, hold_out, read_corpus
 from .recipe import Recipe, Stage
 from .trajectory import Draw, draw
 

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import torch
+
+from ...runtime import comfyui
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def start_comfyui(gpu: bool = False, **flags: bool) -> Path:
-    """Make `comfy` importable, with these command-line flags of ComfyUI set; returns its folder.
+    """Make `comfy` of COMFYUI_PATH, else of the developer's copy, importable with these command-line flags; returns its folder.
 
-    Raises ValueError when COMFYUI_PATH leads to no ComfyUI, or when a GPU is asked for and torch sees none.
+    Raises ValueError if there is no ComfyUI, or if torch finds no GPU to use.
     """
-    path = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "comfyui").resolve()
-    if not (path / "main.py").is_file():
-        raise ValueError(f"{path} is no ComfyUI: run `python dev.py test` once, or set COMFYUI_PATH to a folder with ComfyUI's main.py.")
     if gpu and not torch.cuda.is_available():
-        raise ValueError("--gpu needs a CUDA device and torch sees none: leave --gpu out, or install a driver and torch's CUDA build.")
-    sys.path.insert(0, str(path))
-    from comfy.cli_args import args
-
-    args.cpu = not gpu
-    for flag, value in flags.items():
-        setattr(args, flag, value)
-    return path
+        raise ValueError("--gpu needs a CUDA device, but torch finds none: leave --gpu out, or install a driver and torch's CUDA build.")
+    folder = comfyui.find_comfyui(os.environ.get("COMFYUI_PATH") or str(ROOT / ".dev" / "comfyui"))
+    # ComfyUI's own default on NVIDIA, which the trainer cannot use.
+    given = ["--async-offload" if gpu else "--cpu", *(f"--{name.replace('_', '-')}" for name, is_on in flags.items() if is_on)]
+    comfyui.start_comfyui(folder, given)
+    return folder

@@ -12,9 +12,10 @@ import folder_paths
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
-from distilled_t5.encoder.files import UNFINISHED, write_student
+from distilled_t5.encoder.files import write_student
 from distilled_t5.encoder.served import ServingOptions, load_encoder, student_tensors
 from distilled_t5.nodes import DistilledT5Save
+from distilled_t5.runtime.disk import UNFINISHED
 from distilled_t5.tests.support.tiny_students import FULL_VOCABULARY, tiny_tensors
 from safetensors import safe_open
 

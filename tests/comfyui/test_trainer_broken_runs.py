@@ -168,7 +168,7 @@ def test_a_rank_that_is_killed_ends_the_run_with_a_message_and_leaves_whole_chec
     second.kill()
     said = process.communicate(timeout=120)[0]
     assert process.returncode != 0
-    assert "Rank 0 of 2 stops because another process of the run died or does not answer" in said
+    assert "Rank 0 of 2 stops because another process of the run died or does not respond" in said
     assert "then run the same command with --resume" in said
     newest = checkpoints(run)[-1]
     assert read_checkpoint(newest).step == int(newest.name[5:]) >= 4
@@ -184,7 +184,7 @@ def test_memory_that_runs_out_in_the_middle_ends_the_run_with_advice_and_leaves_
     psutil.Process(process.pid).rlimit(psutil.RLIMIT_AS, (room, room))
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 1
-    assert "The memory was not enough: " in said
+    assert "Out of memory: " in said
     assert said.strip().splitlines()[-1].startswith("What to do: go on with --resume")
     assert "Traceback" not in said
     # The held-out loss is taken at the last stage's size, for the first time after step 20.

@@ -173,31 +173,32 @@ def test_what_a_text_is_called_fits_it(train):
 def test_missing_wordfreq_is_an_error_that_gives_the_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "wordfreq", None)
     module.common_words.cache_clear()
-    with pytest.raises(PromptError) as caught:
+    with pytest.raises(ValueError, match="pip install") as caught:
         common_words()
     assert str(caught.value) == (
-        f'CommonText needs the package wordfreq.\nWhat to do: run "{sys.executable}" -m pip install wordfreq=={module.WORDFREQ}'
+        f"CommonText needs the package wordfreq=={module.WORDFREQ}.\n"
+        f'What to do: run "{sys.executable}" -m pip install wordfreq=={module.WORDFREQ}'
     )
 
 
 def test_another_wordfreq_is_refused_because_its_prompts_would_differ(monkeypatch):
     import wordfreq
 
-    of_this_one = wordfreq.top_n_list("en", module.LOOKED_AT)
+    of_this_one = wordfreq.top_n_list("en", module.FREQUENT)
     monkeypatch.setattr(wordfreq, "top_n_list", lambda *_, **__: of_this_one[::-1])
     module.common_words.cache_clear()
-    with pytest.raises(PromptError, match="has other common words than wordfreq"):
+    with pytest.raises(PromptError, match="the installed version has different ones"):
         common_words()
 
 
 def test_more_prompts_than_there_are_is_an_error(monkeypatch):
     monkeypatch.setattr(module, "_draw", lambda *_: Prompt("a mug printed with hello", "hello"))
-    with pytest.raises(PromptError, match="no 10 different prompts in its split unseen_words: 1 were found"):
+    with pytest.raises(PromptError, match="split unseen_words: expected 10 different prompts, got 1"):
         common_text("unseen_words", 10, 0)
 
 
 def test_no_list_of_wordfreq_is_shipped_and_no_list_trips_the_registrys_scanner(pack_root):
-    files = {path.stem: path.read_text(encoding="utf-8") for path in (pack_root / "train" / "words").iterdir()}
+    files = {path.stem: path.read_text(encoding="utf-8") for path in (pack_root / "prompts" / "words").iterdir()}
     assert set(files) == {"subjects", "actions", "sentences", "left_out"}
     assert all(text.isascii() and text.endswith("\n") for text in files.values())
     assert not [tripwire for tripwire in TRIPWIRES for text in files.values() if tripwire in text]

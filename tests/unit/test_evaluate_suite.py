@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distilled_t5.config.files import RecipeError, options
+from distilled_t5.config.files import ConfigError, options
 from distilled_t5.evaluate.suite import SHIPPED, Suite, load_suite
 from distilled_t5.prompts.corpora import COMPBENCH_CATEGORIES
 from distilled_t5.world.scenes import NEW_IN_TASK
@@ -42,9 +42,9 @@ def suite_of(folder: Path, text: str, *overrides: str) -> Suite:
 
 def problems(folder: Path, text: str, *overrides: str) -> list[str]:
     """The lines of the error about a suite's text."""
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(ConfigError) as caught:
         suite_of(folder, text, *overrides)
-    return caught.value.details
+    return caught.value.problems
 
 
 def keys_used(value: Any, prefix: str = "") -> set[str]:
@@ -92,11 +92,11 @@ def test_a_suite_round_trips_exactly(name, tmp_path):
     assert load_suite(name, ["seed=7"]).sha256 != suite.sha256
 
 
-def test_an_unknown_key_is_refused_with_the_nearest_one_and_its_line(tmp_path):
+def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path):
     text = MINIATURE.replace("batch = 50", "bach = 50")
     assert problems(tmp_path, text) == [
-        "line 18: sampling.batch is missing (images that go through the diffusion model at once on one GPU: bounds the memory)",
-        "line 22: sampling.bach is no key of a suite; the nearest is sampling.batch",
+        "sampling.batch is missing (images in one forward pass of the diffusion model on one GPU: decides the memory needed)",
+        "sampling.bach is not a key of a suite; the nearest is sampling.batch",
     ]
 
 
@@ -104,16 +104,16 @@ def test_an_unknown_key_is_refused_with_the_nearest_one_and_its_line(tmp_path):
     ("setting", "expected"),
     [
         ("task.0.prompts.category=shape", "a category, one of single_object, colour_shape_binding"),
-        ("task.0.prompts.path=x.txt", "prompts of kind miniature are made here: expected no path"),
+        ("task.0.prompts.path=x.txt", "prompts of kind miniature are generated: expected no path"),
         ("task.0.prompts.pictures=x", "prompts of kind miniature have no photographs: expected no pictures"),
         ("task.0.prompts.kind=lines", "prompts of kind lines need a path"),
-        ('task.0.metrics=["compbench"]', "task single_object: metric compbench has nothing to compare with in prompts of kind miniature"),
-        ('task.0.metrics=["ocr"]', "task single_object: metric ocr has nothing to compare with in prompts of kind miniature single_object"),
-        ('task.4.metrics=["ocr"]', "task word asks for ocr, and there is no table [ocr]"),
-        ('task.0.metrics=["readback", "readback"]', "task single_object has a metric twice: readback, readback"),
+        ('task.0.metrics=["compbench"]', "task single_object: metric compbench does not apply to prompts of kind miniature"),
+        ('task.0.metrics=["ocr"]', "task single_object: metric ocr does not apply to prompts of kind miniature single_object"),
+        ('task.4.metrics=["ocr"]', "task word: metric ocr needs the table [ocr]"),
+        ('task.0.metrics=["readback", "readback"]', "task single_object: expected different metrics, got readback, readback"),
         ('task.0.metrics=["taste"]', "expected metrics out of ocr, readback"),
         ("diffusion_model.family=sd9", "diffusion_model.family: expected one of flux"),
-        ("task.1.name=single_object", "two tasks have one name: found single_object, single_object"),
+        ("task.1.name=single_object", "expected a different name for every task, got single_object, single_object"),
         ("sampling.resolution_px=100", "multiple of 16"),
         ("sampling.guidance=true", "expected a valid number"),
         ("students=x", "expected a list"),
@@ -127,11 +127,11 @@ def test_what_does_not_fit_is_refused_in_words(setting, expected, tmp_path):
 def test_photographs_are_asked_for_where_fid_is(tmp_path):
     paper = (SHIPPED / "paper.toml").read_text(encoding="utf-8")
     [problem] = problems(tmp_path, paper.replace(', pictures = "corpora/coco/val2014"', ""))
-    assert "task coco: metric fid has nothing to compare with in prompts of kind coco" in problem
+    assert "task coco: metric fid does not apply to prompts of kind coco" in problem
 
 
 def test_a_suite_that_is_not_there_is_refused_with_the_shipped_names():
-    with pytest.raises(RecipeError, match=r"quik is neither a suite file \(it is not there\) nor the name of a shipped suite") as caught:
+    with pytest.raises(ConfigError, match=r"quik is neither a suite file \(it does not exist\) nor the name of a shipped suite") as caught:
         load_suite("quik")
     assert "shipped: miniature, paper, quick" in str(caught.value)
     assert "did you mean quick?" in str(caught.value)

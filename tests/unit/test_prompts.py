@@ -7,8 +7,8 @@ import tracemalloc
 from collections import Counter
 
 import pytest
-from distilled_t5.prompts.mix import Prompt, PromptError, PromptMix, hold_out, read_corpus
-from distilled_t5.train.recipe import Corpus
+from distilled_t5.prompts.corpora import Corpus, Prompt, PromptError
+from distilled_t5.prompts.mix import PromptMix, hold_out, read_corpus
 
 
 def prompts(name: str, count: int) -> list[Prompt]:
@@ -174,9 +174,9 @@ def test_a_million_prompts_cost_a_few_bytes_each_beyond_themselves():
         ([], 0, "There is no corpus"),
         ([(prompts("a", 3), 1), ([], 1)], 0, "Corpus 2 of 2 is empty"),
         ([(prompts("a", 3), 0)], 0, "repeated 0 times"),
-        ([(prompts("a", 3), 1)], 3, "3 prompts are to be held out, 3 of them from a corpus with 3 different prompts"),
-        ([(prompts("a", 3), 1)], 7, "7 prompts are to be held out"),
-        ([(prompts("a", 3) * 5, 1)], 4, "4 of them from a corpus with 3 different prompts"),
+        ([(prompts("a", 3), 1)], 3, "3 prompts cannot be held out: 3 of them would come from a corpus with 3 different prompts"),
+        ([(prompts("a", 3), 1)], 7, "7 prompts cannot be held out"),
+        ([(prompts("a", 3) * 5, 1)], 4, "4 of them would come from a corpus with 3 different prompts"),
         ([(prompts("a", 3), 1)], prompts("a", 3), "Corpus 1 of 1 is empty"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilled_t5.runtime.ranks import Ranks, RanksError, is_loss_of_company
+from distilled_t5.runtime.ranks import Ranks, RanksError, is_lost_process
 from torch.nn import Linear
 
 pytestmark = pytest.mark.slow
@@ -229,8 +229,8 @@ def test_a_dying_process_ends_the_others_with_a_message(tmp_path):
     done = torchrun(tmp_path, DYING)
     assert done.returncode != 0
     for call in ("MEAN", "GATHER", "BACKWARD"):
-        assert f"{call}: Rank 0 of 2 stops because another process of the run died or does not answer" in done.stdout
-    assert done.stdout.count("What to do: look for that process's own message") == 3
+        assert f"{call}: Rank 0 of 2 stops because another process of the run died or does not respond" in done.stdout
+    assert done.stdout.count("What to do: correct the cause in that process's own message") == 3
     assert "Traceback" not in done.stdout
 
 
@@ -253,7 +253,7 @@ def test_one_process_alone_is_a_run_of_one_and_touches_nothing_distributed():
 def test_errors_that_are_not_about_other_processes_stay_what_they_are():
     with pytest.raises(RuntimeError, match="shapes"), Ranks.open():
         raise RuntimeError("shapes do not match")
-    assert not is_loss_of_company(RuntimeError("out of memory"))
-    assert not is_loss_of_company(RanksError("gloo"))
+    assert not is_lost_process(RuntimeError("out of memory"))
+    assert not is_lost_process(RanksError("gloo"))
     with pytest.raises(RanksError, match=r"Rank 1 of 4 stops .*: nccl gave up\nWhat to do"), Ranks(rank=1, world=4):
         raise torch.distributed.DistBackendError("nccl gave up\nat some place")

@@ -1,4 +1,4 @@
-"""Recipes: written and read back, refused with the line of every problem, changed by settings, found by name."""
+"""Recipes: written and read back, refused with the key of every problem, changed by settings, found by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from distilled_t5.config.files import SHIPPED, RecipeError, options
+from distilled_t5.config.files import SHIPPED, ConfigError, options
 from distilled_t5.config.toml import toml_value, write_toml
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.train.recipe import Recipe, load_recipe
@@ -31,25 +31,19 @@ def recipe_of(folder: Path, text: str, *overrides: str) -> Recipe:
 
 def refusal(folder: Path, text: str, *overrides: str) -> list[str]:
     """The lines of the error about a recipe's text, between its head and its remedy."""
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(ConfigError) as caught:
         recipe_of(folder, text, *overrides)
     head, *details, remedy = str(caught.value).splitlines()
     assert "mine.toml" in head
     assert remedy.startswith("What to do: ")
-    assert [line.strip() for line in details] == caught.value.details
-    return caught.value.details
+    assert [line.strip() for line in details] == caught.value.problems
+    return caught.value.problems
 
 
-def line_of(text: str, start: str) -> int:
-    """The number of the first line that begins so."""
-    return 1 + next(number for number, line in enumerate(text.splitlines()) if line.startswith(start))
-
-
-def test_windows_line_ends_count_once(tmp_path):
+def test_windows_line_endings_are_read(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_bytes(SMOKE.replace("seed = 0", 'seed = "0"').replace("\n", "\r\n").encode())
-    with pytest.raises(RecipeError, match=f"line {line_of(SMOKE, 'seed')}: seed: "):
-        load_recipe(str(path))
+    path.write_bytes(SMOKE.replace("\n", "\r\n").encode())
+    assert load_recipe(str(path)) == load_recipe("smoke")
 
 
 # --- writing ---
@@ -86,7 +80,7 @@ def test_prompts_of_any_letters_round_trip_in_a_recipe(tmp_path):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_misspelt_key_is_refused_with_its_line_and_the_key_that_was_meant(option, tmp_path):
+def test_misspelt_key_is_refused_with_the_nearest_key(option, tmp_path):
     base = SMOKE if "layout" in option else PAPER
     text = recipe_of(tmp_path, base).to_toml()
     *tables, key = option.split(".")
@@ -96,9 +90,7 @@ def test_misspelt_key_is_refused_with_its_line_and_the_key_that_was_meant(option
     ]
     before, after = text[:start], text[start:]
     changed = before + re.sub(rf"\b{key} = ", f"{misspelt} = ", after, count=1)
-    line = 1 + next(number for number, row in enumerate(changed.splitlines()) if re.search(rf"\b{misspelt} = ", row))
-    (found,) = [detail for detail in refusal(tmp_path, changed) if "is no key" in detail]
-    assert found.startswith(f"line {line}: ")
+    (found,) = [detail for detail in refusal(tmp_path, changed) if "is not a key" in detail]
     assert misspelt in found
     assert found.endswith(f"the nearest is {option}")
 
@@ -112,45 +104,45 @@ def test_misspelt_key_is_refused_with_its_line_and_the_key_that_was_meant(option
         ("checkpoint_blocks", "diffusion_model.checkpoint_blocks"),
     ],
 )
-def test_key_in_the_wrong_place_is_sent_home(key, nearest, tmp_path):
+def test_misplaced_key_is_refused_with_its_right_place(key, nearest, tmp_path):
     (found,) = refusal(tmp_path, f"{key} = 1\n{SMOKE}")
-    assert found == f"line 1: {key} is no key of a recipe; the nearest is {nearest}"
+    assert found == f"{key} is not a key of a recipe; the nearest is {nearest}"
 
 
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("seed = 0", 'seed = "0"', 'seed: expected a valid integer, found "0"'),
-        ("seed = 0", "seed = 0.0", "seed: expected a valid integer, found 0.0"),
-        ("seed = 0", "seed = true", "seed: expected a valid integer, found true"),
-        ("seed = 0", "seed = -1", "seed: expected greater than or equal to 0, found -1"),
+        ("seed = 0", 'seed = "0"', 'seed: expected a valid integer, got "0"'),
+        ("seed = 0", "seed = 0.0", "seed: expected a valid integer, got 0.0"),
+        ("seed = 0", "seed = true", "seed: expected a valid integer, got true"),
+        ("seed = 0", "seed = -1", "seed: expected greater than or equal to 0, got -1"),
         ("seed = 0", "seed = 2147483648", "seed: expected less than 2147483648"),
-        ("chunk_prompts = 32", "chunk_prompts = 0", "teacher.chunk_prompts: expected greater than or equal to 1, found 0"),
-        ("checkpoint_blocks = true", "checkpoint_blocks = 1", "diffusion_model.checkpoint_blocks: expected a valid boolean, found 1"),
-        ('dtype = "fp32"', 'dtype = "fp8"', "dtype: expected 'auto', 'fp32', 'bf16', 'fp16' or 'fp8_e4m3fn', found \"fp8\""),
-        ('file = "stand-in"', 'file = ""', 'diffusion_model.file: String should have at least 1 character, found ""'),
-        ("layout = {", "layout = 5 # {", "student.layout: expected a table, found 5"),
-        ("d_model = 64", 'd_model = "64"', 'student.layout.d_model: expected a valid integer, found "64"'),
-        ("dropout = 0.0", "dropout = 1.0", "student.dropout: expected less than 1, found 1.0"),
-        ("learning_rate = 1e-3", "learning_rate = 0", "optimizer.learning_rate: expected greater than 0, found 0"),
-        ("learning_rate = 1e-3", "learning_rate = nan", "optimizer.learning_rate: expected a finite number, found nan"),
-        ("learning_rate = 1e-3", 'learning_rate = "1e-3"', 'optimizer.learning_rate: expected a valid number, found "1e-3"'),
-        ("guidance = [2.0", 'guidance = ["x"', 'sampling.guidance.0: expected a valid number, found "x"'),
-        ("guidance = [2.0, 3.5, 5.0]", "guidance = 3.5", "sampling.guidance: expected a list, found 3.5"),
-        ("token_lengths = [16, 32]", "token_lengths = []", "sampling.token_lengths: expected at least one entry, found []"),
-        ("token_lengths = [16, 32]", "token_lengths = [16, 5000]", "token_lengths.1: expected less than or equal to 4096, found 5000"),
-        ("token_lengths = [16, 32]", "token_lengths = [16, 2024-01-01]", "token_lengths.1: expected a valid integer, found 2024-01-01"),
+        ("chunk_prompts = 32", "chunk_prompts = 0", "teacher.chunk_prompts: expected greater than or equal to 1, got 0"),
+        ("checkpoint_blocks = true", "checkpoint_blocks = 1", "diffusion_model.checkpoint_blocks: expected a valid boolean, got 1"),
+        ('dtype = "fp32"', 'dtype = "fp8"', "dtype: expected 'auto', 'fp32', 'bf16', 'fp16' or 'fp8_e4m3fn', got \"fp8\""),
+        ('file = "stand-in"', 'file = ""', 'diffusion_model.file: expected at least 1 character, got ""'),
+        ("layout = {", "layout = 5 # {", "student.layout: expected a table, got 5"),
+        ("d_model = 64", 'd_model = "64"', 'student.layout.d_model: expected a valid integer, got "64"'),
+        ("dropout = 0.0", "dropout = 1.0", "student.dropout: expected less than 1, got 1.0"),
+        ("learning_rate = 1e-3", "learning_rate = 0", "optimizer.learning_rate: expected greater than 0, got 0"),
+        ("learning_rate = 1e-3", "learning_rate = nan", "optimizer.learning_rate: expected a finite number, got nan"),
+        ("learning_rate = 1e-3", 'learning_rate = "1e-3"', 'optimizer.learning_rate: expected a valid number, got "1e-3"'),
+        ("guidance = [2.0", 'guidance = ["x"', 'sampling.guidance.0: expected a valid number, got "x"'),
+        ("guidance = [2.0, 3.5, 5.0]", "guidance = 3.5", "sampling.guidance: expected a list, got 3.5"),
+        ("token_lengths = [16, 32]", "token_lengths = []", "sampling.token_lengths: expected at least one entry, got []"),
+        ("token_lengths = [16, 32]", "token_lengths = [16, 5000]", "token_lengths.1: expected less than or equal to 4096, got 5000"),
+        ("token_lengths = [16, 32]", "token_lengths = [16, 2024-01-01]", "token_lengths.1: expected a valid integer, got 2024-01-01"),
         ('name = "distilled_t5_smoke"', 'name = "../smoke"', "output.name: expected a file name of letters"),
-        ('name = "distilled_t5_smoke"', 'name = "smoke.safetensors"', 'without folder and ending, found "smoke.safetensors"'),
-        ("resolution_px = 64", "resolution_px = 100", "stage.0.resolution_px: expected a multiple of 16, found 100"),
-        ('objective = "embedding"', 'objective = "velocty"', "stage.0.objective: expected one of velocity, embedding, found \"velocty\""),
+        ('name = "distilled_t5_smoke"', 'name = "smoke.safetensors"', 'without folder and extension, got "smoke.safetensors"'),
+        ("resolution_px = 64", "resolution_px = 100", "stage.0.resolution_px: expected a multiple of 16, got 100"),
+        ('objective = "embedding"', 'objective = "velocty"', "stage.0.objective: expected one of velocity, embedding, got \"velocty\""),
         (', path = "prompts/words/sentences.txt"', "", "stage.0.corpora.0: a corpus of kind lines needs a path"),
         ('kind = "lines"', 'kind = "csv"', "a corpus of kind csv needs the column that holds the prompt"),
         ('kind = "lines"', 'kind = "common_text"', "stage.0.corpora.0: common_text is generated: expected no path"),
         ('kind = "lines"', 'kind = "lines", column = "y"', "stage.0.corpora.0: a corpus of kind lines has no columns"),
-        ("start = ", 'size = "base"\nstart = ', "student: expected either size or layout, found both"),
-        ("layout = {", "# {", "student: expected either size or layout, found neither"),
-        ('name = "follow-the-steps"', 'name = "embedding-first"', "expected a different name for each stage"),
+        ("start = ", 'size = "base"\nstart = ', "student: expected either size or layout, got both"),
+        ("layout = {", "# {", "student: expected either size or layout, got neither"),
+        ('name = "follow-the-steps"', 'name = "embedding-first"', "expected a different name for every stage, got"),
     ],
 )  # fmt: skip
 def test_wrong_value_is_refused_with_what_was_expected_and_found(old, new, expected, tmp_path):
@@ -158,23 +150,18 @@ def test_wrong_value_is_refused_with_what_was_expected_and_found(old, new, expec
     text = SMOKE.replace(old, new, 1)
     (found,) = refusal(tmp_path, text)
     assert expected in found
-    place, colon, _ = found.partition(": ")
-    assert colon
-    # Rules about a whole table name the line of the table.
-    if place.startswith("line ") and "either size or layout" not in expected and "corpus" not in expected:
-        assert new.split("\n")[0] in text.splitlines()[int(place.removeprefix("line ")) - 1]
 
 
 def test_missing_keys_and_tables_are_named_with_their_meaning(tmp_path):
     text = SMOKE.replace("beta1 = ", "# ").replace("[output]", "# [output]").replace('name = "distilled_t5_smoke"', "# ")
     details = refusal(tmp_path, text)
     assert details == [
-        f"line {line_of(text, '[optimizer]')}: optimizer.beta1 is missing (decay of the mean of gradients, per step)",
+        "optimizer.beta1 is missing (decay per step of the running mean of gradients)",
         "output is missing (the trained encoder)",
     ]
 
 
-def test_all_problems_are_listed_at_once_in_the_order_of_their_lines(tmp_path):
+def test_all_problems_are_listed_at_once(tmp_path):
     text = SMOKE
     for old, new in [
         ("seed = 0", "sead = 0"),
@@ -186,9 +173,6 @@ def test_all_problems_are_listed_at_once_in_the_order_of_their_lines(tmp_path):
         text = text.replace(old, new, 1)
     details = refusal(tmp_path, text, "validation.prompts=none", "stage.7.steps=5", "nonsense")
     assert len(details) == 3 + 5 + 2, "a misspelt key is also missing under its right name"
-    lines = [int(detail.split()[1].rstrip(":")) for detail in details if detail.startswith("line ")]
-    assert lines == sorted(lines)
-    assert len(lines) == 6
     for part in (
         "sead",
         "student.dropout",
@@ -208,16 +192,16 @@ def test_all_problems_are_listed_at_once_in_the_order_of_their_lines(tmp_path):
         (b'name = "x"\nseed = = 1\n', "line 2"),
         (b'name = "x"\nname = "y"\n', "line 2"),
         (b"name = smoke\n", "line 1"),
-        (b"seed = 1\n\xff\xfe\n", "no text in UTF-8"),
-        (b"a = " + b"[" * 5000 + b"]" * 5000, "no TOML"),
+        (b"seed = 1\n\xff\xfe\n", "is not UTF-8 text"),
+        (b"a = " + b"[" * 5000 + b"]" * 5000, "is not valid TOML: arrays or tables are nested too deeply"),
         (b"", "name is missing"),
-        (b"\x00\x01", "no TOML"),
+        (b"\x00\x01", "is not valid TOML"),
     ],
 )
-def test_files_that_are_no_recipe_are_refused(content, expected, tmp_path):
+def test_file_that_is_not_a_recipe_is_refused(content, expected, tmp_path):
     path = tmp_path / "mine.toml"
     path.write_bytes(content)
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_recipe(str(path))
     assert str(path) in str(caught.value)
     assert expected in str(caught.value)
@@ -271,31 +255,67 @@ def test_key_that_the_file_leaves_out_can_be_set():
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("optimizer.learning_rat=1", "optimizer.learning_rat is no key of a recipe; the nearest is optimizer.learning_rate"),
-        ("optimiser.beta1=0.5", "optimiser is no key of a recipe; the nearest is optimizer"),
-        ("optimizer.beta1=half", 'optimizer.beta1: expected a valid number, found "half"'),
+        ("optimizer.learning_rat=1", "optimizer.learning_rat is not a key of a recipe; the nearest is optimizer.learning_rate"),
+        ("optimiser.beta1=0.5", "optimiser is not a key of a recipe; the nearest is optimizer"),
+        ("optimizer.beta1=half", 'optimizer.beta1: expected a valid number, got "half"'),
         ("seed=5\nname='x'", "seed: expected a valid integer"),
-        ("seed=2024-01-01", "seed: expected a valid integer, found 2024-01-01"),
+        ("seed=2024-01-01", "seed: expected a valid integer, got 2024-01-01"),
         ("seed", "expected part.key=value"),
         ("=5", "expected part.key=value"),
         ("stage..steps=5", "expected part.key=value"),
-        ("stage.2.steps=5", "stage has 2 entries: expected a number from 0 to 1, found 2"),
-        ("stage.steps=5", "stage has 2 entries: expected a number from 0 to 1, found steps"),
+        ("stage.2.steps=5", "stage has 2 entries: expected a number from 0 to 1, got 2"),
+        ("stage.steps=5", "stage has 2 entries: expected a number from 0 to 1, got steps"),
         ("seed.x=5", "seed is a value, not a table"),
-        ("optimizer.0=5", "optimizer is a table, not a list: it has no entry 0"),
-        ("0.name=x", "a recipe is a table, not a list"),
-        ("sampling.token_lengths.0=x", 'sampling.token_lengths.0: expected a valid integer, found "x"'),
+        ("optimizer.0=5", "optimizer.0 is not a key of a recipe"),
+        ("0.name=x", "0 is not a key of a recipe"),
+        ("sampling.token_lengths.0=x", 'sampling.token_lengths.0: expected a valid integer, got "x"'),
         ("student.layout={ d_model = 1 }", "student.layout.gated is missing"),
-        ("output.name=5", "output.name: expected a valid string, found 5"),
+        ("output.name=5", "output.name: expected a valid string, got 5"),
         ("output.name=\udce9", "output.name: "),
     ],
 )
 def test_wrong_setting_is_refused_and_quoted(setting, expected, tmp_path):
-    details = refusal(tmp_path, SMOKE, setting)
-    assert details
+    with pytest.raises(ConfigError) as caught:
+        recipe_of(tmp_path, SMOKE, setting)
     shown = setting if setting.isprintable() else repr(setting)[1:-1]
-    assert all(detail.startswith(f"--set {shown}: ") for detail in details)
-    assert any(expected in detail for detail in details)
+    assert f"mine.toml --set {shown}: " in str(caught.value).splitlines()[0]
+    assert any(expected in detail for detail in caught.value.problems)
+    assert all(line.isprintable() for line in str(caught.value).splitlines())
+
+
+@pytest.mark.parametrize("value", ['"C:\\x"', "'open", '"D:\\models\\t5.safetensors"'])
+def test_quoted_setting_that_is_not_valid_toml_is_refused(value, tmp_path):
+    (found,) = refusal(tmp_path, SMOKE, f"teacher.t5={value}")
+    assert "not valid TOML" in found and "single quotes" in found and "forward slashes" in found
+
+
+@pytest.mark.parametrize("value", ["C:\\x", "'C:\\x'", '"C:\\\\x"'])
+def test_windows_path_in_a_setting_keeps_its_backslashes(value):
+    assert load_recipe("smoke", [f"teacher.t5={value}"]).teacher.t5 == "C:\\x"
+
+
+PATHS = ["teacher.t5", "teacher.clip_l", "diffusion_model.file", "student.start", "preview.vae", "stage.0.corpora.0.path"]
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_path_with_escapes_between_double_quotes_is_refused(key, tmp_path):
+    (found,) = refusal(tmp_path, SMOKE, f'{key}="D:\\t5\\new"')
+    assert found.startswith(f"{key}: a backslash in double quotes starts an escape: write the path in single quotes")
+    assert 'got "D:\\t5\\new"' in found
+
+
+def test_toml_file_with_an_invalid_escape_is_refused_with_advice_about_quotes(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(SMOKE.replace('file = "stand-in"', 'file = "D:\\models"'), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"is not valid TOML: .*line \d+.*\nWhat to do: .*single quotes"):
+        load_recipe(str(path))
+
+
+def test_warm_up_longer_than_the_run_is_refused(tmp_path):
+    assert load_recipe("smoke", ["stage.0.steps=2", "stage.1.steps=2", "optimizer.warmup_steps=4"]).optimizer.warmup_steps == 4
+    assert refusal(tmp_path, SMOKE, "stage.0.steps=2", "stage.1.steps=2", "optimizer.warmup_steps=5") == [
+        "the recipe: optimizer.warmup_steps: expected at most the 4 steps of the run, got 5"
+    ]
 
 
 # --- finding a recipe ---
@@ -320,14 +340,14 @@ def test_file_in_the_folder_goes_before_a_shipped_name(tmp_path, monkeypatch):
     [
         ("smok", "did you mean smoke?"),
         ("schnell-24", "did you mean schnell-24gb?"),
-        ("no/such/file.toml", "it is not there"),
-        ("elsewhere/smoke.toml", "it is not there"),
+        ("no/such/file.toml", "it does not exist"),
+        ("elsewhere/smoke.toml", "it does not exist"),
         (".", "it is a folder"),
         ("", "it is a folder"),
     ],
 )
 def test_unknown_recipe_is_refused_with_the_shipped_names(name, expected):
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_recipe(name)
     assert expected in str(caught.value)
     assert all(shipped in str(caught.value) for shipped in NAMES)
@@ -351,21 +371,21 @@ def test_differences_name_key_old_and_new():
         "optimizer.learning_rate: 0.001 -> 0.002",
         "sampling.guidance: [2.0, 3.5, 5.0] -> [1.0]",
         "stage.1.steps: 40 -> 4",
-        'student.size: absent -> "base"',
+        'student.size: not set -> "base"',
         'student.start: "random" -> "flan-t5-base"',
-        "student.layout.d_model: 64 -> absent",
-        "student.layout.d_ff: 128 -> absent",
-        "student.layout.num_layers: 2 -> absent",
-        "student.layout.num_heads: 2 -> absent",
-        "student.layout.d_kv: 32 -> absent",
-        "student.layout.gated: true -> absent",
+        "student.layout.d_model: 64 -> not set",
+        "student.layout.d_ff: 128 -> not set",
+        "student.layout.num_layers: 2 -> not set",
+        "student.layout.num_heads: 2 -> not set",
+        "student.layout.d_kv: 32 -> not set",
+        "student.layout.gated: true -> not set",
     }
 
 
 def test_dropped_stage_is_a_difference(tmp_path):
     shorter = recipe_of(tmp_path, SMOKE[: SMOKE.rindex("# The method itself")])
     lines = load_recipe("smoke").differences(shorter)
-    assert 'stage.1.name: "follow-the-steps" -> absent' in lines
+    assert 'stage.1.name: "follow-the-steps" -> not set' in lines
     assert all(line.startswith("stage.1.") for line in lines)
 
 
@@ -387,7 +407,7 @@ def test_layout_of_named_and_free_sizes():
 def test_batches_of_a_step_are_shared_out_among_gpus():
     stage = load_recipe("flux-dev-paper").stages[0]
     assert [stage.batches_per_rank(ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
-    with pytest.raises(RecipeError, match=r"8 batches .* among 3 GPUs\.\nWhat to do: set accumulate to a multiple of 3"):
+    with pytest.raises(ConfigError, match=r"8 batches .* among 3 GPUs\.\nWhat to do: set accumulate to a multiple of 3"):
         stage.batches_per_rank(3)
 
 

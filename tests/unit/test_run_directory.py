@@ -85,7 +85,7 @@ def test_differences_of_the_recipe_are_listed_and_equal_ones_pass(tmp_path):
     assert lines[3].startswith("What to do: ")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])])
 def test_first_signal_is_a_request_and_the_handlers_come_back(number, capfd):
     before = signal.getsignal(number)
     with StopRequest() as stop:
@@ -96,6 +96,18 @@ def test_first_signal_is_a_request_and_the_handlers_come_back(number, capfd):
         assert stop.signal_name == number.name
     assert signal.getsignal(number) is before
     assert capfd.readouterr().err.count("the run is saved after this step") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGHUP")
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 WAITING = """

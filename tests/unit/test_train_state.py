@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from distilled_t5.encoder.files import open_student, write_student
+from distilled_t5.runtime.disk import UNFINISHED
 from distilled_t5.runtime.randomness import random_states, restore_random_states
 from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.tiny_students import tiny_tensors
@@ -222,7 +223,7 @@ def test_a_kill_between_taking_away_the_old_and_putting_the_new_leaves_the_old(t
     store = checkpoints(tmp_path)
     store.save(some_state(5))
     path = tmp_path / "checkpoints" / "step-000005"
-    shutil.copytree(path, path.with_name(".step-000005.part"))
+    shutil.copytree(path, path.with_name(f".step-000005{UNFINISHED}"))
     path.rename(path.with_name("step-000005.replaced"))
     assert store.load_latest()[0].step == 5
     assert names(tmp_path) == ["step-000005"]
