@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ import pytest
 import safetensors.torch
 from distilled_t5.devtools.comfyui.server import ComfyServer, PromptFailed
 from distilled_t5.devtools.comfyui.workflow import set_inputs, to_api_prompt
-from distilled_t5.devtools.workflow_parts import MINIATURE_STUDENT, MINIATURE_TEACHER
 from distilled_t5.encoder.files import write_student
 from distilled_t5.encoder.metadata import StudentMetadata
 from distilled_t5.families.flux_tensors import FluxLayout
 from distilled_t5.miniature.autoencoder import vae_tensors
-from distilled_t5.miniature.files import FLUX_FILE, VAE_FILE, place
+from distilled_t5.miniature.files import FLUX_FILE, TEACHER_FILE, VAE_FILE, place
 from distilled_t5.runtime.random_weights import drawn
 from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.tests.support.workflows import MINIATURE_STUDENT, example
 from PIL import Image
 
 WIDTH = 128
@@ -34,7 +33,7 @@ def untrained_miniature(models: Path) -> None:
     flux = FluxLayout(width=128, double=1, single=1, text_width=WIDTH)
     safetensors.torch.save_file(drawn(flux.tensors(), seed=3), place(models, FLUX_FILE))
     safetensors.torch.save_file(vae_tensors(), place(models, VAE_FILE))
-    for number, (name, layout) in enumerate(((MINIATURE_TEACHER, TEACHER), (MINIATURE_STUDENT, STUDENT))):
+    for number, (name, layout) in enumerate(((TEACHER_FILE, TEACHER), (MINIATURE_STUDENT, STUDENT))):
         projection = "mlp" if layout.projected_width else "none"
         metadata = StudentMetadata(token_length=40, pooled="zero", projection=projection, text_width=WIDTH)
         write_student(models / "text_encoders" / name, drawn(layout.tensors(), seed=number), metadata)
@@ -49,8 +48,7 @@ def host(comfyui_path: Path, pack_root: Path, tmp_path_factory: pytest.TempPathF
 
 
 def prompt_of(host: ComfyServer, name: str) -> dict[str, Any]:
-    workflow = json.loads((host.pack / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
-    return to_api_prompt(workflow, host.object_info())
+    return to_api_prompt(example(name), host.object_info())
 
 
 def saved(host: ComfyServer, prompt: dict[str, Any], entry: dict[str, Any]) -> Image.Image:

@@ -13,21 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distilled_t5.devtools.build_workflows import BLUEPRINT_NAME, WORKFLOWS
 from distilled_t5.devtools.comfyui.server import ComfyServer, PromptFailed, end_process_group
 from distilled_t5.devtools.models.random_models import link_into
+from distilled_t5.tests.support.workflows import BLUEPRINT_NAME, EXAMPLE_NAMES, PACK_NODES, example
 
-OUR_NODES = (
-    "DistilledT5Loader",
-    "DistilledT5TextEncode",
-    "DistilledT5Save",
-    "DistilledT5OCRAccuracy",
-    "DistilledT5EncoderMap",
-    "DistilledT5CrossAttentionMap",
-    "DistilledT5AttentionMapImage",
-    "DistilledT5EncoderReport",
-    "DistilledT5CommonTextPrompt",
-)
+OUR_NODES = sorted(PACK_NODES)
 OLD_NODE = "DualCLIPLoaderT5Base"
 
 
@@ -178,10 +168,10 @@ def test_translations_are_served(host: ComfyServer) -> None:
 
 
 def test_templates_are_listed_and_served(host: ComfyServer) -> None:
-    assert set(host.get_json("/workflow_templates")[host.pack.name]) >= set(WORKFLOWS)
-    for name in WORKFLOWS:
+    assert set(host.get_json("/workflow_templates")[host.pack.name]) >= set(EXAMPLE_NAMES)
+    for name in EXAMPLE_NAMES:
         served = host.get_json(f"/api/workflow_templates/{urllib.parse.quote(host.pack.name)}/{name}.json")
-        assert served == json.loads((host.pack / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
+        assert served == example(name)
 
 
 def test_the_blueprint_is_listed_and_served(host: ComfyServer) -> None:
