@@ -1,4 +1,4 @@
-"""Commands of the pack that a longer command starts, and how they end together with it."""
+"""Commands of the pack that a longer command starts and ends."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# So long a command may save before it is killed.
+# The time that a command has to save before it is killed.
 PATIENCE_S = 60
 _running: set[subprocess.Popen[bytes]] = set()
 _lock = threading.Lock()
 
 
 def call(*arguments: str | Path, **extra: str) -> None:
-    """Run a command of the pack to its end; what it prints is seen. Raises RuntimeError if it does not end well."""
+    """Run a command of the pack to its end and show its output. Raises RuntimeError if its exit status is not 0."""
     command = [sys.executable, *map(str, arguments)]
     with _lock:
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **extra})
@@ -29,13 +29,11 @@ def call(*arguments: str | Path, **extra: str) -> None:
         if process.poll() is not None:
             _running.discard(process)
     if code:
-        raise RuntimeError(
-            f"{' '.join(command[1:3])} ended with status {code}.\nWhat to do: see what it printed; the same command goes on."
-        )
+        raise RuntimeError(f"{' '.join(command[1:3])} ended with status {code}.\nWhat to do: read its output; the same command continues.")
 
 
 def stop_children() -> None:
-    """Ask every command that still runs to save and end, as Ctrl-C does, and wait; what does not end is killed."""
+    """Interrupt every running command, so that it saves and ends, and wait; kill those that do not end."""
     with _lock:
         left = [process for process in _running if process.poll() is None]
         for process in left:

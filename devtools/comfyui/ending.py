@@ -1,4 +1,4 @@
-"""How a development command ends early: whoever stops it, it may clean up."""
+"""Lets a development command clean up when it is stopped."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ _ending = threading.Event()
 
 
 def interrupt_when_asked() -> None:
-    """From now on a termination, a closed terminal and the end of the parent process raise KeyboardInterrupt, as Ctrl-C does.
+    """From now on SIGTERM, SIGHUP and the end of the parent process raise KeyboardInterrupt, as Ctrl-C does.
 
-    A signal that was ignored at the start (by nohup, say) stays so, except Ctrl-C, which is ignored in every job of a script's background.
+    A signal that was ignored at the start, by nohup for example, stays ignored, except Ctrl-C, which is ignored in every background job.
     """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
@@ -22,16 +22,16 @@ def interrupt_when_asked() -> None:
 
 
 def interrupt_at_the_end_of(parent_pid: int) -> None:
-    """From now on the end of the parent process raises KeyboardInterrupt, unless `end_begins` was called before.
+    """From now on the end of the parent process raises KeyboardInterrupt, unless `end_begins` was called.
 
-    Not on Windows, where a process does not see that its parent ended.
+    Not on Windows, where a process is not informed that its parent has ended.
     """
     if os.name != "nt":
         threading.Thread(target=_interrupt_at_the_end_of, args=(parent_pid,), daemon=True).start()
 
 
 def end_begins() -> None:
-    """The process is cleaning up: it is not disturbed when its parent ends, too, as job managers have it (a termination, then a kill)."""
+    """The process is cleaning up: the end of its parent no longer interrupts it. (Job managers terminate first, then kill.)"""
     _ending.set()
 
 
@@ -41,10 +41,10 @@ def _on_signal(_number: int, _frame: object) -> None:
 
 
 def _interrupt_at_the_end_of(parent_pid: int) -> None:
-    # A parent that is killed can pass nothing on.
+    # A killed parent cannot pass on a signal.
     while os.getppid() == parent_pid:
         time.sleep(POLL_S)
     main_thread = threading.main_thread().ident
-    assert main_thread is not None, "it runs"
+    assert main_thread is not None, "the main thread is running"
     if not _ending.is_set():
         signal.pthread_kill(main_thread, signal.SIGINT)

@@ -1,4 +1,4 @@
-"""The workflows that measure encoders, in a real server on an untrained miniature: what they show is of this run and of no earlier one."""
+"""The workflows that measure encoders, in a real server on an untrained miniature: they show results of the current run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STUDENT = StudentLayout(d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16,
 
 
 def untrained_miniature(models: Path) -> None:
-    """Files of the miniature's names and kinds with random weights, below ComfyUI's folder of models."""
+    """Write files with the names and types of the miniature's and random weights, in ComfyUI's folder of models."""
     for kind in ("diffusion_models", "text_encoders", "vae"):
         (models / kind).mkdir(parents=True, exist_ok=True)
     flux = FluxLayout(width=128, double=1, single=1, text_width=WIDTH)
@@ -63,7 +63,7 @@ def said(prompt: dict[str, Any], entry: dict[str, Any]) -> str:
     return "".join(entry["outputs"][node_id]["text"])
 
 
-def test_the_attention_map_lies_over_the_whole_picture_and_is_told_in_numbers(host: ComfyServer) -> None:
+def test_the_attention_map_covers_the_image_and_is_described_in_numbers(host: ComfyServer) -> None:
     prompt = prompt_of(host, "attention-map")
     entry = host.run(prompt)
     assert saved(host, prompt, entry).size == (768, 768)
@@ -74,7 +74,7 @@ def test_the_attention_map_lies_over_the_whole_picture_and_is_told_in_numbers(ho
 
 
 def attention(host: ComfyServer, run: int, seed: int, step: int = 0, **of_the_map: str) -> np.ndarray:
-    """The map of a sampling; `run` makes the host save again what it has kept."""
+    """The map of a sampling; `run` makes ComfyUI save a cached result again."""
     prompt = prompt_of(host, "attention-map")
     set_inputs(prompt, "KSampler", seed=seed, steps=3)
     set_inputs(prompt, "DistilledT5AttentionMapImage", step=step, opacity=1.0)
@@ -84,7 +84,7 @@ def attention(host: ComfyServer, run: int, seed: int, step: int = 0, **of_the_ma
     return np.asarray(saved(host, prompt, host.run(prompt)).convert("RGB"), dtype=np.int16)
 
 
-def test_what_comfyui_keeps_between_runs_gives_no_old_and_no_empty_map(host: ComfyServer) -> None:
+def test_comfyuis_cache_gives_neither_an_old_nor_an_empty_map(host: ComfyServer) -> None:
     first = attention(host, 1, seed=1)
     assert np.array_equal(attention(host, 2, seed=1), first), "nothing changed"
     other_seed = attention(host, 3, seed=2)
@@ -110,7 +110,7 @@ def test_another_step_needs_no_new_sampling(host: ComfyServer) -> None:
     assert "DistilledT5AttentionMapImage" not in kept
 
 
-def test_two_samplers_on_one_model_get_each_their_own_map(host: ComfyServer) -> None:
+def test_two_samplers_on_one_model_get_separate_maps(host: ComfyServer) -> None:
     alone = [attention(host, 20 + seed, seed) for seed in (1, 2)]
     prompt = prompt_of(host, "attention-map")
     set_inputs(prompt, "KSampler", seed=1, steps=3)
@@ -127,7 +127,7 @@ def test_two_samplers_on_one_model_get_each_their_own_map(host: ComfyServer) -> 
         assert np.array_equal(np.asarray(pictures[node_id][0].convert("RGB"), dtype=np.int16), expected)
 
 
-def test_a_word_that_is_not_in_the_prompt_is_told_to_the_user(host: ComfyServer) -> None:
+def test_a_word_that_is_not_in_the_prompt_is_an_error_with_what_to_do(host: ComfyServer) -> None:
     with pytest.raises(PromptFailed, match=r"The word 'foxes' is not in the prompt(?s:.*)What to do: give a word") as failure:
         attention(host, 30, seed=1, word="foxes")
     prompt = prompt_of(host, "attention-map")

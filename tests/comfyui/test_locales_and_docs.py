@@ -1,4 +1,4 @@
-"""What a user reads about the nodes, in two languages: complete, and true to the schemas and to the messages of the code."""
+"""Names, tooltips and help pages in two languages: complete, and equal to the schemas and the messages of the code."""
 
 import ast
 import json
@@ -12,7 +12,7 @@ from distilled_t5.devtools.docs.build_locales import MESSAGE_SYNTAX, flat, local
 
 LANGUAGES = ("en", "zh")
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
-# Words that the Chinese interface leaves as they are.
+# Words that stay English in the Chinese interface.
 SAME_IN_CHINESE = {"CLIP"}
 ERRORS_HEADING = {"en": "## Errors", "zh": "## \u9519\u8bef\u4fe1\u606f"}
 

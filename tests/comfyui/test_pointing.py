@@ -32,7 +32,7 @@ def test_each_case_asks_for_a_thing_of_its_scene_by_a_word_of_its_caption():
     assert len({thing.place for _, _, thing, _ in asked}) == 9
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_four_of_five_maps_point_at_the_thing():
     found = pointing(SHIPPED, place(SHIPPED, TEACHER_FILE), 100)
     assert found.n == 100

@@ -20,8 +20,7 @@ from distilled_t5.train.run_directory import RunDirectory
 from distilled_t5.train.state import read_checkpoint
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.one_host,
+    pytest.mark.full,
     pytest.mark.skipif(os.name != "posix", reason="kill -9 and limits on the size of a file are POSIX"),
 ]
 # Long enough to be killed in the middle, with a checkpoint every other step.
