@@ -21,8 +21,6 @@ from distilled_t5.devtools.comfyui.server import free_port
 from distilled_t5.world.pictures import TASKS
 from PIL import Image
 
-pytestmark = pytest.mark.one_host
-
 PACK_AS_MODULE = (
     "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); import conftest; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
 )

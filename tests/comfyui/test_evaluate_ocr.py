@@ -17,8 +17,6 @@ from distilled_t5.tests.support.trainer import PACK
 from distilled_t5.world.pictures import render
 from distilled_t5.world.questions import questions
 
-pytestmark = pytest.mark.one_host
-
 WORDS = 60
 CELL_PX = 8
 

@@ -25,8 +25,6 @@ from distilled_t5.tests.support.tiny_students import (
     tiny_tensors,
 )
 
-pytestmark = pytest.mark.one_host
-
 STUDENT = tiny_tensors(FULL_VOCABULARY)
 PER_KIND = 6
 KINDS = [

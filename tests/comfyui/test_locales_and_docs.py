@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from distilled_t5.devtools.comfyui.server import link_folder
-from distilled_t5.devtools.docs.build_locales import MESSAGE_SYNTAX, flat, locale_path, pack_nodes, plain_messages, schema_texts
+from distilled_t5.devtools.docs.build_locales import MESSAGE_SYNTAX, locale_path, pack_nodes, plain_messages, schema_texts
 
 LANGUAGES = ("en", "zh")
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -20,6 +20,14 @@ ERRORS_HEADING = {"en": "## Errors", "zh": "## \u9519\u8bef\u4fe1\u606f"}
 @pytest.fixture(scope="module")
 def texts() -> dict[str, Any]:
     return schema_texts(pack_nodes())
+
+
+def flat(texts: dict[str, Any], path: str = "") -> dict[str, str]:
+    """The texts by dotted key, as the frontend asks for them."""
+    leaves: dict[str, str] = {}
+    for key, value in texts.items():
+        leaves |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return leaves
 
 
 def locale(language: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from distilled_t5.miniature.measure import MEASURED
 from distilled_t5.runtime.model_folders import SHIPPED
 from distilled_t5.tests.support.trainer import BOUND_S
 
-pytestmark = [pytest.mark.one_host, pytest.mark.skipif(os.name == "nt", reason="Windows has none of these signals and links")]
+pytestmark = [pytest.mark.full, pytest.mark.skipif(os.name == "nt", reason="Windows has none of these signals and links")]
 
 NAME = "miniature_student_fortieth"
 

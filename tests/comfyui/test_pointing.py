@@ -9,8 +9,6 @@ from distilled_t5.miniature.files import TEACHER_FILE, place
 from distilled_t5.runtime.model_folders import SHIPPED
 from distilled_t5.world.pictures import Thing
 
-pytestmark = pytest.mark.one_host
-
 AT_LEAST = 0.8
 
 

@@ -26,8 +26,6 @@ from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.run import open_workshop
 from distilled_t5.train.smoke_models import FLUX
 
-pytestmark = pytest.mark.one_host
-
 NARROW = StudentLayout(d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16, hidden_width=32, projected_width=512)
 THIN = StudentLayout(d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8, hidden_width=8, projected_width=4096)
 posix = pytest.mark.skipif(os.name != "posix", reason="kill -9 and limits on the size of a file are POSIX")
