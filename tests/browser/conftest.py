@@ -53,10 +53,10 @@ def server(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield running
 
 
-@pytest.fixture(params=["canvas", "nodes-2"])
+@pytest.fixture(params=[False, True], ids=["canvas", "nodes-2"])
 def nodes_2(request: pytest.FixtureRequest) -> bool:
     """Each of the page's two renderers: False is the canvas, True is Nodes 2.0."""
-    return request.param == "nodes-2"
+    return request.param
 
 
 @pytest.fixture

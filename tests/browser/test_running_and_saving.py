@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from distilled_t5.devtools.comfyui.server import ComfyServer
 from distilled_t5.devtools.docs.browser import ComfyPage
 from playwright.sync_api import expect
@@ -25,6 +26,7 @@ def content(graph: dict[str, Any]) -> dict[str, Any]:
     return {"nodes": nodes} | kept
 
 
+@pytest.mark.parametrize("nodes_2", [pytest.param(False, id="canvas"), pytest.param(True, id="nodes-2", marks=pytest.mark.every_version)])
 def test_a_dropped_workflow_runs_to_its_picture(comfy: ComfyPage, server: ComfyServer, nodes_2: bool) -> None:
     comfy.open(nodes_2=nodes_2)
     comfy.drop("my-fox", (FOLDER / "flux-dev.json").read_text(encoding="utf-8"))

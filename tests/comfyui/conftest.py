@@ -15,6 +15,20 @@ COMFYUI = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "comfyui").reso
 # ComfyUI's folders: models, input, output, temp, user.
 BASE = tempfile.TemporaryDirectory(prefix="distilled-t5-base-")
 
+# Files about ComfyUI itself: their tests get the marker `every_version`.
+ABOUT_COMFYUI = (
+    *("test_nodes.py", "test_ordinary_clip.py", "test_clip_l_files.py", "test_loras_and_merges.py", "test_attention_map.py"),
+    *("test_server.py", "test_server_flags.py", "test_start.py", "test_progress_and_cancel.py", "test_cancel_anywhere.py"),
+    *("test_workflows.py", "test_evaluation_workflows.py", "test_block_checkpoint.py"),
+    *(
+        "test_trainer_method.py",
+        "test_trainer_teacher.py",
+        "test_trainer_fp8_teacher.py",
+        "test_trainer_weights.py",
+        "test_trainer_smoke.py",
+    ),
+)
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,6 +50,16 @@ def prepare_comfyui() -> None:
     args.base_directory = BASE.name
     # As main.py does: in older versions `nodes` puts comfy/ first on sys.path, whose utils.py would then hide the package `utils`.
     import utils.extra_config  # noqa: F401 (stays in sys.modules; it imports folder_paths, which reads the arguments once)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the files about ComfyUI."""
+    if missing := [name for name in ABOUT_COMFYUI if not Path(__file__).with_name(name).exists()]:
+        raise pytest.UsageError(f"ABOUT_COMFYUI in {__file__} names {', '.join(missing)}: update it after renaming or removing a file.")
+    for item in items:
+        if item.path.name in ABOUT_COMFYUI:
+            item.add_marker(pytest.mark.every_version)
 
 
 def pytest_unconfigure() -> None:

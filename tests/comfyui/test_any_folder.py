@@ -27,6 +27,7 @@ def files_below(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
 
 
+@pytest.mark.full
 def test_the_comfyui_tests_run_in_a_folder_of_another_name(copy: Path, comfyui_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))}
     command = [sys.executable, "-m", "pytest", "-q", "tests/comfyui/test_bad_input.py", "-k", "names_that_can_be_saved or vanished"]

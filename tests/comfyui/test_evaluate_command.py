@@ -131,6 +131,7 @@ def made_at(out: Path) -> dict[str, tuple[int, int]]:
     return {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name, path in pictures(out).items()}
 
 
+@pytest.mark.full
 def test_killed_then_stopped_then_finished_it_leaves_the_same_and_paints_nothing_twice(whole, comfyui_path, tmp_path):
     out = tmp_path / "out"
     arguments = command(comfyui_path, whole.base, out, "--student", "other.safetensors")
@@ -157,6 +158,7 @@ def test_killed_then_stopped_then_finished_it_leaves_the_same_and_paints_nothing
         assert {name: finished[name] for name in earlier} == earlier
 
 
+@pytest.mark.full
 def test_two_processes_do_what_one_does(whole, comfyui_path, tmp_path):
     out = tmp_path / "out"
     arguments = command(comfyui_path, whole.base, out, "--student", "other.safetensors")

@@ -150,6 +150,7 @@ def test_the_quick_suite_runs_whole(comfyui_path, place):
     check_text_and_compbench(suite, out, found)
 
 
+@pytest.mark.full
 def test_the_papers_suite_runs_whole(comfyui_path, place):
     weights = [
         f"clip_score.weights={save_clip(place.base / 'clip')}",

@@ -142,6 +142,7 @@ def test_the_command_makes_files_whose_headers_say_what_made_them(made, comfyui_
     assert [line["step"] for line in losses] == [3]
 
 
+@pytest.mark.full
 def test_a_run_that_is_resumed_after_its_end_writes_the_same_files_again(made, comfyui_path):
     before = {name: place(made, name).read_bytes() for name in (TEACHER_FILE, FLUX_FILE)}
     output = run(comfyui_path, made, "all", "--steps", "3", "--resume")

@@ -151,6 +151,7 @@ def test_a_picture_is_changed_to_what_the_prompt_says(server: ComfyServer, promp
     assert changed_right >= 6, "of 8"
 
 
+@pytest.mark.full
 def test_minutes_of_training_bring_a_student_nearer_to_its_teacher(comfyui_path: Path, tmp_path: Path) -> None:
     """The product's own command on the shipped recipe, from random values, cut to a minute or two of one thread."""
     settings = [f"stage.0.steps={STEPS}", "stage.1.steps=2", "validation.every_steps=20", "validation.prompts=16", "preview.vae="]
