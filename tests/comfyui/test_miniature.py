@@ -29,6 +29,7 @@ from distilled_t5.miniature.paint import Painter, Sampling, served
 from distilled_t5.miniature.teacher import IGNORED, FrozenTeacher, draw_batch, example
 from distilled_t5.miniature.training import Plan, train
 from distilled_t5.runtime.model_folders import add_model_folders
+from distilled_t5.tests.support.prepared import run_prepared
 from distilled_t5.tests.support.small_encoders import encode, serve
 from distilled_t5.world.captions import TOKEN_LENGTH, draw_prompt, write_prompts
 from distilled_t5.world.pictures import CELL_PX, SIDE, SIDE_PX, TASKS, render
@@ -120,9 +121,9 @@ def run(comfyui: Path, out: Path, *arguments: str) -> str:
     """The command as a user gives it; its last lines if it ends well."""
     command = PACK / "miniature"
     options = ["--out", str(out), "--comfyui", str(comfyui), "--batch", "8"]
-    done = subprocess.run([sys.executable, str(command), *arguments, *options], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    status, said = run_prepared([str(command), *arguments, *options], out.parent, 400)
+    assert status == 0, said
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +185,9 @@ def test_the_products_trainer_makes_a_student_of_it_that_the_loader_serves(made,
         corpora = f'[{{kind="lines", path="{prompts.as_posix()}"}}]'
         settings += [f"stage.{stage}.corpora={corpora}", f"stage.{stage}.resolution_px={SIDE_PX}", f"stage.{stage}.steps=4"]
     arguments = [part for setting in [*settings, "validation.prompts=2"] for part in ("--set", setting)]
-    trainer = [sys.executable, str(PACK / "train"), "smoke", "--run", str(tmp_path / "run"), "--comfyui", str(comfyui_path), *arguments]
-    done = subprocess.run([*trainer, "--", "--base-directory", str(tmp_path), "--cpu"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    trainer = [str(PACK / "train"), "smoke", "--run", str(tmp_path / "run"), "--comfyui", str(comfyui_path), *arguments]
+    status, said = run_prepared([*trainer, "--", "--base-directory", str(tmp_path), "--cpu"], tmp_path, 400)
+    assert status == 0, said
     [student] = (tmp_path / "models" / "text_encoders").glob("*.safetensors")
     [(text_BLD, _)] = encode(serve(student).clip, CAPTION)
     assert text_BLD.shape == (1, TOKEN_LENGTH, open_student(place(made, TEACHER_FILE)).layout.d_model)

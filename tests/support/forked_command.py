@@ -7,6 +7,8 @@ import runpy
 import sys
 from typing import Any
 
+import torch
+
 
 def become(arguments: list[str], folder: str, environment: dict[str, str], output: str) -> None:
     """Take over the folder, the environment, the output and the module path of a new Python, and run its script."""
@@ -17,8 +19,14 @@ def become(arguments: list[str], folder: str, environment: dict[str, str], outpu
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
     of_python = (sys.prefix, sys.base_prefix)
     sys.path[:] = [entry for entry in sys.path if entry.startswith(of_python)]
-    sys.argv = arguments
-    runpy.run_path(arguments[0], run_name="__main__")
+    if threads := environment.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))  # which has read the variable when it was imported
+    if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102 (a program of a test)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 task: dict[str, Any] | None = globals().get("TASK")

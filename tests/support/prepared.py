@@ -13,12 +13,15 @@ HEAVY = ["torch", "torchvision", "transformers.models.t5.modeling_t5", "safetens
 FORKED_COMMAND = Path(__file__).with_name("forked_command.py")
 
 
-def run_prepared(arguments: Sequence[str], folder: Path, timeout_s: float) -> tuple[int, str]:
-    """Run `python ARGUMENTS` in `folder` to its end; its exit status and output. TimeoutError if it takes longer."""
+def run_prepared(arguments: Sequence[str], folder: Path, timeout_s: float, **extra: str) -> tuple[int, str]:
+    """Run `python ARGUMENTS` in `folder` to its end, with `extra` environment variables; its exit status and output.
+
+    The first argument is a script, a folder with a `__main__.py`, or `-c`, followed by a program. TimeoutError if it takes longer.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
     with tempfile.NamedTemporaryFile(suffix=".txt") as output:
-        task = {"arguments": [*arguments], "folder": str(folder), "environment": dict(os.environ), "output": output.name}
+        task = {"arguments": [*arguments], "folder": str(folder), "environment": {**os.environ, **extra}, "output": output.name}
         process = context.Process(target=runpy.run_path, args=(str(FORKED_COMMAND), {"TASK": task}))
         process.start()
         try:
