@@ -294,7 +294,7 @@ def steps_of_test(options: argparse.Namespace, comfyui: Path) -> dict[str, tuple
 
     def tests(folder: str, marks: str = "not full") -> list[str]:
         chosen = [*(["-k", options.k] if options.k else []), *([] if options.full else ["-m", marks])]
-        return ["pytest", f"tests/{folder}", "-n", "2", "--dist", "loadfile", *chosen]
+        return ["pytest", f"tests/{folder}", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *chosen]
 
     version, here = comfyui_version(comfyui), {"COMFYUI_PATH": lambda: comfyui}
     steps: dict[str, tuple[list[str], Places]] = {"ruff check": (["ruff", "check", "."], {})}

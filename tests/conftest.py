@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -43,6 +44,13 @@ def pytest_keyboard_interrupt() -> None:
     from distilled_t5.devtools.comfyui.ending import end_begins
 
     end_begins()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with few tests first: they start processes and take longest, so that all workers end at about the same time."""
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (counts[item.path], item.path))
 
 
 class WorkersCleanUp:

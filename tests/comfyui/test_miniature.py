@@ -344,6 +344,7 @@ def test_a_step_draws_every_band_of_noise_and_any_guidance():
     assert batch.guidance_B.max() > 5.0
 
 
+@pytest.mark.full
 def test_a_flux_that_was_trained_on_two_pictures_draws_them_for_their_captions(tmp_path):
     """Learning, saving, stock loading, sampling, decoding and reading agree with each other: under a minute of one core."""
     few, generator = flow.draw_batch(0, 0, 2), torch.Generator().manual_seed(0)

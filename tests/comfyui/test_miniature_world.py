@@ -41,7 +41,7 @@ def prompt(server: ComfyServer) -> dict[str, Any]:
     return to_api_prompt(workflow, server.object_info())
 
 
-@pytest.fixture(params=ENCODERS, ids=["teacher", "student"])
+@pytest.fixture(params=[pytest.param(ENCODERS[0], id="teacher", marks=pytest.mark.full), pytest.param(ENCODERS[1], id="student")])
 def encoder(request: pytest.FixtureRequest, prompt: dict[str, Any]) -> str:
     set_inputs(prompt, "DistilledT5Loader", clip_name2=request.param)
     return request.param
@@ -94,6 +94,7 @@ def test_pictures_of_held_out_combinations_read_back_right(server: ComfyServer, 
     assert right(asked_for, drawn(server, prompt, asked_for)) >= least(encoder, TASKS, 6)
 
 
+@pytest.mark.full
 def test_four_steps_are_enough_for_most(server: ComfyServer, prompt: dict[str, Any], encoder: str) -> None:
     asked_for = asked(6)
     set_inputs(prompt, "KSampler", steps=4)

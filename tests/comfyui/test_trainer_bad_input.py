@@ -274,7 +274,6 @@ def test_a_python_without_comfyuis_packages_is_named(tmp_path):
     assert "Traceback" not in said
 
 
-@pytest.mark.full
 def test_an_output_folder_that_cannot_be_written_is_said_before_training(comfyui_path, tmp_path):
     (tmp_path / "base" / "models").mkdir(parents=True)
     (tmp_path / "base" / "models" / "text_encoders").write_text("a file in the folder's place")

@@ -88,6 +88,7 @@ def test_stopping_and_going_on_gives_the_run_without_interruption_bit_for_bit(wh
     assert losses[0] == losses[1]
 
 
+@pytest.mark.full
 def test_a_tiny_student_overfits_sixteen_prompts_through_the_command(comfyui_path, tmp_path):
     """Each step's loss is taken on noise that was never seen before it, so the training loss is no memory of noise."""
     prompts = tmp_path / "prompts.txt"
