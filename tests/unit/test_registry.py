@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NOT_SOURCES = (".git", ".venv", ".dev", "demo-output", "__pycache__", "node.zip", "build", "dist", "*.egg-info", "*.pyc", ".*_cache")
 IN_ARCHIVE = {
     *("__init__.py", "pyproject.toml", "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE"),
-    *("encoder", "nodes", "train", "evaluate", "recipes", "miniature", "example_workflows", "subgraphs", "web", "locales"),
+    *("runtime", "config", "prompts", "students", "families", "encoder", "diffusion", "world", "nodes", "train", "evaluate", "miniature"),
+    *("recipes", "example_workflows", "subgraphs", "web", "locales"),
 }
 # What the registry's scanner searches for, word for word: one hit flags the version.
 TRIPWIRES = (
