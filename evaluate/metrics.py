@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Protocol
 import numpy as np
 from pydantic import Field
 
-from ..config.parts import FROM_LIST, NOT_EMPTY, Part, Text
+from ..config.parts import FROM_LIST, NOT_EMPTY, FilePath, OptionalPath, Part, Text
 from . import compbench
 from .questions import Prompts, Question
 
@@ -25,22 +25,24 @@ class OcrPart(Part):
     """What reads the text in images."""
 
     reader: Literal["easyocr", "tesseract"] = Field(description="easyocr, as in the paper, or the system's tesseract")
-    weights: str = Field(default="", description='folder of its weights; "" for its own')
+    weights: OptionalPath = Field(default="", description='folder of its weights; "" for its default')
     languages: Annotated[tuple[Text, ...], FROM_LIST, NOT_EMPTY] = Field(description="languages it reads, by EasyOCR's codes")
 
 
 class WeightsPart(Part):
     """A network that judges images, from this machine; nothing is downloaded."""
 
-    weights: Text = Field(description="clip_score: a Hugging Face folder of CLIP; fid: the file of Inception; lpips: the file of AlexNet")
+    weights: FilePath = Field(
+        description="clip_score: a Hugging Face folder of CLIP; fid: the file of Inception; lpips: the file of AlexNet"
+    )
 
 
 class CompbenchPart(Part):
     """The networks that judge T2I-CompBench."""
 
-    vqa: Text = Field(description="folder of BLIP-VQA (colour, shape, texture)")
-    detector: Text = Field(description="folder of the object detector (2D and 3D position, count)")
-    depth: str = Field(default="", description='folder of the depth estimator (3D position); "" if no task asks for it')
+    vqa: FilePath = Field(description="folder of BLIP-VQA (colour, shape, texture)")
+    detector: FilePath = Field(description="folder of the object detector (2D and 3D position, count)")
+    depth: OptionalPath = Field(default="", description='folder of the depth estimator (3D position); "" if no task asks for it')
 
 
 # RGB images, uint8 [H, W, 3].

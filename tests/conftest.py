@@ -1,19 +1,23 @@
-"""What every tier shares: the root of the repository as package `distilled_t5`, whatever the folder is called."""
+"""Shared by all tests: the root of the repository as package `distilled_t5`, whatever its folder is called, and how a run ends."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+CLEAN_UP_S = 120
 
 
 def register_pack() -> None:
-    """Import the root as `distilled_t5`; the root itself never lies on sys.path, where its `nodes` would hide ComfyUI's."""
+    """Import the root as `distilled_t5`; the root itself is never on sys.path, where its `nodes` would hide ComfyUI's."""
     if "distilled_t5" in sys.modules:
         return
     spec = importlib.util.spec_from_file_location("distilled_t5", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
@@ -27,7 +31,7 @@ register_pack()
 
 
 def pytest_configure() -> None:
-    """A dev.py that is killed passes nothing on: its tests clean up all the same, and end."""
+    """A killed dev.py cannot pass on a signal: its tests notice its end, clean up and end, too."""
     from distilled_t5.devtools.comfyui.ending import interrupt_at_the_end_of
 
     parent_pid = os.getppid()
@@ -40,6 +44,30 @@ def pytest_keyboard_interrupt() -> None:
     from distilled_t5.devtools.comfyui.ending import end_begins
 
     end_begins()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with few tests first: they start processes and take longest, so that all workers end at about the same time."""
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (counts[item.path], item.path))
+
+
+class WorkersCleanUp:
+    """Gives interrupted workers the time to take down their fixtures: pytest-xdist kills them after ten seconds."""
+
+    def pytest_keyboard_interrupt(self) -> None:
+        """Interrupt the workers and wait for them."""
+        workers = psutil.Process().children()
+        for worker in workers:
+            worker.send_signal(signal.SIGINT)
+        psutil.wait_procs(workers, CLEAN_UP_S)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    """This process starts workers."""
+    config.pluginmanager.register(WorkersCleanUp())
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A real ComfyUI in a process of its own, with this pack installed as a user would install it, driven through its HTTP API."""
+"""A real ComfyUI in a separate process, with this pack installed as a user would install it, driven through its HTTP API."""
 
 import contextlib
 import io
@@ -26,14 +26,14 @@ POLL_S = 0.1
 LOG_TAIL_LINES = 60
 # A file, because ComfyUI 0.16 opens an in-memory database anew in each thread and then misses its tables.
 DATABASE = "user/server.db"
-# glibc then takes every tensor of a megabyte from the system, zeroed, and reuses none: the T5-XXL stand-in lives on weights that the host
-# allocates and never fills.
+# With this, glibc takes every tensor of a megabyte or more from the system, zeroed, and reuses none: the T5-XXL stand-in relies on weights
+# that ComfyUI allocates and never fills.
 FRESH_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 TERMINAL_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class PromptFailed(RuntimeError):
-    """A prompt that ComfyUI refused or that stopped with an error; `node_id` is "" where the host names no node."""
+    """A prompt that ComfyUI refused or that stopped with an error; `node_id` is "" if ComfyUI names no node."""
 
     def __init__(self, node_id: str, message: str) -> None:
         super().__init__(f"node {node_id}: {message}" if node_id else message)
@@ -44,8 +44,8 @@ class PromptFailed(RuntimeError):
 class ComfyServer:
     """A headless ComfyUI that sees only `base` and the pack; a context manager.
 
-    `comfyui` is the folder of ComfyUI's main.py, `base` gets models, custom_nodes, input, output, temp and user, `flags` are further
-    command-line flags of ComfyUI, `port` 0 picks a free one. RuntimeError with the end of the log if the server does not come up.
+    `comfyui` is the folder of ComfyUI's main.py; `base` gets models, custom_nodes, input, output, temp and user; `flags` are further
+    command-line flags of ComfyUI; `port` 0 chooses a free one. RuntimeError with the end of the log if the server does not start.
     """
 
     def __init__(self, comfyui: Path, base: Path, pack: Path, flags: tuple[str, ...] = (), port: int = 0) -> None:
@@ -95,14 +95,14 @@ class ComfyServer:
             raise RuntimeError(f"ComfyUI ended with code {self._process.returncode} {when}. The end of its log:\n{self._log_tail()}")
 
     def stop(self) -> None:
-        """End the server and everything that it started; a no-op when it has ended."""
+        """End the server and all processes that it started; does nothing if it has ended."""
         if self._process is None:
             return
         end_process_group(self._process)
         self._process = None
 
     def wait_for_end(self) -> None:
-        """Wait until the server ends by itself; RuntimeError with the end of its log when it does."""
+        """Wait until the server ends without being stopped; then RuntimeError with the end of its log."""
         assert self._process is not None, "only inside the `with` block"
         self._process.wait()
         self._raise_if_ended("while it served")
@@ -115,7 +115,7 @@ class ComfyServer:
         return self._process.pid
 
     def log(self) -> str:
-        """Everything that the server has printed so far, without colours."""
+        """What the server has printed so far, without colours."""
         return TERMINAL_COLOUR.sub("", self.log_path.read_text(encoding="utf-8", errors="replace"))
 
     def _log_tail(self) -> str:
@@ -138,18 +138,18 @@ class ComfyServer:
         return json.loads(text) if text.strip() else None
 
     def object_info(self) -> dict[str, Any]:
-        """Every node that the server knows: its inputs, outputs and texts."""
+        """Inputs, outputs and texts of every node type of the server."""
         return self.get_json("/object_info")
 
     def queue(self, prompt: dict[str, Any]) -> str:
-        """Queue an API prompt and return its id; PromptFailed with the host's validation messages when it is refused."""
+        """Queue an API prompt and return its id; PromptFailed with ComfyUI's validation messages if it is refused."""
         try:
             return str(self.post_json("/prompt", {"prompt": prompt})["prompt_id"])
         except urllib.error.HTTPError as error:
             raise refusal(error.read().decode(errors="replace")) from None
 
     def wait(self, prompt_id: str, timeout_s: float = 300.0) -> dict[str, Any]:
-        """History entry of a prompt that has finished; PromptFailed if it failed, TimeoutError if it is still at work."""
+        """The history entry of a prompt when it has finished; PromptFailed if it failed, TimeoutError if it still runs."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             self._raise_if_ended("while a prompt ran")
@@ -182,37 +182,37 @@ class ComfyServer:
         self.post_json("/interrupt", {})
 
     def free(self) -> None:
-        """Ask for all models to be unloaded and all cached results to be dropped; the host does so when it is idle."""
+        """Ask ComfyUI to unload all models and drop all cached results; it does so as soon as it is idle."""
         self.post_json("/free", {"unload_models": True, "free_memory": True})
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def require_free_port(port: int) -> None:
-    """ValueError if something on this machine listens on the port already."""
+    """ValueError if a process on this machine already listens on the port."""
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise ValueError(f"port {port} is in use: stop what listens there, or choose another with --port")
+            raise ValueError(f"port {port} is in use: stop the process that listens there, or choose another with --port")
 
 
 def prepare_base(base: Path, pack: Path) -> None:
-    """Make the folders ComfyUI expects, link the pack into custom_nodes and turn the first-run dialog off."""
+    """Make the folders that ComfyUI expects, link the pack into custom_nodes and turn off the first-run dialog."""
     for name in ("custom_nodes", "input", "output", "temp", "user/default", *(f"models/{kind}" for kind in MODEL_FOLDERS)):
         (base / name).mkdir(parents=True, exist_ok=True)
     link_folder(base / "custom_nodes" / pack.name, pack)
-    (base / DATABASE).unlink(missing_ok=True)  # another version of ComfyUI may have left it
+    (base / DATABASE).unlink(missing_ok=True)  # it may be of another version of ComfyUI
     settings_path = base / "user" / "default" / "comfy.settings.json"
     settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.exists() else {}
     settings_path.write_text(json.dumps({**settings, "Comfy.TutorialCompleted": True}, indent=4), encoding="utf-8")
 
 
 def link_folder(link: Path, target: Path) -> None:
-    """Make `link` show `target`: a symbolic link, on Windows a junction, which needs no rights."""
+    """Make `link` a symbolic link to `target`; on Windows a junction, which needs no privilege."""
     if link.exists() and link.resolve() == target.resolve():
         return
     if link.is_symlink():
@@ -224,7 +224,7 @@ def link_folder(link: Path, target: Path) -> None:
 
 
 def server_command(base: Path, pack: Path, port: int, flags: tuple[str, ...]) -> list[str]:
-    """Command line of a ComfyUI without browser, paid nodes and other packs; on the CPU where there is no GPU."""
+    """The command line of a ComfyUI without browser, API nodes and other packs; on the CPU if there is no GPU."""
     command = [sys.executable, "main.py", "--port", str(port), "--disable-auto-launch", "--base-directory", str(base)]
     command += ["--database-url", f"sqlite:///{(base / DATABASE).as_posix()}", "--disable-api-nodes", "--disable-all-custom-nodes"]
     command += ["--whitelist-custom-nodes", pack.name]
@@ -232,7 +232,7 @@ def server_command(base: Path, pack: Path, port: int, flags: tuple[str, ...]) ->
 
 
 def has_accelerator() -> bool:
-    """True where torch can use a GPU."""
+    """Whether torch can use a GPU."""
     import torch
 
     return torch.cuda.is_available()
@@ -245,13 +245,13 @@ def server_environment() -> dict[str, str]:
 
 
 def end_process_group(process: "subprocess.Popen[bytes]") -> None:
-    """Ask a process and its children to end, and end them if they do not."""
+    """Terminate a process and its children, and kill them if they do not end."""
     send_to_group(process, force=False)
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
     finally:
-        # Also when a second Ctrl-C ends the waiting.
+        # Also if a second Ctrl-C interrupts the wait.
         send_to_group(process, force=True)
     process.wait()
 
@@ -279,7 +279,7 @@ def refusal(body: str) -> PromptFailed:
 
 
 def raise_if_failed(entry: dict[str, Any]) -> None:
-    """PromptFailed if a history entry tells of an error or an interruption."""
+    """PromptFailed if a history entry records an error or an interruption."""
     status = entry.get("status") or {}
     for kind, detail in status.get("messages", []):
         if kind == "execution_error":
@@ -291,5 +291,5 @@ def raise_if_failed(entry: dict[str, Any]) -> None:
 
 
 def node_order(node_id: str) -> list[tuple[int, int, str]]:
-    """Sort key of node ids: "9" before "10", and the "12:3" of a subgraph after "12"."""
+    """Sort key of node ids: "9" before "10", and "12:3" inside a subgraph after "12"."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in node_id.split(":")]

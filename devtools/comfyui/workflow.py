@@ -13,8 +13,8 @@ MUTED, BYPASSED = 2, 4
 def to_api_prompt(workflow: Json, object_info: Json) -> Json:
     """The API prompt of a saved workflow; `object_info` is the server's answer to /object_info.
 
-    Notes and muted nodes are left out. ValueError for a node type that the server does not know, for a bypassed node, and for saved widget
-    values that do not fit the node's inputs.
+    Notes and muted nodes are left out. ValueError for a node type that the server does not have, for a bypassed node, and for a number of
+    saved widget values that differs from the node's.
     """
     links = {link[0]: link for link in workflow["links"]}
     nodes = {node["id"]: node for node in workflow["nodes"] if node["type"] not in NOTE_TYPES and node.get("mode", 0) != MUTED}
@@ -24,10 +24,10 @@ def to_api_prompt(workflow: Json, object_info: Json) -> Json:
 
 
 def set_inputs(prompt: Json, class_type: str, **values: Any) -> None:
-    """Set inputs, in place, on every node of a class in an API prompt; ValueError if there is no such node or it lacks the input."""
+    """Set inputs, in place, on every node of a class in an API prompt; ValueError if there is no such node or input."""
     matching = [node for node in prompt.values() if node["class_type"] == class_type]
     if not matching:
-        raise ValueError(f"no {class_type} in the prompt: it holds {', '.join(sorted({node['class_type'] for node in prompt.values()}))}")
+        raise ValueError(f"no {class_type} in the prompt: it has {', '.join(sorted({node['class_type'] for node in prompt.values()}))}")
     for node in matching:
         unknown = [name for name in values if name not in node["inputs"]]
         if unknown:
@@ -36,7 +36,7 @@ def set_inputs(prompt: Json, class_type: str, **values: Any) -> None:
 
 
 def widget_names(node_info: Json) -> list[str | None]:
-    """What each entry of a node's `widgets_values` belongs to, in order; None for entries that only the browser uses."""
+    """The input of each entry of a node's `widgets_values`, in order; None for entries that only the browser uses."""
     names: list[str | None] = []
     for name, spec in _inputs_of(node_info):
         if _is_widget(spec):
@@ -45,7 +45,7 @@ def widget_names(node_info: Json) -> list[str | None]:
 
 
 def input_names(node_info: Json) -> list[str]:
-    """Names of all inputs of a node, required ones first, as the browser lists them."""
+    """The names of all inputs of a node, required ones first, as the browser lists them."""
     return [name for name, _ in _inputs_of(node_info)]
 
 
@@ -54,7 +54,7 @@ def _check_node(node: Json, object_info: Json) -> None:
     if node["type"] not in object_info:
         raise ValueError(f"{where}: the server has no such node type. What to do: install the pack it comes from.")
     if node.get("mode", 0) == BYPASSED:
-        raise ValueError(f"{where} is bypassed, which an API prompt cannot say. What to do: remove or mute it.")
+        raise ValueError(f"{where} is bypassed, which an API prompt cannot express. What to do: remove or mute it.")
 
 
 def _inputs_of(node_info: Json) -> list[tuple[str, list[Any]]]:
@@ -72,7 +72,7 @@ def _options(spec: list[Any]) -> Json:
 
 
 def _browser_widgets(name: str, spec: list[Any]) -> int:
-    """How many widgets the browser puts behind this one: "control after generate" of a seed, the upload button of an image."""
+    """How many widgets the browser adds after this one: "control after generate" of a seed, the upload button of an image."""
     options = _options(spec)
     is_seed = spec[0] == "INT" and name in SEED_NAMES
     return int(bool(options.get("control_after_generate") or is_seed)) + int(bool(options.get("image_upload")))

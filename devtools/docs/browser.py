@@ -1,4 +1,4 @@
-"""ComfyUI's page in a real Chromium, driven as a person drives it: for the browser tests and for the pictures in the documentation."""
+"""ComfyUI's page in a real Chromium, driven as a user would: for the browser tests and the documentation's pictures."""
 
 import json
 import os
@@ -16,20 +16,20 @@ from ..comfyui.server import ComfyServer, link_folder
 Json = dict[str, Any]
 Point = tuple[float, float]
 
-PACK = "distilled-t5"  # the folder that the registry gives the pack, whatever this clone is called
+PACK = "distilled-t5"  # the name of the folder when the registry installs the pack
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
 VIEW_PX = (1600, 900)
 SETTINGS: Json = {
     "Comfy.TutorialCompleted": True,
-    "Comfy.OnboardingCoachmarks.Seen": ["appMode", "firstRun"],  # frontend 1.58 greets with tours
+    "Comfy.OnboardingCoachmarks.Seen": ["appMode", "firstRun"],  # frontend 1.58 starts with tours
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
     "Comfy.RightSidePanel.IsOpen": False,
-    "Comfy.Pointer.DoubleClickTime": 1000,  # ms; a busy machine delivers the second click late
+    "Comfy.Pointer.DoubleClickTime": 1000,  # ms; on a busy machine the second click arrives late
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # text stays readable when zoomed out
 }
-# What the page complains about without any pack: files that a new user does not have, and look-ups that --disable-api-nodes forbids.
+# Errors of the page without any pack: files that a new user does not have, and requests that --disable-api-nodes forbids.
 HARMLESS = re.compile(
     r"404 \(Not Found\) \(.*(/api/userdata[/?]|/user\.css|/favicon\.ico|/models/preview/)|ComfyApp graph accessed before initialization"
     r"|violates the following Content Security Policy|Refused to connect because it violates"
@@ -72,11 +72,11 @@ ANIMATIONS_ENDED = """() => document.getAnimations()
 
 
 def find_chromium() -> str:
-    """Path of the system's Chromium or Chrome: CHROMIUM_PATH, else the first on PATH; RuntimeError if there is none."""
+    """The system's Chromium or Chrome: CHROMIUM_PATH, else the first on PATH; RuntimeError if neither exists."""
     found = next(filter(None, map(shutil.which, (os.environ.get("CHROMIUM_PATH", ""), *PROGRAMS))), None)
     if found is None:
         raise RuntimeError(
-            "No Chromium or Google Chrome was found on PATH.\n"
+            "Neither Chromium nor Google Chrome was found on PATH.\n"
             "What to do: install one (Debian: apt-get install chromium), or set CHROMIUM_PATH to its program."
         )
     return found
@@ -95,7 +95,7 @@ def chromium(scale: float = 1.0, size_px: tuple[int, int] = VIEW_PX) -> Iterator
 
 
 def pack_server(comfyui: Path, base: Path, pack: Path, flags: tuple[str, ...] = (), folder: str = PACK) -> ComfyServer:
-    """A server that has not started yet, with the pack in the folder that the registry gives it, or in one of another name."""
+    """A server, not started, with the pack in a folder named as the registry names it, or in `folder`."""
     link = base / "pack" / folder
     link.parent.mkdir(parents=True, exist_ok=True)
     link_folder(link, pack)
@@ -105,7 +105,7 @@ def pack_server(comfyui: Path, base: Path, pack: Path, flags: tuple[str, ...] = 
 
 
 class ComfyPage:
-    """One tab with ComfyUI's page. `errors` gathers uncaught errors and console errors, except those of a ComfyUI without packs."""
+    """A tab with ComfyUI's page. `errors` collects uncaught errors and console errors, except those of a ComfyUI without packs."""
 
     def __init__(self, context: BrowserContext, server: ComfyServer) -> None:
         self.page: Page = context.new_page()
@@ -121,7 +121,7 @@ class ComfyPage:
             self.errors.append(text)
 
     def open(self, path: str = "/", nodes_2: bool = False, locale: str = "en", empty: bool = False) -> None:
-        """Open a page of the server as a user whom it has never seen, with one of the two renderers; `empty` clears the canvas."""
+        """Open a page of the server as a new user, with one of the two renderers; `empty` clears the canvas."""
         self.nodes_2 = nodes_2
         self.server.post_json("/settings", SETTINGS | {"Comfy.VueNodes.Enabled": nodes_2, "Comfy.Locale": locale})
         self.page.goto(f"{self.server.url}/system_stats")
@@ -142,7 +142,7 @@ class ComfyPage:
         self.wait_until_ready()
 
     def wait_until_ready(self) -> None:
-        """Wait until the page has loaded its nodes and the workflow it starts with, and takes input."""
+        """Wait until the page has loaded its nodes and its first workflow and accepts input."""
         self.page.wait_for_function(READY)
 
     def wait_for(self, condition: str, argument: Any = None) -> None:
@@ -162,7 +162,7 @@ class ComfyPage:
         self.page.evaluate(ADD_NODE, [node_type, at])
 
     def wait_for_node(self, node_type: str, count: int = 1) -> None:
-        """Wait until the canvas holds that many nodes of a type."""
+        """Wait until the canvas has that many nodes of a type."""
         self.wait_for("([type, count]) => app.graph.nodes.filter(node => node.type === type).length === count", [node_type, count])
 
     def set_widgets(self, node_type: str, **values: Any) -> None:
@@ -170,7 +170,7 @@ class ComfyPage:
         self.page.evaluate(SET_WIDGETS, [node_type, values])
 
     def make_small(self, side_px: int = 256, steps: int = 2, seed: int = 1) -> None:
-        """Make a picture workflow cheap enough for a CPU; with a seed of its own it is not answered from ComfyUI's cache."""
+        """Make an image workflow fast enough for a CPU; a seed that no other test uses keeps ComfyUI from answering from its cache."""
         self.set_widgets("EmptySD3LatentImage", width=side_px, height=side_px)
         self.set_widgets("KSampler", steps=steps, seed=seed)
 
@@ -178,12 +178,12 @@ class ComfyPage:
         """Type into the node search, which a double click on the canvas opens; returns the results."""
         box = self.page.get_by_role("combobox", name="Add a node...")
         if not box.is_visible():
-            self.page.mouse.dblclick(800, 780, delay=30)  # two clicks at one moment are none to the page
+            self.page.mouse.dblclick(800, 780, delay=30)  # the page ignores two clicks at the same moment
         box.fill(query)
         return self.page.get_by_role("search").get_by_test_id("result-item")
 
     def place_from_search(self, query: str, title: str, at: Point = (800, 400)) -> None:
-        """Search, pick the result with that title and click it onto the canvas."""
+        """Search, choose the result with that title and place it on the canvas."""
         self.search(query).filter(has=self.page.get_by_text(title, exact=True)).click()
         self.page.get_by_role("search").wait_for(state="hidden")
         self.page.mouse.move(*at)
@@ -197,7 +197,7 @@ class ComfyPage:
         leaf.drag_to(self.page.locator("#graph-canvas"), target_position={"x": at[0], "y": at[1]})
 
     def find_model(self, query: str) -> Locator:
-        """Search the model library by file name; returns the entry that was found, after the page has read its metadata."""
+        """Search the model library by file name; returns the entry, after the page has read its metadata."""
         self.page.get_by_role("button", name="Model Library").click()
         self.page.get_by_placeholder("Search Models...").fill(query)
         return self.page.locator("[role=treeitem]").last
@@ -242,7 +242,7 @@ class ComfyPage:
         self.wait_for("() => !app.extensionManager.workflow.activeWorkflow.isModified")
 
     def open_saved(self, name: str) -> None:
-        """Open a workflow that was saved before, from the sidebar."""
+        """Open a saved workflow from the sidebar."""
         self.page.get_by_role("button", name="Workflows").click()
         self.page.get_by_test_id("workflows-sidebar").get_by_text(name, exact=True).click()
         self.wait_for_workflow(name)
@@ -254,22 +254,22 @@ class ComfyPage:
         self.wait_for_workflow(name)
 
     def wait_for_workflow(self, name: str) -> None:
-        """Wait until a workflow is the active one and the page takes input."""
+        """Wait until a workflow is active and the page accepts input."""
         self.wait_for("(path) => app.extensionManager.workflow.activeWorkflow?.path === path", f"workflows/{name}.json")
         self.page.get_by_role("dialog").wait_for(state="hidden")
         self.wait_until_ready()
 
     def missing_nodes(self) -> list[str]:
-        """Types on the canvas that the page does not know."""
+        """Types on the canvas that the page has not registered."""
         return self.page.evaluate("() => app.graph.nodes.map(node => node.type).filter(type => !(type in LiteGraph.registered_node_types))")
 
-    def draws_what_is_gone(self) -> bool:
-        """Whether the canvas still draws a node that is no longer in the graph."""
+    def draws_removed_nodes(self) -> bool:
+        """Whether the canvas still draws a node that was removed from the graph."""
         self.settle()
         return self.page.evaluate("() => app.canvas.visible_nodes.some(node => !node.graph)")
 
     def missing_models(self) -> list[str]:
-        """Model files named by the graph that the server does not have, as the page finds them."""
+        """Model files named by the graph that the server does not have, as the page reports them."""
         found = self.page.evaluate("() => app.refreshMissingModels({silent: true})")
         return [candidate["name"] for candidate in found["confirmedCandidates"]]
 
@@ -284,27 +284,27 @@ class ComfyPage:
         return self.page.evaluate("() => window.runEnded ?? ''")
 
     def wait_for_picture(self, node_type: str, side_px: int, count: int = 1) -> None:
-        """Wait until nodes of a type show that many square pictures of a size."""
+        """Wait until nodes of a type show that many square images of a size."""
         self.wait_for(PICTURES_SHOWN, [node_type, self.nodes_2, side_px, count])
 
     def error_details(self) -> Locator:
-        """Press View details in the message that an error pops up; returns the panel."""
+        """Press View details in the message of an error; returns the panel."""
         overlay = self.page.get_by_test_id("error-overlay")
         expect(overlay).to_be_visible()
         overlay.get_by_test_id("error-overlay-see-errors").click()
         return self.page.get_by_test_id("properties-panel")
 
     def settle(self) -> None:
-        """Wait until what was asked for is drawn and animations have ended."""
+        """Wait until everything is drawn and animations have ended."""
         self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         self.wait_for(ANIMATIONS_ENDED)
 
     def screenshot(self, path: Path) -> None:
-        """Keep what the tab shows now."""
+        """Save an image of the tab."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.settle()
         self.page.screenshot(path=path)
 
     def close(self) -> None:
-        """Close the tab, without asking whether to save."""
+        """Close the tab without saving."""
         self.page.close()

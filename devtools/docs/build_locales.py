@@ -1,7 +1,7 @@
 """Writes locales/en/nodeDefs.json from the schemas of the nodes: `python -m distilled_t5.devtools.docs.build_locales`.
 
-Run it after a text of a node has changed, with .dev/python on PYTHONPATH. In the frontend an `en` file hides the Python texts, so it is
-made from them and from nothing else, and a test compares the two. Other languages are written by hand, with the same keys.
+Run it after a text of a node has changed, with .dev/python on PYTHONPATH. The frontend shows an `en` file instead of the Python texts, so
+the file is made from them, and a test compares the two. Other languages are written by hand, with the same keys.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from ..comfyui.in_process import ROOT, start_comfyui
 
 LOCALES = ROOT / "locales"
-# The frontend compiles most of these texts as vue-i18n messages, in which these characters have a meaning.
+# The frontend compiles most of these texts as vue-i18n messages, where these characters have a special meaning.
 MESSAGE_SYNTAX = re.compile(r"[{}|@]")
 
 NodeTexts = dict[str, Any]
@@ -34,7 +34,7 @@ def pack_nodes() -> list[Any]:
 
 
 def schema_texts(nodes: list[Any]) -> dict[str, NodeTexts]:
-    """Everything that a user reads on the nodes, in the layout of a nodeDefs.json. Inputs without a display name are shown by their id."""
+    """All texts of the nodes, in the layout of nodeDefs.json. An input without a display name is shown by its id."""
     texts = {}
     for schema in (node.define_schema() for node in nodes):
         texts[schema.node_id] = {
@@ -46,16 +46,8 @@ def schema_texts(nodes: list[Any]) -> dict[str, NodeTexts]:
     return texts
 
 
-def flat(texts: NodeTexts, path: str = "") -> dict[str, str]:
-    """The texts by dotted key, as the frontend asks for them."""
-    leaves: dict[str, str] = {}
-    for key, value in texts.items():
-        leaves |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
-    return leaves
-
-
 def plain_messages(texts: NodeTexts) -> NodeTexts:
-    """The texts without those that vue-i18n would not show as they are; for a key that is not there the frontend shows the Python text."""
+    """The texts without those that vue-i18n would change; for a missing key the frontend shows the Python text."""
     nested = {key: plain_messages(value) if isinstance(value, dict) else value for key, value in texts.items()}
     return {key: value for key, value in nested.items() if isinstance(value, dict) or not MESSAGE_SYNTAX.search(value)}
 

@@ -1,6 +1,6 @@
 """Takes assets/screenshot.png and example_workflows/*.jpg: `python -m distilled_t5.devtools.docs.screenshots`.
 
-Models are stand-ins, whose pictures are noise: so the README shows the graph up to the sampler, and the template browser shows graphs.
+Models are stand-ins, which draw noise: so the README shows the graph up to the sampler, and the template browser shows graphs.
 """
 
 import io
@@ -24,8 +24,8 @@ THUMBNAIL_PX, CAPTURE_PX, APP_PX = 600, 1200, 840
 MARGIN = 20  # of the graph, around what is shown
 APP = "flux-dev-app"
 BEGINNING = ("1. Models", "What was loaded", "2. Prompt")
-# The groups that tell a template from the others; all groups where nothing is said.
-TELLING_GROUPS = {
+# The groups that distinguish a template from the others; all groups for templates that are not listed.
+SHOWN_GROUPS = {
     "flux-dev": BEGINNING,
     "flux-schnell": BEGINNING,
     "flux-dev-lora": ("1. Models", "LoRA", "2. Prompt"),
@@ -53,7 +53,7 @@ LOOK_AT = """([left, top, width]) => {
 
 
 def take_all(comfyui: Path, only: Sequence[str] = ()) -> None:
-    """Take all pictures, or those of the templates named, in one browser on one server, and print their names."""
+    """Take all pictures, or those of the named templates, in one browser on one server, and print their names."""
     with tempfile.TemporaryDirectory(prefix="distilled-t5-pictures-") as folder:
         base = Path(folder)
         link_into(ensure_all(ROOT / ".dev" / "stand-ins"), base)
@@ -91,7 +91,7 @@ def take_thumbnail(tab: ComfyPage, workflow: Path) -> None:
         tab.page.set_viewport_size({"width": APP_PX, "height": APP_PX})
     else:
         bare(tab, (CAPTURE_PX, CAPTURE_PX))
-        frame(tab, TELLING_GROUPS.get(workflow.stem, ()))
+        frame(tab, SHOWN_GROUPS.get(workflow.stem, ()))
     target = workflow.with_suffix(".jpg")
     picture = capture(tab).resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
     picture.save(target, quality=85, optimize=True, progressive=True)
@@ -99,19 +99,19 @@ def take_thumbnail(tab: ComfyPage, workflow: Path) -> None:
 
 
 def restore_widgets(tab: ComfyPage, graph: dict[str, Any]) -> None:
-    """Give all widgets the values that they have in a saved graph."""
+    """Set all widgets to their values in a saved graph."""
     tab.page.evaluate(RESTORE, graph["nodes"])
 
 
 def bare(tab: ComfyPage, size_px: tuple[int, int]) -> None:
-    """Show nothing but the graph without its note, at a size."""
+    """Show only the graph, without its note, at a size."""
     tab.page.set_viewport_size({"width": size_px[0], "height": size_px[1]})
     tab.page.evaluate(BARE)
     tab.page.add_style_tag(content=NO_BUTTONS)
 
 
 def frame(tab: ComfyPage, titles: tuple[str, ...]) -> None:
-    """Move the view so that the groups with these titles fill it; all groups for no titles."""
+    """Move the view so that the groups with these titles fill it; without titles, all groups."""
     rects = [group["bounding"] for group in tab.graph()["groups"] if not titles or group["title"] in titles]
     left, top = min(rect[0] for rect in rects), min(rect[1] for rect in rects)
     right, bottom = max(rect[0] + rect[2] for rect in rects), max(rect[1] + rect[3] for rect in rects)
@@ -123,7 +123,7 @@ def frame(tab: ComfyPage, titles: tuple[str, ...]) -> None:
 
 
 def capture(tab: ComfyPage) -> Image.Image:
-    """What the tab shows now."""
+    """An image of the tab."""
     tab.settle()
     return Image.open(io.BytesIO(tab.page.screenshot())).convert("RGB")
 
@@ -133,10 +133,10 @@ def say(path: Path) -> None:
 
 
 def main() -> None:
-    """Take the pictures, or those of the templates named, with the ComfyUI of COMFYUI_PATH, else the one that dev.py unpacked."""
+    """Take the pictures, or those of the named templates, with the ComfyUI in COMFYUI_PATH, else with the one that dev.py set up."""
     comfyui = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "comfyui")
     if not (comfyui / "main.py").is_file():
-        sys.exit(f"{comfyui} is no ComfyUI: run `python dev.py test` once, or set COMFYUI_PATH to a folder with ComfyUI's main.py.")
+        sys.exit(f"{comfyui} is not a ComfyUI: run `python dev.py test` once, or set COMFYUI_PATH to a folder with ComfyUI's main.py.")
     take_all(comfyui, sys.argv[1:])
 
 

@@ -1,4 +1,4 @@
-"""One ComfyUI with the pack on stand-in models, one Chromium, and a fresh tab for each test."""
+"""One ComfyUI with the pack and stand-in models, one Chromium, and a new tab for each test."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from distilled_t5.devtools.models.random_models import ensure_all, link_into
 from playwright.sync_api import BrowserContext, expect
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# The files of another page than the host brings, and then the pack lies in the folder that an archive of the main branch unpacks to.
+# With the files of another frontend than ComfyUI's own, the pack is in the folder that an archive of the main branch unpacks to.
 FRONTEND = os.environ.get("FRONTEND_PATH", "")
 FLAGS = ("--front-end-root", FRONTEND) if FRONTEND else ()
 FOLDER = "distilled-t5-main" if FRONTEND else PACK
 PICTURES = ROOT / ".dev" / ("screenshots-newest" if FRONTEND else "screenshots")
 
-# A machine that runs a server, a browser and more besides may take its time; a condition that holds ends the wait at once.
+# A machine that also runs a server and a browser is slow; the wait ends as soon as the condition holds.
 expect.set_options(timeout=30_000)
 
 
 @pytest.fixture(scope="session")
 def comfyui_path() -> Path:
-    """The folder of the ComfyUI under test: COMFYUI_PATH (dev.py sets it), else the one that dev.py unpacked."""
+    """The folder of the ComfyUI under test: COMFYUI_PATH (dev.py sets it), else the one that dev.py set up."""
     path = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "comfyui").resolve()
     if not (path / "main.py").is_file():
-        pytest.fail(f"These tests need a ComfyUI, and {path} is none: run `python dev.py test`, or set COMFYUI_PATH.", pytrace=False)
+        pytest.fail(f"COMFYUI_PATH is {path}, which is not a ComfyUI: run `python dev.py test`, or set COMFYUI_PATH.", pytrace=False)
     return path
 
 
 @pytest.fixture(scope="session")
 def browser_context() -> Iterator[BrowserContext]:
-    """The system's Chromium; a machine without one fails the tier."""
+    """The system's Chromium; without one, the tests fail."""
     try:
         find_chromium()
     except RuntimeError as error:
@@ -53,20 +53,20 @@ def server(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield running
 
 
-@pytest.fixture(params=["canvas", "nodes-2"])
+@pytest.fixture(params=[False, True], ids=["canvas", "nodes-2"])
 def nodes_2(request: pytest.FixtureRequest) -> bool:
     """Each of the page's two renderers: False is the canvas, True is Nodes 2.0."""
-    return request.param == "nodes-2"
+    return request.param
 
 
 @pytest.fixture
 def comfy(request: pytest.FixtureRequest, browser_context: BrowserContext, server: ComfyServer) -> Iterator[ComfyPage]:
-    """A tab that the test opens; afterwards it is photographed, and an error on it fails the test."""
-    yield from photographed(ComfyPage(browser_context, server), request.node.name)
+    """A tab for the test to open; afterwards its picture is kept, and an error on it fails the test."""
+    yield from recorded(ComfyPage(browser_context, server), request.node.name)
 
 
-def photographed(tab: ComfyPage, test_name: str) -> Iterator[ComfyPage]:
-    """Lend a tab to a test; at the end keep a picture of it, close it, and raise if errors were seen."""
+def recorded(tab: ComfyPage, test_name: str) -> Iterator[ComfyPage]:
+    """Give a tab to a test; afterwards keep a picture of it, close it, and fail if it reported errors."""
     yield tab
     name = re.sub(r"[^a-z0-9]+", "-", test_name.removeprefix("test_").lower()).strip("-")
     tab.screenshot(PICTURES / f"{name}.png")
@@ -76,7 +76,7 @@ def photographed(tab: ComfyPage, test_name: str) -> Iterator[ComfyPage]:
 
 @pytest.fixture(scope="module")
 def server_without_pack(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A running ComfyUI of a user who has switched the pack off."""
+    """A running ComfyUI whose user has disabled the pack."""
     base = tmp_path_factory.mktemp("off")
     link_into(ensure_all(ROOT / ".dev" / "stand-ins"), base)
     with pack_server(comfyui_path, base, ROOT, (*FLAGS, "--whitelist-custom-nodes", "nothing")) as running:
@@ -88,4 +88,4 @@ def comfy_without_pack(
     request: pytest.FixtureRequest, browser_context: BrowserContext, server_without_pack: ComfyServer
 ) -> Iterator[ComfyPage]:
     """A tab on the ComfyUI without the pack."""
-    yield from photographed(ComfyPage(browser_context, server_without_pack), request.node.name)
+    yield from recorded(ComfyPage(browser_context, server_without_pack), request.node.name)

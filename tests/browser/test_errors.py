@@ -1,4 +1,4 @@
-"""A file that is no distilled T5: the message that a person needs reaches the screen."""
+"""A file that is not a distilled T5: the message with what to do is shown on the page."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def broken_files(server: ComfyServer) -> Iterator[None]:
-    """A VAE and a download that broke off, in text_encoders."""
+    """A VAE and an incomplete download, in text_encoders."""
     folder = server.base / "models" / "text_encoders"
     vae, truncated = folder / "vae.safetensors", folder / "truncated.safetensors"
     shutil.copyfile(server.base / "models" / "vae" / "ae.safetensors", vae)
-    with (folder / "distilled_t5_base.safetensors").open("rb") as whole:
-        truncated.write_bytes(whole.read(1_000_000))
+    with (folder / "distilled_t5_base.safetensors").open("rb") as complete:
+        truncated.write_bytes(complete.read(1_000_000))
     yield
     vae.unlink()
     truncated.unlink()

@@ -15,9 +15,6 @@ from distilled_t5.world.pictures import CELL_PX, render
 from PIL import Image
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 
-# It is no page of ComfyUI.
-pytestmark = pytest.mark.one_host
-
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENCODERS = ["teacher", "velocity", "embedding"]
 COUNT = 6

@@ -1,4 +1,4 @@
-"""Workflows made with the authors' DualCLIPLoaderT5Base open, are replaced by the page's own means, and run."""
+"""Workflows with the authors' DualCLIPLoaderT5Base open, the page replaces the node, and they run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OLD = {
 
 
 def old_workflow() -> dict[str, Any]:
-    """The Flux dev example as it was before there was this pack: the old loader, and no text output of it."""
+    """The Flux dev example with the authors' loader, which has no text output."""
     workflow = json.loads((FOLDER / "flux-dev.json").read_text(encoding="utf-8"))
     [loader] = [node for node in workflow["nodes"] if node["type"] == "DistilledT5Loader"]
     loader.update(OLD, outputs=loader["outputs"][:1])
@@ -44,7 +44,8 @@ def old_file(server: ComfyServer) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("old_file")
-def test_the_old_loader_is_swapped_and_the_workflow_runs(comfy: ComfyPage, nodes_2: bool) -> None:
+@pytest.mark.parametrize("nodes_2", [pytest.param(False, id="canvas", marks=pytest.mark.every_version), pytest.param(True, id="nodes-2")])
+def test_the_old_loader_is_replaced_and_the_workflow_runs(comfy: ComfyPage, nodes_2: bool) -> None:
     comfy.open(nodes_2=nodes_2)
     comfy.drop("authors", json.dumps(old_workflow()))
     assert comfy.missing_nodes() == ["DualCLIPLoaderT5Base"]
@@ -55,8 +56,8 @@ def test_the_old_loader_is_swapped_and_the_workflow_runs(comfy: ComfyPage, nodes
     [loader] = [node for node in comfy.graph()["nodes"] if node["type"] == "DistilledT5Loader"]
     assert loader["widgets_values"] == ["t5base_fp16.safetensors", "clip_l.safetensors", "flux", "default", "auto", 0]
     assert comfy.missing_nodes() == []
-    # Frontend 1.58.1 goes on drawing the replaced node, and fails at it in every frame until it is reloaded; 1.47.12 does not.
-    if comfy.draws_what_is_gone():
+    # Frontend 1.58.1 still draws the replaced node, with an error in every frame until a reload; 1.47.12 does not.
+    if comfy.draws_removed_nodes():
         comfy.reload()
         comfy.errors[:] = [error for error in comfy.errors if "NullGraphError" not in error]
         assert comfy.missing_nodes() == []

@@ -1,4 +1,4 @@
-"""A real ComfyUI for this tier: in this process on sys.path, and as a server."""
+"""A real ComfyUI for these tests: imported into this process, and as a server."""
 
 from __future__ import annotations
 
@@ -9,40 +9,62 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-WORK = tempfile.TemporaryDirectory(prefix="distilled-t5-host-")
+COMFYUI = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "comfyui").resolve()
+# ComfyUI's folders: models, input, output, temp, user.
+BASE = tempfile.TemporaryDirectory(prefix="distilled-t5-base-")
+
+# Files about ComfyUI itself: their tests get the marker `every_version`.
+ABOUT_COMFYUI = (
+    *("test_nodes.py", "test_ordinary_clip.py", "test_clip_l_files.py", "test_loras_and_merges.py", "test_attention_map.py"),
+    *("test_server.py", "test_server_flags.py", "test_start.py", "test_progress_and_cancel.py", "test_cancel_anywhere.py"),
+    *("test_workflows.py", "test_evaluation_workflows.py", "test_block_checkpoint.py"),
+    *(
+        "test_trainer_method.py",
+        "test_trainer_teacher.py",
+        "test_trainer_fp8_teacher.py",
+        "test_trainer_weights.py",
+        "test_trainer_smoke.py",
+    ),
+)
 
 
-def find_comfyui() -> Path:
-    """The ComfyUI under test: COMFYUI_PATH (dev.py sets it), else the one that dev.py unpacked."""
-    path = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "comfyui").resolve()
-    if not (path / "main.py").is_file():
-        raise pytest.UsageError(
-            f"These tests need a ComfyUI, and {path} is none: run `python dev.py test`, or set COMFYUI_PATH to its folder."
-        )
-    return path
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Make `comfy` importable, unless workers run the tests."""
+    if not (COMFYUI / "main.py").is_file():
+        raise pytest.UsageError(f"COMFYUI_PATH is {COMFYUI}, which is not a ComfyUI: run `python dev.py test`, or set COMFYUI_PATH.")
+    if not config.pluginmanager.hasplugin("dsession"):
+        prepare_comfyui()
 
 
-def prepare_comfyui(path: Path) -> None:
-    """Make `comfy` importable, on the CPU where there is no GPU, with its folders in a place of their own."""
-    sys.path.insert(0, str(path))
+def prepare_comfyui() -> None:
+    """Make `comfy` importable, on the CPU where there is no GPU, with its folders in `BASE`."""
+    import torch
+
+    sys.path.insert(0, str(COMFYUI))
     from comfy.cli_args import args
 
     args.cpu = not torch.cuda.is_available()
-    args.base_directory = WORK.name
-    # As main.py does: older hosts' `nodes` puts comfy/ first on sys.path, whose utils.py would then hide the package `utils`.
-    import utils.extra_config  # noqa: F401 (kept in sys.modules; it brings folder_paths, which reads the arguments once)
+    args.base_directory = BASE.name
+    # As main.py does: in older versions `nodes` puts comfy/ first on sys.path, whose utils.py would then hide the package `utils`.
+    import utils.extra_config  # noqa: F401 (stays in sys.modules; it imports folder_paths, which reads the arguments once)
 
 
-COMFYUI = find_comfyui()
-prepare_comfyui(COMFYUI)
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the files about ComfyUI."""
+    if missing := [name for name in ABOUT_COMFYUI if not Path(__file__).with_name(name).exists()]:
+        raise pytest.UsageError(f"ABOUT_COMFYUI in {__file__} names {', '.join(missing)}: update it after renaming or removing a file.")
+    for item in items:
+        if item.path.name in ABOUT_COMFYUI:
+            item.add_marker(pytest.mark.every_version)
 
 
 def pytest_unconfigure() -> None:
-    """Remove the host's scratch folders."""
-    WORK.cleanup()
+    """Remove ComfyUI's folders."""
+    BASE.cleanup()
 
 
 @pytest.fixture(scope="session")
@@ -53,12 +75,10 @@ def comfyui_path() -> Path:
 
 @pytest.fixture(scope="session")
 def stand_ins() -> Path:
-    """A folder of small stand-in models, laid out as ComfyUI's `models`; made once and kept below .dev."""
+    """A folder of small stand-in models, laid out as ComfyUI's `models`; made once and kept in .dev."""
     from distilled_t5.devtools.models.random_models import ensure_all
 
-    folder = ROOT / ".dev" / "stand-ins"
-    ensure_all(folder)
-    return folder
+    return ensure_all(ROOT / ".dev" / "stand-ins")
 
 
 @pytest.fixture(scope="session")

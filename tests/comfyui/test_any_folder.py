@@ -1,4 +1,4 @@
-"""The pack as a copy inside ComfyUI's custom_nodes, in a folder of another name: its tests run there, and removing it leaves nothing."""
+"""The pack as a copy in a folder of another name: its tests run there, and after its removal nothing is left."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from distilled_t5.devtools.comfyui.server import ComfyServer
 from distilled_t5.devtools.models.random_models import link_into
 
 NOT_SOURCES = shutil.ignore_patterns(".git", ".venv", ".dev", "demo-output", "__pycache__")
-# What ComfyUI itself keeps: settings, its database, its log, thumbnails, pictures.
-THE_HOSTS_OWN = ("user/", "temp/", "output/", "server.log")
+# Written by ComfyUI itself: settings, database, log, thumbnails, images.
+OF_COMFYUI = ("user/", "temp/", "output/", "server.log")
 
 
 @pytest.fixture
 def copy(pack_root: Path, tmp_path: Path) -> Path:
-    """The sources of the pack, alone, in a folder with a dash and a space."""
+    """A copy of the sources of the pack, in a folder with a dash and a space in its name."""
     return Path(shutil.copytree(pack_root, tmp_path / "copies" / "my distilled-t5", ignore=NOT_SOURCES))
 
 
@@ -27,7 +27,7 @@ def files_below(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
 
 
-@pytest.mark.one_host
+@pytest.mark.full
 def test_the_comfyui_tests_run_in_a_folder_of_another_name(copy: Path, comfyui_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))}
     command = [sys.executable, "-m", "pytest", "-q", "tests/comfyui/test_bad_input.py", "-k", "names_that_can_be_saved or vanished"]
@@ -60,7 +60,7 @@ def test_a_pack_that_was_used_and_removed_leaves_nothing(copy: Path, comfyui_pat
     assert files_below(copy) == sources, "the pack wrote into its own folder"
     (base / "custom_nodes" / copy.name).unlink()
     shutil.rmtree(copy)
-    assert {name for name in files_below(base) if not name.startswith(THE_HOSTS_OWN)} == before
+    assert {name for name in files_below(base) if not name.startswith(OF_COMFYUI)} == before
     nothing = tmp_path / "nothing"
     nothing.mkdir()
     with ComfyServer(comfyui_path, base, nothing) as server:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from distilled_t5.devtools.comfyui.server import link_folder
 
-pytestmark = pytest.mark.one_host
+pytestmark = pytest.mark.full
 
 RATES = {"step_s", "step_cpu_s", "steps_per_s", "samples_per_s", "losses"}
 JUDGED = {"ratio", "ratio_cpu", "floor_s", "floor_cpu_s", "floor_share", "floor_share_cpu", "sample_cost", "sample_cost_cpu"}

@@ -21,8 +21,6 @@ from distilled_t5.devtools.comfyui.server import free_port
 from distilled_t5.world.pictures import TASKS
 from PIL import Image
 
-pytestmark = pytest.mark.one_host
-
 PACK_AS_MODULE = (
     "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); import conftest; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
 )
@@ -70,6 +68,7 @@ def test_demo_draws_with_teacher_and_student_and_judges_every_picture(comfyui_pa
         assert len(sheet.convert("RGB").getcolors(1 << 24) or []) > 10
 
 
+@pytest.mark.full
 def test_demo_with_train_shows_a_new_student_before_and_after(comfyui_path: Path, tmp_path: Path) -> None:
     said, told = demo(comfyui_path, tmp_path / "out", "--train", "--train-steps", "16")
     teacher, before, after = told["right"]

@@ -132,7 +132,7 @@ def made_at(out: Path) -> dict[str, tuple[int, int]]:
     return {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name, path in pictures(out).items()}
 
 
-@pytest.mark.one_host
+@pytest.mark.full
 def test_killed_then_stopped_then_finished_it_leaves_the_same_and_paints_nothing_twice(whole, comfyui_path, tmp_path):
     out = tmp_path / "out"
     arguments = command(comfyui_path, whole.base, out, "--student", "other.safetensors")
@@ -159,7 +159,7 @@ def test_killed_then_stopped_then_finished_it_leaves_the_same_and_paints_nothing
         assert {name: finished[name] for name in earlier} == earlier
 
 
-@pytest.mark.one_host
+@pytest.mark.full
 def test_two_processes_do_what_one_does(whole, comfyui_path, tmp_path):
     out = tmp_path / "out"
     arguments = command(comfyui_path, whole.base, out, "--student", "other.safetensors")
@@ -170,7 +170,6 @@ def test_two_processes_do_what_one_does(whole, comfyui_path, tmp_path):
     assert ours == theirs
 
 
-@pytest.mark.one_host
 def test_a_finished_evaluation_takes_one_more_student_and_keeps_all_else(whole, comfyui_path, tmp_path):
     before = made_at(whole.out)
     fourth = tmp_path / "fourth.safetensors"
@@ -184,7 +183,6 @@ def test_a_finished_evaluation_takes_one_more_student_and_keeps_all_else(whole, 
     assert scores["fourth"] == scores["other"], "the same weights in another file"
 
 
-@pytest.mark.one_host
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

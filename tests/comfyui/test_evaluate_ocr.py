@@ -18,8 +18,6 @@ from distilled_t5.tests.support.trainer import PACK
 from distilled_t5.world.pictures import render
 from distilled_t5.world.questions import questions
 
-pytestmark = pytest.mark.one_host
-
 WORDS = 60
 CELL_PX = 8
 
@@ -45,6 +43,7 @@ def numbers(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))["tasks"]["word"]["scores"]
 
 
+@pytest.mark.full
 def test_easyocr_reads_on_painted_signs_what_it_reads_on_perfect_ones(numbers):
     reader = make_reader("easyocr")
     perfect = [

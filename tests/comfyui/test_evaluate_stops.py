@@ -19,8 +19,6 @@ from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.runtime.stop import StopRequest
 from distilled_t5.tests.support.evaluation_world import write_world
 
-pytestmark = pytest.mark.one_host
-
 STUDENTS = ["other.safetensors"]
 PICTURES, ENCODERS, BATCHES = 16, 3, 2
 

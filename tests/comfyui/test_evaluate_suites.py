@@ -21,8 +21,6 @@ from distilled_t5.tests.support.tiny_judges import save_alexnet, save_blip, save
 from distilled_t5.tests.support.trainer import PACK
 from PIL import Image
 
-pytestmark = pytest.mark.one_host
-
 PROMPTS = {
     "color": ["a green bench and a red bowl", "a blue car and a green bowl", "a red bench"],
     "shape": ["a green bench and a red bowl", "a round bowl", "a long bench and a round car"],
@@ -152,6 +150,7 @@ def test_the_quick_suite_runs_whole(comfyui_path, place):
     check_text_and_compbench(suite, out, found)
 
 
+@pytest.mark.full
 def test_the_papers_suite_runs_whole(comfyui_path, place):
     weights = [
         f"clip_score.weights={save_clip(place.base / 'clip')}",

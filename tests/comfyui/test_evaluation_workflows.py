@@ -1,8 +1,7 @@
-"""The workflows that measure encoders, in a real server on an untrained miniature: what they show is of this run and of no earlier one."""
+"""The workflows that measure encoders, in a real server on an untrained miniature: they show results of the current run."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ import pytest
 import safetensors.torch
 from distilled_t5.devtools.comfyui.server import ComfyServer, PromptFailed
 from distilled_t5.devtools.comfyui.workflow import set_inputs, to_api_prompt
-from distilled_t5.devtools.workflow_parts import MINIATURE_STUDENT, MINIATURE_TEACHER
 from distilled_t5.encoder.files import write_student
 from distilled_t5.encoder.metadata import StudentMetadata
 from distilled_t5.families.flux_tensors import FluxLayout
 from distilled_t5.miniature.autoencoder import vae_tensors
-from distilled_t5.miniature.files import FLUX_FILE, VAE_FILE, place
+from distilled_t5.miniature.files import FLUX_FILE, TEACHER_FILE, VAE_FILE, place
 from distilled_t5.runtime.random_weights import drawn
 from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.tests.support.workflows import MINIATURE_STUDENT, example
 from PIL import Image
 
 WIDTH = 128
@@ -28,13 +27,13 @@ STUDENT = StudentLayout(d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16,
 
 
 def untrained_miniature(models: Path) -> None:
-    """Files of the miniature's names and kinds with random weights, below ComfyUI's folder of models."""
+    """Write files with the names and types of the miniature's and random weights, in ComfyUI's folder of models."""
     for kind in ("diffusion_models", "text_encoders", "vae"):
         (models / kind).mkdir(parents=True, exist_ok=True)
     flux = FluxLayout(width=128, double=1, single=1, text_width=WIDTH)
     safetensors.torch.save_file(drawn(flux.tensors(), seed=3), place(models, FLUX_FILE))
     safetensors.torch.save_file(vae_tensors(), place(models, VAE_FILE))
-    for number, (name, layout) in enumerate(((MINIATURE_TEACHER, TEACHER), (MINIATURE_STUDENT, STUDENT))):
+    for number, (name, layout) in enumerate(((TEACHER_FILE, TEACHER), (MINIATURE_STUDENT, STUDENT))):
         projection = "mlp" if layout.projected_width else "none"
         metadata = StudentMetadata(token_length=40, pooled="zero", projection=projection, text_width=WIDTH)
         write_student(models / "text_encoders" / name, drawn(layout.tensors(), seed=number), metadata)
@@ -49,8 +48,7 @@ def host(comfyui_path: Path, pack_root: Path, tmp_path_factory: pytest.TempPathF
 
 
 def prompt_of(host: ComfyServer, name: str) -> dict[str, Any]:
-    workflow = json.loads((host.pack / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
-    return to_api_prompt(workflow, host.object_info())
+    return to_api_prompt(example(name), host.object_info())
 
 
 def saved(host: ComfyServer, prompt: dict[str, Any], entry: dict[str, Any]) -> Image.Image:
@@ -65,7 +63,7 @@ def said(prompt: dict[str, Any], entry: dict[str, Any]) -> str:
     return "".join(entry["outputs"][node_id]["text"])
 
 
-def test_the_attention_map_lies_over_the_whole_picture_and_is_told_in_numbers(host: ComfyServer) -> None:
+def test_the_attention_map_covers_the_image_and_is_described_in_numbers(host: ComfyServer) -> None:
     prompt = prompt_of(host, "attention-map")
     entry = host.run(prompt)
     assert saved(host, prompt, entry).size == (768, 768)
@@ -76,7 +74,7 @@ def test_the_attention_map_lies_over_the_whole_picture_and_is_told_in_numbers(ho
 
 
 def attention(host: ComfyServer, run: int, seed: int, step: int = 0, **of_the_map: str) -> np.ndarray:
-    """The map of a sampling; `run` makes the host save again what it has kept."""
+    """The map of a sampling; `run` makes ComfyUI save a cached result again."""
     prompt = prompt_of(host, "attention-map")
     set_inputs(prompt, "KSampler", seed=seed, steps=3)
     set_inputs(prompt, "DistilledT5AttentionMapImage", step=step, opacity=1.0)
@@ -86,7 +84,7 @@ def attention(host: ComfyServer, run: int, seed: int, step: int = 0, **of_the_ma
     return np.asarray(saved(host, prompt, host.run(prompt)).convert("RGB"), dtype=np.int16)
 
 
-def test_what_comfyui_keeps_between_runs_gives_no_old_and_no_empty_map(host: ComfyServer) -> None:
+def test_comfyuis_cache_gives_neither_an_old_nor_an_empty_map(host: ComfyServer) -> None:
     first = attention(host, 1, seed=1)
     assert np.array_equal(attention(host, 2, seed=1), first), "nothing changed"
     other_seed = attention(host, 3, seed=2)
@@ -112,7 +110,7 @@ def test_another_step_needs_no_new_sampling(host: ComfyServer) -> None:
     assert "DistilledT5AttentionMapImage" not in kept
 
 
-def test_two_samplers_on_one_model_get_each_their_own_map(host: ComfyServer) -> None:
+def test_two_samplers_on_one_model_get_separate_maps(host: ComfyServer) -> None:
     alone = [attention(host, 20 + seed, seed) for seed in (1, 2)]
     prompt = prompt_of(host, "attention-map")
     set_inputs(prompt, "KSampler", seed=1, steps=3)
@@ -129,7 +127,7 @@ def test_two_samplers_on_one_model_get_each_their_own_map(host: ComfyServer) -> 
         assert np.array_equal(np.asarray(pictures[node_id][0].convert("RGB"), dtype=np.int16), expected)
 
 
-def test_a_word_that_is_not_in_the_prompt_is_told_to_the_user(host: ComfyServer) -> None:
+def test_a_word_that_is_not_in_the_prompt_is_an_error_with_what_to_do(host: ComfyServer) -> None:
     with pytest.raises(PromptFailed, match=r"The word 'foxes' is not in the prompt(?s:.*)What to do: give a word") as failure:
         attention(host, 30, seed=1, word="foxes")
     prompt = prompt_of(host, "attention-map")

@@ -28,7 +28,7 @@ def test_published_T5_base_is_read_as_what_it_is(stand_ins):
     assert student.metadata.token_length == 256
 
 
-@pytest.mark.parametrize("prompt", ["", PROMPT, "word " * 598])
+@pytest.mark.parametrize("prompt", [PROMPT, *(pytest.param(text, marks=pytest.mark.full) for text in ("", "word " * 598))])
 def test_served_and_trained_agree_to_1e_4_in_fp32(base, prompt):
     clip = serve(base).clip
     student = open_student(base)

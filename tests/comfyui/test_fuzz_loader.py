@@ -26,8 +26,6 @@ from distilled_t5.tests.support.tiny_students import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytestmark = pytest.mark.one_host
-
 STUDENT = tiny_tensors(FULL_VOCABULARY)
 MAKES = ["authors.safetensors", "ours.safetensors"]
 

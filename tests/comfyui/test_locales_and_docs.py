@@ -1,4 +1,4 @@
-"""What a user reads about the nodes, in two languages: complete, and true to the schemas and to the messages of the code."""
+"""Names, tooltips and help pages in two languages: complete, and equal to the schemas and the messages of the code."""
 
 import ast
 import json
@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from distilled_t5.devtools.comfyui.server import link_folder
-from distilled_t5.devtools.docs.build_locales import MESSAGE_SYNTAX, flat, locale_path, pack_nodes, plain_messages, schema_texts
+from distilled_t5.devtools.docs.build_locales import MESSAGE_SYNTAX, locale_path, pack_nodes, plain_messages, schema_texts
 
 LANGUAGES = ("en", "zh")
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
-# Words that the Chinese interface leaves as they are.
+# Words that stay English in the Chinese interface.
 SAME_IN_CHINESE = {"CLIP"}
 ERRORS_HEADING = {"en": "## Errors", "zh": "## \u9519\u8bef\u4fe1\u606f"}
 
@@ -20,6 +20,14 @@ ERRORS_HEADING = {"en": "## Errors", "zh": "## \u9519\u8bef\u4fe1\u606f"}
 @pytest.fixture(scope="module")
 def texts() -> dict[str, Any]:
     return schema_texts(pack_nodes())
+
+
+def flat(texts: dict[str, Any], path: str = "") -> dict[str, str]:
+    """The texts by dotted key, as the frontend asks for them."""
+    leaves: dict[str, str] = {}
+    for key, value in texts.items():
+        leaves |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return leaves
 
 
 def locale(language: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from distilled_t5.miniature.make import make_vae
 from distilled_t5.miniature.teacher import IGNORED, FrozenTeacher, draw_batch, example
 from distilled_t5.miniature.training import Plan, train
 from distilled_t5.runtime.model_folders import add_model_folders
+from distilled_t5.tests.support.prepared import run_prepared
 from distilled_t5.tests.support.small_encoders import encode, serve
 from distilled_t5.tests.support.spans import restore
 from distilled_t5.world.captions import TOKEN_LENGTH, draw_prompt, write_prompts
@@ -120,9 +121,9 @@ def run(comfyui: Path, out: Path, *arguments: str) -> str:
     """The command as a user gives it; its last lines if it ends well."""
     command = PACK / "miniature"
     options = ["--out", str(out), "--comfyui", str(comfyui), "--batch", "8"]
-    done = subprocess.run([sys.executable, str(command), *arguments, *options], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    status, said = run_prepared([str(command), *arguments, *options], out.parent, 400)
+    assert status == 0, said
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_the_command_makes_files_whose_headers_say_what_made_them(made, comfyui_
     assert [line["step"] for line in losses] == [3]
 
 
-@pytest.mark.one_host
+@pytest.mark.full
 def test_a_run_that_is_resumed_after_its_end_writes_the_same_files_again(made, comfyui_path):
     before = {name: place(made, name).read_bytes() for name in (TEACHER_FILE, FLUX_FILE)}
     output = run(comfyui_path, made, "all", "--steps", "3", "--resume")
@@ -184,9 +185,9 @@ def test_the_products_trainer_makes_a_student_of_it_that_the_loader_serves(made,
         corpora = f'[{{kind="lines", path="{prompts.as_posix()}"}}]'
         settings += [f"stage.{stage}.corpora={corpora}", f"stage.{stage}.resolution_px={SIDE_PX}", f"stage.{stage}.steps=4"]
     arguments = [part for setting in [*settings, "validation.prompts=2"] for part in ("--set", setting)]
-    trainer = [sys.executable, str(PACK / "train"), "smoke", "--run", str(tmp_path / "run"), "--comfyui", str(comfyui_path), *arguments]
-    done = subprocess.run([*trainer, "--", "--base-directory", str(tmp_path), "--cpu"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    trainer = [str(PACK / "train"), "smoke", "--run", str(tmp_path / "run"), "--comfyui", str(comfyui_path), *arguments]
+    status, said = run_prepared([*trainer, "--", "--base-directory", str(tmp_path), "--cpu"], tmp_path, 400)
+    assert status == 0, said
     [student] = (tmp_path / "models" / "text_encoders").glob("*.safetensors")
     [(text_BLD, _)] = encode(serve(student).clip, CAPTION)
     assert text_BLD.shape == (1, TOKEN_LENGTH, open_student(place(made, TEACHER_FILE)).layout.d_model)
@@ -306,6 +307,7 @@ def test_a_step_draws_every_band_of_noise_and_any_guidance():
     assert batch.guidance_B.max() > 5.0
 
 
+@pytest.mark.full
 def test_a_flux_that_was_trained_on_two_pictures_draws_them_for_their_captions(tmp_path):
     """Learning, saving, stock loading, sampling, decoding and reading agree with each other: less than a minute on one core."""
     few, generator = flow.draw_batch(0, 0, 2), torch.Generator().manual_seed(0)

@@ -31,7 +31,7 @@ from distilled_t5.runtime.model_folders import SHIPPED
 from distilled_t5.tests.support.trainer import BOUND_S
 from distilled_t5.world.scenes import NEW_IN_TASK
 
-pytestmark = [pytest.mark.one_host, pytest.mark.skipif(os.name == "nt", reason="Windows has none of these signals and links")]
+pytestmark = [pytest.mark.full, pytest.mark.skipif(os.name == "nt", reason="Windows has none of these signals and links")]
 
 NAME = "miniature_student_fortieth"
 

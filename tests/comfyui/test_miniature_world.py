@@ -41,7 +41,7 @@ def prompt(server: ComfyServer) -> dict[str, Any]:
     return to_api_prompt(workflow, server.object_info())
 
 
-@pytest.fixture(params=ENCODERS, ids=["teacher", "student"])
+@pytest.fixture(params=[pytest.param(ENCODERS[0], id="teacher", marks=pytest.mark.full), pytest.param(ENCODERS[1], id="student")])
 def encoder(request: pytest.FixtureRequest, prompt: dict[str, Any]) -> str:
     set_inputs(prompt, "DistilledT5Loader", clip_name2=request.param)
     return request.param
@@ -94,6 +94,7 @@ def test_pictures_of_held_out_combinations_read_back_right(server: ComfyServer, 
     assert right(asked_for, drawn(server, prompt, asked_for)) >= least(encoder, TASKS, 6)
 
 
+@pytest.mark.full
 def test_four_steps_are_enough_for_most(server: ComfyServer, prompt: dict[str, Any], encoder: str) -> None:
     asked_for = asked(6)
     set_inputs(prompt, "KSampler", steps=4)
@@ -151,7 +152,7 @@ def test_a_picture_is_changed_to_what_the_prompt_says(server: ComfyServer, promp
     assert changed_right >= 6, "of 8"
 
 
-@pytest.mark.one_host
+@pytest.mark.full
 def test_minutes_of_training_bring_a_student_nearer_to_its_teacher(comfyui_path: Path, tmp_path: Path) -> None:
     """The product's own command on the shipped recipe, from random values, cut to a minute or two of one thread."""
     settings = [f"stage.0.steps={STEPS}", "stage.1.steps=2", "validation.every_steps=20", "validation.prompts=16", "preview.vae="]

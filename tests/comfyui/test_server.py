@@ -1,4 +1,4 @@
-"""The pack in a real server, installed as a user would: it loads without a warning and everything a user sees is there."""
+"""The pack in a real server, installed as a user would: it loads without a warning and serves nodes, pages and workflows."""
 
 from __future__ import annotations
 
@@ -13,21 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distilled_t5.devtools.build_workflows import BLUEPRINT_NAME, WORKFLOWS
 from distilled_t5.devtools.comfyui.server import ComfyServer, PromptFailed, end_process_group
 from distilled_t5.devtools.models.random_models import link_into
+from distilled_t5.tests.support.workflows import BLUEPRINT_NAME, EXAMPLE_NAMES, PACK_NODES, example
 
-OUR_NODES = (
-    "DistilledT5Loader",
-    "DistilledT5TextEncode",
-    "DistilledT5Save",
-    "DistilledT5OCRAccuracy",
-    "DistilledT5EncoderMap",
-    "DistilledT5CrossAttentionMap",
-    "DistilledT5AttentionMapImage",
-    "DistilledT5EncoderReport",
-    "DistilledT5CommonTextPrompt",
-)
+OUR_NODES = sorted(PACK_NODES)
 OLD_NODE = "DualCLIPLoaderT5Base"
 
 
@@ -54,7 +44,7 @@ def visible_inputs(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_only(class_type: str, **inputs: Any) -> dict[str, Any]:
-    """A prompt that loads an encoder, encodes with a stock node and shows something, so that the host runs it."""
+    """A prompt that loads an encoder, encodes with a stock node and shows something, so that ComfyUI runs it."""
     return {
         "1": {"class_type": class_type, "inputs": inputs},
         "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 0], "text": "a red fox"}},
@@ -71,17 +61,17 @@ def test_the_pack_loads_without_a_warning(host: ComfyServer) -> None:
     before_ready = log.split("To see the GUI go to")[0]
     folder = str(host.base / "custom_nodes" / host.pack.name)
     blamed = [line for line in before_ready.splitlines() if folder in line and "seconds" not in line]
-    assert blamed == [], "the host complained about the pack while it started"
+    assert blamed == [], "ComfyUI reported the pack while it started"
 
 
 def start_lines(host: ComfyServer) -> set[str]:
-    """What a server says until it is ready, without numbers, its folder and what every pack makes it say."""
+    """What a server prints until it is ready, without numbers, its folder and the lines that every pack causes."""
     lines = host.log().split("To see the GUI go to")[0].replace(str(host.base), "BASE").splitlines()
     plain = {re.sub(r"\d+(\.\d+)?", "N", line.removeprefix("[INFO]").strip()) for line in lines}
     return plain - {"Import times for custom nodes:", f"N seconds: BASE/custom_nodes/{re.sub('[0-9]+', 'N', host.pack.name)}"}
 
 
-def test_comfyui_says_nothing_at_its_start_that_it_would_not_say_without_the_pack(host: ComfyServer, tmp_path: Path) -> None:
+def test_at_its_start_comfyui_prints_nothing_that_it_does_not_print_without_the_pack(host: ComfyServer, tmp_path: Path) -> None:
     with ComfyServer(host.comfyui, tmp_path, host.pack, flags=("--whitelist-custom-nodes", "nothing")) as without:
         assert not set(OUR_NODES) & set(without.object_info())
         expected = start_lines(without)
@@ -98,7 +88,7 @@ def test_a_node_explains_itself(name: str, host: ComfyServer) -> None:
     assert len(info["search_aliases"]) >= 3
     assert len(info["output_tooltips"]) == len(info["output"])
     assert all(info["output_tooltips"])
-    # Hosts give that category a place of its own, away from the other nodes of packs.
+    # ComfyUI shows that category separately from the nodes of packs.
     assert not info.get("essentials_category")
     for input_name, spec in visible_inputs(info).items():
         assert spec[1].get("tooltip"), f"{name}.{input_name} has no tooltip"
@@ -111,34 +101,34 @@ def test_distilled_files_come_first_in_the_list(host: ComfyServer) -> None:
     assert set(required["clip_name2"][1]["options"]) >= {"clip_l.safetensors", "t5xxl_fp16.safetensors"}
 
 
-def test_the_authors_old_node_is_offered_for_replacement(host: ComfyServer) -> None:
+def test_the_authors_node_has_a_replacement(host: ComfyServer) -> None:
     [replacement] = host.get_json("/node_replacements")[OLD_NODE]
     assert replacement["new_node_id"] == "DistilledT5Loader"
     mapped = {mapping["new_id"] for mapping in replacement["input_mapping"]}
     assert mapped >= set(node_info(host, "DistilledT5Loader")["input"]["required"])
 
 
-def test_a_prompt_with_the_authors_old_node_runs(host: ComfyServer) -> None:
+def test_a_prompt_with_the_authors_node_runs(host: ComfyServer) -> None:
     names = {"clip_name1": "distilled_t5_base.safetensors", "clip_name2": "clip_l.safetensors"}
     prompt = load_only(OLD_NODE, **names, type="flux")
     prompt["1"]["_meta"] = {"title": "Dual CLIP"}  # which browsers always send, and which ComfyUI 0.16's replacement needs
     assert host.run(prompt)["status"]["status_str"] == "success"
 
 
-def test_an_error_of_the_loader_reaches_the_user(host: ComfyServer) -> None:
+def test_an_error_of_the_loader_is_reported_with_what_to_do(host: ComfyServer) -> None:
     names = {"clip_name1": "clip_l.safetensors", "clip_name2": "clip_l.safetensors"}
     with pytest.raises(PromptFailed, match=r"clip_l.safetensors(?s:.*)What to do: ") as failure:
         host.run(load_only("DistilledT5Loader", **names, type="flux"))
     assert failure.value.node_id == "1"
 
 
-def test_a_file_that_does_not_exist_is_refused_with_the_list_of_those_that_do(host: ComfyServer) -> None:
+def test_a_missing_file_is_refused_with_the_list_of_known_files(host: ComfyServer) -> None:
     with pytest.raises(PromptFailed, match="distilled_t5_base") as failure:
         host.run(load_only("DistilledT5Loader", clip_name1="none", clip_name2="no_such.safetensors", type="flux"))
     assert failure.value.node_id == "1"
 
 
-def test_free_text_is_the_prompt_and_the_name_of_a_new_file_and_files_are_picked_from_lists(host: ComfyServer) -> None:
+def test_only_prompts_words_and_names_of_new_files_are_free_text(host: ComfyServer) -> None:
     kinds = {(name, each): spec[0] for name in OUR_NODES for each, spec in visible_inputs(node_info(host, name)).items()}
     assert {place for place, kind in kinds.items() if kind == "STRING"} == {
         ("DistilledT5TextEncode", "text"),
@@ -153,7 +143,7 @@ def test_free_text_is_the_prompt_and_the_name_of_a_new_file_and_files_are_picked
 
 
 @pytest.mark.parametrize("field", ["clip_name1", "clip_name2"])
-def test_a_path_in_the_place_of_a_listed_file_is_refused(field: str, host: ComfyServer, stand_ins: Path) -> None:
+def test_a_path_instead_of_a_listed_file_is_refused(field: str, host: ComfyServer, stand_ins: Path) -> None:
     file = stand_ins / "models" / "text_encoders" / "distilled_t5_base.safetensors"
     assert file.exists()
     names = {"clip_name1": "none", "clip_name2": "distilled_t5_base.safetensors"}
@@ -178,10 +168,10 @@ def test_translations_are_served(host: ComfyServer) -> None:
 
 
 def test_templates_are_listed_and_served(host: ComfyServer) -> None:
-    assert set(host.get_json("/workflow_templates")[host.pack.name]) >= set(WORKFLOWS)
-    for name in WORKFLOWS:
+    assert set(host.get_json("/workflow_templates")[host.pack.name]) >= set(EXAMPLE_NAMES)
+    for name in EXAMPLE_NAMES:
         served = host.get_json(f"/api/workflow_templates/{urllib.parse.quote(host.pack.name)}/{name}.json")
-        assert served == json.loads((host.pack / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
+        assert served == example(name)
 
 
 def test_the_blueprint_is_listed_and_served(host: ComfyServer) -> None:
@@ -195,7 +185,7 @@ def test_an_unknown_page_is_an_error(host: ComfyServer) -> None:
         host.get("/extensions/no-such-pack/docs/x.md")
 
 
-def test_a_server_that_cannot_start_says_why(comfyui_path: Path, pack_root: Path, tmp_path: Path) -> None:
+def test_a_server_that_cannot_start_reports_the_reason(comfyui_path: Path, pack_root: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)ended with code.*unrecognized arguments: --no-such-flag"):
         ComfyServer(comfyui_path, tmp_path, pack_root, flags=("--no-such-flag",)).__enter__()
 
@@ -211,7 +201,7 @@ def test_stopping_ends_the_process() -> None:
     assert process.poll() is not None
 
 
-def test_this_tier_leaves_the_hosts_own_model_folders_alone(comfyui_path: Path) -> None:
+def test_these_tests_do_not_use_the_model_folders_of_comfyui_itself(comfyui_path: Path) -> None:
     import folder_paths
 
     folders = [folder for kind in ("text_encoders", "vae", "diffusion_models") for folder in folder_paths.get_folder_paths(kind)]

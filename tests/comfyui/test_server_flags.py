@@ -1,4 +1,4 @@
-"""ComfyUI's own memory and dtype flags, each in a server of its own: the flags act while it starts."""
+"""ComfyUI's own memory and dtype flags, each in a separate server, because flags take effect at its start."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ LOADER = {"clip_name1": "clip_l.safetensors", "clip_name2": "distilled_t5_base.s
     "flags, dtype",
     [
         (("--fp8_e4m3fn-text-enc", "--force-fp32"), "fp8_e4m3fn"),
-        # Weights are never held wider than the file has them.
+        # Weights are never kept in a wider format than the file's.
         (("--fp32-text-enc", "--disable-dynamic-vram"), "bf16"),
     ],
 )
-def test_loads_and_encodes_under_the_hosts_flags(comfyui_path, pack_root, stand_ins, tmp_path, flags, dtype):
+def test_loads_and_encodes_under_comfyuis_flags(comfyui_path, pack_root, stand_ins, tmp_path, flags, dtype):
     known = (comfyui_path / "comfy" / "cli_args.py").read_text(encoding="utf-8")
     asked = tuple(flag for flag in flags if f'"{flag}"' in known)
     assert asked == flags

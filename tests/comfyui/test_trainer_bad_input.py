@@ -27,8 +27,6 @@ from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.smoke_models import FLUX
 from distilled_t5.train.workshop import open_workshop
 
-pytestmark = pytest.mark.one_host
-
 NARROW = StudentLayout(d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16, hidden_width=32, projected_width=512)
 THIN = StudentLayout(d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8, hidden_width=8, projected_width=4096)
 posix = pytest.mark.skipif(os.name != "posix", reason="kill -9 and limits on the size of a file are POSIX")
@@ -278,7 +276,6 @@ def test_a_python_without_comfyuis_packages_is_named(tmp_path):
     assert "Traceback" not in said
 
 
-@pytest.mark.slow
 def test_an_output_folder_that_cannot_be_written_is_said_before_training(comfyui_path, tmp_path):
     (tmp_path / "base" / "models").mkdir(parents=True)
     (tmp_path / "base" / "models" / "text_encoders").write_text("a file in the folder's place")

@@ -19,11 +19,7 @@ from distilled_t5.tests.support.trainer import PACK, QUICK, TWO_PROCESSES, comma
 from distilled_t5.train.run_directory import RunDirectory
 from distilled_t5.train.state import read_checkpoint
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.one_host,
-    pytest.mark.skipif(os.name != "posix", reason="kill -9 and limits on the size of a file are POSIX"),
-]
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="kill -9 and limits on the size of a file are POSIX")
 # Long enough to be killed in the middle, with a checkpoint every other step.
 LONGER = [
     *QUICK,
@@ -83,6 +79,7 @@ def damage(checkpoint: Path) -> None:
     state.write_bytes(content)
 
 
+@pytest.mark.full
 def test_commands_that_fail_after_comfyui_has_started_say_why(comfyui_path, tmp_path, stand_ins, killed):
     (tmp_path / "file").write_text("")
     run = Path(shutil.copytree(killed, tmp_path / "run"))
@@ -141,6 +138,7 @@ def limit_size_of_files(most_bytes: int) -> Callable[[], None]:
     return limit
 
 
+@pytest.mark.full
 def test_a_damaged_newest_checkpoint_is_set_aside_and_a_full_disk_then_leaves_the_one_before_whole(comfyui_path, tmp_path, killed):
     run = Path(shutil.copytree(killed, tmp_path / "run"))
     *_, before, newest = checkpoints(run)
@@ -159,6 +157,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_a_full_disk_then_leaves_th
     assert read_checkpoint(before).step == int(before.name[5:])
 
 
+@pytest.mark.full
 def test_a_rank_that_is_killed_ends_the_run_with_a_message_and_leaves_whole_checkpoints(comfyui_path, tmp_path):
     run = tmp_path / "run"
     endless = [*LONGER, "stage.1.steps=36000"]
@@ -174,6 +173,7 @@ def test_a_rank_that_is_killed_ends_the_run_with_a_message_and_leaves_whole_chec
     assert read_checkpoint(newest).step == int(newest.name[5:]) >= 4
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux limits the memory of a process that runs")
 def test_memory_that_runs_out_in_the_middle_ends_the_run_with_advice_and_leaves_whole_checkpoints(comfyui_path, tmp_path):
     run = tmp_path / "run"

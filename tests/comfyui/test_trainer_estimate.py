@@ -68,7 +68,7 @@ def test_ram_is_told_by_part_and_for_all_processes():
     assert "42.00 GB for 4 processes on one machine" in four[-1]
 
 
-@pytest.mark.one_host
+@pytest.mark.full
 def test_two_processes_print_one_estimate_that_counts_both(comfyui_path, tmp_path):
     said = finish(command(comfyui_path, tmp_path, tmp_path / "run", "--estimate"), tmp_path, launcher=TWO_PROCESSES)
     assert said.count("s/step") == 1

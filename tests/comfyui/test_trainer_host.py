@@ -13,6 +13,7 @@ from pathlib import Path
 import folder_paths
 import pytest
 from distilled_t5.runtime.comfyui import OLDEST, model_file, refuse_old_comfyui
+from distilled_t5.tests.support.prepared import run_prepared
 from distilled_t5.tests.support.trainer import QUICK, command, finish, metrics, wait_for_step
 
 STARTED = """
@@ -37,10 +38,9 @@ print(args.cpu, comfy.model_management.NUM_STREAMS, args.reserve_vram)
 def started_with(comfyui: Path, *flags: str) -> list[str]:
     """Whether on the CPU, asynchronous streams and reserved GB of a ComfyUI that the trainer has started in a process of its own."""
     tests = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-c", STARTED, str(tests), str(comfyui), "--cpu", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1].split()
+    status, said = run_prepared(["-c", STARTED, str(tests), str(comfyui), "--cpu", *flags], tests, 400)
+    assert status == 0, said
+    return said.splitlines()[-1].split()
 
 
 @pytest.mark.parametrize(

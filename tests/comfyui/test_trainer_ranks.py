@@ -23,8 +23,7 @@ from distilled_t5.train.state import REPLACED, TrainerState, read_checkpoint
 from safetensors.torch import load_file
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.one_host,
+    pytest.mark.full,
     pytest.mark.skipif(os.name != "posix", reason="torchrun hands on signals, and files have limits, on POSIX"),
 ]
 

@@ -69,7 +69,6 @@ def test_the_file_loads_in_the_loader_and_gives_the_embedding_that_the_trainer_c
     assert (embedding(clip, "a cat on a sign") - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.one_host
 def test_stopping_and_going_on_gives_the_run_without_interruption_bit_for_bit(whole, comfyui_path, tmp_path):
     run, base = tmp_path / "run", tmp_path / "base"
     process = start(command(comfyui_path, base, run, settings=LONGER), tmp_path)
@@ -90,7 +89,7 @@ def test_stopping_and_going_on_gives_the_run_without_interruption_bit_for_bit(wh
     assert losses[0] == losses[1]
 
 
-@pytest.mark.one_host
+@pytest.mark.full
 def test_a_tiny_student_overfits_sixteen_prompts_through_the_command(comfyui_path, tmp_path):
     """Each step's loss is taken on noise that was never seen before it, so the training loss is no memory of noise."""
     prompts = tmp_path / "prompts.txt"
@@ -134,7 +133,6 @@ def test_ten_losses_in_a_row_that_are_not_finite_end_a_run_with_all_saved_and_it
     assert [step for step, loss in losses.items() if loss is not None] == [1, 2]
 
 
-@pytest.mark.one_host
 def test_a_student_that_is_spoilt_ends_the_run_with_advice_and_takes_no_checkpoints_place(comfyui_path, tmp_path):
     settings = [*QUICK, "optimizer.warmup_steps=0", "optimizer.learning_rate=1e30", "checkpoints.every_steps=6"]
     said = finish(command(comfyui_path, tmp_path, tmp_path / "run", settings=settings), tmp_path, code=1)
@@ -150,13 +148,11 @@ def test_another_recipe_is_not_resumed_and_the_differences_are_listed(whole, com
     assert "What to do" in said
 
 
-@pytest.mark.one_host
 def test_a_run_that_is_there_is_not_started_over(whole, comfyui_path, tmp_path):
     said = finish(command(comfyui_path, tmp_path, whole[0]), tmp_path, code=1)
     assert "resume it with --resume" in said
 
 
-@pytest.mark.one_host
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -21,8 +21,6 @@ from distilled_t5.tests.support.small_encoders import serve
 from distilled_t5.tests.support.trainer import command, finish, metrics
 from distilled_t5.train.state import read_checkpoint
 
-pytestmark = pytest.mark.slow
-
 NAME = "distilled_t5_smoke.safetensors"
 SIDE_PX = 64
 PROMPT = "a red fox reads a newspaper"

@@ -1,4 +1,4 @@
-"""What a page hears while a prompt runs: progress of every node, and how it ended."""
+"""The messages that a page receives while a prompt runs: progress of every node, and the end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Watched:
 
     @contextmanager
     def _messages(self) -> Iterator[Iterator[dict[str, Any]]]:
-        """Queue the prompt as a page does, and listen."""
+        """Queue the prompt as a page does, and receive its messages."""
         client = uuid.uuid4().hex
         line = websocket.create_connection(f"{self.server.url.replace('http', 'ws')}/ws?clientId={client}", timeout=TIMEOUT_S)
         try:
@@ -37,9 +37,9 @@ class Watched:
             line.close()
 
     def run(self, cancel_when: Callable[[str, int], bool] = lambda _node, _done: False) -> tuple[str, float]:
-        """Run to the end; returns the kind of the last message, and the seconds from the Cancel to it (0 without one).
+        """Run to the end; returns the kind of the last message, and the seconds from Cancel to it (0 without Cancel).
 
-        The first progress for which `cancel_when(node, done)` is true is answered by pressing Cancel.
+        Cancel is pressed at the first progress for which `cancel_when(node, done)` is true.
         """
         cancelled_at_s = 0.0
         with self._messages() as messages:
@@ -52,4 +52,4 @@ class Watched:
                         self.server.interrupt()
                 if kind in ENDS:
                     return kind, time.monotonic() - cancelled_at_s if cancelled_at_s else 0.0
-        raise RuntimeError("the server closed the line before the prompt ended")
+        raise RuntimeError("the server closed the connection before the prompt ended")

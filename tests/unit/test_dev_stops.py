@@ -1,4 +1,4 @@
-"""dev.py, stopped: what it runs may clean up, and nothing more is started."""
+"""When dev.py is stopped or killed, what it runs cleans up and ends, and nothing more is started."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-# Under nohup a closed terminal is ignored, which processes inherit: the test's own are as a terminal starts them.
+# Processes inherit that nohup ignores a closed terminal: the test's own start as in a terminal.
 RUNS_TWO = """
 import signal, sys
 if hasattr(signal, "SIGHUP"):
@@ -36,7 +36,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to forward")
-@pytest.mark.parametrize("to", ["it alone", "its whole terminal"])
+@pytest.mark.parametrize("to", ["dev.py alone", "all of its terminal"])
 @pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_stopping_dev_py_lets_what_it_runs_clean_up_undisturbed_and_starts_nothing_more(tmp_path: Path, sent: str, to: str) -> None:
     child = tmp_path / "child.py"
@@ -46,7 +46,7 @@ def test_stopping_dev_py_lets_what_it_runs_clean_up_undisturbed_and_starts_nothi
     while not ((tmp_path / "started").exists() and (tmp_path / "started").read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
     number = getattr(signal, sent)
-    running.send_signal(number) if to == "it alone" else os.killpg(running.pid, number)
+    running.send_signal(number) if to == "dev.py alone" else os.killpg(running.pid, number)
     assert running.wait(30) == 130
     assert (tmp_path / "cleaned up").exists()
     assert (tmp_path / "started").read_text() == "x"
@@ -63,7 +63,7 @@ def server():
     (folder / "started").touch()
     yield
     (folder / "cleaning up").touch()
-    time.sleep(2)
+    time.sleep({cleaning_s})
     (folder / "cleaned up").touch()
 
 def test_long(server):
@@ -71,12 +71,12 @@ def test_long(server):
 """
 RUNS_TESTS = """
 import sys, dev
-dev.run_in_foreground([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", sys.argv[1]])
+dev.run_in_foreground([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *sys.argv[1:]])
 """
 HOOKS = """
 import runpy
 ours = runpy.run_path({path!r})
-pytest_configure, pytest_keyboard_interrupt = ours["pytest_configure"], ours["pytest_keyboard_interrupt"]
+globals().update({{name: hook for name, hook in ours.items() if name.startswith("pytest_")}})
 """
 
 
@@ -87,13 +87,23 @@ def wait_for(path: Path) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows tells no process that its parent ended")
-@pytest.mark.parametrize("first", [None, "SIGTERM"])
-def test_tests_clean_up_undisturbed_when_dev_py_is_killed(tmp_path: Path, first: str | None) -> None:
-    (tmp_path / "test_long.py").write_text(TESTS)
+@pytest.mark.parametrize(
+    ("workers", "first", "cleaning_s"),
+    [
+        ((), None, 1),
+        ((), "SIGTERM", 1),
+        # Longer than the five seconds after which the workers of an ending run are interrupted, and then killed.
+        (("-n", "2"), None, 11),
+        pytest.param(("-n", "2"), "SIGTERM", 11, marks=pytest.mark.full),
+    ],
+)
+def test_tests_clean_up_undisturbed_when_dev_py_is_killed(
+    tmp_path: Path, workers: tuple[str, ...], first: str | None, cleaning_s: int
+) -> None:
+    (tmp_path / "test_long.py").write_text(TESTS.format(cleaning_s=cleaning_s))
     (tmp_path / "conftest.py").write_text(HOOKS.format(path=str(ROOT / "tests" / "conftest.py")))
-    running = subprocess.Popen([sys.executable, "-c", RUNS_TESTS, str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    running = subprocess.Popen([sys.executable, "-c", RUNS_TESTS, str(tmp_path), *workers], cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         wait_for(tmp_path / "started")
         if first:

@@ -141,7 +141,7 @@ with Ranks.open("cpu") as ranks:
 )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_leave_together_and_share_out_what_is_left(tmp_path):
     script = tmp_path / "together.py"
     script.write_text(TOGETHER)

@@ -133,7 +133,7 @@ def test_things_of_one_arrangement_never_overlap_or_touch():
         assert all(0 <= number <= SIDE - 5 for box in boxes for number in box)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_training_never_shows_a_held_out_combination_in_twenty_thousand_prompts():
     drawn = [draw_scene(0, index, "train") for index in range(20_000)]
     seen = {combination for scene in drawn for combination in combinations(scene)}

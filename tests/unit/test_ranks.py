@@ -13,7 +13,7 @@ import torch
 from distilled_t5.runtime.ranks import Ranks, RanksError, is_lost_process
 from torch.nn import Linear
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 BOOTSTRAP = f"import runpy; runpy.run_path({str(Path(__file__).resolve().parent.parent / 'conftest.py')!r})\n"
 # A hang would show as a timeout of the whole.

@@ -1,4 +1,4 @@
-"""The README's numbers are those of a kept benchmark run, and nothing else."""
+"""The README's numbers are those of a kept benchmark run."""
 
 from __future__ import annotations
 

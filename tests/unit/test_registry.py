@@ -22,21 +22,22 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NOT_SOURCES = (".git", ".venv", ".dev", "demo-output", "__pycache__", "node.zip", "build", "dist", "*.egg-info", "*.pyc", ".*_cache")
 IN_ARCHIVE = {
     *("__init__.py", "pyproject.toml", "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE"),
-    *("encoder", "nodes", "train", "evaluate", "recipes", "miniature", "example_workflows", "subgraphs", "web", "locales"),
+    *("runtime", "config", "prompts", "students", "families", "encoder", "diffusion", "world", "nodes", "train", "evaluate", "miniature"),
+    *("recipes", "example_workflows", "subgraphs", "web", "locales"),
 }
-# What the registry's scanner looks for, word for word: one hit anywhere flags the whole version.
+# What the registry's scanner searches for, word for word: one hit flags the version.
 TRIPWIRES = (
     *("os.environ", "os.getenv(", "subprocess.", "os.system(", "requests.", "urlopen(", "aiohttp.ClientSession"),
     *("socket.", ".connect(", ".bind(", "eval(", "exec(", "pickle", "torch.load("),
 )
 OPERATING_SYSTEMS = ("OS Independent", "Microsoft :: Windows", "POSIX :: Linux", "MacOS")
 ENVIRONMENTS = ("GPU :: NVIDIA CUDA", "GPU :: AMD ROCm", "GPU :: Intel Arc", "GPU :: Apple Metal", "NPU :: Huawei Ascend")
-# Fields of the node API and the ComfyUI that first knew them.
+# Fields of the node API, and the first ComfyUI with them.
 NEEDS_COMFYUI = {"advanced=": (0, 10, 0), "search_aliases=": (0, 11, 0), "NodeReplace(": (0, 14, 0), "has_intermediate_output=": (0, 19, 0)}
 
 
 def tool(name: str) -> str:
-    """A program of the registry's tool box, which dev.py installs."""
+    """One of the registry's checkers, which dev.py installs."""
     path = ROOT / ".dev" / "tools" / ("Scripts" if os.name == "nt" else "bin") / (f"{name}.exe" if os.name == "nt" else name)
     assert path.exists(), f"{path} is missing: run `python dev.py test`, which installs it."
     return str(path)
@@ -52,7 +53,7 @@ def run(folder: Path, *command: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources, where tools may leave things."""
+    """A copy of the sources, in which tools may write."""
     return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("registry") / "distilled-t5", ignore=shutil.ignore_patterns(*NOT_SOURCES)))
 
 
@@ -73,7 +74,7 @@ def pyproject() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def test_the_registrys_own_validation_has_nothing_to_say(tree: Path) -> None:
+def test_the_registrys_validation_reports_nothing(tree: Path) -> None:
     code, output = run(tree, tool("comfy"), "--skip-prompt", "node", "validate")
     assert code == 0
     assert "All validation checks passed" in output
@@ -99,7 +100,7 @@ def test_name_is_the_repositorys_name_and_does_not_say_comfyui(pyproject: dict[s
 
 
 def picture(address: str) -> Image.Image:
-    """The file of this tree that an address on the main branch shows."""
+    """The file of this tree at an address on the main branch."""
     path = urlparse(address).path.split("/main/", 1)[1]
     return Image.open(ROOT / path)
 
@@ -133,12 +134,11 @@ def test_required_comfyui_is_well_formed_and_new_enough_for_every_field_used(pyp
 
 
 def test_required_comfyui_is_the_oldest_version_that_dev_py_tests(pyproject: dict[str, Any]) -> None:
-    oldest = re.search(r'^OLDEST, NEWEST, NEEDED_GB = "([\d.]+)"', (ROOT / "dev.py").read_text(encoding="utf-8"), re.MULTILINE)
-    assert oldest
-    assert pyproject["tool"]["comfy"]["requires-comfyui"] == f">={oldest[1]}"
+    versions = json.loads((ROOT / "devtools" / "set_up.json").read_text(encoding="utf-8"))["comfyui"]
+    assert pyproject["tool"]["comfy"]["requires-comfyui"] == f">={next(iter(versions))}"
 
 
-def test_classifiers_are_ones_that_the_registry_knows(pyproject: dict[str, Any]) -> None:
+def test_the_registry_knows_all_classifiers(pyproject: dict[str, Any]) -> None:
     classifiers = pyproject["project"]["classifiers"]
     systems = [name.split(" :: ", 1)[1] for name in classifiers if name.startswith("Operating System")]
     environments = [name.split(" :: ", 1)[1] for name in classifiers if name.startswith("Environment")]
@@ -148,7 +148,7 @@ def test_classifiers_are_ones_that_the_registry_knows(pyproject: dict[str, Any])
     assert set(environments) <= set(ENVIRONMENTS)
 
 
-def test_addresses_are_complete_and_lead_to_the_repository(pyproject: dict[str, Any]) -> None:
+def test_addresses_are_complete_and_point_to_the_repository(pyproject: dict[str, Any]) -> None:
     urls = pyproject["project"]["urls"]
     assert {"Homepage", "Repository", "Documentation", "Issues"} <= set(urls)
     assert all(address.startswith(urls["Repository"]) for address in urls.values())
@@ -170,7 +170,7 @@ def test_version_is_the_same_in_pyproject_package_and_changelog(pyproject: dict[
     assert package[1] == changelog[1] == pyproject["project"]["version"]
 
 
-def test_there_is_no_dependency_that_could_disagree_with_the_hosts(pyproject: dict[str, Any]) -> None:
+def test_there_is_no_dependency_that_could_conflict_with_comfyuis(pyproject: dict[str, Any]) -> None:
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert pyproject["project"]["dependencies"] == []
     assert [line for line in lines if line.strip() and not line.startswith("#")] == []

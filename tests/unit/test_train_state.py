@@ -353,7 +353,7 @@ for _ in range(30):
 
 
 @posix
-@pytest.mark.slow
+@pytest.mark.full
 def test_after_a_kill_at_any_moment_a_whole_checkpoint_is_there_and_the_lock_is_free(tmp_path):
     results = run_script(KILLS, tmp_path / "run")
     assert len(results) == 30
