@@ -55,8 +55,8 @@ def check_length(token_weight_pairs: TokenWeights) -> None:
     longest = max((len(pairs) for pairs in token_weight_pairs), default=0)
     if longest > MAX_TOKENS:
         raise ValueError(
-            f"The prompt has {longest:,} T5 tokens; a distilled T5 takes at most {MAX_TOKENS:,} (students are trained at 256 or so).\n"
-            "What to do: shorten the prompt. What is far beyond the trained length has no effect on the image."
+            f"The prompt has {longest:,} T5 tokens; a distilled T5 takes at most {MAX_TOKENS:,}.\n"
+            "What to do: shorten the prompt. Tokens far beyond the trained length have no effect on the image."
         )
 
 

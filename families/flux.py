@@ -42,8 +42,8 @@ def refuse(model: Any) -> str | None:
         return f"takes pooled text of width {parameters.vec_in_dim}, expected CLIP-L's {POOLED_WIDTH}."
     if parameters.in_channels != LATENT_CHANNELS:
         return (
-            f"takes {parameters.in_channels} channels, expected the {LATENT_CHANNELS} of a latent: a Flux that also wants a picture "
-            "(Fill, Canny, Depth) has nothing to follow."
+            f"takes {parameters.in_channels} channels, expected the {LATENT_CHANNELS} of a latent: a Flux that also takes an image "
+            "(Fill, Canny, Depth) cannot be followed."
         )
     return None
 

@@ -1,4 +1,4 @@
-"""What a user sees in the graph. Nodes are thin: a schema, and an `execute` that calls the encoder."""
+"""The nodes: each a schema, and an `execute` that calls a function which knows no graph."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVALUATION_NODES: list[type[io.ComfyNode]] = [
 
 
 class DistilledT5Extension(ComfyExtension):
-    """This pack's nodes, the old node they take the place of, and the models of the miniature."""
+    """This pack's nodes, the replacement of the authors' node, and the models of the miniature."""
 
     async def on_load(self) -> None:
         add_model_folders()

@@ -26,7 +26,7 @@ class DistilledT5CrossAttentionMap(io.ComfyNode):
             display_name="Distilled T5 Cross-Attention Map",
             category="Distilled T5",
             description=(
-                "Records, while Flux samples, how much each part of the picture attends to a word of the prompt. The picture stays the "
+                "Records, while Flux samples, how much each part of the image attends to a word of the prompt. The image stays the "
                 "same to the bit. Behind the sampler, Distilled T5 Attention Map Image shows it."
             ),
             search_aliases=["attention map", "attention heatmap", "DAAM", "word heatmap", "where does Flux look"],
@@ -34,9 +34,7 @@ class DistilledT5CrossAttentionMap(io.ComfyNode):
                 io.Model.Input("model", tooltip="A Flux model, after LoRA nodes; with any text encoder."),
                 io.Clip.Input("clip", tooltip="The CLIP that encodes the prompt: of a Distilled T5 Loader, or T5-XXL's of DualCLIPLoader."),
                 io.String.Input("prompt", multiline=True, tooltip="The prompt. It is encoded here, so it and the map cannot differ."),
-                io.String.Input(
-                    "word", default="", tooltip="A word of the prompt, or several in a row. Each place where it stands counts."
-                ),
+                io.String.Input("word", default="", tooltip="A word of the prompt, or several in a row. Every occurrence counts."),
                 io.Float.Input(
                     "guidance",
                     default=FLUX.default_guidance,
@@ -73,16 +71,16 @@ class DistilledT5AttentionMapImage(io.ComfyNode):
             display_name="Distilled T5 Attention Map Image",
             category="Distilled T5",
             description=(
-                "Shows the attention that Distilled T5 Cross-Attention Map recorded, as a heat map over the picture: mean over all heads "
+                "Shows the attention that Distilled T5 Cross-Attention Map recorded, as a heat map over the image: mean over all heads "
                 "and blocks, at one step or over all. Another step needs no new sampling."
             ),
             search_aliases=["attention map", "attention heatmap", "heat map image", "show attention"],
             is_output_node=True,
             inputs=[
                 Attention.Input("attention", tooltip="Of Distilled T5 Cross-Attention Map."),
-                io.Latent.Input("samples", tooltip="The LATENT as the sampler gives it: it says which sampling is meant."),
+                io.Latent.Input("samples", tooltip="The sampler's LATENT output: it identifies the sampling."),
                 io.Int.Input("step", default=0, min=0, max=MAX_STEPS, tooltip="The sampling step, from 1. 0: the mean of all steps."),
-                io.Image.Input("image", optional=True, tooltip="The decoded picture to lay the map over. Without it: the map alone."),
+                io.Image.Input("image", optional=True, tooltip="The decoded image under the map. Without it: the map alone."),
                 io.Float.Input(
                     "opacity",
                     default=0.6,
@@ -90,7 +88,7 @@ class DistilledT5AttentionMapImage(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     optional=True,
-                    tooltip="How much of the picture the map hides: 0 nothing, 1 all.",
+                    tooltip="Opacity of the map over the image: 0 none, 1 full.",
                 ),
             ],
             outputs=[

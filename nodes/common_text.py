@@ -41,7 +41,7 @@ class DistilledT5CommonTextPrompt(io.ComfyNode):
             ],
             outputs=[
                 io.String.Output(display_name="prompt", tooltip="The prompt, for a text encode node."),
-                io.String.Output(display_name="text", tooltip="What should be written in the picture: OCR Accuracy's expected text."),
+                io.String.Output(display_name="text", tooltip="The text that the image should show: OCR Accuracy's expected text."),
             ],
         )
 

@@ -24,13 +24,13 @@ class DistilledT5EncoderMap(io.ComfyNode):
             category="Distilled T5",
             description=(
                 "Draws prompts as points, near each other where the encoder takes them for alike (t-SNE). Two encoders share one plot: a "
-                "student that learnt well lies on its teacher, one that collapsed lies in a heap."
+                "student that learnt well covers its teacher's points; one that collapsed is a single cluster."
             ),
             search_aliases=["t-SNE", "embedding map", "embedding plot", "compare encoders", "collapse"],
             is_output_node=True,
             inputs=[
                 io.Clip.Input("clip_1", tooltip="A text encoder for Flux, for instance the teacher: T5-XXL."),
-                io.Clip.Input("clip_2", optional=True, tooltip="Another one to lie on the same plot: the student."),
+                io.Clip.Input("clip_2", optional=True, tooltip="Another one for the same plot: the student."),
                 io.String.Input(
                     "prompts", multiline=True, tooltip="The prompts, one on each line. At least 5; some hundred make a good map."
                 ),

@@ -47,7 +47,7 @@ class DistilledT5EncoderReport(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="IMAGE", tooltip="The table as a picture."),
+                io.Image.Output(display_name="IMAGE", tooltip="The table as an image."),
                 io.String.Output(display_name="table", tooltip="The table as text (Markdown), with what was measured and where."),
             ],
         )

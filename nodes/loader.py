@@ -29,7 +29,7 @@ class DistilledT5Loader(io.ComfyNode):
             display_name="Distilled T5 Loader",
             category="Distilled T5",
             description=(
-                "Loads a distilled T5 (T5-Base: 0.26 GB) in the place of T5-XXL (9.5 GB) for Flux. Put it where DualCLIPLoader stands: "
+                "Loads a distilled T5 (T5-Base: 0.26 GB) in the place of T5-XXL (9.5 GB) for Flux. Use it in place of DualCLIPLoader: "
                 "the CLIP it gives works with every text encode, LoRA, ControlNet and guidance node."
             ),
             search_aliases=[
@@ -134,6 +134,6 @@ def _advanced_inputs() -> list[io.Input]:
             max=MAX_TOKEN_LENGTH,
             advanced=True,
             optional=True,
-            tooltip="Tokens to which prompts are padded. 0: as trained (best). Padding reaches the picture: others change it.",
+            tooltip="Tokens to which prompts are padded. 0: as trained (best). Padding affects the image: other lengths change it.",
         ),
     ]

@@ -23,16 +23,14 @@ class DistilledT5OCRAccuracy(io.ComfyNode):
             display_name="Distilled T5 OCR Accuracy",
             category="Distilled T5",
             description=(
-                "Reads the text in pictures and says how much of the expected text is there: share of characters, of words, and whole "
+                "Reads the text in images and reports how much of the expected text is there: share of characters, of words, and complete "
                 "sentences, as the paper on the distilled T5 counts them. Boxes show what was read, green where it belongs to the text."
             ),
             search_aliases=["OCR", "read text", "text rendering accuracy", "EasyOCR", "Tesseract", "spelling check"],
             is_output_node=True,
             inputs=[
-                io.Image.Input("image", tooltip="The pictures, all with the same expected text."),
-                io.String.Input(
-                    "expected", multiline=True, tooltip="What should be written in the picture. Case and punctuation do not count."
-                ),
+                io.Image.Input("image", tooltip="The images, all with the same expected text."),
+                io.String.Input("expected", multiline=True, tooltip="What the image should show. Case and punctuation do not count."),
                 io.Combo.Input(
                     "reader",
                     options=list(READERS),
@@ -41,13 +39,11 @@ class DistilledT5OCRAccuracy(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Float.Output(
-                    display_name="character", tooltip="Share of characters that stand in their place, 0 to 1, mean of all pictures."
-                ),
-                io.Float.Output(display_name="word", tooltip="Share of words that were read, 0 to 1, mean of all pictures."),
-                io.Float.Output(display_name="sentence", tooltip="Share of pictures in which the whole text was read, 0 to 1."),
-                io.Image.Output(display_name="IMAGE", tooltip="The pictures with a box around each line: green belongs, red does not."),
-                io.String.Output(display_name="report", tooltip="What was read in each picture, and the scores, as text."),
+                io.Float.Output(display_name="character", tooltip="Share of characters in the right place, 0 to 1, mean of all images."),
+                io.Float.Output(display_name="word", tooltip="Share of words that were read, 0 to 1, mean of all images."),
+                io.Float.Output(display_name="sentence", tooltip="Share of images in which the complete text was read, 0 to 1."),
+                io.Image.Output(display_name="IMAGE", tooltip="The images with a box around each line: green belongs, red does not."),
+                io.String.Output(display_name="report", tooltip="What was read in each image, and the scores, as text."),
             ],
         )
 

@@ -9,7 +9,7 @@ from ..runtime.progress import Progress
 
 
 def progress_bar() -> Progress:
-    """Progress that moves the node's bar, and raises when the user has pressed Cancel."""
+    """Progress that moves the node's bar, and raises when the user cancels."""
     bars: list[comfy.utils.ProgressBar] = []
 
     def show(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""What a node shows of its own: pictures on it, and its text for whoever asks for the history."""
+"""What a node shows: images on it, and its text in the history."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def shown(image_NHW3: Tensor, text: str, cls: type[io.ComfyNode]) -> dict[str, A
 
 
 def image_of(picture: Any) -> Tensor:
-    """An RGB picture of PIL, or uint8 [H, W, 3], as ComfyUI's IMAGE, [1, H, W, 3] from 0 to 1."""
+    """An RGB image of PIL, or uint8 [H, W, 3], as ComfyUI's IMAGE, [1, H, W, 3] from 0 to 1."""
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
 
 
 def pictures_of(image_NHW3: Tensor) -> list[np.ndarray]:
-    """ComfyUI's IMAGE as pictures, uint8 [H, W, 3], without alpha."""
+    """ComfyUI's IMAGE as images, uint8 [H, W, 3], without alpha."""
     return list((image_NHW3[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())

@@ -85,7 +85,7 @@ def check_readable(path: Path) -> None:
 
 
 def conversion(path: Path) -> str:
-    """The command that converts a file of torch.save, as advice; the new file lies beside it."""
+    """The command that converts a file of torch.save, as advice; it writes the new file beside the old one."""
     read = f"comfy.utils.load_torch_file(r'{path.absolute()}', safe_load=True)"
     write = f"s.save_file({{name: w.clone().contiguous() for name, w in t.items()}}, r'{path.absolute().with_suffix(SAFETENSORS[0])}')"
     return (

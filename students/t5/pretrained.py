@@ -113,10 +113,10 @@ def _check_config(path: Path, layout: StudentLayout) -> None:
     """Compare a folder's config.json, if it has one, with the layout: tensors alone do not tell the activation or the bias's range."""
     if not path.is_file():
         return
-    said = _json(path)
-    if not isinstance(said, dict):
+    config = _json(path)
+    if not isinstance(config, dict):
         raise ValueError(f"{path} is not a model configuration.\nWhat to do: {DOWNLOAD}")
-    found = T5Config().to_dict() | said
+    found = T5Config().to_dict() | config
     differences = [f"{key}: expected {value}, got {found.get(key)}" for key, value in _config(layout).items() if found.get(key) != value]
     if differences:
         raise ValueError(

@@ -114,7 +114,7 @@ def test_cpu_device_keeps_the_encoder_there(models):
 
 
 def test_a_device_that_is_not_there_is_refused_by_name(models):
-    with pytest.raises(ValueError, match=r"no device cuda:7[\s\S]*What to do: choose one of default, cpu"):
+    with pytest.raises(ValueError, match=r"no device 'cuda:7'[\s\S]*What to do: choose one of default, cpu"):
         load(device="cuda:7")
 
 
