@@ -12,12 +12,12 @@ from typing import Any
 def register_pack() -> None:
     """Import the pack's root as package `distilled_t5`, whatever its folder is called and wherever the command was started.
 
-    The root must not be on sys.path, where its `nodes` would hide ComfyUI's; neither must the folder of the command, which Python puts
-    there (this one, or that of another command that shares this function).
+    The root must not lie on sys.path, where its `nodes` would hide ComfyUI's; neither must the folder of the command, which Python puts
+    there (this one, or that of another command that begins here too).
     """
     root = Path(__file__).resolve().parent.parent
-    folders = (root, *(root / command for command in ("train", "miniature", "evaluate")))
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in folders]
+    ours = (root, *(root / command for command in ("train", "miniature", "evaluate")))
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in ours]
     spec = importlib.util.spec_from_file_location("distilled_t5", root / "__init__.py", submodule_search_locations=[str(root)])
     assert spec is not None and spec.loader is not None
     sys.modules["distilled_t5"] = importlib.util.module_from_spec(spec)
@@ -25,35 +25,35 @@ def register_pack() -> None:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The parser of the command's arguments."""
+    """What the command takes."""
     parser = argparse.ArgumentParser(
-        prog="train", description="Distil a text encoder. Arguments after -- are passed to ComfyUI (--reserve-vram, --cpu ...)."
+        prog="train", description="Distil a text encoder. What follows -- goes to ComfyUI (--reserve-vram, --cpu ...)."
     )
     parser.add_argument("recipe", help="a recipe file, or the name of a shipped one, such as smoke")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="part.key=value", help="change one value of the recipe; may be repeated"
+        "--set", action="append", default=[], metavar="part.key=value", help="change one value of the recipe; may be given often"
     )
     parser.add_argument("--run", metavar="DIR", help="folder of the run (default: runs/NAME-OF-RECIPE)")
-    parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     parser.add_argument(
-        "--estimate", action="store_true", help="measure three steps of each stage and report what the run will take, without training"
+        "--estimate", action="store_true", help="measure three steps of each stage, say what the run will take, train nothing"
     )
-    parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one whose custom_nodes contains this pack)")
+    parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one whose custom_nodes this pack lies in)")
     return parser
 
 
 def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The command's own arguments, and those for ComfyUI after `--`."""
+    """Our arguments, and those for ComfyUI behind `--`."""
     return (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; its exit status is 0 on success, 130 after a stop by signal, 1 after a failure.
+    """Run the command: 0 when it is done, 130 after a stop by signal, 1 after a failure.
 
-    An expected failure is printed as a message with advice; a bug also as a traceback.
+    An expected failure is a sentence with advice on the terminal; a fault of ours keeps its traceback.
     """
-    arguments, flags = split_flags(argv)
-    options = command_line().parse_args(arguments)
+    ours, flags = split_flags(argv)
+    options = command_line().parse_args(ours)
     recipe: Any = None
     try:
         from distilled_t5.train.recipe import load_recipe
@@ -66,9 +66,9 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         from distilled_t5.runtime.failure import BUG, explained
 
-        message = explained(error, recipe)
-        print(f"\n{message or BUG}", file=sys.stderr, flush=True)
-        if message is None:
+        sentence = explained(error, recipe)
+        print(f"\n{sentence or BUG}", file=sys.stderr, flush=True)
+        if sentence is None:
             raise
         return 1
 
@@ -83,17 +83,17 @@ def run(recipe: Any, options: argparse.Namespace, flags: list[str]) -> int:
     from distilled_t5.train.smoke_models import STAND_IN
 
     if recipe.diffusion_model.file == STAND_IN:
-        # Models this small do not gain from threads, which wait for each other on a busy machine (143 s instead of 14 s measured).
+        # Models this small gain nothing from threads, and lose minutes to those that wait for a busy core (14 s against 143 s seen).
         torch.set_num_threads(1)
     with Ranks.open("cuda" if torch.cuda.is_available() and "--cpu" not in flags else "cpu") as ranks:
-        # Imported here: ComfyUI reads the current GPU on import, and each process has its own.
+        # Only now: ComfyUI looks at the current GPU when it is imported, and each process shall look at its own.
         from distilled_t5.train.estimate import estimate
         from distilled_t5.train.run import train
 
         if options.estimate:
-            report = estimate(recipe, ranks)
+            said = estimate(recipe, ranks)
             if ranks.is_main:
-                print(report)
+                print(said)
             return 0
         if ranks.is_main:
             check_output_folder()
@@ -101,7 +101,7 @@ def run(recipe: Any, options: argparse.Namespace, flags: list[str]) -> int:
     if path is not None:
         print(f"Done: {path}\nDistilled T5 Loader lists it after a refresh (key R).")
     elif ranks.is_main:
-        print("Stopped; continue with --resume.")
+        print("Stopped; go on with --resume.")
         return 130
     return 0
 

@@ -146,11 +146,11 @@ def test_key_in_the_wrong_place_is_sent_home(key, nearest, tmp_path):
         ('objective = "embedding"', 'objective = "velocty"', "stage.0.objective: expected one of velocity, embedding, found \"velocty\""),
         (', path = "prompts/words/sentences.txt"', "", "stage.0.corpora.0: a corpus of kind lines needs a path"),
         ('kind = "lines"', 'kind = "csv"', "a corpus of kind csv needs the column that holds the prompt"),
-        ('kind = "lines"', 'kind = "common_text"', "stage.0.corpora.0: common_text is generated: expected no path"),
+        ('kind = "lines"', 'kind = "common_text"', "stage.0.corpora.0: common_text is made here: expected no path"),
         ('kind = "lines"', 'kind = "lines", column = "y"', "stage.0.corpora.0: a corpus of kind lines has no columns"),
         ("start = ", 'size = "base"\nstart = ', "student: expected either size or layout, found both"),
         ("layout = {", "# {", "student: expected either size or layout, found neither"),
-        ('name = "follow-the-steps"', 'name = "embedding-first"', "expected a different name for each stage"),
+        ('name = "follow-the-steps"', 'name = "embedding-first"', "two stages have one name"),
     ],
 )  # fmt: skip
 def test_wrong_value_is_refused_with_what_was_expected_and_found(old, new, expected, tmp_path):
@@ -351,21 +351,21 @@ def test_differences_name_key_old_and_new():
         "optimizer.learning_rate: 0.001 -> 0.002",
         "sampling.guidance: [2.0, 3.5, 5.0] -> [1.0]",
         "stage.1.steps: 40 -> 4",
-        'student.size: absent -> "base"',
+        'student.size: not there -> "base"',
         'student.start: "random" -> "flan-t5-base"',
-        "student.layout.d_model: 64 -> absent",
-        "student.layout.d_ff: 128 -> absent",
-        "student.layout.num_layers: 2 -> absent",
-        "student.layout.num_heads: 2 -> absent",
-        "student.layout.d_kv: 32 -> absent",
-        "student.layout.gated: true -> absent",
+        "student.layout.d_model: 64 -> not there",
+        "student.layout.d_ff: 128 -> not there",
+        "student.layout.num_layers: 2 -> not there",
+        "student.layout.num_heads: 2 -> not there",
+        "student.layout.d_kv: 32 -> not there",
+        "student.layout.gated: true -> not there",
     }
 
 
 def test_dropped_stage_is_a_difference(tmp_path):
     shorter = recipe_of(tmp_path, SMOKE[: SMOKE.rindex("# The method itself")])
     lines = load_recipe("smoke").differences(shorter)
-    assert 'stage.1.name: "follow-the-steps" -> absent' in lines
+    assert 'stage.1.name: "follow-the-steps" -> not there' in lines
     assert all(line.startswith("stage.1.") for line in lines)
 
 
