@@ -1,23 +1,22 @@
-"""What a text encoder costs: distilled T5 Small, Base and Large against stock T5-XXL in bf16 and fp8, CLIP-L included in all.
+"""What a text encoder costs: distilled T5 Small, Base and Large against stock T5-XXL in bf16 and fp8, each with CLIP-L.
 
-Weights are random, sizes are real. Each encoder is measured in processes of its own: in the first its file comes from the disk, in the
-others from the page cache. With --gpu also the whole Flux pipeline, with offload and without, beside Table 5 of arXiv:2503.19897.
+Weights are random, sizes are real. Each encoder is measured in fresh processes: the first reads its file from the disk, the others from the
+page cache. With --gpu also the Flux pipeline, with and without offload, for comparison with Table 5 of arXiv:2503.19897 (README.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from distilled_t5.benchmarks.support import measuring as measure
+from distilled_t5.benchmarks.support import measuring
 from distilled_t5.benchmarks.support.model_sizes import FluxSizes
 from distilled_t5.devtools.comfyui.in_process import start_comfyui
-from distilled_t5.devtools.models import random_models as stand_ins
+from distilled_t5.devtools.models import random_models
 from distilled_t5.encoder.files import write_student
 from distilled_t5.students.t5.layout import StudentLayout
 from safetensors.torch import save_file
@@ -29,22 +28,13 @@ PROMPTS = (
     "an isometric drawing of a small workshop with a blue table, two chairs, a lamp, a shelf full of books and a cat on the floor",
 )
 REFERENCE = "xxl-bf16"
-# What a prototype reached with Base on a CPU at 256 tokens, and what is therefore expected.
-EXPECTED = {"next_encode_s": 38, "best_encode_cpu_s": 38, "load_warm_s": 14, "load_cpu_s": 14}
-EXPECTED_WEIGHTS_GB = 0.27
-# arXiv:2503.19897, Table 5: diffusers on an A100, T5-Base and T5-XXL, 8 steps; MB and seconds.
-PAPER = {
-    "base": {"encoder_mb": 285, "pipeline_mb": 23401, "offload_s": 16.61, "resident_s": 8.89},
-    "xxl-bf16": {"encoder_mb": 11004, "pipeline_mb": 34113, "offload_s": 24.71, "resident_s": 8.95},
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """One row of the table: the T5 and the number format of its file.
+    """A row of the table: the T5 and the format of its file.
 
-    with_checksum: the file carries the metadata that our own files have, and its checksum is verified on loading; the published file has
-    neither. layers: cuts T5-XXL short for --quick.
+    with_checksum: the file has our metadata, whose checksum is verified when it is loaded. layers: fewer layers of T5-XXL, for --quick.
     """
 
     name: str
@@ -63,17 +53,17 @@ class Encoder:
         return dataclasses.replace(layout, num_layers=self.layers or layout.num_layers)
 
     def write(self, path: Path) -> None:
-        """Write the file as it is published: a student with its names, T5-XXL with those that the stock loader knows."""
+        """Write the file as it is published: a student by its names, T5-XXL by those that the stock loader reads."""
         shapes = self.layout.tensors()
-        draw = measure.initial_weight(self.layout, torch.Generator().manual_seed(0))
+        draw = measuring.initial_weight(self.layout, torch.Generator().manual_seed(0))
         if self.with_checksum:
             write_student(path, {name: draw(name, shape).to(self.dtype) for name, shape in shapes.items()})
             return
         if self.stock:
-            # ComfyUI knows T5-XXL by a tensor of its last block.
-            telling = "encoder.encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
-            shapes = {name.removeprefix("encoder."): shape for name, shape in {telling: (10240, 4096), **shapes}.items()}
-        measure.write_streamed(path, shapes, self.dtype, draw)
+            # ComfyUI detects T5-XXL by a tensor of its last block.
+            detected_by = "encoder.encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
+            shapes = {name.removeprefix("encoder."): shape for name, shape in {detected_by: (10240, 4096), **shapes}.items()}
+        measuring.write_streamed(path, shapes, self.dtype, draw)
 
     def load(self, path: Path, clip_l: Path) -> Any:
         """The CLIP, as the loader nodes make it."""
@@ -104,17 +94,17 @@ def encode(clip: Any, prompt: str) -> Any:
 @torch.inference_mode()
 def measure_encoder(encoder: Encoder, path: Path, clip_l: Path, gpu: bool) -> dict[str, Any]:
     """Load and encode in this fresh process: times in seconds, memory in GB."""
-    start_comfyui(gpu)
-    import comfy.sd  # noqa: F401 (its import is no part of the loading time)
+    import comfy.sd  # noqa: F401 (its import is not part of the loading time)
 
-    before = measure.memory_gb()["rss"]
-    load, clip = measure.timed(lambda: encoder.load(path, clip_l), gpu)
-    loaded = measure.memory_gb()["private"]
-    first, conditioning = measure.timed(lambda: encode(clip, PROMPTS[0]), gpu)
-    again = [measure.timed(lambda: encode(clip, PROMPTS[0]), gpu)[0] for _ in range(2)]
-    change = [measure.timed(lambda prompt=prompt: encode(clip, prompt), gpu)[0] for prompt in PROMPTS[1:3]]
-    parts = {"t5": getattr(clip.cond_stage_model, "t5xxl" if encoder.stock else "t5base"), "clip_l": clip.cond_stage_model.clip_l}
-    memory = measure.memory_gb()
+    before = measuring.memory_gb()["rss"]
+    load, clip = measuring.timed(lambda: encoder.load(path, clip_l), gpu)
+    loaded = measuring.memory_gb()["private"]
+    first, conditioning = measuring.timed(lambda: encode(clip, PROMPTS[0]), gpu)
+    again = [measuring.timed(lambda: encode(clip, PROMPTS[0]), gpu)[0] for _ in range(2)]
+    change = [measuring.timed(lambda prompt=prompt: encode(clip, prompt), gpu)[0] for prompt in PROMPTS[1:3]]
+    model = clip.cond_stage_model
+    parts = {"t5": model.t5base if hasattr(model, "t5base") else model.t5xxl, "clip_l": model.clip_l}
+    memory = measuring.memory_gb()
     return {
         "load_s": load.wall_s,
         "load_cpu_s": load.cpu_s,
@@ -136,65 +126,56 @@ def measure_encoder(encoder: Encoder, path: Path, clip_l: Path, gpu: bool) -> di
 
 
 def write_flux(path: Path, quick: bool) -> None:
-    """A random Flux dev in bf16: of full size (24 GB), or for --quick two blocks."""
+    """A random Flux dev in bf16: of full size (24 GB), for --quick with two blocks."""
     generator = torch.Generator().manual_seed(0)
     shapes = (FluxSizes(width=256, double=1, single=1) if quick else FluxSizes()).tensors()
-    measure.write_streamed(
+    measuring.write_streamed(
         path, shapes, torch.bfloat16, lambda _, shape: torch.empty(shape).normal_(0.0, shape[-1] ** -0.5, generator=generator)
     )
 
 
 @torch.inference_mode()
-def measure_pipeline(encoder: Encoder, path: Path, clip_l: Path, flux: Path, gpu: bool, quick: bool, offload: bool) -> dict[str, Any]:
-    """Seconds per picture (a new prompt each; no VAE) and peak GPU memory.
+def measure_pipeline(encoder: Encoder, path: Path, clip_l: Path, task: dict[str, Any]) -> dict[str, Any]:
+    """Seconds per image, each of a new prompt, without VAE; peak GPU memory.
 
-    offload: nothing stays on the GPU that is not at work, which is what a small card forces upon ComfyUI; else everything stays there.
+    With offload only the model at work is on the GPU, as ComfyUI does on a small card; otherwise all models stay there.
     """
-    start_comfyui(gpu, gpu_only=gpu and not offload)
     import comfy.model_management
     import comfy.sample
     import comfy.sd
 
-    model, clip = comfy.sd.load_diffusion_model(str(flux)), encoder.load(path, clip_l)
-    side, steps = (8, 2) if quick else (128, 8)
+    model, clip = comfy.sd.load_diffusion_model(task["flux"]), encoder.load(path, clip_l)
+    side, steps = (8, 2) if task["quick"] else (128, 8)
     latent = torch.zeros(1, 16, side, side)
 
-    def picture(seed: int) -> torch.Tensor:
-        if offload:
+    def sample(seed: int) -> torch.Tensor:
+        if task["offload"]:
             comfy.model_management.unload_all_models()
         positive = encode(clip, PROMPTS[seed])
-        if offload:
+        if task["offload"]:
             comfy.model_management.unload_all_models()
         noise = comfy.sample.prepare_noise(latent, seed)
         return comfy.sample.sample(model, noise, steps, 1.0, "euler", "simple", positive, positive, latent, disable_pbar=True, seed=seed)
 
-    first, _ = measure.timed(lambda: picture(0), gpu)
-    later = [measure.timed(lambda seed=seed: picture(seed), gpu)[0].wall_s for seed in (1, 2, 3)]
-    peak_gb = torch.cuda.max_memory_allocated() / 1e9 if gpu else None
+    first, *later = (measuring.timed(lambda seed=seed: sample(seed), task["gpu"])[0].wall_s for seed in range(4))
     return {
-        "first_picture_s": first.wall_s,
-        "next_picture_s": statistics.median(later),
-        "gpu_peak_gb": peak_gb,
+        "first_image_s": first,
+        "next_image_s": statistics.median(later),
+        "gpu_peak_gb": torch.cuda.max_memory_allocated() / 1e9 if task["gpu"] else None,
         "steps": steps,
         "side_px": 8 * side,
     }
 
 
-def perform(task: dict[str, Any]) -> None:
-    """Do one task and print its result, as JSON in the last line."""
-    encoder, path, clip_l = encoders(task["quick"])[task["encoder"]], Path(task["path"]), Path(task["clip_l"])
-    if "offload" in task:
-        result = measure_pipeline(encoder, path, clip_l, Path(task["flux"]), task["gpu"], task["quick"], task["offload"])
-    else:
-        result = measure_encoder(encoder, path, clip_l, task["gpu"])
-    print("\n" + json.dumps(result))
+def perform(task: dict[str, Any]) -> dict[str, Any]:
+    """Measure in this process what a task names."""
+    encoder, path, clip_l, pipeline = encoders(task["quick"])[task["encoder"]], Path(task["path"]), Path(task["clip_l"]), "offload" in task
+    start_comfyui(task["gpu"], gpu_only=pipeline and task["gpu"] and not task["offload"])
+    return measure_pipeline(encoder, path, clip_l, task) if pipeline else measure_encoder(encoder, path, clip_l, task["gpu"])
 
 
 def combine(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row from the runs of an encoder: the first read its file from the disk, the others from the page cache; otherwise medians.
-
-    Of a single run, which has no other, one number stands for both.
-    """
+    """A row from the runs of an encoder: `load_cold_s` of the first, which read from the disk; otherwise medians."""
     loads = [run["load_s"] for run in runs]
     row = {key: statistics.median(run[key] for run in runs) if isinstance(value, float) else value for key, value in runs[0].items()}
     del row["load_s"]
@@ -202,85 +183,55 @@ def combine(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure_all(folder: Path, quick: bool, gpu: bool) -> dict[str, Any]:
-    """Make each file, measure it, delete it: rows of the encoders, their single runs, rows of the pipeline (GPU; --quick tries one)."""
+    """Write, measure and delete each file: rows of the encoders, their runs, rows of the pipeline (GPU only; --quick tries one)."""
     clip_l, flux = folder / "clip_l.safetensors", folder / "flux.safetensors"
-    save_file(stand_ins.clip_l(), clip_l)
+    save_file(random_models.clip_l(), clip_l)
     if gpu or quick:
         write_flux(flux, quick)
     found: dict[str, Any] = {"encoders": {}, "runs": {}, "pipeline": {}}
     for name, encoder in encoders(quick).items():
         path = folder / f"{name}.safetensors"
-        print(f"{name}: writing its file", flush=True)
+        print(f"{name}: measuring", flush=True)
         encoder.write(path)
+        measuring.evict(path)
         task = {"encoder": name, "path": str(path), "clip_l": str(clip_l), "gpu": gpu, "quick": quick}
-        runs = found["runs"][name] = []
-        for number in range(1 if quick else 3):
-            cold = number == 0 and measure.evict(path)
-            runs.append(measure.in_fresh_process(__file__, task))
-            source = "the disk" if cold else "the page cache"
-            print(f"{name}: loaded from {source} in {runs[-1]['load_s']:.2f} s, encodes in {runs[-1]['next_encode_s']:.2f} s", flush=True)
+        runs = found["runs"][name] = [measuring.in_fresh_process(__file__, task) for _ in range(1 if quick else 3)]
         found["encoders"][name] = {"file_gb": path.stat().st_size / 1e9, **combine(runs)}
         for mode in (("offload",) if name == "base" else ()) if quick else ("offload", "resident") if gpu else ():
-            row = measure.in_fresh_process(__file__, {**task, "flux": str(flux), "offload": mode == "offload"})
-            found["pipeline"][f"{name} {mode}"] = row
-            print(f"{name}: a picture in {row['next_picture_s']:.2f} s ({mode})", flush=True)
+            pipeline = {**task, "flux": str(flux), "offload": mode == "offload"}
+            found["pipeline"][f"{name} {mode}"] = measuring.in_fresh_process(__file__, pipeline)
         path.unlink()
     return found
 
 
 TIMES = (
-    "load_cold_s",
-    "load_warm_s",
-    "first_encode_s",
-    "next_encode_s",
-    "new_prompt_s",
-    "best_encode_s",
-    "load_cpu_s",
-    "best_encode_cpu_s",
+    *("load_cold_s", "load_warm_s", "first_encode_s", "next_encode_s", "new_prompt_s", "best_encode_s"),
+    *("load_cpu_s", "best_encode_cpu_s"),
 )
 SIZES = ("t5_weights_gb", "clip_l_weights_gb", "rss_peak_gb", "private_at_end_gb")
+COMPARED = (*TIMES, "t5_weights_gb", "rss_peak_gb")
 
 
-def ratios(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """How many times less than the reference each encoder takes."""
-    return {name: {key: rows[REFERENCE][key] / row[key] for key in (*TIMES, "t5_weights_gb", "rss_peak_gb")} for name, row in rows.items()}
-
-
-def print_report(result: dict[str, Any]) -> None:
-    """The tables."""
-    rows, against = result["encoders"], result["ratios"]
-    columns = (*TIMES, *SIZES)
-    print("\n" + measure.table(["encoder", *columns], [[name, *(row[key] for key in columns)] for name, row in rows.items()]))
-    print(f"\nhow many times less than {REFERENCE}")
-    print(measure.table(["encoder", *against[REFERENCE]], [[name, *row.values()] for name, row in against.items()]))
-    if result["pipeline"]:
-        heads = ("first_picture_s", "next_picture_s", "gpu_peak_gb")
-        body = [[name, *(row[key] for key in heads), paper_seconds(name)] for name, row in result["pipeline"].items()]
-        print("\n" + measure.table(["pipeline", *heads, "paper, A100, s"], body))
-    base = rows["base"]
-    print(f"\nBase in bf16: {base['t5_weights_gb']:.3f} GB of weights (expected at most {EXPECTED_WEIGHTS_GB})")
-    for key, least in EXPECTED.items():
-        print(f"Base, {key}: {against['base'][key]:.1f} times less than {REFERENCE} (expected at least {least} on idle CPU cores)")
-
-
-def paper_seconds(row: str) -> float | None:
-    """The paper's figure for a row of the pipeline, if it has one."""
-    name, mode = row.rsplit(maxsplit=1)
-    return PAPER.get(name, {}).get(f"{mode}_s")
+def rows(found: dict[str, Any], columns: tuple[str, ...]) -> str:
+    """A table of these columns."""
+    return measuring.table(["", *columns], [[name, *(row[key] for key in columns)] for name, row in found.items()])
 
 
 def main() -> None:
     """Measure, print the tables, write the JSON."""
-    options = measure.options_or_task(__doc__ or "", perform)
+    options = measuring.options_or_task(__doc__ or "", perform)
     if options is None:
         return
-    comfyui = start_comfyui(options.gpu)
-    facts = measure.machine(comfyui, options.gpu, options.note)
-    with measure.scratch_folder(4 if options.quick else 36 if options.gpu else 11) as folder:
+    start_comfyui(options.gpu)
+    facts = measuring.machine(options.note)
+    with measuring.scratch_folder(4 if options.quick else 36 if options.gpu else 11) as folder:
         found = measure_all(folder, options.quick, options.gpu)
-    result = {"machine": facts, "quick": options.quick, **found, "ratios": ratios(found["encoders"]), "paper": PAPER}
-    print_report(result)
-    print(f"\nwritten: {measure.save_result(result, 'gpu' if options.gpu else 'cpu', options)}")
+    measured = found["encoders"]
+    ratios = {name: {key: measured[REFERENCE][key] / row[key] for key in COMPARED} for name, row in measured.items()}
+    print(f"\n{rows(measured, (*TIMES, *SIZES))}\n\nhow many times less than {REFERENCE}\n{rows(ratios, COMPARED)}")
+    print(rows(found["pipeline"], ("first_image_s", "next_image_s", "gpu_peak_gb")))
+    result = {"machine": facts, "quick": options.quick, **found, "ratios": ratios}
+    print(f"\nwritten: {measuring.save_result(result, 'gpu' if options.gpu else 'cpu', options)}")
 
 
 if __name__ == "__main__":

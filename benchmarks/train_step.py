@@ -1,16 +1,13 @@
-"""What a step of the trainer costs: ours against the order of work of the method's authors, and against the arithmetic it cannot avoid.
+"""What a step of the trainer costs: ours against the order of the method's authors, and against the unavoidable arithmetic.
 
-The same random weights, prompts and noise in both orders, and the same losses, or the benchmark stops. On a CPU a small Flux, one thread;
-with --gpu Flux dev, T5-XXL, CLIP-L and T5-Base of full size at 512 px.
+Both get the same random weights, prompts and noise and must have the same losses. On a CPU a small Flux on one thread; with --gpu Flux dev,
+T5-XXL, CLIP-L and T5-Base of full size at 512 px.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-import json
-import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,56 +15,40 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from distilled_t5.benchmarks.support import measuring as measure
+from distilled_t5.benchmarks.support import measuring
 from distilled_t5.benchmarks.support.training_worlds import GUIDANCE, TRAJECTORY_STEPS, World, real_world, small_world
 from distilled_t5.devtools.comfyui.in_process import start_comfyui
 from torch import Tensor
 
 REAL_TEXT_TOKENS = (77, 256, 512)
-EXPECTED = {"ratio at batch 4": 1.3, "share of the floor on a GPU": 0.55}
-# Losses of two orders of work may not differ by more, relatively. On a CPU they are equal; a GPU takes sums in any order, and the students
-# drift apart a little.
+# Relative difference of losses that is allowed: none on a CPU; a GPU sums in any order, so that the students drift apart a little.
 SAME_LOSS = 1e-2
-# Orders of work. The third is ours with the checkpointing that the authors' has, torch's own: what ours is worth.
-OURS, AUTHORS, TORCHS = "ours", "authors", "ours with torch's checkpointing"
+OURS, AUTHORS = "ours", "authors"
+RATES = ("ratio", "ratio_cpu", "floor_share", "floor_share_cpu", "sample_cost_cpu")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A world that is measured: in which formats of the diffusion model's weights, at which batches, with checkpointing or without."""
+    """A world to measure: formats of the diffusion model's weights, batches, with and without block checkpointing, timed steps."""
 
     world: World
-    weights: tuple[str, ...]
-    batches: tuple[int, ...]
-    checkpointing: tuple[bool, ...]
-    memory: tuple[int, ...]  # batches whose memory is measured, in a fresh process each; a GPU's is measured on the way
-    least_repeats: int = 3
-    repeats_of_one: int = 8
-
-    def repeats(self, batch: int) -> int:
-        """Timed steps; more of small batches, which noise disturbs more."""
-        return max(self.least_repeats, self.repeats_of_one // batch)
+    weights: tuple[str, ...] = ("fp32",)
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    checkpointing: tuple[bool, ...] = (False, True)
+    repeats: int = 4
 
 
 def cases(quick: bool, gpu: bool) -> dict[str, Case]:
     """What is measured."""
-    if gpu and not quick:
-        return {"full size": Case(real_world(256), ("bf16", "fp8_e4m3fn"), (1, 2, 4), (True,), ())}
-    both = (False, True)
     if quick:
-        return {
-            "tiny": Case(
-                small_world(128, 1, 1, side_px=64, text_tokens=16), ("fp32",), (1, 2), both, (2,), least_repeats=1, repeats_of_one=1
-            )
-        }
-    return {
-        "real proportions": Case(small_world(384, 2, 4), ("fp32",), (1, 2, 4, 8), both, (1, 2, 4, 8)),
-        "small diffusion model": Case(small_world(128, 1, 2), ("fp32",), (1, 2, 4, 8), (False,), ()),
-    }
+        return {"tiny": Case(small_world(128, 1, 1, side_px=64, text_tokens=16), batches=(1, 2), repeats=1)}
+    if gpu:
+        return {"full size": Case(real_world(256), ("bf16", "fp8_e4m3fn"), (1, 2, 4), (True,))}
+    return {"real proportions": Case(small_world(384, 2, 4)), "small diffusion model": Case(small_world(128, 1, 2), checkpointing=(False,))}
 
 
 def torch_checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A block's forward with torch's own checkpointing, inputs cloned because the host's blocks overwrite them."""
+    """A block's forward with torch's own checkpointing; inputs are cloned, since ComfyUI's blocks overwrite them."""
 
     def on_clones(*inputs: Any, **named: Any) -> Any:
         return forward(*map(cloned, inputs), **{name: cloned(value) for name, value in named.items()})
@@ -82,20 +63,15 @@ def torch_checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return checkpointed
 
 
-class Bench:
-    """The models of a case in this process, and the orders of work on them."""
+class Models:
+    """The models of a case in this process, and a step of each order of operations."""
 
-    def __init__(self, case: Case, folder: Path, weights: str, gpu: bool) -> None:
-        self.world, self.gpu = case.world, gpu
-        self.flow = case.world.load_flow(folder, weights)
-        self.teacher = case.world.load_teacher(folder)
-        self.autocast = torch.bfloat16 if gpu else None
-
-    def learner(self) -> Any:
-        return self.world.learner(self.flow.device, self.autocast)
+    def __init__(self, world: World, folder: Path, weights: str, gpu: bool) -> None:
+        self.world, self.gpu = world, gpu
+        self.flow, self.teacher = world.load_flow(folder, weights), world.load_teacher(folder)
 
     def encode(self, batch: int) -> Any:
-        """What the trainer does once per trajectory: encode the prompts, bring the diffusion model back to its device."""
+        """What the trainer does once per trajectory: encode the prompts, move the diffusion model back to its device."""
         text = self.teacher.encode(self.world.prompts(batch), self.world.text_tokens)
         self.flow.load()
         return text
@@ -112,25 +88,25 @@ class Bench:
         guidance_B, token_ids_BL = drawn.guidance_B.to(device), text.token_ids_BL.to(device)
         return Position(0, drawn.noise.to(device), sigmas_T, text.text_BLD.to(device), extras, guidance_B, token_ids_BL)
 
-    def our_step(self, place: Any, learner: Any) -> tuple[float, Any]:
+    def our_step(self, position: Any, learner: Any) -> tuple[float, Any]:
         """An optimizer step of the trainer: its loss, and the next position."""
         from distilled_t5.train.distill import train_step
         from distilled_t5.train.objectives import OBJECTIVES
 
-        report, places = train_step([place], self.flow, learner, OBJECTIVES["velocity"])
-        return report.loss, places[0]
+        report, positions = train_step([position], self.flow, learner, OBJECTIVES["velocity"])
+        return report.loss, positions[0]
 
-    def authors_step(self, place: Any, learner: Any) -> tuple[float, Any]:
-        """The same optimizer step in the order of the authors' trainer: every prompt through teacher, CLIP-L and student again.
+    def authors_step(self, position: Any, learner: Any) -> tuple[float, Any]:
+        """The same step in the order of the authors' trainer: teacher, CLIP-L and student encode every prompt again.
 
-        Only the order is theirs; models, precision, noise, loss and clipping are ours, so that losses are the same.
+        Only the order is theirs; models, precision, noise, loss and clipping are ours, so that losses are equal.
         """
-        token_ids_BL, text_BLD, pooled_BP = self.encode_again(len(place.x))
+        token_ids_BL, text_BLD, pooled_BP = self.encode_again(len(position.x))
         student_text_BLD = learner.embed(token_ids_BL)
-        place = dataclasses.replace(place, extras={"pooled_output": pooled_BP})
+        position = dataclasses.replace(position, extras={"pooled_output": pooled_BP})
         with torch.no_grad():
-            teacher_velocity = place.velocity(self.flow, text_BLD)
-        student_velocity = place.velocity(self.flow, student_text_BLD)
+            teacher_velocity = position.velocity(self.flow, text_BLD)
+        student_velocity = position.velocity(self.flow, student_text_BLD)
         loss = (student_velocity - teacher_velocity).square().mean(dim=(1, 2, 3)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learner.student.parameters(), learner.max_gradient_norm)
@@ -139,13 +115,13 @@ class Bench:
         learner.optimizer.step()
         learner.optimizer.zero_grad()
         learner.step += 1
-        step_size = place.sigmas_T[place.step + 1] - place.sigmas_T[place.step]
-        moved = dataclasses.replace(place, step=place.step + 1, x=place.x + step_size * teacher_velocity)
+        step_size = position.sigmas_T[position.step + 1] - position.sigmas_T[position.step]
+        moved = dataclasses.replace(position, step=position.step + 1, x=position.x + step_size * teacher_velocity)
         return float(loss), moved
 
     @torch.no_grad()
     def encode_again(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids [B, L], embeddings [B, L, D] and pooled vectors [B, P], by encoders that are kept loaded, on the model's device."""
+        """Token ids [B, L], embeddings [B, L, D] and pooled vectors [B, P] by loaded encoders, on the device of the diffusion model."""
         prompts, teacher, device = self.world.prompts(batch), self.teacher, self.flow.device
         token_ids_BL = teacher.token_ids(prompts, self.world.text_tokens)
         text_BLD = teacher.text_model.encode(token_ids_BL.tolist())[0].float().to(device)
@@ -155,209 +131,140 @@ class Bench:
 
     @contextlib.contextmanager
     def in_order(self, order: str, checkpointed: bool) -> Iterator[Callable[[Any, Any], tuple[float, Any]]]:
-        """The step of an order of work, with the diffusion model made ready for it."""
+        """The step of an order of operations; the authors checkpoint with torch's own function."""
         from distilled_t5.diffusion.block_checkpoint import replaced_forward
 
         model = self.flow.model.diffusion_model
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.flow.differentiable(checkpointed and order == OURS))
-            for block in [*model.double_blocks, *model.single_blocks] if checkpointed and order != OURS else []:
+            for block in [*model.double_blocks, *model.single_blocks] if checkpointed and order == AUTHORS else []:
                 stack.enter_context(replaced_forward(block, torch_checkpointed(block.forward)))
             yield self.authors_step if order == AUTHORS else self.our_step
 
 
 @dataclasses.dataclass
-class Runner:
-    """One order of work under way: its student, where it is, the losses and times of its steps, its peak of GPU memory."""
+class Progress:
+    """One order of operations during a measurement: learner, position, losses and times of its steps, peak GPU memory."""
 
     order: str
-    checkpointed: bool
     learner: Any
-    place: Any
+    position: Any
     losses: list[float] = dataclasses.field(default_factory=list)
-    times: list[measure.Timing] = dataclasses.field(default_factory=list)
+    times: list[measuring.Timing] = dataclasses.field(default_factory=list)
     peak_bytes: int = 0
 
-    def step(self, bench: Bench) -> None:
-        # Dropout is to fall on the same activations in both orders.
+    def step(self, models: Models, checkpointed: bool) -> None:
+        # The same dropout in both orders.
         torch.manual_seed(len(self.losses))
-        if bench.gpu:
+        if models.gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        with bench.in_order(self.order, self.checkpointed) as step:
-            timing, (loss, self.place) = measure.timed(lambda: step(self.place, self.learner), bench.gpu)
+        with models.in_order(self.order, checkpointed) as step:
+            timing, (loss, self.position) = measuring.timed(lambda: step(self.position, self.learner), models.gpu)
         self.losses.append(loss)
         self.times.append(timing)
-        self.peak_bytes = torch.cuda.max_memory_allocated() if bench.gpu else 0
+        self.peak_bytes = torch.cuda.max_memory_allocated() if models.gpu else 0
 
 
-def median_timing(times: list[measure.Timing]) -> measure.Timing:
+def median_timing(times: list[measuring.Timing]) -> measuring.Timing:
     """Medians of both clocks."""
-    return measure.Timing(statistics.median(time.wall_s for time in times), statistics.median(time.cpu_s for time in times))
+    return measuring.Timing(statistics.median(time.wall_s for time in times), statistics.median(time.cpu_s for time in times))
 
 
-def pace(bench: Bench, batch: int, checkpointed: bool, repeats: int) -> dict[str, Any]:
-    """The orders of work by turns, after a step to warm up: seconds per step, losses."""
-    texts = [measure.timed(lambda: bench.encode(batch), bench.gpu) for _ in range(1 + repeats)]
+def measure(models: Models, batch: int, checkpointed: bool, repeats: int) -> dict[str, Any]:
+    """Both orders alternately, after a step to warm up: seconds per step, losses. Raises RuntimeError if the losses differ."""
+    texts = [measuring.timed(lambda: models.encode(batch), models.gpu) for _ in range(1 + repeats)]
     encoding = median_timing([timing for timing, _ in texts[1:]])
-    orders = (OURS, AUTHORS, TORCHS) if checkpointed else (OURS, AUTHORS)
-    runners = [Runner(order, checkpointed, bench.learner(), bench.start(texts[0][1])) for order in orders]
+    autocast = torch.bfloat16 if models.gpu else None
+    both = [Progress(order, models.world.learner(models.flow.device, autocast), models.start(texts[0][1])) for order in (OURS, AUTHORS)]
     for number in range(1 + repeats):
-        for runner in runners if number % 2 else reversed(runners):
-            runner.step(bench)
+        for progress in both if number % 2 else reversed(both):
+            progress.step(models, checkpointed)
     row: dict[str, Any] = {"checkpointing": checkpointed, "batch": batch, "encode_s": encoding.wall_s, "encode_cpu_s": encoding.cpu_s}
-    for runner in runners:
-        step = median_timing(runner.times[1:])
-        shared = 0 if runner.order == AUTHORS else 1 / TRAJECTORY_STEPS
+    for progress in both:
+        step = median_timing(progress.times[1:])
+        shared = 1 / TRAJECTORY_STEPS if progress.order == OURS else 0
         wall_s, cpu_s = step.wall_s + shared * encoding.wall_s, step.cpu_s + shared * encoding.cpu_s
         rates = {"step_s": wall_s, "step_cpu_s": cpu_s, "steps_per_s": 1 / wall_s, "samples_per_s": batch / wall_s}
-        row[runner.order] = rates | {"gpu_peak_gb": runner.peak_bytes / 1e9 or None, "losses": runner.losses}
-        check_losses(row[OURS]["losses"], runner)
+        row[progress.order] = rates | {"gpu_peak_gb": progress.peak_bytes / 1e9 or None, "losses": progress.losses}
+    ours, authors = both
+    if any(abs(loss - expected) > SAME_LOSS * expected for loss, expected in zip(authors.losses, ours.losses, strict=True)):
+        raise RuntimeError(f"The losses of both orders differ: {ours.losses} and {authors.losses}")
     return row
 
 
-def check_losses(ours: list[float], runner: Runner) -> None:
-    """Raises RuntimeError if another order of work did not do the same."""
-    if any(abs(loss - expected) > SAME_LOSS * expected for loss, expected in zip(runner.losses, ours, strict=True)):
-        raise RuntimeError(f"{runner.order} does something else than ours: losses {runner.losses} and {ours}")
-
-
-def matmul_flops_per_s(gpu: bool) -> dict[str, float]:
-    """The machine's rate at one large product in the format of the run, by both clocks: the best of several."""
+def product_flops_per_s(gpu: bool) -> dict[str, float]:
+    """Operations per second of a large matrix product in the format of the run, by both clocks: the best of several."""
     side, dtype = (8192, torch.bfloat16) if gpu else (1536, torch.float32)
     left, right = (torch.randn(side, side, device="cuda" if gpu else "cpu").to(dtype) for _ in range(2))
-    times = [measure.timed(lambda: left @ right, gpu)[0] for _ in range(6)]
+    times = [measuring.timed(lambda: left @ right, gpu)[0] for _ in range(6)]
     return {clock: 2 * side**3 / min(getattr(time, clock) for time in times) for clock in ("wall_s", "cpu_s")}
 
 
-def measure_speed(case: Case, bench: Bench) -> dict[str, Any]:
-    """A row per checkpointing and batch, with ratios, the share of the floor, and the cost per sample relative to the smallest batch."""
-    rate, rows = matmul_flops_per_s(bench.gpu), []
-    for checkpointed in case.checkpointing:
-        part = [pace(bench, batch, checkpointed, case.repeats(batch)) for batch in case.batches]
-        rows += [row | judged(case.world, row, rate, part[0]) for row in part]
-    return {"matmul_flops_per_s": rate, "rows": rows}
-
-
-def judged(world: World, row: dict[str, Any], rate: dict[str, float], smallest: dict[str, Any]) -> dict[str, float]:
-    """What a row's times mean, by the clock and by processor time."""
+def compared(world: World, row: dict[str, Any], rate: dict[str, float], smallest: dict[str, Any]) -> dict[str, float]:
+    """The authors' time over ours, the unavoidable arithmetic over our time, our cost per sample over that of the smallest batch."""
     found = {}
     for clock, key, suffix in (("wall_s", "step_s", ""), ("cpu_s", "step_cpu_s", "_cpu")):
         floor_s = row["batch"] * world.step_flops(row["checkpointing"]) / rate[clock]
         per_sample, least = (which[OURS][key] / which["batch"] for which in (row, smallest))
-        others = {"ratio": AUTHORS, "checkpoint_ratio": TORCHS}
-        found |= {f"{name}{suffix}": row[order][key] / row[OURS][key] for name, order in others.items() if order in row}
-        found |= {f"floor{suffix}_s": floor_s, f"floor_share{suffix}": floor_s / row[OURS][key], f"sample_cost{suffix}": per_sample / least}
+        found |= {f"ratio{suffix}": row[AUTHORS][key] / row[OURS][key], f"floor{suffix}_s": floor_s}
+        found |= {f"floor_share{suffix}": floor_s / row[OURS][key], f"sample_cost{suffix}": per_sample / least}
     return found
 
 
-def measure_memory(case: Case, folder: Path, weights: str) -> list[dict[str, Any]]:
-    """A row per batch, checkpointing and order of work, each measured in a process that was forked before any model was loaded."""
-    rows = []
-    for batch, checkpointed, order in itertools.product(case.memory, case.checkpointing, (OURS, AUTHORS)):
-        with multiprocessing.get_context("fork").Pool(1) as forked:
-            memory = forked.apply(memory_of_steps, (case, folder, weights, order, checkpointed, batch))
-        rows.append({"batch": batch, "checkpointing": checkpointed, "order": order, **memory})
-    return rows
-
-
-def memory_of_steps(case: Case, folder: Path, weights: str, order: str, checkpointed: bool, batch: int) -> dict[str, float]:
-    """Resident memory of this process in GB: with the models loaded, and the most during two steps of one order of work."""
-    bench = Bench(case, folder, weights, gpu=False)
-    bench.flow.load()
-    loaded = measure.memory_gb()["rss"]
-    runner = Runner(order, checkpointed, bench.learner(), bench.start(bench.encode(batch)))
-    for _ in range(2):
-        runner.step(bench)
-    return {"loaded_gb": loaded, "peak_gb": measure.memory_gb()["peak"]}
-
-
-def perform(task: dict[str, Any]) -> None:
-    """Measure a case with one format of weights and print what was found, as JSON in the last line."""
+def perform(task: dict[str, Any]) -> dict[str, Any]:
+    """Measure a case with one format of weights: a row per checkpointing and batch."""
     torch.set_num_threads(1)
-    # On NVIDIA cards the host takes torch's attention by itself; it is to be the same on a CPU.
+    # ComfyUI uses torch's attention on NVIDIA cards; here on the CPU as well.
     start_comfyui(task["gpu"], use_pytorch_cross_attention=True)
-    # Imported before anything is forked: once for all.
-    import comfy.sd  # noqa: F401
-    import distilled_t5.train.models  # noqa: F401
-
-    case, folder = cases(task["quick"], task["gpu"])[task["case"]], Path(task["folder"])
-    memory = [] if task["gpu"] else measure_memory(case, folder, task["weights"])
-    found = measure_speed(case, Bench(case, folder, task["weights"], task["gpu"]))
-    print("\n" + json.dumps({**found, "memory": memory}))
+    case = cases(task["quick"], task["gpu"])[task["case"]]
+    models, rate, rows = Models(case.world, Path(task["folder"]), task["weights"], task["gpu"]), product_flops_per_s(task["gpu"]), []
+    for checkpointed in case.checkpointing:
+        part = [measure(models, batch, checkpointed, case.repeats) for batch in case.batches]
+        rows += [row | compared(case.world, row, rate, part[0]) for row in part]
+    return {"matmul_flops_per_s": rate, "rows": rows}
 
 
 def measure_case(name: str, case: Case, folder: Path, quick: bool, gpu: bool) -> dict[str, Any]:
     """Write the files of a case, measure it in a fresh process for each format of weights, delete the files."""
-    case.world.write(folder, torch.bfloat16 if gpu else torch.float32)
-    found: dict[str, Any] = {"world": dataclasses.asdict(case.world), "forward_flops": case.world.forward_flops()}
-    found |= {"checkpointed_forwards": case.world.checkpointed_forwards(), "teacher_share": case.world.teacher_share(), "weights": {}}
+    world = case.world
+    world.write(folder, torch.bfloat16 if gpu else torch.float32)
+    found: dict[str, Any] = {"world": dataclasses.asdict(world), "forward_flops": world.forward_flops(), "weights": {}}
+    found |= {"checkpointed_forwards": world.checkpointed_forwards(), "teacher_share": world.teacher_share()}
     for weights in case.weights:
-        print(f"{name}, {weights}: measuring", flush=True)
         task = {"case": name, "folder": str(folder), "weights": weights, "quick": quick, "gpu": gpu}
-        found["weights"][weights] = measure.in_fresh_process(__file__, task)
+        found["weights"][weights] = measuring.in_fresh_process(__file__, task)
+        print(f"\n{name}, {weights}\n{rows_table(found['weights'][weights]['rows'])}", flush=True)
     for file in folder.iterdir():
         file.unlink()
     return found
 
 
-SPEED_KEYS = ("ratio", "ratio_cpu", "checkpoint_ratio_cpu", "floor_share", "floor_share_cpu", "sample_cost_cpu")
-
-
-def speed_table(rows: list[dict[str, Any]]) -> str:
-    """Speeds of ours and of the authors' order, and how they compare."""
+def rows_table(rows: list[dict[str, Any]]) -> str:
+    """Speeds of both orders and how they compare."""
+    heads = ["checkpointing", "batch", "steps/s", "samples/s", "authors: steps/s", *RATES, "GPU GB", "authors: GPU GB"]
     body = []
     for row in rows:
-        rates = [row[OURS]["steps_per_s"], row[OURS]["samples_per_s"], row[AUTHORS]["steps_per_s"]]
-        memory = [row[order]["gpu_peak_gb"] for order in (OURS, AUTHORS)]
-        body.append([with_or_without(row), row["batch"], *rates, *(row.get(key) for key in SPEED_KEYS), *memory])
-    heads = ["checkpointing", "batch", "steps/s", "samples/s", "authors: steps/s", *SPEED_KEYS, "GPU GB", "authors: GPU GB"]
-    return measure.table(heads, body)
-
-
-def memory_table(rows: list[dict[str, Any]]) -> str:
-    """Resident memory of both orders."""
-    body = [[f"{row['order']}, {with_or_without(row)}", row["batch"], row["loaded_gb"], row["peak_gb"]] for row in rows]
-    return measure.table(["order, checkpointing", "batch", "loaded, GB", "peak, GB"], body)
-
-
-def with_or_without(row: dict[str, Any]) -> str:
-    return "with" if row["checkpointing"] else "without"
-
-
-def print_case(name: str, found: dict[str, Any]) -> None:
-    """The tables of a case."""
-    for weights, rows in found["weights"].items():
-        rate = rows["matmul_flops_per_s"]["wall_s"] / 1e9
-        print(
-            f"\n{name}, {weights}: teacher and CLIP-L do {found['teacher_share']:.1%} of the authors' arithmetic; matmul {rate:.0f} GFLOP/s"
-        )
-        print(speed_table(rows["rows"]))
-        if rows["memory"]:
-            print("\n" + memory_table(rows["memory"]))
-
-
-def real_shares() -> dict[str, float]:
-    """The teacher's share in the authors' step for Flux dev at 512 px, by text tokens."""
-    return {str(tokens): real_world(tokens).teacher_share() for tokens in REAL_TEXT_TOKENS}
+        ours, authors = row[OURS], row[AUTHORS]
+        speeds = [ours["steps_per_s"], ours["samples_per_s"], authors["steps_per_s"], *(row[key] for key in RATES)]
+        body.append(["with" if row["checkpointing"] else "without", row["batch"], *speeds, ours["gpu_peak_gb"], authors["gpu_peak_gb"]])
+    return measuring.table(heads, body)
 
 
 def main() -> None:
     """Measure, print the tables, write the JSON."""
-    options = measure.options_or_task(__doc__ or "", perform)
+    options = measuring.options_or_task(__doc__ or "", perform)
     if options is None:
         return
-    quick, gpu, found = options.quick, options.gpu, {}
-    facts = measure.machine(start_comfyui(gpu), gpu, options.note) | {"torch_threads": 1}
-    with measure.scratch_folder(36 if gpu and not quick else 1) as folder:
-        for name, case in cases(quick, gpu).items():
-            found[name] = measure_case(name, case, folder, quick, gpu)
-            print_case(name, found[name])
-    real = real_shares()
-    print(f"\nFlux dev, 512 px: {', '.join(f'at {tokens} tokens {share:.1%}' for tokens, share in real.items())} of it")
-    result = {"machine": facts, "quick": quick, "trajectory_steps": TRAJECTORY_STEPS, "expected": EXPECTED}
-    result |= {"real_teacher_share": real, "cases": found}
-    print(f"\nwritten: {measure.save_result(result, 'train-step', options)}")
+    start_comfyui(options.gpu)
+    facts = measuring.machine(options.note) | {"torch_threads": 1}
+    with measuring.scratch_folder(36 if options.gpu and not options.quick else 1) as folder:
+        found = {
+            name: measure_case(name, case, folder, options.quick, options.gpu) for name, case in cases(options.quick, options.gpu).items()
+        }
+    real = {str(tokens): real_world(tokens).teacher_share() for tokens in REAL_TEXT_TOKENS}
+    result = {"machine": facts, "quick": options.quick, "trajectory_steps": TRAJECTORY_STEPS, "real_teacher_share": real, "cases": found}
+    print(f"\nwritten: {measuring.save_result(result, 'train-step', options)}")
 
 
 if __name__ == "__main__":

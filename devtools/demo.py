@@ -1,7 +1,6 @@
-"""The pack at work in a real ComfyUI: `python -m distilled_t5.devtools.demo --comfyui FOLDER --out FOLDER [--train]`.
+"""`python dev.py demo`: a dozen captions of the miniature drawn with teacher and student in ComfyUI, from the same seeds.
 
-Starts ComfyUI with the pack installed as a user would install it and draws a dozen captions of the miniature with the teacher and with a
-student through example_workflows/miniature.json, from the same seeds. With --train a small student is trained first, from nothing.
+The pack is installed as a user would install it; the workflow is example_workflows/miniature.json. --train trains a small student first.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ Question = tuple[Scene, str]
 
 
 def asked() -> list[Question]:
-    """A dozen captions whose combinations neither the teacher's Flux nor a student saw in training."""
+    """A dozen captions of combinations that are held out from training."""
     return [question for task in TASKS for question in questions(task, OF_EACH_TASK)]
 
 
 def train_student(comfyui: Path, base: Path, steps: int) -> list[str]:
-    """Train a small student by the product's own command; the names of its files after the first steps and at the end."""
+    """Train a small student with the trainer's command; the names of its files after the first steps and at the end."""
     followed = max(steps // 10, 1)
     settings = [f"output.name={TRAINED}", f"stage.0.steps={steps - followed}", f"stage.1.steps={followed}"]
     settings += [f"checkpoints.every_steps={steps // 8}", "checkpoints.keep_last=8"]
@@ -55,7 +54,7 @@ def train_student(comfyui: Path, base: Path, steps: int) -> list[str]:
     command = [sys.executable, str(ROOT / "train"), "miniature-tenth", "--run", str(run), "--comfyui", str(comfyui), *sets]
     code = subprocess.run([*command, "--", "--base-directory", str(base)], check=False).returncode
     if code:
-        raise RuntimeError(f"The trainer ended with status {code}.\nWhat to do: see what it printed.")
+        raise RuntimeError(f"The trainer ended with status {code}.\nWhat to do: see its output above.")
     early = min((run / "checkpoints").glob("step-*"))
     before = f"{TRAINED}_{early.name}.safetensors"
     shutil.copyfile(early / "student.safetensors", base / "models" / "text_encoders" / before)
@@ -63,19 +62,19 @@ def train_student(comfyui: Path, base: Path, steps: int) -> list[str]:
 
 
 def draw(server: ComfyServer, prompt: dict[str, Any], encoder: str, asked_for: Sequence[Question]) -> list[Image.Image]:
-    """A picture for every question, from seeds 0, 1, 2 ..."""
+    """An image for every question, with seeds 0, 1, 2 ..."""
     set_inputs(prompt, "DistilledT5Loader", clip_name2=encoder)
-    pictures = []
+    images = []
     for seed, (_, caption) in enumerate(asked_for):
         set_inputs(prompt, "DistilledT5TextEncode", text=caption)
         set_inputs(prompt, "KSampler", seed=seed)
-        [picture] = server.images(server.run(prompt))
-        pictures.append(picture)
-    return pictures
+        [image] = server.images(server.run(prompt))
+        images.append(image)
+    return images
 
 
 def run_demo(comfyui: Path, out: Path, train_steps: int) -> dict[str, Any]:
-    """Draw, judge and write everything; returns what demo.json says."""
+    """Draw, check and write everything; returns the content of demo.json."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="distilled-t5-demo-") as folder:
         base = Path(folder)
@@ -84,21 +83,21 @@ def run_demo(comfyui: Path, out: Path, train_steps: int) -> dict[str, Any]:
         started = time.monotonic()
         server = ComfyServer(comfyui, base, ROOT)
         with log_kept(server, out), server:
-            told = describe(server) | {"server_start_s": round(time.monotonic() - started, 1)}
+            facts = describe(server) | {"server_start_s": round(time.monotonic() - started, 1)}
             prompt = to_api_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), server.object_info())
             print(f"Drawing {len(asked())} captions with each of {', '.join(encoders)} ...", flush=True)
             started = time.monotonic()
             columns = {encoder: draw(server, prompt, encoder, asked()) for encoder in encoders}
-            told["drawing_s"] = round(time.monotonic() - started, 1)
-    verdict_sheet(asked(), {Path(name).stem: pictures for name, pictures in columns.items()}).save(out / SHEET)
-    told["right"] = {encoder: judged(pictures) for encoder, pictures in columns.items()}
-    (out / NUMBERS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    return told
+            facts["drawing_s"] = round(time.monotonic() - started, 1)
+    verdict_sheet(asked(), {Path(name).stem: images for name, images in columns.items()}).save(out / SHEET)
+    facts["right"] = {encoder: judged(images) for encoder, images in columns.items()}
+    (out / NUMBERS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return facts
 
 
 @contextlib.contextmanager
 def log_kept(server: ComfyServer, out: Path) -> Iterator[None]:
-    """Leaves the server's log in the output folder, above all when something fails."""
+    """Copy the server's log to the output folder, also after a failure."""
     try:
         yield
     finally:
@@ -106,14 +105,14 @@ def log_kept(server: ComfyServer, out: Path) -> Iterator[None]:
             shutil.copyfile(server.log_path, out / "server.log")
 
 
-def judged(pictures: Sequence[Image.Image]) -> dict[str, str]:
-    """Right pictures of each task, as `right of asked`."""
-    verdicts = [(scene.task, verdict(scene, pixels(picture))) for (scene, _), picture in zip(asked(), pictures, strict=True)]
+def judged(images: Sequence[Image.Image]) -> dict[str, str]:
+    """The right images of each task, such as "2 of 2"."""
+    verdicts = [(scene.task, verdict(scene, pixels(image))) for (scene, _), image in zip(asked(), images, strict=True)]
     return {task: f"{sum(right for name, right in verdicts if name == task)} of {OF_EACH_TASK}" for task in TASKS}
 
 
 def describe(server: ComfyServer) -> dict[str, Any]:
-    """The machine and the versions that the numbers belong to."""
+    """Machine and versions."""
     stats = server.get_json("/system_stats")
     return {
         "comfyui": stats["system"]["comfyui_version"],
@@ -124,18 +123,18 @@ def describe(server: ComfyServer) -> dict[str, Any]:
     }
 
 
-def report(told: dict[str, Any], out: Path) -> str:
-    """What happened, for a person."""
-    lines = [f"\nComfyUI {told['comfyui']} on {told['device']} drew with {told['workflow']} (20 steps); read back by code, right are:"]
-    for encoder, right in told["right"].items():
+def report(facts: dict[str, Any], out: Path) -> str:
+    """The report on the terminal."""
+    lines = [f"\nComfyUI {facts['comfyui']} on {facts['device']} drew with {facts['workflow']} (20 steps). Right images:"]
+    for encoder, right in facts["right"].items():
         each = ", ".join(f"{task.replace('_', ' ')} {count}" for task, count in right.items())
         lines.append(f"  {sum(int(count.split()[0]) for count in right.values()):2} of {len(asked())}  {encoder}: {each}")
     return "\n".join(
         [
             *lines,
-            f"  ComfyUI's start {told['server_start_s']} s, pictures {told['drawing_s']} s",
-            f"The pictures with their verdicts: {out / SHEET}",
-            "A dozen pictures are no measurement: miniature/README.md has 200 of each task.",
+            f"  ComfyUI's start {facts['server_start_s']} s, images {facts['drawing_s']} s",
+            f"The images with their verdicts: {out / SHEET}",
+            "A dozen images are not a measurement: miniature/README.md has 200 of each task.",
             "To use it in a browser: python dev.py serve, then Templates, Distilled T5, miniature.",
         ]
     )
@@ -143,20 +142,22 @@ def report(told: dict[str, Any], out: Path) -> str:
 
 def main() -> None:
     """Read the command line, run the demo and print the report."""
+    # Models this small run faster on one thread on a busy machine.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     parser = argparse.ArgumentParser(description="Draw the miniature in a real ComfyUI.")
     parser.add_argument("--comfyui", type=Path, required=True, help="folder of ComfyUI's main.py")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the contact sheet, demo.json and server.log")
-    parser.add_argument("--train", action="store_true", help="first train a small student from nothing, for a few minutes")
+    parser.add_argument("--train", action="store_true", help="first train a small student for a few minutes")
     parser.add_argument("--train-steps", type=int, default=TRAIN_STEPS, help=f"optimizer steps of --train (default: {TRAIN_STEPS})")
     arguments = parser.parse_args()
     interrupt_when_asked()
     try:
-        told = run_demo(arguments.comfyui, arguments.out, arguments.train_steps if arguments.train else 0)
+        facts = run_demo(arguments.comfyui, arguments.out, arguments.train_steps if arguments.train else 0)
     except KeyboardInterrupt:
         sys.exit(130)
     except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"The demo failed: {error}")
-    print(report(told, arguments.out))
+    print(report(facts, arguments.out))
 
 
 if __name__ == "__main__":

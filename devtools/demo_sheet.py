@@ -1,4 +1,4 @@
-"""A sheet of the miniature's pictures: a row per prompt, a column per encoder, and under each picture what the reader says of it."""
+"""The contact sheet of the demo: a row per prompt, a column per encoder, and the reader's verdict under each image."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from PIL import Image, ImageDraw, ImageFont
 from ..world.pictures import Scene
 from ..world.reader import read, verdict
 
-PICTURE_PX, GAP_PX, LINE_PX, TEXT_PX, CAPTION_PX, BLOCKS = 168, 12, 18, 13, 200, 2
-ROW_PX = PICTURE_PX + LINE_PX + GAP_PX
+IMAGE_PX, GAP_PX, LINE_PX, TEXT_PX, CAPTION_PX, BLOCKS = 168, 12, 18, 13, 200, 2
+ROW_PX = IMAGE_PX + LINE_PX + GAP_PX
 PAPER, INK, RIGHT, WRONG = (255, 255, 255), (32, 32, 32), (0, 120, 50), (190, 30, 30)
 
 
-def pixels(picture: Image.Image) -> np.ndarray:
-    """A picture [H, W, 3] from 0 to 1."""
-    return np.asarray(picture.convert("RGB"), dtype=np.float64) / 255
+def pixels(image: Image.Image) -> np.ndarray:
+    """An image as an array [H, W, 3] from 0 to 1."""
+    return np.asarray(image.convert("RGB"), dtype=np.float64) / 255
 
 
-def told(scene: Scene, picture: Image.Image) -> str:
-    """The verdict in a few words: right, or what the picture shows instead."""
-    if verdict(scene, pixels(picture)):
+def verdict_text(scene: Scene, image: Image.Image) -> str:
+    """The verdict: right, or what the image shows instead."""
+    if verdict(scene, pixels(image)):
         return "right"
-    reading = read(pixels(picture))
+    reading = read(pixels(image))
     if reading is None:
         return "wrong: nothing readable"
     if reading.words:
@@ -34,10 +34,10 @@ def told(scene: Scene, picture: Image.Image) -> str:
 
 
 def verdict_sheet(questions: Sequence[tuple[Scene, str]], columns: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
-    """The sheet; every encoder has a picture for every question. Questions stand in two blocks side by side."""
+    """The sheet of the images [encoder][question]. Questions are in two blocks side by side."""
     font = ImageFont.load_default(TEXT_PX)
     rows = -(-len(questions) // BLOCKS)
-    block_px = CAPTION_PX + len(columns) * (PICTURE_PX + GAP_PX) + GAP_PX
+    block_px = CAPTION_PX + len(columns) * (IMAGE_PX + GAP_PX) + GAP_PX
     sheet = Image.new("RGB", (BLOCKS * block_px, GAP_PX + LINE_PX + ROW_PX * rows), PAPER)
     draw = ImageDraw.Draw(sheet)
     for block in range(BLOCKS):
@@ -46,27 +46,27 @@ def verdict_sheet(questions: Sequence[tuple[Scene, str]], columns: Mapping[str, 
     for index, (scene, caption) in enumerate(questions):
         left, top = index // rows * block_px, GAP_PX + LINE_PX + index % rows * ROW_PX
         draw.multiline_text((left + GAP_PX, top), _broken(caption, font), fill=INK, font=font)
-        for number, pictures in enumerate(columns.values()):
-            shown = pictures[index].convert("RGB").resize((PICTURE_PX, PICTURE_PX), Image.Resampling.NEAREST)
+        for number, images in enumerate(columns.values()):
+            shown = images[index].convert("RGB").resize((IMAGE_PX, IMAGE_PX), Image.Resampling.NEAREST)
             sheet.paste(shown, (left + _left(number), top))
-            said = told(scene, pictures[index])
+            said = verdict_text(scene, images[index])
             colour = RIGHT if said == "right" else WRONG
-            draw.text((left + _left(number), top + PICTURE_PX + 1), _short(said, font), fill=colour, font=font)
+            draw.text((left + _left(number), top + IMAGE_PX + 1), _short(said, font), fill=colour, font=font)
     return sheet
 
 
 def _left(column: int) -> int:
-    return CAPTION_PX + column * (PICTURE_PX + GAP_PX)
+    return CAPTION_PX + column * (IMAGE_PX + GAP_PX)
 
 
 def _short(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    while font.getlength(text) > PICTURE_PX:
+    while font.getlength(text) > IMAGE_PX:
         text = text[:-4] + "..."
     return text
 
 
 def _broken(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The caption in lines as wide as its column."""
+    """The caption, wrapped to the width of its column."""
     lines = [""]
     for word in caption.split():
         longer = f"{lines[-1]} {word}".strip()

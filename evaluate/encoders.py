@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..encoder.files import open_student
 from ..encoder.prompt_length import is_padding, t5_tokens
-from ..encoder.teacher import Teacher, literal, load_teacher
+from ..encoder.teacher import Teacher, check_large, literal, load_teacher
 from ..families.family import Family
 from ..runtime.comfyui import model_file
 from ..runtime.errors import StudentFileError

@@ -55,7 +55,7 @@ def make_flux(size: FluxSize, text_width: int, seed: int) -> Module:
     from comfy.model_detection import detect_unet_config
 
     if size.width % HEAD_WIDTH:
-        raise ValueError(f"{size.width} is not a valid width for a Flux: expected a multiple of {HEAD_WIDTH}, the width of a head.")
+        raise ValueError(f"{size.width} is not a valid width for a Flux.\nWhat to do: choose a multiple of {HEAD_WIDTH}.")
     weights = drawn(FluxLayout(size.width, size.double_blocks, size.single_blocks, text_width).tensors(), seed)
     zeroed = ("mod.lin.", "modulation", "final_layer.linear.")
     weights = {name: torch.zeros_like(weight) if any(part in name for part in zeroed) else weight for name, weight in weights.items()}

@@ -1,6 +1,6 @@
-"""Sizes of Flux, T5 and CLIP-L, and the arithmetic that a forward pass of each of them takes.
+"""Sizes of Flux, T5 and CLIP-L, and the operations of a forward pass of each.
 
-Counted are the matrix products, a multiplication and an addition as two operations, as everybody counts them.
+Matrix products are counted, a multiplication and an addition as two operations.
 """
 
 # W width, L layers, T text tokens, S image and text tokens together
@@ -29,7 +29,7 @@ class FluxSizes(FluxLayout):
         return 2 * (ends + embedded + modulations + blocks)
 
     def last_products_flops(self, image_tokens: int, text_tokens: int) -> int:
-        """The part of it that goes into the last product of every block, which the trainer's checkpointing does not compute again."""
+        """The operations of the last product of every block, which the trainer's checkpointing does not recompute."""
         return 2 * (image_tokens + text_tokens) * self.width * self.width * (4 * self.double + 5 * self.single)
 
 
@@ -40,7 +40,7 @@ class ClipSizes:
     width: int = 768
     layers: int = 12
 
-    def host_config(self) -> dict[str, int]:
+    def comfyui_config(self) -> dict[str, int]:
         """The sizes as ComfyUI's config of CLIP-L names them."""
         sizes = {"hidden_size": self.width, "intermediate_size": 4 * self.width, "projection_dim": self.width}
         return sizes | {"num_hidden_layers": self.layers, "num_attention_heads": max(1, self.width // 64)}

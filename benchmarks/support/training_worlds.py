@@ -1,4 +1,4 @@
-"""Models of a training run of any size with random weights: their arithmetic, their files, and what the trainer makes of the files."""
+"""The models of a training run at any size with random weights: their arithmetic, their files, and how the trainer loads them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...devtools.models import random_models as stand_ins
+from ...devtools.models.random_models import FLUX, clip_l_shapes
+from ...runtime.random_weights import draw_weight
 from ...students.t5.layout import StudentLayout
-from . import measuring as measure
+from . import measuring
 from .model_sizes import ClipSizes, FluxSizes, t5_forward_flops
 
 PATCH_PX = 16
 TRAJECTORY_STEPS = 20
 GUIDANCE = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
-# ComfyUI knows a T5-XXL by this tensor alone, also where it is told of other sizes.
-TELLING = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
-NAMES = ("flux", "t5xxl", "clip_l")
+# ComfyUI detects a T5-XXL by this tensor, also with other sizes.
+DETECTED_BY = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
 SUBJECTS = ("a red fox", "three sailing ships", "an old sailor", "a small workshop", "a wet street", "two owls", "a lighthouse")
 
 
 @dataclass(frozen=True)
 class World:
-    """Diffusion model, teacher, CLIP-L and student of a run, by size, and the pictures and prompts that they see."""
+    """Sizes of diffusion model, teacher, CLIP-L and student of a run, and of its images and prompts."""
 
     flux: FluxSizes
     teacher: StudentLayout
@@ -49,27 +49,27 @@ class World:
         }
 
     def step_flops(self, checkpoint_blocks: bool) -> int:
-        """Operations that a step cannot do without, per sample, the teacher's text being there already.
+        """Unavoidable operations of a step, per sample, with the teacher's text already encoded.
 
-        The diffusion model forward for the teacher, forward for the student and backward to the text, as much as a forward pass since no
-        weight has a gradient; once more for what checkpointing recomputes. The student forward and backward, to its weights as well.
+        The diffusion model forward for the teacher, forward for the student and backward to the text, which costs a forward pass since no
+        weight has a gradient; a fourth pass for what checkpointing recomputes. The student forward, and backward to its weights.
         """
         flops = self.forward_flops()
         return (4 if checkpoint_blocks else 3) * flops["diffusion_model"] + 3 * flops["student"]
 
     def checkpointed_forwards(self) -> float:
-        """Forward passes of the diffusion model that a step with checkpointing is worth; blocks are not computed again to their end."""
+        """Cost of a step with our checkpointing, in forward passes of the diffusion model: last products are not recomputed."""
         left_out = self.flux.last_products_flops(self.image_tokens, self.text_tokens)
         return 4 - left_out / self.forward_flops()["diffusion_model"]
 
     def teacher_share(self) -> float:
-        """Teacher's and CLIP-L's part of the operations of a step that encodes the prompts again, without checkpointing."""
+        """The share of teacher and CLIP-L in the operations of a step that encodes the prompts again, without checkpointing."""
         flops = self.forward_flops()
         encoding = flops["teacher"] + flops["clip_l"]
         return encoding / (encoding + self.step_flops(checkpoint_blocks=False))
 
     def prompts(self, count: int) -> list[str]:
-        """As many different prompts."""
+        """`count` different prompts."""
         return [f"{SUBJECTS[number % len(SUBJECTS)]} in front of a yellow house, number {number}" for number in range(count)]
 
     def write(self, folder: Path, dtype: torch.dtype) -> None:
@@ -77,14 +77,14 @@ class World:
         generator = torch.Generator().manual_seed(0)
 
         def draw(name: str, shape: tuple[int, ...]) -> Tensor:
-            return stand_ins.draw_weight(name, shape, generator)
+            return draw_weight(name, shape, generator)
 
         t5 = {name.removeprefix("encoder."): shape for name, shape in self.teacher.tensors().items()}
-        t5 = {TELLING: (8, stand_ins.FLUX.text_width), **t5}
-        measure.write_streamed(folder / "flux.safetensors", self.flux.tensors(), dtype, draw)
-        measure.write_streamed(folder / "t5xxl.safetensors", t5, dtype, measure.initial_weight(self.teacher, generator))
-        clip_l = stand_ins.clip_l_shapes(self.clip.width, self.clip.layers)
-        measure.write_streamed(folder / "clip_l.safetensors", clip_l, torch.float16, draw)
+        t5 = {DETECTED_BY: (8, FLUX.text_width), **t5}
+        measuring.write_streamed(folder / "flux.safetensors", self.flux.tensors(), dtype, draw)
+        measuring.write_streamed(folder / "t5xxl.safetensors", t5, dtype, measuring.initial_weight(self.teacher, generator))
+        clip_l = clip_l_shapes(self.clip.width, self.clip.layers)
+        measuring.write_streamed(folder / "clip_l.safetensors", clip_l, torch.float16, draw)
 
     def load_flow(self, folder: Path, weights: str) -> Any:
         """The frozen diffusion model as the trainer loads it; `weights` is a dtype of recipes."""
@@ -105,13 +105,13 @@ class World:
 
         layout = self.teacher
         t5 = {"d_model": layout.d_model, "d_ff": layout.d_ff, "num_layers": layout.num_layers, "num_heads": layout.num_heads}
-        # The host takes CLIP-L's sizes from `model_config`, because it adds the number of positions to them.
-        options = {"t5xxl_model_config": {**t5, "d_kv": layout.d_kv}, "model_config": self.clip.host_config()}
+        # ComfyUI takes CLIP-L's sizes from `model_config`, since it adds the number of positions to them.
+        options = {"t5xxl_model_config": {**t5, "d_kv": layout.d_kv}, "model_config": self.clip.comfyui_config()}
         files = [str(folder / "clip_l.safetensors"), str(folder / "t5xxl.safetensors")]
         return Teacher(comfy.sd.load_clip(files, clip_type=comfy.sd.CLIPType.FLUX, model_options=options))
 
     def learner(self, device: torch.device, autocast: torch.dtype | None) -> Any:
-        """A random student, always the same, with AdamW, on one process."""
+        """A random student, always the same, with AdamW, in one process."""
         from ...train.distill import Learner, linear_schedule
         from ...train.optimizer import make_optimizer
         from ...train.student_start import make_student
@@ -131,7 +131,7 @@ def real_world(text_tokens: int) -> World:
 
 
 def small_world(width: int, double: int, single: int, side_px: int = 256, text_tokens: int = 64) -> World:
-    """For a CPU: image tokens to text tokens, double to single blocks and feed-forward to width are as in the real one, or nearly."""
+    """For a CPU: about the real ratios of image to text tokens, double to single blocks and feed-forward to width."""
     teacher = StudentLayout(d_model=384, d_ff=1024, num_layers=5, num_heads=6)
     student = StudentLayout(d_model=32, d_ff=80, num_layers=2, num_heads=1, d_kv=32, hidden_width=384, projected_width=384)
     return World(FluxSizes(width, double, single, 384, 64), teacher, ClipSizes(64, 2), student, side_px, text_tokens)

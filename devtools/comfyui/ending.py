@@ -1,4 +1,4 @@
-"""How a development command ends early: whoever stops it, it may clean up."""
+"""Stopping a development command: it can clean up however it is stopped."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ _ending = threading.Event()
 
 
 def interrupt_when_asked() -> None:
-    """From now on a termination, a closed terminal and the end of the parent process raise KeyboardInterrupt, as Ctrl-C does.
+    """Make SIGTERM, a closed terminal and the end of the parent process raise KeyboardInterrupt, as Ctrl-C does.
 
-    A signal that was ignored at the start (by nohup, say) stays so, except Ctrl-C, which is ignored in every job of a script's background.
+    A signal that is ignored at the start (by nohup, for example) stays ignored, except Ctrl-C, which shells ignore in background jobs.
     """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
@@ -22,16 +22,16 @@ def interrupt_when_asked() -> None:
 
 
 def interrupt_at_the_end_of(parent_pid: int) -> None:
-    """From now on the end of the parent process raises KeyboardInterrupt, unless `end_begins` was called before.
+    """Make the end of the parent process raise KeyboardInterrupt, unless `end_begins` was called before.
 
-    Not on Windows, where a process does not see that its parent ended.
+    Has no effect on Windows, where a process cannot see that its parent ended.
     """
     if os.name != "nt":
         threading.Thread(target=_interrupt_at_the_end_of, args=(parent_pid,), daemon=True).start()
 
 
 def end_begins() -> None:
-    """The process is cleaning up: it is not disturbed when its parent ends, too, as job managers have it (a termination, then a kill)."""
+    """The process is cleaning up: do not interrupt it when its parent ends too, since job managers terminate first and kill later."""
     _ending.set()
 
 
@@ -41,10 +41,10 @@ def _on_signal(_number: int, _frame: object) -> None:
 
 
 def _interrupt_at_the_end_of(parent_pid: int) -> None:
-    # A parent that is killed can pass nothing on.
+    # A parent that is killed cannot pass a signal on.
     while os.getppid() == parent_pid:
         time.sleep(POLL_S)
     main_thread = threading.main_thread().ident
-    assert main_thread is not None, "it runs"
+    assert main_thread is not None, "the main thread is running"
     if not _ending.is_set():
         signal.pthread_kill(main_thread, signal.SIGINT)

@@ -1,1 +1,1 @@
-"""Random models in real file layouts, for serve and for tests."""
+"""Stand-in models with random weights, for serve, benchmarks and tests."""

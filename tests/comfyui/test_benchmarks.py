@@ -1,4 +1,4 @@
-"""Every benchmark runs and reports what it promises; that of the trainer's step compares what is the same."""
+"""Every benchmark runs and writes its numbers; the losses of both orders of a training step are equal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ pytestmark = pytest.mark.one_host
 
 RATES = {"step_s", "step_cpu_s", "steps_per_s", "samples_per_s", "losses"}
 JUDGED = {"ratio", "ratio_cpu", "floor_s", "floor_cpu_s", "floor_share", "floor_share_cpu", "sample_cost", "sample_cost_cpu"}
-TORCHS = "ours with torch's checkpointing"
 
 
 Quick = Callable[[str], dict[str, Any]]
@@ -62,7 +61,7 @@ def test_encode_measures_load_encode_memory_and_a_picture(quick: Quick) -> None:
     for key in ("load_cold_s", "load_warm_s", "first_encode_s", "next_encode_s", "new_prompt_s", "rss_peak_gb"):
         assert min(base[key], whole[key]) > 0
     assert found["ratios"]["base"]["best_encode_s"] == pytest.approx(whole["best_encode_s"] / base["best_encode_s"])
-    assert found["pipeline"]["base offload"]["next_picture_s"] > 0
+    assert found["pipeline"]["base offload"]["next_image_s"] > 0
 
 
 def test_precision_ranks_the_formats_and_finds_both_implementations_equal(quick: Quick) -> None:
@@ -70,26 +69,25 @@ def test_precision_ranks_the_formats_and_finds_both_implementations_equal(quick:
     assert rows["transformers, fp32"]["max_abs"] < 1e-4
     assert rows["fp32"]["max_abs"] == 0
     error = {name: row["relative_error"] for name, row in rows.items()}
-    assert 0 < error["fp16"] < error["bf16"] < error["fp8 + all but the feed-forward"] < error["fp8_e4m3fn"] < 1
+    assert 0 < error["fp16"] < error["bf16"] < error["fp8_e4m3fn"] < 1
     assert rows["fp8_e4m3fn"]["mb"] == pytest.approx(rows["fp32"]["mb"] / 4, rel=0.01)
 
 
-def test_start_measures_what_the_pack_adds_and_how_soon_cancel_works(quick: Quick) -> None:
+def test_start_measures_what_the_pack_adds(quick: Quick) -> None:
     found = quick("start")
-    assert 0 < found["start"]["pack_s"] < found["start"]["host_s"]
+    assert 0 < found["start"]["pack_s"] < found["start"]["comfyui_s"]
     assert found["start"]["modules"] > 10
-    assert min(found["cancel"]["loading_cancel_s"], found["cancel"]["saving_cancel_s"]) > 0
 
 
 def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
     return result["cases"]["tiny"]["weights"]["fp32"]["rows"]
 
 
-def test_every_order_of_work_gives_the_same_losses(result):
+def test_both_orders_give_the_same_losses(result):
     for row in rows_of(result):
         losses = row["ours"]["losses"]
         assert len(losses) == 2 and min(losses) > 0
-        assert all(row[order]["losses"] == losses for order in ("authors", TORCHS) if order in row)
+        assert row["authors"]["losses"] == losses
 
 
 def test_rows_hold_rates_ratios_and_shares_with_and_without_checkpointing(result):
@@ -100,14 +98,7 @@ def test_rows_hold_rates_ratios_and_shares_with_and_without_checkpointing(result
         assert row["ours"].keys() >= RATES and row["authors"].keys() >= RATES
         assert row["ours"]["samples_per_s"] == pytest.approx(row["batch"] * row["ours"]["steps_per_s"])
         assert row["ratio"] == pytest.approx(row["authors"]["step_s"] / row["ours"]["step_s"])
-        assert (TORCHS in row) == ("checkpoint_ratio_cpu" in row) == row["checkpointing"]
     assert [row["sample_cost"] for row in rows if row["batch"] == 1] == [1, 1]
-
-
-def test_memory_is_that_of_fresh_processes(result):
-    rows = result["cases"]["tiny"]["weights"]["fp32"]["memory"]
-    assert [(row["order"], row["checkpointing"]) for row in rows] == [(o, c) for c in (False, True) for o in ("ours", "authors")]
-    assert all(0 < row["loaded_gb"] < row["peak_gb"] < 4 for row in rows)
 
 
 def test_the_result_says_where_it_was_measured_and_what_the_real_sizes_would_share(result):

@@ -331,7 +331,7 @@ def test_a_flux_that_was_trained_on_two_pictures_draws_them_for_their_captions(t
 
 
 def test_a_width_that_no_head_fits_is_refused():
-    with pytest.raises(ValueError, match="What to do: give a multiple"):
+    with pytest.raises(ValueError, match="choose a multiple of 128"):
         flow.make_flux(flow.FluxSize(width=100), 128, seed=0)
 
 

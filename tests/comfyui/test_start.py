@@ -18,19 +18,18 @@ def found(comfyui_path: Path, pack_root: Path, tmp_path_factory: pytest.TempPath
 
 def test_the_pack_pulls_no_module_into_comfyui_but_its_own(found: dict[str, Any], pack_root: Path) -> None:
     assert found["nodes"] == sorted(json.loads((Path(__file__).parent / "schemas.json").read_text(encoding="utf-8")))
-    of_the_trainer = [f"train/{name}.py" for name in ("__init__", "common_text", "corpora", "token_ids")]
-    parts = ("__init__.py", "nodes", "encoder", "evaluate", "miniature/__init__.py", "miniature/folders.py", *of_the_trainer)
+    parts = ("__init__.py", "nodes", "runtime", "config", "prompts", "students", "families", "encoder", "evaluate")
     folders = [str(pack_root / part) for part in parts]
     foreign = {name: file for name, file in found["modules"].items() if not str(file).startswith(tuple(folders))}
     assert foreign == {}, "modules that ComfyUI had not imported itself"
-    # The half of the encoder that is trained needs transformers' model code, which takes seconds.
-    assert not any(name.endswith("encoder.student") for name in found["modules"])
+    # The trained module needs transformers' model code, which takes seconds.
+    assert not any(name.endswith("t5.trained") for name in found["modules"])
     assert len(found["modules"]) > 10
 
 
 def test_the_pack_touches_nothing_outside_while_comfyui_starts(found: dict[str, Any]) -> None:
     assert found["touched"] == [], "network, processes, written files"
-    assert found["routes"] == [], "the server's pages are the host's own"
+    assert found["routes"] == [], "the server's routes are ComfyUI's own"
     assert found["cuda_started"] is False
 
 

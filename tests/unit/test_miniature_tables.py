@@ -44,12 +44,12 @@ EMPTY = "\n".join(mark.format(name) for name in TABLES[PAGE] for mark in MARKS)
 
 def test_tables_have_accuracy_and_share_with_intervals():
     page = renewed(f"before\n{EMPTY}\nafter", FOUND)
-    [teacher] = [line for line in page.splitlines() if line.startswith(f"| {TEACHER}")]
+    teacher = next(line for line in page.splitlines() if line.startswith(f"| {TEACHER}"))
     assert "96.0 (91 to 100)" in teacher
     quarter = next(line for line in page.splitlines() if line.startswith(f"| {QUARTER}"))
     assert re.search(r" 99\.0 % \(97\.1 to 100\.3\) \| +200 \|$", quarter)
     assert "300,000" in quarter
-    [baseline] = [line for line in page.splitlines() if line.startswith("| untrained")]
+    baseline = next(line for line in page.splitlines() if line.startswith("| untrained"))
     assert page.index(quarter) < page.index("end of scaling") < page.index(baseline) < page.index("end of ablation")
     assert re.search(r"\| 200 *\| +1\.5 \| +50\.0 % \| +50 \|", page)
     assert page.startswith("before\n")
