@@ -43,7 +43,7 @@ def load_folder(model_class: Any, folder: Path, what: str, source: str) -> Any:
     _check_folder(folder, what, source)
     try:
         model, found = model_class.from_pretrained(str(folder), output_loading_info=True, **LOCAL)
-    except (OSError, ValueError, RuntimeError) as error:  # transformers raises each of them for a file that is missing or damaged
+    except Exception as error:  # transformers and torch raise many kinds for a missing or damaged file
         raise _not_loaded(folder, what, source, error) from error
     problems = [f"{name}: missing" for name in sorted(found["missing_keys"])]
     problems += [f"{name}: found {list(there)}, expected {list(wanted)}" for name, there, wanted in found["mismatched_keys"]]
