@@ -63,12 +63,14 @@ def make_teacher(out: Path, comfyui: Path, plan: Plan, resume: bool, stop: Stop)
     return teacher.save_teacher(_with_folder(place(out, TEACHER_FILE)), trainee.averaged(), layout, _facts(plan, what), DTYPE)
 
 
-def make_flux(out: Path, comfyui: Path, plan: Plan, resume: bool, stop: Stop, size: FluxSize | None = None) -> Path | None:
+def make_flux(out: Path, comfyui: Path, plan: Plan, resume: bool, stop: Stop) -> Path | None:
     """Train the Flux on the teacher in `out` and write its file; None if `stop` returned true. ComfyUI must be importable.
 
     Raises ValueError if there is no teacher.
     """
-    size, teacher_path = size or FluxSize(), _existing(out, TEACHER_FILE, "teacher")
+    from ..diffusion.frozen import differentiable
+
+    size, teacher_path = FluxSize(), _existing(out, TEACHER_FILE, "teacher")
     frozen = FrozenTeacher(teacher_path, load_tokenizer(comfyui), default_device())
     flux = flow.make_flux(size, frozen.width, plan.seed).to(default_device())
     what: dict[str, Any] = {"flux": asdict(size), "teacher": data_sha256(teacher_path), "shift": flow.SHIFT}
@@ -84,13 +86,14 @@ def make_lora(out: Path, comfyui: Path, plan: Plan, resume: bool, stop: Stop) ->
 
     Raises ValueError if there is no Flux.
     """
+    from ..diffusion.frozen import differentiable
+
     flux_path, teacher_path = _existing(out, FLUX_FILE, "flux"), _existing(out, TEACHER_FILE, "teacher")
     frozen = FrozenTeacher(teacher_path, load_tokenizer(comfyui), default_device())
     flux = load_flux(flux_path, frozen.width)
     low_ranks = with_lora(flux, seed=plan.seed)
     flux.to(default_device())
     what = {"lora": len(low_ranks), "flux": data_sha256(flux_path), "teacher": data_sha256(teacher_path)}
-
     with differentiable(flux, blocks_of(flux, FAMILIES["flux"].block_lists), False):
         trainee = train(trained_part(low_ranks), _loss_on(flux, frozen, plan, repainted), plan, what, out / "lora-run", resume, stop)
     if trainee is None:

@@ -1,1 +1,1 @@
-"""The miniature's world: scenes, captions, their pictures, and the reader that tells what a picture shows. No torch."""
+"""The miniature's world: scenes, captions, images of scenes, and the reader that finds the scene in an image. No torch."""

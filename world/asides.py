@@ -1,4 +1,4 @@
-"""What captions and texts say that no picture shows: people, places, times, feelings, occasions."""
+"""Words for what no image shows: people, places, times, feelings, occasions."""
 
 from __future__ import annotations
 

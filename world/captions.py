@@ -1,4 +1,4 @@
-"""Captions: what a scene shows, in several phrasings with synonyms, with or without a remark on what it does not show."""
+"""Captions of scenes, in several phrasings with synonyms, with or without a remark about nothing visible."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLOUR_NAMES = {
     "pink": ("pink", "rosy"),
     "cyan": ("cyan", "turquoise"),
 }
-# Of the triangle, the moon and the star only the teacher's texts speak.
+# Triangle, moon and star occur only in the teacher's texts.
 SHAPE_NAMES = {
     "square": ("square", "block", "box"),
     "ring": ("ring", "hoop"),
@@ -53,7 +53,7 @@ PLACE_PHRASES = {
     "bottom left": ("at the bottom left", "in the lower left corner"),
     "bottom right": ("at the bottom right", "in the lower right corner"),
 }
-# A relation as `relations` gives it, said from its first thing and, inverted, from its second.
+# Phrases for a relation of `relations`, and for its inverse.
 RELATION_PHRASES = {
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
@@ -65,7 +65,7 @@ NUMBERS = {1: ("one", "a single"), 2: ("two", "a pair of"), 3: ("three",), 4: ("
 SIGNS = ("a sign that says {}", "a sign saying {}", "{} on a sign", "a sign with the words {}", "a board that reads {}", "a poster: {}")
 OPENINGS = ("", "", "", "a picture of ", "we see ", "look, ", "here: ")
 ASIDE_SHARE = 0.5
-# Longer captions get no opening and no remark: all of them fit into TOKEN_LENGTH tokens of T5.
+# Longer captions get no opening and no remark, so that all fit into TOKEN_LENGTH tokens of T5.
 MANY_WORDS = 10
 TOKEN_LENGTH = 34
 
@@ -76,12 +76,12 @@ def draw_prompt(seed: int, index: int, split: Split, task: str | None = None) ->
     return scene, caption(scene, random_of("caption", seed, index, split, task or ""))
 
 
-# The corpora of the paper in small: things, what belongs to what, text.
+# Small versions of the paper's corpora, and their tasks.
 CORPORA = {"objects": ("single_object",), "semantics": ("colour_shape_binding", "position", "count"), "text": ("word", "two_words")}
 
 
 def write_prompts(folder: Path, count: int, seed: int = 0) -> list[Path]:
-    """Write the corpora from which the trainer distils students: a file each, `count` captions of the training split, one a line."""
+    """Write the trainer's corpora: a file each, with `count` captions of the training split, one per line."""
     folder.mkdir(parents=True, exist_ok=True)
     return [_write_corpus(folder / f"{name}.txt", tasks, count, seed) for name, tasks in CORPORA.items()]
 
@@ -93,8 +93,8 @@ def _write_corpus(path: Path, tasks: tuple[str, ...], count: int, seed: int) -> 
 
 
 def caption(scene: Scene, random: Random) -> str:
-    """One of the many ways to ask for a scene. Position is said, or is the usual one."""
-    said = _signed(scene, random) if scene.words else _TELLERS[scene.task](scene, random)
+    """One of the possible captions of a scene. It names the arrangement unless that is the usual one."""
+    said = _signed(scene, random) if scene.words else _PHRASINGS[scene.task](scene, random)
     if scene.background != USUAL_BACKGROUND or random.rand() < 0.1:
         said = f"{said} {pick(random, BACKGROUND_PHRASES[scene.background])}"
     if len(said.split()) > MANY_WORDS:
@@ -134,12 +134,12 @@ def _counted(scene: Scene, random: Random) -> str:
 
 def _bound(scene: Scene, random: Random) -> str:
     named = [_named(thing, random) for thing in scene.things]
-    assert tuple(thing.place for thing in scene.things) == USUAL_ARRANGEMENT[len(named)], "in the order in which a caption names them"
+    assert tuple(thing.place for thing in scene.things) == USUAL_ARRANGEMENT[len(named)], "expected the usual arrangement"
     return ", ".join(named[:-1]) + " and " + named[-1]
 
 
 def _related(scene: Scene, random: Random) -> str:
-    """Relations enough to settle where everything is: one for two things, three for three of them, or two that say as much."""
+    """Enough relations to determine all places: one for two things; for three, one between the pair and one of the third to both."""
     found = relations(scene)
     if len(scene.things) == 2:
         return _relation(found[0], random, _named(scene.things[0], random), _named(scene.things[1], random))
@@ -149,13 +149,13 @@ def _related(scene: Scene, random: Random) -> str:
     first = _relation(pair, random, names[pair[0]], names[pair[2]])
     one, relation, _ = next(triple for triple in found if alone in triple)
     phrases = RELATION_PHRASES[relation if one is alone else INVERSE[relation]]
-    # The shortest where a background follows: these are the longest captions of all.
+    # The shortest if a background follows, since these are the longest captions.
     phrase = phrases[0] if scene.background != USUAL_BACKGROUND else pick(random, phrases)
     return f"{first}, and {names[alone]} {phrase} both"
 
 
 def _stands_alone(thing: Thing, found: list[tuple[Thing, str, Thing]]) -> bool:
-    """Whether one and the same relation holds between this thing and both others."""
+    """Whether the same relation holds between this thing and both others."""
     its = [(relation, one is thing) for one, relation, other in found if thing in (one, other)]
     return len(its) == 2 and len(set(its)) == 1
 
@@ -175,7 +175,7 @@ def _signed(scene: Scene, random: Random) -> str:
     return f"{said.format(quoted)} in {_colour(scene.ink, random)} letters"
 
 
-_TELLERS: dict[str, Callable[[Scene, Random], str]] = {
+_PHRASINGS: dict[str, Callable[[Scene, Random], str]] = {
     "single_object": _single,
     "count": _counted,
     "colour_shape_binding": _bound,
@@ -184,7 +184,7 @@ _TELLERS: dict[str, Callable[[Scene, Random], str]] = {
 
 
 def _with_aside(said: str, random: Random) -> str:
-    """The caption with a remark about people, times, places or feelings, which leaves the picture as it is."""
+    """The caption with a remark about people, times, places or feelings, which does not change the image."""
     person, kin, town = pick(random, PEOPLE), pick(random, KIN), pick(random, TOWNS)
     forms = (
         f"{person} painted this {pick(random, TIMES)}: {said}",

@@ -1,4 +1,4 @@
-"""The world: what a picture can show, and the picture of it, one colour per cell. A cell is one latent cell of 8 x 8 pixels."""
+"""What a scene can contain, and its image with one colour per cell. A cell is one latent cell of 8 x 8 pixels."""
 
 # H W cells, 3 red green blue from 0 to 1
 
@@ -16,7 +16,7 @@ RED, GREEN, BLUE = range(3)
 
 TASKS = ("single_object", "colour_shape_binding", "position", "count", "word", "two_words")
 
-# Each channel is 0, 1/2 or 1: values that the VAE brings back exactly (autoencoder.py), and far enough apart to be told for certain.
+# Each channel is 0, 1/2 or 1: values that the VAE restores exactly (autoencoder.py), far enough apart to be told apart.
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (1.0, 0.0, 0.0),
     "green": (0.0, 0.5, 0.0),
@@ -35,7 +35,7 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
     "sea": (0.0, 0.0, 0.5),
     "meadow": (0.5, 1.0, 0.5),
 }
-# What a caption without a place means.
+# The background of a caption that names none.
 USUAL_BACKGROUND = "snow"
 PALETTE = COLOURS | BACKGROUNDS
 
@@ -47,7 +47,7 @@ SHAPES: dict[str, np.ndarray] = {
     "tree": bitmap(".###. ##### .###. ..#.. ..#.."),
 }
 
-# Left and top cell of what stands there. All are even: Flux sees 2 x 2 cells as one token.
+# Left and top cell. All are even, since 2 x 2 cells are one token of Flux.
 PLACES: dict[str, tuple[int, int]] = {
     "centre": (4, 4),
     "left": (0, 4),
@@ -59,7 +59,7 @@ PLACES: dict[str, tuple[int, int]] = {
     "bottom left": (0, 6),
     "bottom right": (6, 6),
 }
-# Every way in which things can stand; within one, no two overlap or touch.
+# All arrangements of things; within one, no two overlap or touch.
 ROW, COLUMN = ("left", "right"), ("top", "bottom")
 THREES = (
     ("top left", "top right", "bottom"),
@@ -69,7 +69,7 @@ THREES = (
 )
 FOUR = ("top left", "top right", "bottom left", "bottom right")
 ARRANGEMENTS: tuple[tuple[str, ...], ...] = (*((place,) for place in PLACES), ROW, COLUMN, *THREES, FOUR)
-# How a number of things stands if nothing is said about it.
+# The arrangement of a number of things if the caption names none.
 USUAL_ARRANGEMENT = {1: ("centre",), 2: ROW, 3: THREES[0], 4: FOUR}
 
 LETTERS_IN_A_WORD = 3
@@ -89,7 +89,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: things, or the words of a sign and the colour of its letters. `task` says what is asked of it."""
+    """What an image shows: things, or the words of a sign and the colour of its letters. `task` says how it is judged."""
 
     task: str
     background: str = USUAL_BACKGROUND
@@ -112,15 +112,15 @@ def names_HW(scene: Scene) -> np.ndarray:
 
 
 def render(scene: Scene, cell_px: int = 1) -> np.ndarray:
-    """The picture [H, W, 3], float32 from 0 to 1, with `cell_px` pixels per cell and side."""
+    """The image [H, W, 3], float32 from 0 to 1; a cell has `cell_px` x `cell_px` pixels."""
     names, inverse = np.unique(names_HW(scene), return_inverse=True)
     colours = np.array([PALETTE[name] for name in names], dtype=np.float32)
-    picture = colours[inverse.reshape(SIDE, SIDE)]
-    return picture.repeat(cell_px, axis=0).repeat(cell_px, axis=1)
+    image = colours[inverse.reshape(SIDE, SIDE)]
+    return image.repeat(cell_px, axis=0).repeat(cell_px, axis=1)
 
 
 def relations(scene: Scene) -> list[tuple[Thing, str, Thing]]:
-    """What stands left of or above what: every pair of things whose rows or columns do not meet; the inverses go without saying."""
+    """Triples (one, relation, other) for each pair of things whose columns (left of) or rows (above) do not meet; no inverses."""
     pairs = [(one, other) for one in scene.things for other in scene.things if one is not other]
     found = [(one, "left of", other) for one, other in pairs if _apart(one, other, axis=0)]
     return found + [(one, "above", other) for one, other in pairs if _apart(one, other, axis=1)]

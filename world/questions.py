@@ -1,4 +1,4 @@
-"""Questions about the miniature's world: captions that no training ever showed, with the scene that the picture is to show."""
+"""Questions about the miniature's world: held-out captions with the scenes that their images should show."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ QUESTIONS_SEED = 1_000_003
 
 
 def questions(task: str, count: int, split: Split = "held_out") -> list[tuple[Scene, str]]:
-    """`count` scenes of a task with their captions: the same ones for every encoder."""
+    """`count` scenes of a task with their captions, the same for every encoder."""
     return [draw_prompt(QUESTIONS_SEED, index, split, task) for index in range(count)]

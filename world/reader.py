@@ -1,4 +1,4 @@
-"""The reader: from a picture back to what it shows. It has no tolerance but for a stray cell or two and colours that are a little off."""
+"""The reader finds the scene in an image. It tolerates two wrong cells and colours that are slightly off."""
 
 # H W cells, 3 red green blue, C colours, S shapes
 
@@ -27,7 +27,7 @@ from .pictures import (
     names_HW,
 )
 
-# Any two shapes differ in at least five cells, so that two wrong ones leave no doubt.
+# Any two shapes differ in at least five cells, so that two wrong cells are unambiguous.
 MOST_WRONG_CELLS = 2
 _SHAPE_BITS = np.array([shape.ravel() for shape in SHAPES.values()])
 _GLYPH_BITS = np.array([glyph.ravel() for glyph in GLYPHS.values()])
@@ -35,7 +35,7 @@ _GLYPH_BITS = np.array([glyph.ravel() for glyph in GLYPHS.values()])
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows, and how many cells of it are otherwise than they would be drawn."""
+    """What an image shows, and the number of cells that differ from a perfect image of it."""
 
     background: str
     things: tuple[Thing, ...]
@@ -44,32 +44,31 @@ class Reading:
     wrong_cells: int
 
 
-def cells(picture: np.ndarray) -> np.ndarray:
-    """A picture [k*H, k*W, 3] averaged to one colour per cell, [H, W, 3] float64. Raises ValueError for another size."""
-    height, width, *channels = picture.shape
+def cells(image: np.ndarray) -> np.ndarray:
+    """An image [k*H, k*W, 3] averaged to one colour per cell, [H, W, 3] float64. Raises ValueError for another shape."""
+    height, width, *channels = image.shape
     if channels != [3] or height != width or height % SIDE:
         raise ValueError(
-            f"A picture of this world has the shape [{SIDE}k, {SIDE}k, 3], and this one has {list(picture.shape)}.\n"
+            f"Not an image of this world: expected the shape [{SIDE}k, {SIDE}k, 3], got {list(image.shape)}.\n"
             f"What to do: give it as height, width, colour, {SIDE * 8} pixels wide and high."
         )
     scale = height // SIDE
-    return np.asarray(picture, dtype=np.float64).reshape(SIDE, scale, SIDE, scale, 3).mean(axis=(1, 3))
+    return np.asarray(image, dtype=np.float64).reshape(SIDE, scale, SIDE, scale, 3).mean(axis=(1, 3))
 
 
 def nearest_names(colours_HW3: np.ndarray) -> np.ndarray:
-    """The name of the palette's colour that is nearest to each cell's, [H, W]."""
+    """The name of the nearest colour of the palette for each cell, [H, W]."""
     palette_C3 = np.array(list(PALETTE.values()))
     distances_HWC = np.square(colours_HW3[:, :, None] - palette_C3).sum(axis=-1)
     return np.array(list(PALETTE))[distances_HWC.argmin(axis=-1)]
 
 
-def read(picture: np.ndarray) -> Reading | None:
-    """What the picture [k*H, k*W, 3] (0 to 1) shows; None if nothing of this world explains it but for two cells.
+def read(image: np.ndarray) -> Reading | None:
+    """What the image [k*H, k*W, 3] (0 to 1) shows; None if no scene explains all but MOST_WRONG_CELLS of its cells.
 
-    Every arrangement of things and every number of lines is tried, and the one with the fewest wrong cells is taken. Two that are
-    equally good leave the picture unread.
+    Every arrangement of things and every number of lines is tried. The one with the fewest wrong cells wins; a tie gives None.
     """
-    grid_HW = nearest_names(cells(picture))
+    grid_HW = nearest_names(cells(image))
     background = max(BACKGROUNDS, key=lambda name: int((grid_HW == name).sum()))
     readings = sorted({_rated(scene, grid_HW) for scene in _explanations(grid_HW, background)}, key=lambda reading: reading.wrong_cells)
     best, second, *_ = readings
@@ -89,13 +88,13 @@ def _explanations(grid_HW: np.ndarray, background: str) -> Iterator[Scene]:
     ink = max(COLOURS, key=lambda name: int((grid_HW == name).sum()))
     for tops in LINES.values():
         lines = [_words_at(grid_HW == ink, top) for top in tops]
-        # Where a letter can be two, both words are given: they are equally good, and the picture stays unread.
+        # If a letter is ambiguous, both words are tried: they tie, so that the image is not read.
         for choice in range(2):
             yield Scene("", background, words=tuple(words[min(choice, len(words) - 1)] for words in lines), ink=ink)
 
 
 def _thing_at(grid_HW: np.ndarray, place: str, background: str) -> Thing:
-    """The shape and colour that explain the most cells at a place."""
+    """The shape and colour that explain most cells at a place."""
     left, top = PLACES[place]
     window = grid_HW[top : top + SHAPE_SIDE, left : left + SHAPE_SIDE].ravel()
     colours = list(COLOURS)
@@ -106,7 +105,7 @@ def _thing_at(grid_HW: np.ndarray, place: str, background: str) -> Thing:
 
 
 def _words_at(inked_HW: np.ndarray, top: int) -> Sequence[str]:
-    """The word on a line; a second one if a letter could as well be another."""
+    """The word on a line, and a second one if a letter is ambiguous."""
     first, second = "", ""
     for column in range(LETTERS_IN_A_WORD):
         left = column * LETTER_PITCH
@@ -117,13 +116,13 @@ def _words_at(inked_HW: np.ndarray, top: int) -> Sequence[str]:
     return [first] if first == second else [first, second]
 
 
-def verdict(scene: Scene, picture: np.ndarray) -> bool:
-    """Whether the picture shows what the scene asks for, by the scene's task.
+def verdict(scene: Scene, image: np.ndarray) -> bool:
+    """Whether the image shows the scene, by the scene's task.
 
     single_object, position: every colour, shape and place, and the background. colour_shape_binding: every colour with its shape,
     wherever it stands. count: how many, of which colour and shape. word, two_words: every letter.
     """
-    reading = read(picture)
+    reading = read(image)
     if reading is None or reading.background != scene.background:
         return False
     if scene.task in ("word", "two_words"):

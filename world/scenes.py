@@ -1,4 +1,4 @@
-"""Scenes drawn by chance: a pure function of seed and index, with combinations that training never shows."""
+"""Random scenes, a pure function of seed and index, and the combinations that are held out from training."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Split = Literal["train", "held_out"]
 Combination = tuple[str | int, ...]
 Choice = TypeVar("Choice")
 
-# A word that was never drawn: the teacher can know from text alone how it is spelt. No floor is set for it.
+# A word that training never draws; the teacher knows its spelling from texts. No accuracy is expected of it.
 NEW_WORD = "new_word"
-# The kind of combination that is new in a task's held-out scenes; all else in them was seen.
+# The kind of combination that is new in the held-out scenes of a task; the rest of a scene occurs in training.
 NEW_IN_TASK = {
     "single_object": "object",
     "colour_shape_binding": "object",
@@ -41,28 +41,28 @@ NEW_IN_TASK = {
     "two_words": "pair",
     NEW_WORD: "word",
 }
-# One of so many is held out; of objects one shape per colour.
+# One in this many combinations is held out; of objects one shape per colour.
 HELD_OUT_ONE_OF = {"relation": 10, "count": 8, "sign": 10, "pair": 10}
-# Of scenes that say where things stand, so many have three things.
+# The share of position scenes with three things.
 THREE_SHARE = 0.25
-# How often training shows each task.
+# The share of each task in training.
 SHARES = {"single_object": 0.14, "colour_shape_binding": 0.18, "position": 0.24, "count": 0.14, "word": 0.16, "two_words": 0.14}
 MOST_TRIES = 10_000
 
 
 def random_of(*key: str | int) -> np.random.RandomState:
-    """A random generator for a key. NumPy promises that RandomState will never give other numbers, in any version."""
+    """A random generator for a key. NumPy guarantees the numbers of RandomState in all versions."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
 
 
 def pick(random: np.random.RandomState, choices: Sequence[Choice]) -> Choice:
-    """One of the choices, each as likely."""
+    """One of the choices, uniformly at random."""
     return choices[random.randint(len(choices))]
 
 
 def held_out(combination: Combination) -> bool:
-    """Whether training never shows this combination."""
+    """Whether this combination is held out from training."""
     kind, *parts = combination
     if kind == "object":
         colour, shape = list(COLOURS).index(str(parts[0])), list(SHAPES).index(str(parts[1]))
@@ -74,26 +74,26 @@ def held_out(combination: Combination) -> bool:
 
 
 def combinations(scene: Scene) -> set[Combination]:
-    """All that a scene combines: colours with shapes, shapes with relations, counts, words with colours and with words."""
+    """The combinations in a scene: colours with shapes, shapes with relations, counts, words with colours and with words."""
     found: set[Combination] = {("object", thing.colour, thing.shape) for thing in scene.things}
     found |= {("relation", one.shape, relation, other.shape) for one, relation, other in relations(scene) if scene.task != "count"}
     if scene.task == "count":
         found.add(("count", len(scene.things), scene.things[0].colour, scene.things[0].shape))
     new = {("word", word) for word in scene.words if held_out(("word", word))}
     if new:
-        # A word that was never drawn makes whatever it stands in new.
+        # A word that was never drawn makes every combination with it new.
         return found | new
     found |= {("sign", word, scene.ink) for word in scene.words} | {("word", word) for word in scene.words}
     return found | ({("pair", *scene.words)} if len(scene.words) > 1 else set())
 
 
 def new_kinds(scene: Scene) -> set[str]:
-    """The kinds of combination in which the scene goes beyond training; empty for a scene of the training split."""
+    """The kinds of held-out combinations in the scene; empty for a scene of the training split."""
     return {str(combination[0]) for combination in combinations(scene) if held_out(combination)}
 
 
 def draw_scene(seed: int, index: int, split: Split, task: str | None = None) -> Scene:
-    """Scene `index` of a split, of the given task (NEW_WORD too, held out) or of one drawn by SHARES."""
+    """Scene `index` of a split, of the given task (NEW_WORD only held out) or of a task drawn by SHARES."""
     random = random_of("scene", seed, index, split, task or "")
     chosen = task or TASKS[int(random.choice(len(TASKS), p=[SHARES[name] for name in TASKS]))]
     wanted = {NEW_IN_TASK[chosen]} if split == "held_out" else set()
@@ -128,7 +128,7 @@ def _any_things(random: np.random.RandomState, task: str) -> tuple[Thing, ...]:
 
 
 def _things(random: np.random.RandomState, places: Sequence[str]) -> tuple[Thing, ...]:
-    """Things of which no two have the same shape or the same colour: a caption must leave no doubt which one it means."""
+    """Things with different shapes and colours, so that captions are unambiguous."""
     colours = [list(COLOURS)[number] for number in random.permutation(len(COLOURS))]
     shapes = [list(SHAPES)[number] for number in random.permutation(len(SHAPES))]
     return tuple(Thing(colour, shape, place) for colour, shape, place in zip(colours, shapes, places, strict=False))
