@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch.nn import Module
 
-from ..diffusion.gradients import blocks_of, differentiable
+from ..diffusion.gradients import blocks_of
 from ..families import FAMILIES
 from ..runtime.weights import data_sha256
 from ..world.pictures import Scene
