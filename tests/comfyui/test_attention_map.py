@@ -133,7 +133,7 @@ def test_the_word_of_the_teachers_clip_is_found_and_recorded_too(model, stand_in
     # Enlarged, the extremes lie between the pixels.
     assert 0 <= mask.min() < 0.05
     assert 0.95 < mask.max() <= 1
-    assert info.startswith("attention to 'fox' (2 T5 tokens), mean of 3 steps, 1 pictures: ")
+    assert info.startswith("attention to 'fox' (2 T5 tokens), mean of 3 steps, 1 images: ")
 
 
 def test_a_model_that_is_changed_behind_the_node_still_records_and_other_words_are_recorded_along(model, clip):

@@ -68,7 +68,7 @@ def test_the_attention_map_covers_the_image_and_is_described_in_numbers(host: Co
     entry = host.run(prompt)
     assert saved(host, prompt, entry).size == (768, 768)
     assert said(prompt, entry).startswith("attention to 'heart' (")
-    assert "mean of 20 steps, 1 pictures" in said(prompt, entry)
+    assert "mean of 20 steps, 1 images" in said(prompt, entry)
     [shown_on_the_node] = [outputs for node_id, outputs in entry["outputs"].items() if "AttentionMapImage" in prompt[node_id]["class_type"]]
     assert shown_on_the_node["images"]
 
