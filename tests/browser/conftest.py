@@ -11,6 +11,7 @@ import pytest
 from distilled_t5.devtools.comfyui.server import ComfyServer
 from distilled_t5.devtools.docs.browser import PACK, ComfyPage, chromium, find_chromium, pack_server
 from distilled_t5.devtools.models.random_models import ensure_all, link_into
+from filelock import FileLock
 from playwright.sync_api import BrowserContext, expect
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -48,7 +49,8 @@ def browser_context() -> Iterator[BrowserContext]:
 def server(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """A running ComfyUI with the pack and every model that the example workflows name."""
     base = tmp_path_factory.mktemp("browser")
-    link_into(ensure_all(ROOT / ".dev" / "stand-ins"), base)
+    with FileLock(ROOT / ".dev" / "stand-ins.lock"):  # one worker makes them
+        link_into(ensure_all(ROOT / ".dev" / "stand-ins"), base)
     with pack_server(comfyui_path, base, ROOT, FLAGS, FOLDER) as running:
         yield running
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMFYUI = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "comfyui").resolve()
@@ -78,7 +79,8 @@ def stand_ins() -> Path:
     """A folder of small stand-in models, laid out as ComfyUI's `models`; made once and kept in .dev."""
     from distilled_t5.devtools.models.random_models import ensure_all
 
-    return ensure_all(ROOT / ".dev" / "stand-ins")
+    with FileLock(ROOT / ".dev" / "stand-ins.lock"):  # one worker makes them
+        return ensure_all(ROOT / ".dev" / "stand-ins")
 
 
 @pytest.fixture(scope="session")
