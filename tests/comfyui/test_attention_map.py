@@ -133,7 +133,7 @@ def test_the_word_of_the_teachers_clip_is_found_and_recorded_too(model, stand_in
     # Enlarged, the extremes lie between the pixels.
     assert 0 <= mask.min() < 0.05
     assert 0.95 < mask.max() <= 1
-    assert info.startswith("attention to 'fox' (2 T5 tokens), mean of 3 steps, 1 pictures: ")
+    assert info.startswith("attention to 'fox' (2 T5 tokens), mean of 3 steps, 1 images: ")
 
 
 def test_a_model_that_is_changed_behind_the_node_still_records_and_other_words_are_recorded_along(model, clip):
@@ -240,7 +240,7 @@ def test_a_map_lies_over_the_picture_as_strongly_as_asked(model, clip):
     assert mask.shape == (1, 48, 64)
     assert torch.equal(none, picture)
     torch.testing.assert_close(half, (picture + all_of_it) / 2)
-    with pytest.raises(ValueError, match="There are 2 pictures, and 1 were sampled"):
+    with pytest.raises(ValueError, match="There are 2 images, and 1 were sampled"):
         shown(attention_, latent, 0, torch.rand(2, 30, 40, 3))
 
 
