@@ -155,7 +155,7 @@ def test_a_clip_l_that_is_none_is_refused_for_either_kind_of_teacher(models):
         said = refusal(f"teacher.t5={teacher}", f"teacher.clip_l={t5xxl}")
         assert "t5xxl_fp16.safetensors is not a CLIP-L text encoder" in said
         assert said.endswith('in teacher.clip_l, or "none" for zeros.')
-    assert "loaded together with CLIP-L" in refusal(f"teacher.t5={t5xxl}")
+    assert "is loaded with CLIP-L" in refusal(f"teacher.t5={t5xxl}")
 
 
 def test_a_teacher_of_another_width_than_the_diffusion_models_is_refused(broken):
@@ -169,8 +169,8 @@ def test_teacher_and_student_exchanged_are_noticed_at_either_end(models, broken)
         f"student.start={text_encoders / 't5xxl_fp16.safetensors'}",
     )
     said = refusal(*exchanged)
-    assert "t5xxl_fp16.safetensors is a T5 of width 4096, the recipe's student (T5 of width 64, 2 layers) one of width 64" in said
-    assert "Are teacher.t5 and student.start exchanged?" in said
+    assert "t5xxl_fp16.safetensors is a T5 of width 4096; the recipe's student (T5 of width 64, 2 layers) has width 64" in said
+    assert "Were teacher.t5 and student.start swapped?" in said
     said = refusal(f"teacher.t5={broken / 'thin.safetensors'}")
     assert "0.3 million weights, the student (T5 of width 64, 2 layers) 2.7 million" in said
     assert "exchange teacher.t5 and student" in said
