@@ -93,7 +93,7 @@ class Ranks:
         packed = pack(value, tensors, "shared", copy=False) if self.is_main else None
         message: list[Any] = [packed, {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}]
         with self._explained():
-            # Tensors are sent separately: pickled, gigabytes of weights would be in memory several times.
+            # Tensors are sent separately: serialised as objects, gigabytes of weights would be in memory several times.
             dist.broadcast_object_list(message, src=0)
             packed, kinds = message
             for name, (shape, dtype) in kinds.items():
