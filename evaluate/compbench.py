@@ -29,7 +29,7 @@ LEAST_SCORE_2D = 0.5
 MOST_PHRASES = 8
 
 BESIDE = ("on side of", "next to", "near")
-# From the second object to the first: the axis and the direction in which it must lie.
+# From the second object to the first: the axis and the direction in which it must be.
 SIDES = {"on the left of": (0, -1), "on the right of": (0, 1), "on the top of": (1, -1), "on the bottom of": (1, 1)}
 # The benchmark also looks for "on top of", but gives no half for that relation.
 RELATIONS_2D = (*BESIDE, *SIDES, "on top of")

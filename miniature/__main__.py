@@ -27,7 +27,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--bf16", action="store_true", default=None, help="compute in bfloat16, which is faster on some processors")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, bit for bit")
     parser.add_argument("--count", type=int, default=PROMPTS, help="prompts: captions of each corpus (%(default)s)")
-    parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one whose custom_nodes this pack lies in)")
+    parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one in whose custom_nodes this pack is)")
     return parser
 
 

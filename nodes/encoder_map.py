@@ -23,7 +23,7 @@ class DistilledT5EncoderMap(io.ComfyNode):
             display_name="Distilled T5 Text Encoder Map",
             category="Distilled T5",
             description=(
-                "Draws prompts as points, near each other where the encoder takes them for alike (t-SNE). Two encoders share one plot: a "
+                "Draws prompts as points: the closer two points, the more alike their embeddings (t-SNE). Two encoders share one plot: a "
                 "student that learnt well covers its teacher's points; one that collapsed is a single cluster."
             ),
             search_aliases=["t-SNE", "embedding map", "embedding plot", "compare encoders", "collapse"],

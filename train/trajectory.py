@@ -116,7 +116,7 @@ def gaps_by_band(position: Position, model: VelocityModel, student: Callable[[Te
 
 
 def band_name(sigma: float, bands: int) -> str:
-    """The band of equal width of (0, 1] that a flow model's noise level lies in, such as `0.50-0.75`."""
+    """The band of equal width of (0, 1] that contains a flow model's noise level, such as `0.50-0.75`."""
     number = min(bands - 1, max(0, int(sigma * bands - 1e-9)))
     return f"{number / bands:.2f}-{(number + 1) / bands:.2f}"
 

@@ -16,7 +16,7 @@ RED, GREEN, BLUE = range(3)
 
 TASKS = ("single_object", "colour_shape_binding", "position", "count", "word", "two_words")
 
-# Each channel is 0, 1/2 or 1: values that the VAE restores exactly (autoencoder.py), far enough apart to be told apart.
+# Each channel is 0, 1/2 or 1: values that the VAE restores exactly (autoencoder.py), far enough apart to be distinguished.
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (1.0, 0.0, 0.0),
     "green": (0.0, 0.5, 0.0),
