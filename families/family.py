@@ -31,7 +31,7 @@ class Family:
     None. training_sigmas: noise levels [T + 1] for a model, a number of steps, and latent height and width, where ComfyUI's `simple`
     scheduler is not what the model was trained with.
 
-    small: ComfyUI's model configuration of a tiny model of the family, for tests.
+    small: the class in ComfyUI's supported_models and the configuration of a tiny model of the family, for tests.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Family:
     block_width_of: Callable[[Any], int]
     takes_guidance: Callable[[Any], bool]
     refuse: Callable[[Any], str | None]
+    small: tuple[str, Mapping[str, Any]]
     latent_dimensions: int = 2
     cell_px: int = 8
     least_side_px: int = 16
@@ -58,7 +59,6 @@ class Family:
     companions: Mapping[str, int] = field(default_factory=dict)
     masked: bool = False
     zeroed: bool = False
-    small: Mapping[str, Any] = field(default_factory=dict)
 
     def latent_shape(self, side_px: int) -> tuple[int, ...]:
         """The shape of the latent of a square image, without its batch: [C, H, W], or [C, 1, H, W] where latents are videos."""

@@ -65,6 +65,28 @@ def training_sigmas(model: Any, steps: int, height: int, width: int) -> Tensor:
     return comfy.samplers.calculate_sigmas(sampling, "simple", steps)
 
 
+# Two blocks of one head, for text of 64 channels.
+SMALL = {
+    "image_model": "flux",
+    "axes_dim": [16, 56, 56],
+    "num_heads": 1,
+    "mlp_ratio": 4.0,
+    "theta": 10000,
+    "out_channels": LATENT_CHANNELS,
+    "qkv_bias": True,
+    "txt_ids_dims": [],
+    "in_channels": LATENT_CHANNELS,
+    "hidden_size": 128,
+    "context_in_dim": 64,
+    "patch_size": PATCH,
+    "vec_in_dim": POOLED_WIDTH,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "guidance_embed": True,
+    "yak_mlp": False,
+    "txt_norm": False,
+}
+
 FLUX = Family(
     name="flux",
     display_name="Flux.1",
@@ -84,4 +106,5 @@ FLUX = Family(
     takes_guidance=takes_guidance,
     refuse=refuse,
     training_sigmas=training_sigmas,
+    small=("Flux", SMALL),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import comfy.sample
 import comfy.samplers
 import comfy.sd
 import pytest
@@ -13,23 +12,11 @@ from distilled_t5.diffusion.frozen import FrozenModel
 from distilled_t5.families import FAMILIES
 from distilled_t5.miniature.files import FLUX_FILE, place
 from distilled_t5.runtime.model_folders import SHIPPED
+from distilled_t5.tests.support.denoising import sampled_by_comfyui
 from distilled_t5.tests.support.small_models import SMALL_MODELS
 from torch import Tensor
 
 STEPS, BATCH, TOKENS = 5, 3, 24
-
-
-def sampled_by_comfyui(patcher: object, noise: Tensor, text_BLD: Tensor, extras: dict, starts: list[Tensor]) -> Tensor:
-    """What the stock KSampler makes of the noise with euler and simple at CFG 1; `starts` gets the latent of each step."""
-    entry = [[text_BLD, extras]]
-
-    def on_step(_step: int, _denoised: Tensor, x: Tensor, _total: int) -> None:
-        starts.append(x.clone())
-
-    empty = torch.zeros_like(noise)
-    return comfy.sample.sample(
-        patcher, noise, STEPS, 1.0, "euler", "simple", entry, entry, empty, callback=on_step, disable_pbar=True, seed=0
-    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +31,9 @@ def test_the_loop_equals_the_stock_sampler_bit_for_bit_on_the_miniature(miniatur
     text_BLD = torch.randn(BATCH, TOKENS, miniature.text_width, generator=generator)
     extras = {"pooled_output": torch.randn(BATCH, 768, generator=generator), "guidance": 2.5}
     expected_starts: list[Tensor] = []
-    expected = sampled_by_comfyui(miniature.patcher, noise, text_BLD, extras, expected_starts)
+    expected = sampled_by_comfyui(
+        miniature.patcher, noise, STEPS, text_BLD, extras, lambda _step, _denoised, x, _total: expected_starts.append(x.clone())
+    )
     starts: list[Tensor] = []
     miniature.load_for_sampling(noise.shape)
     sigmas_T = miniature.sigmas(STEPS)
@@ -64,7 +53,7 @@ def test_the_loop_equals_the_stock_sampler_for_videos_and_noise_levels_beyond_on
     patcher = small.patcher()
     model = FrozenModel(patcher, FAMILIES["flux"])
     noise, _, text_BLD, extras = small.inputs()
-    expected = sampled_by_comfyui(patcher, noise, text_BLD, extras, [])
+    expected = sampled_by_comfyui(patcher, noise, STEPS, text_BLD, extras)
     model.load_for_sampling(noise.shape)
     assert torch.equal(denoise(model, noise, model.sigmas(STEPS), text_BLD, extras), expected)
 

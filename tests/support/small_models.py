@@ -10,6 +10,7 @@ from typing import Any
 import comfy.model_patcher
 import comfy.supported_models
 import torch
+from distilled_t5.families.flux import FLUX
 from torch import Tensor
 
 TOKENS, OWN_TOKENS = 16, 9
@@ -57,12 +58,6 @@ def _randomize(model: torch.nn.Module) -> None:
             weight.copy_(values)
 
 
-_FLUX = {
-    "image_model": "flux", "axes_dim": [16, 56, 56], "num_heads": 1, "mlp_ratio": 4.0, "theta": 10000, "out_channels": 16,
-    "qkv_bias": True, "txt_ids_dims": [], "in_channels": 16, "hidden_size": 128, "context_in_dim": 64, "patch_size": 2,
-    "vec_in_dim": 768, "depth": 1, "depth_single_blocks": 1, "guidance_embed": True, "yak_mlp": False, "txt_norm": False,
-}  # fmt: skip
-
 # fmt: off
 _MOCHI = {
     "image_model": "mochi_preview", "depth": 2, "patch_size": 2, "num_heads": 2, "hidden_size_x": 64, "hidden_size_y": 32,
@@ -90,7 +85,7 @@ _Z_IMAGE = {
 }
 # fmt: on
 SMALL_MODELS: dict[str, SmallModel] = {
-    "flux": SmallModel("Flux", _FLUX, (16, 8, 8), 64, 0.7, extras={"pooled_output": torch.ones(1, 768)}),
+    "flux": SmallModel(*FLUX.small, (16, 8, 8), 64, 0.7, extras={"pooled_output": torch.ones(1, FLUX.pooled_width)}),
     # Text travels in 2-D modulations.
     "mochi": SmallModel("GenmoMochi", _MOCHI, (12, 2, 8, 8), 64, 0.7, masked=True),
     # Text travels in 5-D residual streams, and noise levels go beyond 1.
@@ -102,7 +97,7 @@ SMALL_MODELS: dict[str, SmallModel] = {
 }
 # The attributes of each diffusion model that hold its blocks.
 BLOCK_LISTS = {
-    "flux": ("double_blocks", "single_blocks"),
+    "flux": FLUX.block_lists,
     "mochi": ("blocks",),
     "cosmos": ("blocks",),
     "ltxv": ("transformer_blocks",),

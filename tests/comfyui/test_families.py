@@ -1,0 +1,151 @@
+"""What must hold for every registered family: tests know a family through its record alone, as the product does."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import comfy.samplers
+import comfy.sd
+import pytest
+import torch
+from distilled_t5.diffusion.denoise import denoise
+from distilled_t5.diffusion.files import check_guidance
+from distilled_t5.diffusion.frozen import FrozenModel
+from distilled_t5.families import DEFAULT, FAMILIES
+from distilled_t5.families.family import Family
+from distilled_t5.students import KINDS
+from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.students.t5.trained import DistilledT5
+from distilled_t5.tests.support.denoising import sampled_by_comfyui
+from distilled_t5.tests.support.small_encoders import PROMPT, random_tensors, serve, student_file
+from distilled_t5.tests.support.small_models import SmallModel
+from torch import Tensor
+
+STEPS, BATCH, TOKENS, SIDE_PX = 4, 2, 12, 64
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+WITH_T5 = {name: family for name, family in FAMILIES.items() if "t5" in family.students}
+with_t5 = pytest.mark.parametrize("family", WITH_T5.values(), ids=WITH_T5)
+    "family", [family for family in FAMILIES.values() if "t5" in family.students], ids=lambda family: family.name
+)
+
+
+def layout_for(family: Family) -> StudentLayout:
+    return StudentLayout(64, 128, num_layers=3, num_heads=3, d_kv=16, hidden_width=96, projected_width=family.text_width)
+
+
+def small(family: Family) -> SmallModel:
+    latent = family.latent_shape(SIDE_PX)
+    return SmallModel(*family.small, latent, 0, 0.7)
+
+
+def frozen(family: Family) -> FrozenModel:
+    model = FrozenModel(small(family).patcher(), family)
+    model.load()
+    return model
+
+
+def conditioning(family: Family, model: FrozenModel) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Noise [B, C, ...], text [B, L, D] and the other parts of a conditioning entry."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(BATCH, *family.latent_shape(SIDE_PX), generator=generator)
+    text_BLD = torch.randn(BATCH, TOKENS, model.text_width, generator=generator)
+    extras = {"pooled_output": torch.randn(BATCH, family.pooled_width, generator=generator)} if family.companions else {}
+    return noise, text_BLD, extras
+
+
+def test_names_are_unique_and_the_default_is_registered():
+    assert all(family.name == name for name, family in FAMILIES.items())
+    assert DEFAULT in FAMILIES.values()
+    assert len({family.display_name for family in FAMILIES.values()}) == len(FAMILIES)
+
+
+@every_family
+def test_comfyui_knows_the_clip_type_and_every_kind_of_student(family: Family):
+    assert hasattr(comfy.sd.CLIPType, family.clip_type)
+    assert set(family.students) <= set(KINDS) and family.teacher[0] in KINDS
+
+
+@with_t5
+def test_a_served_student_is_comfyuis_own_text_model_with_the_trained_embeddings(family: Family, tmp_path: Path):
+    layout = layout_for(family)
+    clip = serve(student_file(tmp_path, layout, family=family.name, token_length=family.token_length), family=family.name).clip
+    tokenizer, factory = family.text_classes()
+    assert type(clip.tokenizer) is tokenizer
+    model, part = clip.cond_stage_model, getattr(clip.cond_stage_model, family.part)
+    assert isinstance(model, inspect.getmro(factory)[1]), "ComfyUI makes a class at each call, all of one base"
+    assert part is getattr(model, KINDS["t5"].module)
+    tokens = clip.tokenize(PROMPT)
+    assert tokens[family.part] == tokenizer().tokenize_with_weights(PROMPT)[family.part]
+    [(text_BLD, extras)] = clip.encode_from_tokens_scheduled(tokens)
+    reference = DistilledT5(layout)
+    reference.load_tensors(random_tensors(layout))
+    token_ids_BL = torch.tensor([[token for token, _ in tokens[family.part][0]]])
+    with torch.no_grad():
+        expected_BLD = reference.eval()(token_ids_BL)
+    own_tokens = slice(int((token_ids_BL != 0).sum())) if family.masked else slice(None)
+    torch.testing.assert_close(text_BLD[:, -token_ids_BL.shape[1] :][:, own_tokens], expected_BLD[:, own_tokens], rtol=0, atol=1e-5)
+    if family.companions:
+        assert extras["pooled_output"].shape == (1, family.pooled_width) and not extras["pooled_output"].any()
+
+
+@every_family
+def test_a_small_model_of_the_family_is_accepted_and_one_of_another_kind_is_refused(family: Family):
+    model = frozen(family)
+    assert family.refuse(model.model) is None
+    assert model.text_width > 0 and model.blocks
+    other = SmallModel("LTXV" if family.small[0] != "LTXV" else "Flux", _other_config(family), (), 0, 0.7).patcher()
+    assert family.refuse(other.model)
+
+
+def _other_config(family: Family) -> dict[str, Any]:
+    if family.small[0] == "LTXV":
+        return dict(FAMILIES["flux"].small[1])
+    blocks = {"num_layers": 1, "attention_head_dim": 4, "cross_attention_dim": 128, "num_attention_heads": 32}
+    return {"image_model": "ltxv", "caption_channels": 64, "in_channels": 128, **blocks}
+
+
+@every_family
+def test_the_denoising_loop_equals_comfyuis_sampler_bit_for_bit(family: Family):
+    model = frozen(family)
+    noise, text_BLD, extras = conditioning(family, model)
+    expected = sampled_by_comfyui(model.patcher, noise, STEPS, text_BLD, extras)
+    assert torch.equal(denoise(model, noise, model.sigmas(STEPS), text_BLD, extras), expected)
+
+
+@every_family
+@pytest.mark.parametrize("checkpoint_blocks", [False, True], ids=["plain", "checkpointed"])
+def test_the_gradient_with_respect_to_the_text_equals_the_numeric_one(family: Family, checkpoint_blocks: bool):
+    model = frozen(family)
+    noise, text_BLD, extras = conditioning(family, model)
+    sigma_B = torch.full((BATCH,), 0.7)
+    leaf = text_BLD.clone().requires_grad_(True)
+    with model.differentiable(checkpoint_blocks):
+        model.velocity(noise, sigma_B, leaf, extras).square().sum().backward()
+    assert leaf.grad is not None
+    steepest = leaf.grad / leaf.grad.norm()
+    length = 0.02 * float(text_BLD.norm()) / TOKENS**0.5
+
+    @torch.no_grad()
+    def loss(shift: float) -> float:
+        return float(model.velocity(noise, sigma_B, text_BLD + shift * steepest, extras).double().square().sum())
+
+    assert float(leaf.grad.norm()) == pytest.approx((loss(length) - loss(-length)) / (2 * length), rel=1e-2)
+
+
+@every_family
+def test_training_noise_levels_fall_from_the_models_highest_to_zero(family: Family):
+    model = frozen(family)
+    sigmas_T = model.training_sigmas(STEPS, *family.latent_shape(SIDE_PX)[-2:])
+    assert len(sigmas_T) == STEPS + 1 and sigmas_T[-1] == 0
+    assert sigmas_T.diff().lt(0).all()
+
+
+@every_family
+def test_guidance_is_asked_for_exactly_where_the_model_takes_it(family: Family):
+    model = frozen(family)
+    fitting, other = ([family.default_guidance], []) if model.takes_guidance else ([], [family.default_guidance])
+    check_guidance("model", model, fitting)
+    with pytest.raises(ValueError, match="What to do"):
+        check_guidance("model", model, other)
