@@ -90,8 +90,8 @@ def test_every_help_page_carries_the_name_of_its_node(language: str, pack_root: 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_error_in_a_help_page_is_one_that_the_code_raises(language: str, pack_root: Path, texts: dict[str, Any]) -> None:
-    folders = [pack_root / name for name in ("encoder", "nodes", "evaluate", "train")]
-    raised = "\0".join(strings_of(path) for folder in folders for path in sorted(folder.glob("*.py")))
+    folders = [pack_root / name for name in ("runtime", "prompts", "students", "encoder", "nodes", "evaluate", "train")]
+    raised = "\0".join(strings_of(path) for folder in folders for path in sorted(folder.rglob("*.py")))
     for node_id, page in pages(pack_root, language, texts).items():
         messages = quoted_messages(page, language)
         unknown = [part for message in messages for part in message.split("\u2026") if part.strip(" ,") and part not in raised]
