@@ -18,6 +18,8 @@ from ..runtime.weights import CHOICES, read_header
 from .frozen import FrozenModel
 
 DTYPES = {"auto": None, **CHOICES}
+# The miniature has 1.9 million weights, the smallest published model of a family some 600 million.
+SMALL_WEIGHTS = 20_000_000
 # What ComfyUI's model detection raises for files that are not diffusion models, some of which resemble one.
 DETECTION_ERRORS = (RuntimeError, LookupError, AttributeError, TypeError, ValueError)
 DRIVER_ERROR = re.compile(r"\b(CUDA|CUDNN|CUBLAS|HIP|XPU|driver)\b", re.IGNORECASE)
@@ -29,6 +31,15 @@ def open_diffusion_model(path: Path, dtype: str, family: Family, exact_gradients
     if reason := family.refuse(patcher.model):
         raise _refused(f"{path.name} {reason}", family)
     return FrozenModel(patcher, family, exact_gradients)
+
+
+def use_one_thread_if_small(model: FrozenModel) -> None:
+    """Make torch use one thread for a model as small as the miniature's: more threads wait for each other on a busy machine.
+
+    (1,289 s instead of 56 s measured.)
+    """
+    if sum(weight.numel() for weight in model.model.parameters()) < SMALL_WEIGHTS:
+        torch.set_num_threads(1)
 
 
 def check_guidance(name: str, model: FrozenModel, guidance: Sequence[float]) -> None:

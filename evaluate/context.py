@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..diffusion.files import check_guidance, open_diffusion_model
+from ..diffusion.files import check_guidance, open_diffusion_model, use_one_thread_if_small
 from ..diffusion.vae import load_vae
 from ..families import FAMILIES
 from ..runtime.comfyui import model_file
 from . import provenance
-from .encoders import EncoderFile, check_encoders, find_encoders
+from .encoders import EncoderFile, LoadedEncoder, check_encoders, find_encoders
 from .generate import ImageGenerator
 from .processes import Processes
 from .questions import Question, questions_sha256, read_questions
@@ -54,6 +54,10 @@ class Evaluation:
         """An encoder's images of a task."""
         return ImageFolder(self.out / "pictures" / encoder.name / task)
 
+    def load(self, encoder: EncoderFile) -> LoadedEncoder:
+        """The encoder in ComfyUI."""
+        return LoadedEncoder.load(encoder, self.generator.model.family)
+
     def made_of(self, encoder: EncoderFile, questions: Sequence[Question]) -> dict[str, str]:
         """Everything that decides an encoder's images for these questions."""
         return {**encoder.made_of(), **self.generated_by, "prompts and seeds": questions_sha256(questions)}
@@ -66,6 +70,7 @@ def open_evaluation(suite: Suite, students: Sequence[str], out: Path, processes:
     part, family = suite.diffusion_model, FAMILIES[suite.diffusion_model.family]
     file, vae = model_file(part.file, "diffusion_models"), model_file(part.vae, "vae")
     model = open_diffusion_model(file, part.dtype, family, exact_gradients=False)
+    use_one_thread_if_small(model)
     guidance = suite.sampling.guidance
     check_guidance(file.name, model, () if guidance is None else (guidance,))
     check_encoders(encoders, model.text_width, file.name, family)

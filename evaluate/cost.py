@@ -40,7 +40,7 @@ def encoder_name(clip: Any) -> str:
     model = clip.cond_stage_model
     layout = getattr(model, "layout", None)
     if layout is not None:
-        return layout.size_name + (" + CLIP-L" if getattr(model, "clip_l", None) is not None else "")
+        return layout.size_name + (" + CLIP-L" if any(True for _ in model.clip_l.parameters()) else "")
     return " + ".join(name for name, _ in model.named_children()) or type(model).__name__
 
 

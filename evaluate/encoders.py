@@ -114,9 +114,9 @@ class LoadedEncoder:
         self.clip: Any = teacher.clip
 
     @classmethod
-    def load(cls, file: EncoderFile) -> LoadedEncoder:
+    def load(cls, file: EncoderFile, family: Family) -> LoadedEncoder:
         """The encoder of a file. Raises ValueError for one that is neither a T5-XXL nor a distilled T5, or incomplete."""
-        return cls(file, load_teacher(file.path, file.clip_l))
+        return cls(file, load_teacher(file.path, file.clip_l, family))
 
     @torch.no_grad()
     def text(self, prompt: str) -> Text:

@@ -40,9 +40,9 @@ def measure_all(work: Evaluation) -> Measurements:
     found = Measurements()
     paired = [part.prompts for part in (work.suite.velocity_gap, work.suite.latent_distance) if part is not None]
     asked = in_turn(work.questions, max(paired, default=0))
-    teacher_texts = functools.cache(lambda: probes.texts_of(LoadedEncoder.load(work.teacher), asked, work.processes))
+    teacher_texts = functools.cache(lambda: probes.texts_of(work.load(work.teacher), asked, work.processes))
     for encoder in work.encoders:
-        encoder_probes = EncoderProbes(work, encoder, found, functools.cache(functools.partial(LoadedEncoder.load, encoder)))
+        encoder_probes = EncoderProbes(work, encoder, found, functools.cache(functools.partial(work.load, encoder)))
         encoder_probes.cost()
         encoder_probes.collapse()
         if encoder is not work.teacher:
@@ -65,7 +65,7 @@ class EncoderProbes:
         if part is None:
             return
         prompts = [question.prompt for question in in_turn(self.work.questions, part.repeats + 1)]
-        fresh = functools.partial(LoadedEncoder.load, self.encoder)
+        fresh = functools.partial(self.work.load, self.encoder)
 
         def on_first(_unfinished: Unfinished) -> probes.Found:
             main = self.work.processes.ranks.is_main

@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # The rooms whose code decides a number.
-ROOMS = ("diffusion", "encoder", "evaluate", "families", "prompts", "runtime", "students", "train", "world")
+ROOMS = ("config", "diffusion", "encoder", "evaluate", "families", "prompts", "runtime", "students", "train", "world")
 # ComfyUI's flags that decide how numbers are computed; others only move weights between devices.
 DECISIVE_FLAG = re.compile("fp(8|16|32|64)|bf16|attention|fast|channels_last|deterministic|upcast|cpu|directml")
 CPU_NAME = re.compile(r"model name\s*:\s*(.+)")

@@ -14,7 +14,6 @@ from ..runtime.logs import logging_to
 from ..runtime.ranks import Ranks
 from ..runtime.stop import StopRequest
 from .context import Evaluation, open_evaluation
-from .encoders import LoadedEncoder
 from .generate import generate_all, missing_images
 from .judge_images import judge_all
 from .judges import check_judges
@@ -81,6 +80,6 @@ def _generate(work: Evaluation) -> None:
         folders = {task: work.images(encoder, task) for task in work.questions}
         missing = missing_images(folders, work.questions, work.suite.sampling.batch, work.processes)
         with work.processes.bar(sum(len(batch.questions) for batch in missing), encoder.name, "image") as bar:
-            done = generate_all(work.generator, partial(LoadedEncoder.load, encoder), missing, bar, work.processes.stop)
+            done = generate_all(work.generator, partial(work.load, encoder), missing, bar, work.processes.stop)
         if work.processes.ranks.any_of(not done):
             raise Stopped

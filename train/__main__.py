@@ -74,11 +74,7 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
     start_comfyui(find_comfyui(options.comfyui), flags)
     import torch
     from distilled_t5.runtime.ranks import Ranks
-    from distilled_t5.train.smoke_models import STAND_IN
 
-    if recipe.diffusion_model.file == STAND_IN:
-        # Models this small gain nothing from threads, which lose minutes waiting for a busy core (14 s against 143 s measured).
-        torch.set_num_threads(1)
     with Ranks.open("cuda" if torch.cuda.is_available() and "--cpu" not in flags else "cpu") as ranks:
         # Only now: ComfyUI selects the current GPU when it is imported, which must be that of the process.
         from distilled_t5.train.estimate import estimate

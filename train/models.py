@@ -8,7 +8,7 @@ from pathlib import Path
 import comfy.model_management
 from torch.nn import Module
 
-from ..diffusion.files import check_guidance, open_diffusion_model
+from ..diffusion.files import check_guidance, open_diffusion_model, use_one_thread_if_small
 from ..diffusion.frozen import FrozenModel, held_bytes
 from ..encoder.metadata import StudentMetadata
 from ..encoder.teacher import Teacher, load_teacher
@@ -33,6 +33,7 @@ def load_frozen_model(recipe: Recipe) -> FrozenModel:
         path = smoke_models.diffusion_model_file(Path(scratch)) if stand_in else model_file(part.file, "diffusion_models")
         model = open_diffusion_model(path, part.dtype, recipe.family)
     check_guidance(path.name, model, recipe.sampling.guidance)
+    use_one_thread_if_small(model)
     return model
 
 

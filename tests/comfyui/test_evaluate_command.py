@@ -228,7 +228,7 @@ def test_encoders_are_found_once_each_under_names_of_their_own(whole, tmp_path):
 
 def test_a_text_is_what_clip_text_encode_gives_and_brackets_are_only_brackets(whole):
     path = whole.base / "models" / "text_encoders" / "student.safetensors"
-    encoder = LoadedEncoder.load(EncoderFile("student", path, None))
+    encoder = LoadedEncoder.load(EncoderFile("student", path, None), FAMILIES["flux"])
     [(expected, extras)] = encode(encoder.clip, "a red star")
     text = encoder.text("a red star")
     assert (text.text_1LD == expected).all() and (text.pooled_1P == extras["pooled_output"]).all()
