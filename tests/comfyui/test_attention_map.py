@@ -130,7 +130,7 @@ def test_the_word_of_the_teachers_clip_is_found_and_recorded_too(model, stand_in
     assert torch.equal(watched["samples"], plain["samples"])
     image, mask, info = shown(attention_, watched)
     assert image.shape == (1, 48, 64, 3)
-    # Enlarged, the extremes lie between the pixels.
+    # The map is interpolated, so the extremes fall between pixels.
     assert 0 <= mask.min() < 0.05
     assert 0.95 < mask.max() <= 1
     assert info.startswith("attention to 'fox' (2 T5 tokens), mean of 3 steps, 1 images: ")
@@ -231,7 +231,7 @@ def test_a_step_at_which_another_prompt_was_in_use_is_refused(model, clip):
     assert shown(attention_, latent, 3)[0].shape == (1, 48, 64, 3)
 
 
-def test_a_map_lies_over_the_picture_as_strongly_as_asked(model, clip):
+def test_the_map_is_blended_over_the_image_with_the_given_opacity(model, clip):
     recording, conditioning, attention_ = mapped(model, clip)
     latent, picture = sample(recording, conditioning, conditioning), torch.rand(1, 30, 40, 3)
     alone, mask, _ = shown(attention_, latent)
@@ -244,7 +244,7 @@ def test_a_map_lies_over_the_picture_as_strongly_as_asked(model, clip):
         shown(attention_, latent, 0, torch.rand(2, 30, 40, 3))
 
 
-def test_a_model_that_is_no_flux_is_refused(clip):
+def test_a_model_that_is_not_flux_is_refused(clip):
     other = SimpleNamespace(get_model_object=lambda _name: torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match=r"need a Flux model; this MODEL is a Linear[\s\S]*What to do: connect the MODEL of a Flux"):
         mapped(other, clip)

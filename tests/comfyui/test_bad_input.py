@@ -65,7 +65,7 @@ def xxl() -> dict[str, tuple[int, ...]]:
     return {name.removeprefix("encoder."): shape for name, shape in StudentLayout.named("xxl", output_width=None).tensors().items()}
 
 
-def lying(path: Path) -> None:
+def wrong_metadata(path: Path) -> None:
     published_file(path, STUDENT, {"distilled_t5.format_version": "1", "distilled_t5.projection": "none"})
 
 
@@ -108,7 +108,7 @@ FILES: dict[str, tuple[Maker, tuple[str, ...]]] = {
         lambda path: published_file(path, changed(encoder__shared__weight=torch.zeros(*TABLE, dtype=torch.int8))),
         (f"  {SHARED}: I8\n", "BF16"),
     ),
-    "metadata that lies": (lying, ("distilled_t5.projection = 'none'", "a projection")),
+    "wrong metadata": (wrong_metadata, ("distilled_t5.projection = 'none'", "a projection")),
     "other data than its hash says": (damaged, ("changed or damaged", "Expected 1212", "Got")),
 }
 
@@ -308,7 +308,7 @@ def test_link_in_the_folder_that_leads_out_of_it_is_not_followed(models, tmp_pat
     assert not list((tmp_path / "outside").iterdir())
 
 
-def test_folder_that_cannot_be_made_is_said_with_advice(models):
+def test_folder_that_cannot_be_created_is_reported_with_advice(models):
     (models / "link").symlink_to(models / "nothing")
     clip = load("good.safetensors")
     message = refusal(lambda: DistilledT5Save.execute(clip, "link/mine", "as loaded"), OSError)
@@ -383,7 +383,7 @@ class OtherClip:
         return {"g": [[(49406, 1.0)]]}
 
 
-def test_clip_of_another_kind_is_told_apart(models):
+def test_a_clip_without_a_distilled_t5_is_refused(models):
     message = refusal(lambda: DistilledT5Save.execute(OtherClip(), "mine", "as loaded"), ValueError)
     assert "is not a distilled T5" in message
     assert "Distilled T5 Loader" in message

@@ -87,7 +87,7 @@ def test_gradients_are_the_same_through_weights_that_are_cast_for_every_use(file
 
 
 def test_what_overflows_in_float16_and_is_cut_off_has_no_gradient_either_way(flow):
-    """The host replaces what is not finite, which has no gradient: the last products of a block count there and are computed again."""
+    """ComfyUI replaces values that are not finite, which have no gradient, so the last products of a block are computed again here."""
     model = copy.deepcopy(flow.model.diffusion_model).half()
     with torch.no_grad():
         model.double_blocks[0].txt_mlp[2].bias[:1] = float("inf")
@@ -116,7 +116,7 @@ def test_the_last_products_of_blocks_are_not_computed_again(flow):
     again = (backward[True] - backward[False]) / BATCH
     forward = WORLD.forward_flops()["diffusion_model"]
     expected = (WORLD.checkpointed_forwards() - 3) * forward
-    # Embedders and last layer, a few percent here, are no blocks.
+    # The embedders and the last layer, a few percent of the operations, are not in blocks.
     assert 0.9 * expected < again < expected
     assert again < 0.65 * forward
 

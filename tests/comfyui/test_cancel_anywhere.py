@@ -1,4 +1,4 @@
-"""Cancel, pressed at a known moment of loading or saving in this process: every long part hears it, and nothing stays behind."""
+"""Cancel at a known moment of loading or saving in this process: every long part stops, and no partial file or model remains."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def student(tmp_path: Path) -> Path:
 
 
 class Listener:
-    """Hears the progress of something and presses Cancel at one call (never if None)."""
+    """Records reported progress and cancels at call number `cancel_at` (never if None)."""
 
     def __init__(self, cancel_at: int | None = None) -> None:
         self.heard: list[tuple[int, int]] = []
@@ -57,10 +57,10 @@ def assert_every_call_can_cancel(act: Callable[[Listener], object], calls: list[
         listener = Listener(cancel_at=call)
         with pytest.raises(InterruptProcessingException):
             act(listener)
-        assert len(listener.heard) == call + 1, "it went on after the Cancel"
+        assert len(listener.heard) == call + 1, "it continued after the cancel"
 
 
-def test_every_part_of_loading_hears_cancel_and_the_bar_never_runs_backwards(student, clip_l):
+def test_cancel_stops_every_part_of_loading_and_progress_never_decreases(student, clip_l):
     with safe_open(clip_l, "pt") as file:
         of_clip_l = len(file.keys())
 
@@ -78,14 +78,14 @@ def test_every_part_of_loading_hears_cancel_and_the_bar_never_runs_backwards(stu
     assert_every_call_can_cancel(load, [0, of_clip_l // 2, nothing_yet - 1, nothing_yet + 1, nothing_yet + TENSORS + 1, len(heard) - 1])
 
 
-def test_every_part_of_taking_the_weights_out_hears_cancel(student):
+def test_cancel_stops_every_part_of_reading_the_weights_from_a_clip(student):
     clip = load_encoder(str(student), None, ServingOptions()).clip
 
     def take(listener: Listener) -> None:
         student_tensors(clip, torch.float32, listener)
 
     heard = heard_in(take)
-    # Before and after the host brings the model into memory, then once a tensor.
+    # Before and after ComfyUI loads the model into memory, then once per tensor.
     assert heard == [(0, TENSORS)] * (TENSORS + 2)
     assert_every_call_can_cancel(take, list(range(TENSORS + 2)))
 
@@ -108,7 +108,7 @@ def test_cancel_while_the_file_is_half_written_leaves_nothing(models, student, m
             half_written.append(path.stat().st_size)
             comfy.model_management.interrupt_current_processing()
 
-    # The host shows ten steps a second; here every one, however fast the machine is.
+    # ComfyUI shows at most ten updates per second; show every one here, however fast the machine is.
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", press_cancel_when_it_is_there)
     monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", -1.0, raising=False)
     monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_PERCENT", -1.0, raising=False)

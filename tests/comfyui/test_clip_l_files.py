@@ -34,7 +34,7 @@ OPENAI_NAMES = {
 
 
 def openai_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a CLIP-L as OpenAI and OpenCLIP lay it out: query, key and value in one, the projection transposed."""
+    """Convert CLIP-L tensors to the layout of OpenAI and OpenCLIP: query, key and value in one tensor, the projection transposed."""
     made = {"text_projection": tensors["text_projection.weight"].T.contiguous(), "logit_scale": torch.tensor(4.6)}
     for name, tensor in tensors.items():
         if "q_proj" in name:
@@ -186,7 +186,7 @@ CLIP_L_FILES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize(("make", "parts"), CLIP_L_FILES.values(), ids=CLIP_L_FILES)
-def test_what_is_no_whole_clip_l_is_refused_and_nothing_is_loaded(folder, make, parts):
+def test_an_incomplete_or_invalid_clip_l_is_refused_and_nothing_is_loaded(folder, make, parts):
     make(folder / "bad.safetensors")
     loaded = list(comfy.model_management.current_loaded_models)
     with pytest.raises(StudentFileError) as caught:
@@ -208,7 +208,7 @@ OTHER_CLIPS = {
 
 
 @pytest.mark.parametrize("shapes", OTHER_CLIPS.values(), ids=OTHER_CLIPS)
-def test_both_places_say_the_same_of_a_clip_that_cannot_be_used(folder, shapes):
+def test_a_clip_that_is_not_clip_l_is_refused_as_clip_l_and_as_a_student(folder, shapes):
     path = sparse_file(folder / "other.safetensors", shapes, "F16")
     assert "is a CLIP, but not CLIP-L" in refusal(path)
     with pytest.raises(StudentFileError) as caught:

@@ -122,7 +122,7 @@ def line_of(process: subprocess.Popen[bytes], folder: Path, start: str) -> str:
 
 
 def still_working_in(folder: Path, awaited: bool) -> list[list[str]]:
-    """Command lines of the processes that name a folder, as soon as there are some, or are none."""
+    """Command lines of the ComfyUI processes that name a folder. Wait until there are some, or until all have ended."""
     deadline = time.monotonic() + 60
     while True:
         lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
@@ -157,7 +157,7 @@ def test_serve_leaves_no_comfyui_behind_however_it_is_stopped(comfyui_path: Path
         assert still_working_in(tmp_path / "base", awaited=False) == []
 
 
-def test_serve_says_it_when_the_port_is_taken(comfyui_path: Path) -> None:
+def test_serve_reports_a_port_in_use(comfyui_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         done = subprocess.run(command("serve", comfyui_path, "--port", port), capture_output=True, text=True, check=False, timeout=120)

@@ -204,7 +204,7 @@ def suite_of(whole: World, *settings: str) -> Any:
     return load_suite(str(whole.base / "tiny.toml"), settings)
 
 
-def test_flags_that_decide_numbers_are_told_and_others_are_not(monkeypatch):
+def test_flags_that_affect_results_are_recorded_and_others_are_not(monkeypatch):
     before = computed_with()
     assert (before["device"], before["flags of ComfyUI"]) == ("cpu", "cpu=True")
     monkeypatch.setattr(comfy.cli_args.args, "lowvram", True)

@@ -119,7 +119,7 @@ def compbench_score(suite: Suite, category: str, prompt: str, picture: np.ndarra
 
 
 def check_text_and_compbench(suite: Suite, out: Path, found: dict[str, Any]) -> None:
-    """What the quick suite and the paper's have in common, again from the pictures as they lie there."""
+    """Compute the scores that both suites have in common again, from the saved images."""
     reader = make_reader("tesseract", None, ("en",))
     targets = [one.target or "" for one in common_text("validation", 3, 0)]
     for encoder in ENCODERS:
@@ -143,7 +143,7 @@ def check_text_and_compbench(suite: Suite, out: Path, found: dict[str, Any]) -> 
     assert page.count("data:image/png") >= 1
 
 
-def test_the_quick_suite_runs_whole(comfyui_path, place):
+def test_the_quick_suite_runs_completely(comfyui_path, place):
     suite, out = evaluated(comfyui_path, place, "quick")
     found = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert list(found["tasks"]) == ["common_text", *PROMPTS]
@@ -151,7 +151,7 @@ def test_the_quick_suite_runs_whole(comfyui_path, place):
 
 
 @pytest.mark.full
-def test_the_papers_suite_runs_whole(comfyui_path, place):
+def test_the_papers_suite_runs_completely(comfyui_path, place):
     weights = [
         f"clip_score.weights={save_clip(place.base / 'clip')}",
         f"fid.weights={save_inception(place.base / 'inception.safetensors')}",

@@ -10,8 +10,6 @@ import torch
 from distilled_t5.evaluate.local_weights import load_file
 from distilled_t5.tests.support.tiny_judges import save_alexnet
 
-pytestmark = pytest.mark.one_host
-
 
 def test_a_pth_file_is_read_as_its_safetensors_twin(tmp_path):
     published, twin = (load_file(save_alexnet(tmp_path / name), "LPIPS", "somewhere") for name in ("a.pth", "a.safetensors"))

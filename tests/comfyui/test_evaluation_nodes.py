@@ -40,7 +40,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def cancelled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Presses Cancel at the given look of the host's for it."""
+    """Cancels at the given check for an interrupt in ComfyUI."""
 
     def press(at: int) -> None:
         looks = iter(range(at))
@@ -189,7 +189,7 @@ def test_an_encoder_at_rest_is_loaded_again_and_no_other_model_is_moved(clip, tm
     assert torch.equal(embedding(clip), expected)
 
 
-def test_medians_are_told_with_their_spread_and_an_encoder_that_stays_is_named():
+def test_medians_are_reported_with_their_range_and_encoders_that_stay_on_their_device_are_named():
     one = Cost("A", 1_500_000, 3_000_000, 256, "cuda:0", "cpu", (0.1, 0.3, 0.2), (1.0, 1.0, 4.0), (2.0, 2.0, 2.0))
     two = Cost("B", 1, 1, 256, "cpu", "cpu", (0.0,), (0.0,), (0.0,))
     assert cost.rows([one])[1] == [
@@ -207,7 +207,7 @@ def test_cancel_ends_the_report_between_two_measurements(clip, cancelled):
 
 
 @pytest.mark.parametrize("node, inputs", [(DistilledT5EncoderReport, ("x", 1)), (DistilledT5EncoderMap, (PROMPTS, 0))])
-def test_without_a_clip_or_with_one_without_t5_it_is_told_what_to_connect(node, inputs):
+def test_without_a_clip_with_t5_the_error_says_what_to_connect(node, inputs):
     with pytest.raises(ValueError, match=r"There is no CLIP[\s\S]*What to do: connect a Distilled T5 Loader"):
         node.execute(None, *inputs)
     other = SimpleNamespace(
@@ -221,7 +221,7 @@ def test_without_a_clip_or_with_one_without_t5_it_is_told_what_to_connect(node, 
         node.execute(other, *inputs)
 
 
-def test_a_map_of_two_encoders_has_the_points_of_both_and_tells_how_they_spread(clip):
+def test_a_map_of_two_encoders_shows_the_points_of_both_and_reports_their_spread(clip):
     image, info = DistilledT5EncoderMap.execute(clip, PROMPTS, 0, clip).args
     assert image.shape == (1, 768, 768, 3)
     assert info.splitlines()[0].startswith("T5 of width 64, 3 layers: mean distance ")
@@ -286,7 +286,7 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(cl
 
 
 def test_importing_the_nodes_imports_nothing_heavy(comfyui_path: Path, pack_root: Path):
-    """The host has torch, numpy and Pillow anyway."""
+    """ComfyUI imports torch, numpy and Pillow itself."""
     import subprocess
     import sys
 

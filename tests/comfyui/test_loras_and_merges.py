@@ -116,12 +116,12 @@ def test_merging_two_students_averages_their_weights(clip, folder, text_encoders
         torch.testing.assert_close(weights[name], 0.75 * second[name] + 0.25 * first[name], atol=1e-5, rtol=1e-5)
 
 
-def test_a_merge_is_saved_whole_when_the_host_has_not_patched_the_weights_in_place(clip, folder, text_encoders, monkeypatch):
+def test_a_merge_is_saved_completely_when_comfyui_has_not_patched_the_weights_in_place(clip, folder, text_encoders, monkeypatch):
     """With dynamic VRAM, or memory for a part only, weights stay as they are and are patched on their way out."""
     other = serve(student_file(folder, name="other.safetensors", seed=1), text_encoders / "clip_l.safetensors").clip
     merged = CLIPMergeSimple().merge(clip, other, 0.25)[0]
     merged.patcher.detach()
-    if hasattr(merged, "state_dict_for_saving"):  # hosts before 0.24 always patch in place
+    if hasattr(merged, "state_dict_for_saving"):  # ComfyUI before 0.24 always patches in place
         monkeypatch.setattr(merged, "load_model", lambda *_: merged.patcher)
     weights = student_tensors(merged)
     first, second = random_tensors(TINY, 0), random_tensors(TINY, 1)

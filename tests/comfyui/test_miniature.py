@@ -193,7 +193,7 @@ def test_the_products_trainer_makes_a_student_of_it_that_the_loader_serves(made,
     assert text_BLD.shape == (1, TOKEN_LENGTH, open_student(place(made, TEACHER_FILE)).layout.d_model)
 
 
-def test_stock_nodes_and_the_hosts_sampler_make_a_picture_of_the_three_files(made):
+def test_stock_nodes_and_comfyuis_sampler_generate_an_image_from_the_three_files(made):
     add_model_folders(made)
     [model] = nodes.UNETLoader().load_unet(FLUX_FILE, "default")
     [vae] = nodes.VAELoader().load_vae(VAE_FILE)
@@ -209,7 +209,7 @@ def test_stock_nodes_and_the_hosts_sampler_make_a_picture_of_the_three_files(mad
 
 @torch.no_grad()
 def velocities(module: Any, patcher: Any) -> tuple[Tensor, Tensor]:
-    """The same velocity from the module itself, and from a loaded model by the trainer's own road, the host's apply_model."""
+    """The velocity from the module itself, and from a loaded model through ComfyUI's apply_model, as the trainer computes it."""
     loaded, batch = FrozenModel(patcher, FAMILIES["flux"]), flow.draw_batch(0, 0, 4)
     loaded.load()
     text, pooled = torch.randn(4, TOKEN_LENGTH, 128, generator=torch.Generator().manual_seed(1)), torch.zeros(4, 768)
@@ -219,7 +219,7 @@ def velocities(module: Any, patcher: Any) -> tuple[Tensor, Tensor]:
 
 
 def test_the_lora_that_is_trained_is_the_one_that_the_stock_loader_applies(made, tmp_path):
-    """Strong random values in it: the trained Flux with its parametrised weights and the patched one of the host give one velocity."""
+    """With large random values, the trained Flux with parametrised weights and the Flux patched by ComfyUI give equal velocities."""
     flux = load_flux(place(made, FLUX_FILE), 128)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

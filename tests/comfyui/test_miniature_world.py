@@ -74,7 +74,7 @@ def least(encoder: str, tasks: Sequence[str], count: int, share: float = 1.0) ->
     shares = [share * by_name[Path(encoder).stem][task]["value"] for task in tasks]
     spread = math.sqrt(sum(count * one * (1 - one) for one in shares))
     floor = math.floor(count * sum(shares) - 2 * spread)
-    assert floor > 0, "a floor of nothing is no test"
+    assert floor > 0, "the lower bound must be positive to test anything"
     return floor
 
 

@@ -89,7 +89,7 @@ def test_dtype_is_that_of_the_students_weights(models, dtype, torch_dtype):
     "flag, expected",
     [("fp8_e4m3fn_text_enc", torch.float8_e4m3fn), ("bf16_text_enc", torch.bfloat16), ("fp32_text_enc", torch.float32)],
 )
-def test_the_hosts_flags_for_text_encoders_decide_the_dtype(models, monkeypatch, flag, expected):
+def test_comfyuis_text_encoder_flags_set_the_dtype(models, monkeypatch, flag, expected):
     monkeypatch.setattr(args, flag, True)
     clip, info = load()
     assert torch.isfinite(embedding(clip)).all()
@@ -182,7 +182,7 @@ def test_save_keeps_metadata_converts_and_never_overwrites(models):
     assert not list(models.rglob("*.part"))
 
 
-def test_save_refuses_a_clip_that_is_no_student(models):
+def test_save_refuses_a_clip_that_is_not_a_student(models):
     with pytest.raises(ValueError, match="not a distilled T5"):
         DistilledT5Save.execute(object(), "x", "as loaded")
 
@@ -210,7 +210,7 @@ def _frozen(schema: Any) -> dict[str, Any]:
 
 
 def _set(slot: Any) -> dict[str, Any]:
-    """What an input or output says besides its tooltip; hosts differ in what it could say."""
+    """The attributes of an input or output that are set, except its tooltip; which ones exist depends on the version of ComfyUI."""
     return {
         name: value for name, value in vars(slot).items() if value is not None and value is not False and value != {} and name != "tooltip"
     }

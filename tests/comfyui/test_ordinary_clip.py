@@ -177,7 +177,7 @@ def test_the_second_prompt_loads_nothing(clip, caplog):
     assert not [line for line in caplog.messages if "load" in line.lower()]
 
 
-def test_memory_is_the_hosts_affair(clip):
+def test_comfyui_manages_the_memory(clip):
     assert type(clip.patcher) is comfy.model_patcher.CoreModelPatcher
     assert clip.patcher.model is clip.cond_stage_model
     loaded = [model.model for model in comfy.model_management.current_loaded_models]
@@ -185,7 +185,7 @@ def test_memory_is_the_hosts_affair(clip):
     assert clip.patcher in loaded or any(model.model is clip.patcher for model in comfy.model_management.current_loaded_models)
 
 
-def test_the_host_can_make_its_second_copy(clip):
+def test_comfyui_can_make_a_second_copy(clip):
     make, arguments = clip.patcher.cached_patcher_init
     copy = make(*arguments, disable_dynamic=True)
     assert copy is not clip.patcher

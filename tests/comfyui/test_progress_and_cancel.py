@@ -35,7 +35,7 @@ def _no_copies_stay(host: ComfyServer) -> Iterator[None]:
 
 
 def load_and_save(seed: int, saves: int = 1) -> dict[str, Any]:
-    """Load T5-Base and save copies; another `seed` makes it a prompt that the host has not answered before."""
+    """Load T5-Base and save copies; a new `seed` makes it a prompt that ComfyUI has not cached."""
     prompt = {"load": {"class_type": "DistilledT5Loader", "inputs": loader(seed), "_meta": {"title": "Load"}}}
     for number in range(saves):
         inputs = {"clip": ["load", 0], "filename": f"copy_{seed}_{number}", "dtype": "as loaded"}

@@ -1,4 +1,4 @@
-"""What can go wrong with a run: each is a sentence that says what was expected, what came and what to do, and no work is lost."""
+"""Failures of a run: each error says what was expected, what was given and what to do, and no work is lost."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def models(stand_ins: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
-    """A folder of files that are no models, or no whole ones."""
+    """A folder of incomplete models and of files that are not models."""
     folder = tmp_path_factory.mktemp("broken")
     flux = drawn(FLUX.tensors(), seed=2)
     safetensors.torch.save_file(
@@ -86,7 +86,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
         ("controlnet/flux-canny-controlnet-v3.safetensors", "unet missing: ['final_layer"),
     ],
 )
-def test_a_file_of_another_kind_is_no_diffusion_model(models, file, message):
+def test_a_file_that_is_not_a_diffusion_model_is_refused(models, file, message):
     said = refusal(f"diffusion_model.file={models / file}")
     assert message in said
     assert said.endswith("name a complete Flux.1 file (.safetensors) of models/diffusion_models in diffusion_model.file.")
@@ -109,7 +109,7 @@ def test_a_file_of_another_kind_is_no_diffusion_model(models, file, message):
         ("fill.safetensors", "takes 96 channels, expected the 16 of a latent"),
     ],
 )
-def test_a_diffusion_model_that_is_not_whole_or_wants_more_than_a_latent_is_refused(broken, file, message):
+def test_a_diffusion_model_that_is_incomplete_or_needs_more_than_a_latent_is_refused(broken, file, message):
     assert message in refusal(f"diffusion_model.file={broken / file}")
 
 
@@ -121,24 +121,24 @@ def test_a_diffusion_model_that_is_not_whole_or_wants_more_than_a_latent_is_refu
         ("vae/ae.safetensors", "ae.safetensors is a VAE"),
     ],
 )
-def test_a_teacher_that_is_no_t5_is_called_by_its_name(models, file, message):
+def test_a_teacher_that_is_not_a_t5_is_refused_by_its_kind(models, file, message):
     said = refusal(f"teacher.t5={models / file}")
     assert message in said
     assert "The teacher must be a complete T5-XXL or distilled T5" in said
     assert said.endswith("in teacher.t5.")
 
 
-def test_a_teacher_that_is_not_whole_is_refused(models, broken):
+def test_an_incomplete_teacher_is_refused(models, broken):
     for file in ("garbage", "cut", "empty"):
         assert f"{file}.safetensors is " in refusal(f"teacher.t5={broken / file}.safetensors")
-    # The stand-in has the embedding and the norms of a T5-XXL, and nothing between.
+    # The stand-in has only the embedding and the norms of a T5-XXL.
     t5xxl, clip_l = (f"{models}/text_encoders/{name}.safetensors" for name in ("t5xxl_fp16", "clip_l"))
     said = refusal(f"teacher.t5={t5xxl}", f"teacher.clip_l={clip_l}")
     assert "t5xxl_fp16.safetensors is not a complete T5-XXL: 167 of 219 tensors are missing" in said
 
 
 @pytest.mark.parametrize("dtype", ["F16", "F8_E4M3"])
-def test_a_whole_t5xxl_passes_with_whatever_else_its_file_holds(tmp_path, dtype):
+def test_a_complete_t5xxl_is_accepted_even_with_extra_tensors(tmp_path, dtype):
     shapes = {name.removeprefix("encoder."): shape for name, shape in StudentLayout.named("xxl", None).tensors().items()}
     extras = {"scaled_fp8": (2,), "encoder.block.0.layer.0.SelfAttention.q.scale_weight": (1,), "spiece_model": (790_000,)}
     check_large(sparse_file(tmp_path / "whole.safetensors", shapes | extras, dtype))
@@ -149,7 +149,7 @@ def test_a_whole_t5xxl_passes_with_whatever_else_its_file_holds(tmp_path, dtype)
         check_large(sparse_file(tmp_path / "packed.safetensors", packed, dtype))
 
 
-def test_a_clip_l_that_is_none_is_refused_for_either_kind_of_teacher(models):
+def test_a_file_that_is_not_clip_l_is_refused_for_either_kind_of_teacher(models):
     t5xxl = models / "text_encoders" / "t5xxl_fp16.safetensors"
     for teacher in ("stand-in", str(t5xxl)):
         said = refusal(f"teacher.t5={teacher}", f"teacher.clip_l={t5xxl}")
@@ -162,7 +162,7 @@ def test_a_teacher_of_another_width_than_the_diffusion_models_is_refused(broken)
     assert "gives text of width 512, but stand-in takes 4096" in refusal(f"teacher.t5={broken / 'narrow.safetensors'}")
 
 
-def test_teacher_and_student_exchanged_are_noticed_at_either_end(models, broken):
+def test_swapped_teacher_and_student_files_are_refused_in_both_places(models, broken):
     text_encoders = models / "text_encoders"
     exchanged = (
         f"teacher.t5={text_encoders / 'distilled_t5_base.safetensors'}",
@@ -188,7 +188,7 @@ def test_teacher_and_student_exchanged_are_noticed_at_either_end(models, broken)
         (["student.start={broken}/folder"], "holds no weights"),
     ],
 )
-def test_prompts_and_first_weights_that_are_none_are_refused(broken, settings, message):
+def test_invalid_prompts_and_initial_weights_are_refused(broken, settings, message):
     assert message in refusal(*(setting.format(broken=broken) for setting in settings))
 
 
@@ -276,7 +276,7 @@ def test_a_python_without_comfyuis_packages_is_named(tmp_path):
     assert "Traceback" not in said
 
 
-def test_an_output_folder_that_cannot_be_written_is_said_before_training(comfyui_path, tmp_path):
+def test_an_output_folder_that_cannot_be_written_is_reported_before_training(comfyui_path, tmp_path):
     (tmp_path / "base" / "models").mkdir(parents=True)
     (tmp_path / "base" / "models" / "text_encoders").write_text("a file in the folder's place")
     said = finish(command(comfyui_path, tmp_path / "base", tmp_path / "run"), tmp_path, code=1)

@@ -139,7 +139,7 @@ def limit_size_of_files(most_bytes: int) -> Callable[[], None]:
 
 
 @pytest.mark.full
-def test_a_damaged_newest_checkpoint_is_set_aside_and_a_full_disk_then_leaves_the_one_before_whole(comfyui_path, tmp_path, killed):
+def test_a_damaged_newest_checkpoint_is_set_aside_and_a_full_disk_leaves_the_previous_one_intact(comfyui_path, tmp_path, killed):
     run = Path(shutil.copytree(killed, tmp_path / "run"))
     *_, before, newest = checkpoints(run)
     damage(newest)
@@ -158,7 +158,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_a_full_disk_then_leaves_th
 
 
 @pytest.mark.full
-def test_a_rank_that_is_killed_ends_the_run_with_a_message_and_leaves_whole_checkpoints(comfyui_path, tmp_path):
+def test_killing_a_rank_ends_the_run_with_a_message_and_leaves_complete_checkpoints(comfyui_path, tmp_path):
     run = tmp_path / "run"
     endless = [*LONGER, "stage.1.steps=36000"]
     process = start(command(comfyui_path, tmp_path / "base", run, settings=endless), tmp_path, TWO_PROCESSES)
@@ -175,7 +175,7 @@ def test_a_rank_that_is_killed_ends_the_run_with_a_message_and_leaves_whole_chec
 
 @pytest.mark.full
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux limits the memory of a process that runs")
-def test_memory_that_runs_out_in_the_middle_ends_the_run_with_advice_and_leaves_whole_checkpoints(comfyui_path, tmp_path):
+def test_running_out_of_memory_during_training_ends_the_run_with_advice_and_leaves_complete_checkpoints(comfyui_path, tmp_path):
     run = tmp_path / "run"
     growing = [*LONGER, "stage.0.steps=40", "stage.1.resolution_px=2048"]
     process = start(command(comfyui_path, tmp_path / "base", run, settings=growing), tmp_path)

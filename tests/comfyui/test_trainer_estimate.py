@@ -57,7 +57,7 @@ def test_models_change_places_once_per_chunk_and_the_teacher_encodes_once_per_tr
     assert stage.hours == 4.0
 
 
-def test_ram_is_told_by_part_and_for_all_processes():
+def test_ram_is_reported_by_part_and_for_all_processes():
     parts = {"teacher and CLIP-L": 9_000_000_000, "nothing": 0, "a checkpoint, while it is saved": 1_500_000_000}
     alone, four = ram_lines(parts, 1), ram_lines(parts, 4)
     assert [line.split() for line in alone[1:3]] == [

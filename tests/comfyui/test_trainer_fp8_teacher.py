@@ -1,6 +1,6 @@
-"""A T5-XXL teacher in the forms in which people keep it, bf16, plain fp8 and scaled fp8: it says what its numbers say, and teaches.
+"""A T5-XXL teacher in the formats in use (bf16, plain fp8, scaled fp8): it encodes what its numbers give, and a student learns from it.
 
-The layout is small, since the trainer takes no T5-XXL that is not whole; the files are read by the host as it reads the large ones.
+The layout is small, since the trainer refuses an incomplete T5-XXL; ComfyUI reads these files as it reads those of full size.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, T
 
 @pytest.fixture(scope="module", params=[bf16, plain_fp8, scaled_fp8], ids=lambda form: form.__name__)
 def teacher(request: pytest.FixtureRequest, weights: tuple[Path, dict[str, Tensor]]) -> tuple[Teacher, dict[str, Tensor]]:
-    """The teacher as the host loads it in one form, and its numbers in float32."""
+    """The teacher as ComfyUI loads it in one format, and its numbers in float32."""
     folder, tensors = weights
     written = request.param(tensors)
     save_file(written, folder / "t5xxl.safetensors")

@@ -47,7 +47,8 @@ def started_with(comfyui: Path, *flags: str) -> list[str]:
     ("flags", "streams"),
     [((), "0"), (("--reserve-vram", "1.5"), "0"), (("--async-offload", "3"), "3"), (("--disable-async-offload",), "0")],
 )
-def test_weights_never_lie_in_buffers_that_are_written_over_unless_asked_for(comfyui_path, flags, streams):
+def test_asynchronous_offload_is_off_unless_requested(comfyui_path, flags, streams):
+    """Its buffers are reused, so weights that a gradient still needs would be overwritten."""
     reserved = "1.5" if "--reserve-vram" in flags else "None"
     assert started_with(comfyui_path, *flags) == ["True", streams, reserved]
 
@@ -61,11 +62,11 @@ def test_fast_products_without_a_gradient_are_refused_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_fast_accumulation_may_stay(comfyui_path):
+def test_fast_fp16_accumulation_is_accepted(comfyui_path):
     assert started_with(comfyui_path, "--fast", "fp16_accumulation") == ["True", "0", "None"]
 
 
-def test_a_torch_that_knows_no_accelerators_by_that_name_starts_too(comfyui_path):
+def test_training_starts_under_a_torch_without_torch_accelerator(comfyui_path):
     assert started_with(comfyui_path, "torch before 2.6") == ["True", "0", "None"]
 
 
@@ -84,7 +85,7 @@ def test_flags_that_only_comfyuis_server_applies_are_refused(comfyui_path, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_so_in_the_trainer_anyway_may_be_said(comfyui_path):
+def test_flags_that_match_the_trainers_own_settings_are_accepted(comfyui_path):
     assert started_with(comfyui_path, "--disable-all-custom-nodes", "--disable-dynamic-vram") == ["True", "0", "None"]
 
 

@@ -64,7 +64,7 @@ def weights(model: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def test_a_flux_of_full_size_has_the_weights_that_the_reckoning_starts_from():
+def test_a_full_size_flux_has_the_weights_that_the_estimate_assumes():
     model = flux(3072, (19, 38), device="meta", text_width=4096)
     assert weights(model) == 11_901_408_320
     assert max(map(weights, blocks_of(model, FAMILIES["flux"].block_lists))) == 339_831_296
@@ -73,7 +73,7 @@ def test_a_flux_of_full_size_has_the_weights_that_the_reckoning_starts_from():
 
 @pytest.mark.parametrize("checkpoint_blocks", [True, False], ids=["checkpointed", "kept"])
 @pytest.mark.parametrize("blocks", [(1, 1), (1, 3)], ids=["2 blocks", "4 blocks"])
-def test_the_diffusion_model_takes_what_is_reckoned_and_little_less(blocks, checkpoint_blocks):
+def test_the_diffusion_model_uses_no_more_memory_than_estimated_and_little_less(blocks, checkpoint_blocks):
     model = flux(512, blocks)
     text_BLD = torch.randn(2, TEXT_TOKENS, TEXT_WIDTH, requires_grad=True)
     latent_BCHW = torch.randn(2, 16, 32, 32)
@@ -98,7 +98,7 @@ def test_the_diffusion_model_takes_what_is_reckoned_and_little_less(blocks, chec
     ],
     ids=["wide", "deep and long", "shallow"],
 )
-def test_the_student_takes_what_is_reckoned_and_little_less(layout, length):
+def test_the_student_uses_no_more_memory_than_estimated_and_little_less(layout, length):
     student = DistilledT5(layout)
     token_ids_BL = torch.randint(layout.vocab_size, (2, length))
     for weight in student.parameters():

@@ -115,7 +115,7 @@ def test_a_student_equal_to_the_teacher_has_no_loss_and_no_gradient(flow, text, 
     torch.testing.assert_close(same.text_BLD, text.text_BLD, atol=1e-2, rtol=1e-2)
     loss_B, _ = gap_at(position(flow, same), flow, student, OBJECTIVES["velocity"])
     loss_B.sum().backward()
-    # The host's attention rounds differently with gradients on: 1e-7 of a velocity of about 1, squared.
+    # ComfyUI's attention rounds differently with gradients on: 1e-7 of a velocity of about 1, squared.
     assert loss_B.max() < 1e-12
     assert torch.stack([weight.grad.norm() for weight in student.parameters() if weight.grad is not None]).norm() < 1e-5
 
@@ -131,7 +131,7 @@ def test_the_trajectory_ignores_the_student(flow, text):
     assert torch.equal(ends[0], ends[1])
 
 
-def test_the_teachers_trajectory_ends_in_the_latent_of_the_hosts_own_sampler(patcher, flow, text):
+def test_the_teachers_trajectory_ends_in_the_latent_of_comfyuis_sampler(patcher, flow, text):
     from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 
     place = position(flow, text, batch=1)
@@ -220,7 +220,7 @@ def test_the_two_objectives_differ_as_they_should(flow, text):
     assert torch.equal(stayed.x, place.x) and not torch.equal(moved.x, place.x)
 
 
-def test_micro_batches_give_the_step_of_the_whole_batch(flow, text):
+def test_micro_batches_give_the_same_step_as_the_full_batch(flow, text):
     whole = position(flow, text, batch=8)
     halves = [
         replace(
@@ -272,7 +272,7 @@ def test_a_loss_that_is_not_finite_drops_the_step_and_ten_in_a_row_stop_the_run(
     assert trained.skipped == 10
 
 
-def test_a_velocity_that_is_not_finite_does_not_spoil_the_rest_of_its_trajectory(flow, text):
+def test_a_velocity_that_is_not_finite_does_not_affect_the_rest_of_its_trajectory(flow, text):
     place = position(flow, text, batch=2)
     _, velocity = gap_at(place, flow, lambda _ids: place.text_BLD, OBJECTIVES["velocity"])
     assert velocity is not None

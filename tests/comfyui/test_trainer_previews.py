@@ -103,14 +103,14 @@ def test_a_broken_vae_is_reported_and_changes_nothing(plain, tmp_path, content):
     assert not list((tmp_path / "run" / "samples").iterdir())
 
 
-def test_a_vae_that_is_not_there_is_said_before_any_model_is_loaded():
+def test_a_missing_vae_is_reported_before_any_model_is_loaded():
     loaded = list(comfy.model_management.current_loaded_models)
     with pytest.raises(ValueError, match=r"no_such\.safetensors was not found.*\n.*What to do"):
         open_workshop(load_recipe("smoke", [*SETTINGS, "preview.vae=no_such.safetensors"]), Ranks())
     assert comfy.model_management.current_loaded_models == loaded
 
 
-def test_the_teachers_picture_is_the_one_that_the_hosts_sampler_and_vae_give(workshop, vae):
+def test_the_teachers_image_equals_that_of_comfyuis_sampler_and_vae(workshop, vae):
     recipe, patcher = workshop.recipe, workshop.model.patcher
     [batch, _] = preview_batches(recipe)
     text = workshop.teacher.encode(batch.prompts, batch.drawn.token_length)

@@ -98,7 +98,7 @@ def state_at(run: Path, step: int) -> TrainerState:
 
 
 def measured(run: Path) -> list[dict[str, float]]:
-    """The metrics of a run without what the machine decides; the bands of a held-out loss each by itself."""
+    """The metrics of a run without those that depend on the machine; each band of a held-out loss is a separate metric."""
     left_out = ("samples_per_s", "ram_mb", "held_out_by_band")
     lines = [line | line.get("held_out_by_band", {}) for line in metrics(run)]
     return [{name: value for name, value in line.items() if name not in left_out} for line in lines]
@@ -116,7 +116,7 @@ def stop(process: subprocess.Popen[str], number: signal.Signals) -> str:
 
 
 def saved_by_stopping(run: Path, base: Path) -> int:
-    """The step at which a stopped run stands, once it is seen that all it left is whole."""
+    """The last step of a stopped run, after a check that everything it left is complete."""
     step = metrics(run)[-1]["step"]
     assert 0 < step < TOTAL_STEPS
     folders = sorted((run / "checkpoints").iterdir())

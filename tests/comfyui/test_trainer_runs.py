@@ -91,7 +91,7 @@ def test_stopping_and_going_on_gives_the_run_without_interruption_bit_for_bit(wh
 
 @pytest.mark.full
 def test_a_tiny_student_overfits_sixteen_prompts_through_the_command(comfyui_path, tmp_path):
-    """Each step's loss is taken on noise that was never seen before it, so the training loss is no memory of noise."""
+    """Each step draws new noise, so a low training loss cannot come from memorised noise."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"a {animal} on a sign\n" for animal in ANIMALS), encoding="utf-8")
     stages = ["resolution_px=32", "batch=4", "objective=velocity", f"corpora.0.path={prompts}"]
@@ -133,7 +133,7 @@ def test_ten_losses_in_a_row_that_are_not_finite_end_a_run_with_all_saved_and_it
     assert [step for step, loss in losses.items() if loss is not None] == [1, 2]
 
 
-def test_a_student_that_is_spoilt_ends_the_run_with_advice_and_takes_no_checkpoints_place(comfyui_path, tmp_path):
+def test_a_student_with_non_finite_weights_ends_the_run_with_advice_and_replaces_no_checkpoint(comfyui_path, tmp_path):
     settings = [*QUICK, "optimizer.warmup_steps=0", "optimizer.learning_rate=1e30", "checkpoints.every_steps=6"]
     said = finish(command(comfyui_path, tmp_path, tmp_path / "run", settings=settings), tmp_path, code=1)
     assert "the student's weights are no longer finite" in said
@@ -165,7 +165,7 @@ def test_a_run_that_is_there_is_not_started_over(whole, comfyui_path, tmp_path):
         ("preview.vae=1", "preview.vae"),
     ],
 )
-def test_what_does_not_fit_is_said_before_anything_is_trained(comfyui_path, tmp_path, setting, message):
+def test_invalid_settings_are_reported_before_training(comfyui_path, tmp_path, setting, message):
     said = finish(command(comfyui_path, tmp_path, tmp_path / "run", "--set", setting), tmp_path, code=1)
     assert message in said
     assert "What to do" in said
@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(comfyui_path, tmp_
     assert not (tmp_path / "run" / "checkpoints" / "step-000004").exists()
 
 
-def test_a_student_starts_from_a_hugging_face_folder_in_shards_that_lies_among_the_text_encoders():
+def test_a_student_starts_from_a_sharded_hugging_face_folder_in_text_encoders():
     recipe = load_recipe("smoke", ["student.start=flan-t5-tiny"])
     pretrained = T5EncoderModel(transformers_config(recipe.student.student_layout(4096)))
     pretrained.save_pretrained(Path(folder_paths.get_folder_paths("text_encoders")[0]) / "flan-t5-tiny", max_shard_size="5MB")

@@ -107,7 +107,7 @@ def test_a_running_comfyui_computes_the_embedding_that_the_trainer_computes(host
     with torch.no_grad():
         expected = student.train(False)(token_ids)
     numbers = printed_numbers(shown)
-    # torch shows as many of the first and of the last tokens and channels as the host has told it to, with at least four decimals.
+    # torch prints as many of the first and last tokens and channels as ComfyUI's print options allow, with at least four decimals.
     edge = math.isqrt(len(numbers)) // 2
     shown_at = torch.tensor([*range(edge), *range(-edge, 0)])
     assert edge >= 3

@@ -102,8 +102,8 @@ def test_teacher_and_diffusion_model_change_places_once_per_chunk(tmp_path, monk
     weights = sum(weight.numel() for weight in workshop.student.parameters())
     usable = usable_bytes(workshop.model.device)
     asked = {workshop.need.room(weights, has_moments, usable) for has_moments in (False, True)}
-    assert set(room) == asked, "the host is told to leave room for training, with AdamW's moments from the first step on"
-    # One prompt tells the teacher's width before training; the held-out ones are read once, for three validations.
+    assert set(room) == asked, "ComfyUI must leave room for training, with AdamW's moments from the first step on"
+    # One prompt gives the teacher's width before training; held-out prompts are encoded once for three validations.
     assert turns == ["teacher", "diffusion"] * (CHUNKS + 1)
     trained = [batch for stage, count in ((0, 1), (1, 5)) for number in range(count) for batch in workshop.schedule.batches(stage, number)]
     batches = [(batch.prompts, batch.drawn.token_length) for batch in [*trained, *workshop.schedule.held_out_batches()]]
@@ -111,8 +111,8 @@ def test_teacher_and_diffusion_model_change_places_once_per_chunk(tmp_path, monk
     assert sorted(encoded) == sorted([(("a",), 2), *batches])
 
 
-def test_after_a_resume_every_batch_is_encoded_in_the_company_it_had(encoded):
-    """Otherwise its last bits might differ on a GPU, which a small model on a CPU does not show."""
+def test_after_a_resume_every_batch_is_encoded_with_the_same_composition(encoded):
+    """On a GPU the last bits depend on batch composition, which a small model on a CPU does not show."""
     workshop = open_workshop(recipe(), Ranks())
     calls = []
     for first in (0, 1):
@@ -157,7 +157,7 @@ def test_the_size_of_chunks_changes_no_number(whole, tmp_path):
     assert losses(run) == losses(whole)
 
 
-def test_held_out_prompts_are_read_once_and_the_loss_is_that_of_reading_them_anew():
+def test_held_out_prompts_are_encoded_once_and_the_loss_equals_that_of_encoding_them_again():
     workshop = open_workshop(recipe(), Ranks())
     held_out = HeldOut(workshop)
     first, again = held_out.loss(), held_out.loss()
@@ -174,7 +174,7 @@ def teacher(request: pytest.FixtureRequest, stand_ins: Path, tmp_path_factory: p
 
 
 @pytest.mark.parametrize("prompt", PLAIN.values(), ids=PLAIN)
-def test_the_teacher_says_what_the_stock_node_encodes(teacher, prompt):
+def test_the_teachers_embedding_equals_that_of_the_stock_node(teacher, prompt):
     ours = teacher.encode([prompt], LENGTH)
     [[text_BLD, options]] = encode(teacher.clip, prompt)
     if text_BLD.shape[1] == LENGTH:
@@ -216,6 +216,6 @@ def test_a_run_with_clip_l_trains_on_its_pooled_vectors(stand_ins, tmp_path):
     assert by_band.keys() == without.keys() and by_band != without
 
 
-def test_a_held_out_loss_that_is_not_finite_is_not_the_best_for_ever():
+def test_a_non_finite_held_out_loss_does_not_stay_the_best():
     assert [lower(None, 2.0), lower(2.0, 1.0), lower(1.0, 2.0), lower(1.0, math.nan)] == [2.0, 1.0, 1.0, 1.0]
     assert [lower(math.nan, 2.0), lower(math.inf, 3.0)] == [2.0, 3.0]

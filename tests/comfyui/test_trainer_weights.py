@@ -55,7 +55,7 @@ def quantised_layers(flow: FrozenModel) -> list[Any]:
     return [module for module in flow.model.diffusion_model.modules() if getattr(module, "layout_type", None)]
 
 
-def test_quantised_weights_are_reckoned_as_they_are_held(flow: FrozenModel) -> None:
+def test_quantised_weights_are_estimated_at_the_size_they_are_held_in(flow: FrozenModel) -> None:
     # Those of other formats are float32 on a CPU.
     quantised = sum(layer.weight.numel() for layer in quantised_layers(flow))
     floats = sum(weight.numel() for weight in flow.model.diffusion_model.parameters()) - quantised

@@ -59,7 +59,7 @@ def texts(entry: dict[str, Any], prompt: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", sorted(set(EXAMPLE_NAMES) - {"save-a-copy", "t5xxl-vs-distilled"} - ON_THE_MINIATURE))
-def test_runs_and_gives_one_picture_of_the_asked_size(name: str, host: ComfyServer, object_info: dict[str, Any]) -> None:
+def test_runs_and_gives_one_image_of_the_requested_size(name: str, host: ComfyServer, object_info: dict[str, Any]) -> None:
     prompt = small_prompt(name, object_info)
     pictures = saved_pictures(host, prompt, host.run(prompt))
     assert [picture.size for picture in pictures] == [(SIDE_PX, SIDE_PX)]

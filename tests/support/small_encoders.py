@@ -48,8 +48,8 @@ def serve(path: Path, clip_l: Path | None = None, **options: Any) -> ServedEncod
 
 
 def stock_flux_clip(clip_l: Path) -> Any:
-    """The host's own Flux CLIP: the same CLIP-L, and a T5-XXL cut down to one thin layer of the full width."""
-    # ComfyUI knows a T5-XXL by this tensor alone; what is missing it leaves as allocated, so every weight that is used is given here.
+    """ComfyUI's own Flux CLIP: the same CLIP-L, and a T5-XXL reduced to one thin layer of full width."""
+    # ComfyUI detects a T5-XXL by this tensor alone and leaves missing weights uninitialised, so every weight that is used is given here.
     known_by = {"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": torch.zeros(8, 4096)}
     layout = StudentLayout(d_model=4096, d_ff=8, num_layers=1, num_heads=1, d_kv=8)
     tensors = {name.removeprefix("encoder."): tensor for name, tensor in random_tensors(layout).items()}

@@ -30,7 +30,7 @@ SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I
 
 
 def tiny_tensors(layout: StudentLayout = TINY, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, Tensor]:
-    """Random tensors of a layout by published name, all different; norms lie around 1."""
+    """Random tensors of a layout by published name, all different; norm weights are around 1."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for name, shape in layout.tensors().items()}
     return {name: (tensor + 1 if "layer_norm" in name else tensor).to(dtype) for name, tensor in drawn.items()}
@@ -63,7 +63,7 @@ def joined(header: Mapping[str, Any] | bytes, data: bytes) -> bytes:
 
 
 def taken_apart(file: bytes) -> tuple[dict[str, Any], bytes]:
-    """Header and data of the bytes of a safetensors file; ValueError if the header is no JSON."""
+    """Header and data of the bytes of a safetensors file; ValueError if the header is not valid JSON."""
     end = 8 + int.from_bytes(file[:8], "little")
     return json.loads(file[8:end]), file[end:]
 

@@ -31,7 +31,7 @@ BOUND_S = 400
 
 
 def command(comfyui: Path, base: Path, run: Path, *extra: str, settings: Sequence[str] = QUICK, recipe: str = "smoke") -> list[str]:
-    """The arguments of Python that train a recipe into `run`, under a ComfyUI whose models lie in `base`, on the CPU."""
+    """The Python arguments that train a recipe into `run` on the CPU, with ComfyUI's models in `base`."""
     sets = [part for setting in settings for part in ("--set", setting)]
     ours = [str(PACK / "train"), recipe, "--run", str(run), "--comfyui", str(comfyui), *sets, *extra]
     return [*ours, "--", "--base-directory", str(base), "--cpu"]

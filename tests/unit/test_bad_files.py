@@ -1,4 +1,4 @@
-"""Files that are no distilled T5: each refused, with what was expected, what was found, and what to do."""
+"""Files that are not a valid distilled T5: each is refused with what was expected, what was found and what to do."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_missing_and_extra_tensors_of_a_real_size_are_all_listed(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["I64", "I32", "I8", "F64"])
 @pytest.mark.parametrize("names", [[SHARED], list(TINY.tensors())], ids=["one", "all"])
-def test_tensors_that_are_no_floating_point_numbers_to_serve_are_listed(dtype, names, tmp_path):
+def test_tensors_of_an_unsupported_dtype_are_listed(dtype, names, tmp_path):
     kinds = {"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "F64": torch.float64}
     tensors = {name: tensor.to(kinds[dtype]) if name in names else tensor for name, tensor in tiny_tensors().items()}
     message = refusal(published_file(tmp_path / "integers.safetensors", tensors))

@@ -204,7 +204,7 @@ def test_no_list_of_wordfreq_is_shipped_and_no_list_trips_the_registrys_scanner(
     assert not [tripwire for tripwire in TRIPWIRES for text in files.values() if tripwire in text]
 
 
-def test_count_of_zero_is_no_prompts():
+def test_a_count_of_zero_gives_an_empty_list():
     for split in MIX:
         assert common_text(split, 0, 0) == []
 

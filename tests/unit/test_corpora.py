@@ -230,7 +230,7 @@ def test_folder_in_the_place_of_a_file_and_the_other_way_round(tmp_path):
         read_compbench(str(written(tmp_path, "color_train.txt", "a red fox")))
 
 
-def test_what_is_neither_a_file_nor_a_folder_is_not_read_for_ever():
+def test_a_path_that_is_neither_a_file_nor_a_folder_is_refused_without_reading():
     with pytest.raises(PromptError, match="neither a file nor a folder" if os.name == "posix" else "was not found"):
         read_file("/dev/zero", "lines")
 

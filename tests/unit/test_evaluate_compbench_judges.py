@@ -92,7 +92,7 @@ def test_depth_has_the_pictures_size(tmp_path):
 @pytest.mark.parametrize(
     ("judge", "source"), [(BlipVqa, "blip-vqa-base"), (TransformersDetector, "hustvl/yolos-base"), (TransformersDepth, "dpt-hybrid-midas")]
 )
-def test_a_missing_folder_is_told_with_where_to_fetch_it(tmp_path, judge, source):
+def test_a_missing_folder_is_reported_with_its_download(tmp_path, judge, source):
     with pytest.raises(ValueError, match=rf"there is no such folder\.\nWhat to do: download all of it.*{source}"):
         judge(tmp_path / "none")
 

@@ -32,8 +32,8 @@ def test_the_effective_rank_by_hand():
     assert effective_rank(cross(1, 0, 0)) == pytest.approx(1)
     shares = (0.5, 0.25, 0.25)  # the entropy is 1.5 ln 2
     assert effective_rank(cross(*shares)) == pytest.approx(2**1.5)
-    assert effective_rank(cross(*shares) + 100) == pytest.approx(2**1.5), "a common offset is no dimension"
-    assert effective_rank(1e-6 * cross(*shares)) == pytest.approx(2**1.5), "nor does the scale count"
+    assert effective_rank(cross(*shares) + 100) == pytest.approx(2**1.5), "a common offset does not add a dimension"
+    assert effective_rank(1e-6 * cross(*shares)) == pytest.approx(2**1.5), "the scale does not matter"
 
 
 def test_the_rank_of_one_point_many_times_is_zero():
@@ -93,7 +93,7 @@ def test_the_map_shows_the_points_of_each_encoder_in_its_colour_and_touches_no_g
 
 
 @pytest.mark.parametrize("metric", [pooled_distance, effective_rank, tsne])
-def test_what_is_no_set_of_finite_embeddings_is_refused(metric):
+def test_embeddings_that_are_too_few_misshapen_or_not_finite_are_refused(metric):
     for bad in (np.zeros((1, 4)), np.zeros(4), np.zeros((2, 3, 4))):
         with pytest.raises(ValueError, match=r"needs at least \d embeddings(.|\n)*What to do"):
             metric(bad)

@@ -132,7 +132,7 @@ def test_clip_scores_need_as_many_prompts_as_pictures(clip):
         scorer.scores([np.zeros((8, 8, 4), np.uint8)], ["one"])
 
 
-def test_a_folder_that_is_not_whole_is_refused_with_what_it_lacks(clip, tmp_path):
+def test_an_incomplete_folder_is_refused_with_what_it_lacks(clip, tmp_path):
     with pytest.raises(ValueError, match=r"there is no such folder\.\nWhat to do: download all of it.*clip-vit-base-patch32"):
         ClipScorer(tmp_path / "none")
     with pytest.raises(ValueError, match=r"it has no config\.json"):
@@ -148,7 +148,7 @@ def test_a_folder_that_is_not_whole_is_refused_with_what_it_lacks(clip, tmp_path
         ClipScorer(folder)
 
 
-def test_a_lost_tokenizer_or_preprocessor_is_told(clip, tmp_path):
+def test_a_missing_tokenizer_or_preprocessor_is_reported(clip, tmp_path):
     for lost, said in (
         ("tokenizer*", "lacks its tokenizer: expected tokenizer.json or"),
         ("*processor_config.json", "could not be loaded for CLIP"),

@@ -127,7 +127,7 @@ with Ranks.open("cpu") as ranks:
     told = {"stopped": [], "done": []}
     for signal_at in (2, None):
         done = []
-        # Only the second process hears the signal.
+        # Only the second process receives the signal.
         processes = Processes(ranks, lambda: ranks.rank == 1 and len(done) == signal_at)
         work = lambda number: done.append(number) or number * number / 3
         try:

@@ -34,7 +34,7 @@ def reader(request) -> Reader:
     return make_reader(request.param)
 
 
-def test_rendered_text_is_read_and_its_place_is_told(reader):
+def test_rendered_text_is_read_with_its_position(reader):
     upper, lower = sorted(reader.read(np.asarray(sign())), key=lambda line: line.box_px[1])
     for line, text, (left, top, right, bottom) in ((upper, "Hello World", (33, 55, 369, 105)), (lower, "Fresh bread", (34, 161, 286, 199))):
         assert line.text == text
@@ -73,7 +73,7 @@ def test_an_empty_picture_has_no_lines(reader):
         np.zeros((0, 8, 3), np.uint8),
     ],
 )
-def test_what_is_no_picture_is_refused(reader, image):
+def test_an_array_that_is_not_an_image_is_refused(reader, image):
     with pytest.raises(ValueError, match=r"uint8 \[height, width, 3\]: got \w+ \[[\d, ]+\](.|\n)*What to do"):
         reader.read(image)
 
@@ -147,7 +147,7 @@ def test_other_languages_want_other_files_and_impossible_mixtures_are_refused(tm
             make_reader("easyocr", tmp_path, languages)
 
 
-def test_the_usual_folder_is_easyocrs_own_if_it_is_whole(tmp_path, monkeypatch):
+def test_the_default_folder_is_easyocrs_own_if_it_is_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(easyocr.config, "MODULE_PATH", str(tmp_path))
     own = tmp_path / "model"
     assert readers._usual_folder(easyocr, FILES) == PUBLISHED
@@ -160,13 +160,13 @@ def test_the_usual_folder_is_easyocrs_own_if_it_is_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("module", "package"), [("easyocr", "easyocr"), ("cv2", "opencv-python-headless")])
-def test_without_easyocr_the_command_is_told(monkeypatch, module, package):
+def test_without_easyocr_the_error_gives_the_install_command(monkeypatch, module, package):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=f"needs the package {package}.\nWhat to do: run .*pip install {package}"):
         make_reader("easyocr")
 
 
-def test_without_tesseract_the_command_is_told(monkeypatch):
+def test_without_tesseract_the_error_gives_the_install_command(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"Tesseract is not installed(.|\n)*apt-get install tesseract-ocr"):
         make_reader("tesseract")
@@ -200,7 +200,7 @@ def test_an_unknown_reader_is_refused_with_the_names_of_those_there_are():
         make_reader("trocr")
 
 
-def test_tesseracts_own_complaint_reaches_the_user(monkeypatch):
+def test_tesseracts_own_error_message_reaches_the_user(monkeypatch):
     reader = TesseractReader()
     reader._languages = ["none such"]
     with pytest.raises(ValueError, match=r"Tesseract reports: (.|\n)*none such"):

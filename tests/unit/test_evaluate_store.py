@@ -30,7 +30,7 @@ def content(folder: ImageFolder) -> dict[int, bytes]:
     return {index: folder.file(index).read_bytes() for index in sorted(folder.present())}
 
 
-def test_a_batch_that_was_added_lies_there_picture_by_picture_and_nothing_else_does(tmp_path):
+def test_an_added_batch_is_stored_as_one_file_per_image_and_nothing_else(tmp_path):
     folder = folder_of(tmp_path / "images")
     folder.add({0: image(0), 2: image(2)})
     folder.add({100_000: image(100000)})
@@ -43,7 +43,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("fatal_call", range(1, 6))
-def test_a_kill_at_any_rename_loses_a_batch_whole_or_not_at_all(tmp_path, monkeypatch, fatal_call):
+def test_a_kill_at_any_rename_keeps_either_the_complete_batch_or_none_of_it(tmp_path, monkeypatch, fatal_call):
     """Three images: the first rename publishes the batch, the three replacements move the images to their places."""
     folder, calls = folder_of(tmp_path / "images"), 0
 

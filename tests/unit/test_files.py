@@ -109,7 +109,7 @@ def test_the_largest_finite_numbers_are_fine(tmp_path):
         check_finite(extreme, "file")
 
 
-def test_progress_is_told_and_can_stop_the_loading(tmp_path):
+def test_progress_is_reported_and_the_callback_can_stop_loading(tmp_path):
     student = open_student(published_file(tmp_path / "student.safetensors"))
     seen: list[tuple[int, int]] = []
     student.load(lambda done, total: seen.append((done, total)))
@@ -143,7 +143,7 @@ def test_what_could_not_be_read_is_not_written(change, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["missing", "file.txt"])
-def test_folder_that_cannot_take_the_file_is_said(folder, tmp_path):
+def test_folder_that_cannot_hold_the_file_is_reported(folder, tmp_path):
     (tmp_path / "file.txt").write_text("no folder")
     with pytest.raises(OSError, match=r"(?s)student.safetensors could not be written.*What to do: "):
         write_student(tmp_path / folder / "student.safetensors", tiny_tensors())

@@ -117,7 +117,7 @@ def test_all_missing_extra_and_wrong_tensors_are_listed():
     extra = [f"lm_head.{number}.weight" for number in range(300)]
     broken = {name: (3, 3) if name in wrong else shape for name, shape in shapes.items() if name not in missing}
     message = refusal(broken | dict.fromkeys(extra, (4,)))
-    # The blocks end at the gap, so what lies behind it does not belong.
+    # The blocks end at the gap, so later blocks are extra tensors.
     for name in [*extra, *(f"encoder.encoder.block.{block}.layer.0.SelfAttention.q.weight" for block in range(8, 24))]:
         assert f"  {name}\n" in message
     for name in [name for name in missing if ".block.7." not in name and int((name + ".block.0.").split("block.")[1].split(".")[0]) < 7]:
@@ -142,7 +142,7 @@ def test_each_single_wrong_shape_is_refused(name):
     assert str(list(one_more)) in message or name in (SHARED, POSITION_BIAS)
 
 
-def test_all_telling_tensors_that_are_missing_are_named_at_once():
+def test_all_missing_tensors_that_identify_a_t5_are_named_at_once():
     telling = [SHARED, POSITION_BIAS, f"{FIRST}.0.SelfAttention.q.weight", f"{FIRST}.1.DenseReluDense.wi_0.weight"]
     message = refusal({name: shape for name, shape in TINY.tensors().items() if name not in telling})
     for name in telling:

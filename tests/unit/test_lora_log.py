@@ -51,7 +51,7 @@ def host_log(clock: list[float]) -> Iterator[tuple[logging.Logger, list[str]]]:
 def load_lora(logger: logging.Logger, keys: list[str]) -> None:
     """Log keys without a place as ComfyUI's comfy.lora.load_lora does."""
     for key in keys:
-        logger.warning("lora key not loaded: {}".format(key))  # noqa: UP032 (as in the host)
+        logger.warning("lora key not loaded: {}".format(key))  # noqa: UP032 (as in ComfyUI)
 
 
 def test_hundreds_of_t5xxl_keys_give_one_line(host_log):

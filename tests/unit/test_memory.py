@@ -51,7 +51,7 @@ def test_parts_of_schnell_24gb_by_hand():
     assert need.least == need.total - 11_891_178_560
 
 
-def test_room_is_all_but_what_lies_on_the_device_already():
+def test_room_excludes_what_is_already_on_the_device():
     recipe, weights = load_recipe("schnell-24gb"), 129_551_488
     need = need_of(recipe, SCHNELL_FP8)
     # The student's float32 weights are there before the first step; gradients and moments come with it, moments stay.
@@ -59,22 +59,22 @@ def test_room_is_all_but_what_lies_on_the_device_already():
     assert need.room(weights, True, 24 * GIB) == need.room(weights, False, 24 * GIB) - 8 * weights
 
 
-def test_weights_that_are_used_as_they_lie_need_room_only_where_some_come_from_ram():
+def test_weights_used_without_a_cast_need_room_only_if_some_come_from_ram():
     recipe, weights = load_recipe("flux-dev-paper", ["diffusion_model.checkpoint_blocks=false"]), 129_551_488
     need = need_of(recipe, DEV_BF16)
-    # A graph without checkpoints keeps all that was brought over.
+    # Without checkpoints the graph keeps all weights copied to the GPU.
     here = need.room(weights, False, need.total)
     assert here == need.total - 2 * DEV_WEIGHTS - 4 * weights
     assert need.room(weights, False, need.total - 1) == here + 2 * DEV_WEIGHTS, (
-        "a graph without checkpoints keeps all that was brought over"
+        "without checkpoints the graph keeps all weights copied to the GPU"
     )
 
 
-def test_the_stage_of_the_largest_pictures_decides_for_the_papers_recipe():
+def test_the_stage_with_the_largest_images_sets_the_need_of_the_papers_recipe():
     need = need_of(load_recipe("flux-dev-paper"), DEV_BF16)
     assert need.stage == "written-words"
     assert need.parts["inputs of 57 blocks"] == 57 * 4 * (4096 + 512) * 3072 * 2
-    # bf16 weights on the GPU are used as they lie; those that come from RAM lie on the GPU a second time while a block is at work.
+    # bf16 weights on the GPU are used without a copy; weights in RAM are copied to the GPU while their block is computed.
     assert need.parts["copies of its weights"] == 0
     assert need.least == need.total - 2 * DEV_WEIGHTS + 2 * DOUBLE_BLOCK
 
@@ -93,7 +93,7 @@ def test_the_embedding_objective_needs_nothing_of_the_diffusion_models_activatio
     assert not any("block" in name for name in need_of(recipe, SCHNELL_FP8).others)
 
 
-def test_on_a_cpu_everything_lies_in_ram_the_teacher_too():
+def test_on_a_cpu_everything_including_the_teacher_is_in_ram():
     need = need_of(
         load_recipe("schnell-24gb"), dataclasses.replace(SCHNELL_FP8, held_bytes=4 * SCHNELL_WEIGHTS, compute_bytes=4), on_gpu=False
     )
@@ -128,7 +128,7 @@ def test_too_little_memory_is_refused_with_what_is_needed_what_is_there_and_the_
     assert message.endswith("the shipped recipe schnell-16gb is made for this much memory.")
 
 
-def test_what_is_just_enough_passes_and_a_byte_less_does_not():
+def test_exactly_enough_memory_is_accepted_and_one_byte_less_is_refused():
     recipe = load_recipe("schnell-12gb")
     need = need_of(recipe, SCHNELL_FP8)
     check_memory(need, recipe, need.least, "cuda:0")

@@ -194,7 +194,7 @@ def test_the_average_is_of_the_last_steps():
         torch.testing.assert_close(trainee.average[name], (before[name] + weight.detach()) / 2)
 
 
-def test_the_teachers_file_is_a_whole_encoder_that_says_it_has_no_projection(tmp_path):
+def test_the_teachers_file_is_a_complete_encoder_whose_metadata_says_that_it_has_no_projection(tmp_path):
     weights = Pretraining(TINY, seed=0).state_dict()
     file = open_student(save_teacher(tmp_path / "t.safetensors", weights, TINY, {}, torch.float32))
     assert file.layout == TINY
@@ -202,7 +202,7 @@ def test_the_teachers_file_is_a_whole_encoder_that_says_it_has_no_projection(tmp
     assert torch.equal(file.load()["encoder.shared.weight"], weights["t5.shared.weight"])
 
 
-def test_the_vae_leaves_scale_one_and_the_pictures_latents_lie_between_minus_one_and_one():
+def test_the_vae_scale_is_one_and_latents_of_images_are_between_minus_one_and_one():
     assert float(vae_tensors()["vae_scale"]) == 1.0
     latent = latents(torch.rand(2, 4, 4, 3))
     assert latent.shape == (2, 16, 4, 4)

@@ -114,12 +114,12 @@ def test_a_letter_that_could_be_two_leaves_the_picture_unread():
     assert read(picture) is None
 
 
-def test_a_picture_of_another_size_is_an_error_that_says_the_right_one():
+def test_an_image_of_the_wrong_size_is_an_error_that_gives_the_right_size():
     with pytest.raises(ValueError, match=r"What to do: .* 96 pixels"):
         read(np.zeros((100, 100, 3)))
 
 
-def test_shapes_letters_and_colours_are_far_enough_apart_to_be_told():
+def test_shapes_letters_and_colours_differ_enough_to_be_distinguished():
     assert min((one != other).sum() for one, other in itertools.combinations(SHAPES.values(), 2)) > 2 * MOST_WRONG_CELLS
     assert min((one != other).sum() for one, other in itertools.combinations(GLYPHS.values(), 2)) >= 2
     assert min(np.abs(np.subtract(one, other)).max() for one, other in itertools.combinations(PALETTE.values(), 2)) == 0.5

@@ -54,7 +54,7 @@ def test_a_run_with_checkpoints_is_not_started_over(tmp_path, name):
     RunDirectory(tmp_path).resume().close()
 
 
-def test_a_folder_with_other_things_and_a_file_are_no_place_for_a_run(tmp_path):
+def test_a_run_is_refused_in_a_folder_with_other_files_and_in_place_of_a_file(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="holds files but no run"):
         RunDirectory(tmp_path).start(RECIPE)
@@ -63,7 +63,7 @@ def test_a_folder_with_other_things_and_a_file_are_no_place_for_a_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_resuming_what_is_not_there_is_refused_and_makes_nothing(tmp_path):
+def test_resuming_a_missing_run_is_refused_and_creates_nothing(tmp_path):
     with pytest.raises(RunError, match=r"There is no run in .*\nWhat to do: start it without --resume"):
         RunDirectory(tmp_path / "typo").resume()
     assert not (tmp_path / "typo").exists()

@@ -87,5 +87,5 @@ def test_cancelling_leaves_the_old_file_and_nothing_else(tmp_path, share):
     assert tensor_digest(open_student(path).load()) == tensor_digest(tiny_tensors())
 
 
-def test_folder_that_cannot_be_opened_is_no_reason_to_fail_when_the_file_is_written(tmp_path):
+def test_syncing_a_folder_that_cannot_be_opened_does_not_fail(tmp_path):
     sync_folder(tmp_path / "not there")

@@ -190,7 +190,7 @@ def with_a_config_of_nonsense(folder: Path) -> str:
     ],
     ids=lambda harm: harm.__name__,
 )
-def test_a_folder_that_is_not_whole_is_refused_with_what_it_lacks(tmp_path: Path, harm: Callable[[Path], str]):
+def test_an_incomplete_folder_is_refused_with_what_it_lacks(tmp_path: Path, harm: Callable[[Path], str]):
     saved(tmp_path)
     expected = harm(tmp_path)
     assert expected in refusal(tmp_path)
@@ -204,7 +204,7 @@ def test_the_differences_of_config_and_recipe_are_named(tmp_path):
     assert "d_model" not in message
 
 
-def test_a_config_alone_tells_an_activation_that_we_do_not_compute(tmp_path):
+def test_only_config_json_reveals_an_unsupported_activation(tmp_path):
     saved(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"feed_forward_proj": "gated-silu"}))
@@ -213,7 +213,7 @@ def test_a_config_alone_tells_an_activation_that_we_do_not_compute(tmp_path):
     make_student(GATED, str(tmp_path), 0.1, seed=0)
 
 
-def test_without_a_config_the_tensors_tell_the_differences(tmp_path):
+def test_without_a_config_the_tensors_reveal_the_differences(tmp_path):
     saved(tmp_path, layout=dataclasses.replace(GATED, d_ff=20))
     (tmp_path / "config.json").unlink()
     assert "wi_0.weight: expected [24, 16], got [20, 16]" in refusal(tmp_path)
@@ -228,7 +228,7 @@ def test_a_file_of_another_kind_is_called_by_its_name(tmp_path):
     assert "garbage.safetensors is not a complete safetensors file" in refusal(tmp_path / "garbage.safetensors")
 
 
-def test_a_distilled_file_that_lacks_a_tensor_is_not_taken_for_a_plain_t5(tmp_path):
+def test_a_distilled_file_that_lacks_a_tensor_is_not_mistaken_for_a_plain_t5(tmp_path):
     tensors = DistilledT5(GATED).tensors()
     del tensors["final_projection.0.weight"]
     safetensors.torch.save_file(tensors, tmp_path / "half.safetensors")

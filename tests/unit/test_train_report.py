@@ -85,7 +85,7 @@ def test_after_a_resume_no_step_stands_twice(run):
 
 
 @pytest.mark.parametrize("torn", [b"", b"{", b"[1]\n", b'{"step": 2}', b'{"step": "x', b"\xff\n", b'{"loss": 1}\n'])
-def test_torn_lines_of_metrics_are_cut_off_and_whole_ones_kept(tmp_path, torn):
+def test_incomplete_lines_of_metrics_are_cut_off_and_complete_lines_are_kept(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + torn)
     assert cut_metrics(path, 3) == bool(torn)
@@ -93,7 +93,7 @@ def test_torn_lines_of_metrics_are_cut_off_and_whole_ones_kept(tmp_path, torn):
     assert cut_metrics(tmp_path / "none", 3) == 0
 
 
-def test_a_picture_is_written_under_its_step(run):
+def test_an_image_is_written_with_its_step(run):
     with Reporter(run, True, 10, start_step=120) as reporter:
         path = reporter.image("contact-sheet", lambda: square("red"))
         assert path == run.samples / "step-000120-contact-sheet.jpg"
@@ -120,7 +120,7 @@ def test_trouble_in_a_picture_is_logged_with_its_traceback_counted_and_ends_noth
     assert len(rows(run)) == 1
 
 
-def test_ctrl_c_in_a_picture_is_no_trouble_of_the_picture(run):
+def test_ctrl_c_while_an_image_is_made_does_not_count_as_a_failed_image(run):
     def interrupted() -> Image.Image:
         raise KeyboardInterrupt
 
@@ -129,17 +129,17 @@ def test_ctrl_c_in_a_picture_is_no_trouble_of_the_picture(run):
     assert reporter.failed_images == 0
 
 
-def test_log_holds_our_lines_and_those_of_the_host_and_its_handlers_are_taken_off_again(run, capsys):
+def test_the_log_holds_our_lines_and_those_of_comfyui_and_its_handlers_are_removed_at_the_end(run, capsys):
     ours, root = logging.getLogger("distilled_t5"), logging.getLogger()
     before = list(ours.handlers), list(root.handlers), ours.level, ours.propagate
     with Reporter(run, True, 10) as reporter:
         log.info("from the trainer, \u4f60\u597d")
-        root.warning("from the host")
+        root.warning("from ComfyUI")
         reporter.saved(run.checkpoints / "step-000000")
     assert (list(ours.handlers), list(root.handlers), ours.level, ours.propagate) == before
     log.warning("after the end")
     text = run.log.read_text(encoding="utf-8")
-    for line in ("from the trainer, \u4f60\u597d", "from the host", "saved step-000000"):
+    for line in ("from the trainer, \u4f60\u597d", "from ComfyUI", "saved step-000000"):
         assert text.count(line) == 1
     assert "after the end" not in text
     assert capsys.readouterr().err.count("from the trainer") == 1

@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, to the last bit, and a whole one is there whatever happens."""
+"""Checkpoints: loading gives what was saved, bit for bit, and a complete checkpoint exists after any failure."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_damaged_newest_is_set_aside_and_the_one_before_is_used(tmp_path, harm, 
     assert store.load_latest()[0].step == 200
 
 
-def test_an_empty_folder_is_no_checkpoint_and_a_second_broken_one_gets_its_own_name(tmp_path):
+def test_an_empty_folder_is_not_a_checkpoint_and_each_broken_one_gets_its_own_name(tmp_path):
     store = checkpoints(tmp_path)
     store.save(some_state(1))
     for _ in range(2):
@@ -192,7 +192,7 @@ def test_an_empty_folder_is_no_checkpoint_and_a_second_broken_one_gets_its_own_n
     assert names(tmp_path) == ["step-000001", "step-000002.broken", "step-000002.broken2"]
 
 
-def test_without_a_whole_checkpoint_the_error_says_what_was_found(tmp_path):
+def test_without_a_complete_checkpoint_the_error_says_what_was_found(tmp_path):
     store = checkpoints(tmp_path)
     with pytest.raises(NoCheckpoint, match=r"None has been saved yet.*\nWhat to do"):
         store.load_latest()
@@ -314,23 +314,23 @@ from distilled_t5.train.run_directory import RunDirectory, RunError
 run_path = Path(sys.argv[1])
 RunDirectory(run_path).start('name = "x"').close()
 
-def child(tell):
+def child(saved_to):
     with RunDirectory(run_path).resume() as run:
         store = helpers.Checkpoints(run.checkpoints, helpers.write_plain, 2)
         step = store.load_latest()[0].step if run.has_checkpoints else 0
         while True:
             step += 1
             store.save(helpers.some_state(step, best=1 / step if step < 5 else 0.25))
-            os.write(tell, b".")
+            os.write(saved_to, b".")
 
 chance = random.Random()
 for _ in range(30):
-    hear, tell = os.pipe()
+    saved_from, saved_to = os.pipe()
     pid = os.fork()
     if pid == 0:
-        child(tell)
-    os.close(tell)
-    os.read(hear, 1)
+        child(saved_to)
+    os.close(saved_to)
+    os.read(saved_from, 1)
     refused = False
     try:
         RunDirectory(run_path).resume().close()
@@ -339,8 +339,8 @@ for _ in range(30):
     time.sleep(chance.uniform(0, 0.05))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    saves = 1 + len(os.read(hear, 100000))
-    os.close(hear)
+    saves = 1 + len(os.read(saved_from, 100000))
+    os.close(saved_from)
     with RunDirectory(run_path).resume() as run:
         unfinished = [path.name for path in run.checkpoints.iterdir() if path.name.startswith(".")]
         store = helpers.Checkpoints(run.checkpoints, helpers.write_plain, 2)
@@ -354,7 +354,7 @@ for _ in range(30):
 
 @posix
 @pytest.mark.full
-def test_after_a_kill_at_any_moment_a_whole_checkpoint_is_there_and_the_lock_is_free(tmp_path):
+def test_after_a_kill_at_any_moment_there_is_a_complete_checkpoint_and_the_lock_is_free(tmp_path):
     results = run_script(KILLS, tmp_path / "run")
     assert len(results) == 30
     done = 0
