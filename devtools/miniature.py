@@ -168,9 +168,14 @@ def train_baseline(comfyui: Path, work: Path, steps: int | None) -> None:
         call("-m", "distilled_t5.devtools.miniature_results", "--comfyui", comfyui, "--baseline", path, *given, OMP_NUM_THREADS="1")
 
 
+def trial_settings(steps: int) -> tuple[str, ...]:
+    """The settings of a trial with this many steps per stage; its warm-up is at most the 100 steps of the shipped recipes."""
+    return (*both(f"steps={steps}"), f"optimizer.warmup_steps={min(steps, 100)}")
+
+
 def train_all(comfyui: Path, work: Path, steps: int | None, names: list[str] | None) -> None:
     """Train every student and the baseline, or those named, several at a time; the first trouble stops all and is raised."""
-    few = () if steps is None else both(f"steps={steps}")
+    few = () if steps is None else trial_settings(steps)
     runs = [Run(run.name, run.recipe, (*run.settings, *few)) for run in RUNS if names is None or run.name in names]
     tasks = [partial(train_student, run, comfyui, work) for run in runs]
     if names is None or CONTEXT_FREE in names:

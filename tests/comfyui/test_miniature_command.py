@@ -19,12 +19,12 @@ from distilled_t5.devtools.miniature import (
     ROOT,
     SHIPPED_STUDENTS,
     Run,
-    both,
     check_recipe,
     same_weights,
     ship,
     student_file,
     train_student,
+    trial_settings,
 )
 from distilled_t5.miniature.measure import MEASURED
 from distilled_t5.runtime.model_folders import SHIPPED
@@ -68,7 +68,7 @@ def test_a_trial_trains_measures_and_touches_nothing_that_is_kept(comfyui_path, 
     trained = student_file(tmp_path / "work", NAME)
     age = trained.stat().st_mtime_ns
     assert kept_files() == before
-    train_student(Run(NAME, "miniature-fortieth", both("steps=2")), comfyui_path, tmp_path / "work")
+    train_student(Run(NAME, "miniature-fortieth", trial_settings(2)), comfyui_path, tmp_path / "work")
     assert trained.stat().st_mtime_ns == age, "a student that is there is kept"
     with pytest.raises(RuntimeError, match=r"another recipe(.|\n)*What to do: delete it"):
         check_recipe(Run(NAME, "miniature-fortieth"), trained)
