@@ -46,7 +46,12 @@ def asked() -> list[Question]:
 def train_student(comfyui: Path, base: Path, steps: int) -> list[str]:
     """Train a small student with the trainer's command; the names of its files after the first steps and at the end."""
     followed = max(steps // 10, 1)
-    settings = [f"output.name={TRAINED}", f"stage.0.steps={steps - followed}", f"stage.1.steps={followed}"]
+    settings = [
+        f"output.name={TRAINED}",
+        f"stage.0.steps={steps - followed}",
+        f"stage.1.steps={followed}",
+        f"optimizer.warmup_steps={min(steps, 100)}",
+    ]
     settings += [f"checkpoints.every_steps={steps // 8}", "checkpoints.keep_last=8"]
     settings += [f"validation.every_steps={steps}", f"preview.every_steps={steps}", "validation.prompts=32"]
     sets = [part for setting in settings for part in ("--set", setting)]

@@ -192,6 +192,11 @@ def ship(files: Iterable[Path]) -> None:
             shutil.copyfile(path, shipped)
 
 
+def trial_settings(steps: int) -> tuple[str, ...]:
+    """The settings of a trial with this many steps per stage; its warm-up is at most the 100 steps of the shipped recipes."""
+    return (*both(f"steps={steps}"), f"optimizer.warmup_steps={min(steps, 100)}")
+
+
 def command_line() -> argparse.ArgumentParser:
     """The options of the command."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -210,7 +215,7 @@ def make(options: argparse.Namespace) -> None:
     """Train, evaluate, and write the results; what the pack holds is changed only if neither --steps nor --work is given."""
     trial = options.steps is not None or options.work is not None
     work = (options.work or (WORK / "trial" if trial else WORK)).resolve()
-    few = () if options.steps is None else both(f"steps={options.steps}")
+    few = () if options.steps is None else trial_settings(options.steps)
     make_models(options.comfyui, work)
     train_students([Run(run.name, run.recipe, (*run.settings, *few)) for run in RUNS if run.name in options.only], options.comfyui, work)
     files = students(work)

@@ -18,13 +18,13 @@ from distilled_t5.devtools.docs.miniature_tables import PLOT, TABLES
 from distilled_t5.devtools.miniature import (
     SHIPPED_STUDENTS,
     Run,
-    both,
     check_recipe,
     in_bfloat16,
     ship,
     student_file,
     students,
     train_students,
+    trial_settings,
 )
 from distilled_t5.devtools.miniature_results import MIDDLE, RESULTS, TEACHER
 from distilled_t5.runtime.model_folders import SHIPPED
@@ -69,7 +69,7 @@ def test_a_trial_trains_measures_and_touches_nothing_that_is_kept(comfyui_path, 
     trained = student_file(tmp_path / "work", NAME)
     age = trained.stat().st_mtime_ns
     assert kept_files() == before
-    train_students([Run(NAME, "miniature-fortieth", both("steps=2"))], comfyui_path, tmp_path / "work")
+    train_students([Run(NAME, "miniature-fortieth", trial_settings(2))], comfyui_path, tmp_path / "work")
     assert trained.stat().st_mtime_ns == age, "a student that is there is kept"
     with pytest.raises(RuntimeError, match=r"another recipe(.|\n)*What to do: delete it"):
         check_recipe(Run(NAME, "miniature-fortieth"), trained)
