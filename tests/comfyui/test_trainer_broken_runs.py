@@ -150,7 +150,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_a_full_disk_leaves_the_pre
     assert f"{newest.name} is damaged (state.safetensors does not have the SHA-256" in said
     assert f"The run continues from {before.name}." in said
     assert f"The checkpoint of step {int(before.name[5:]) + 2} could not be saved" in said
-    assert said.strip().splitlines()[-1].startswith("What to do: see that the disk has room")
+    assert said.strip().splitlines()[-1].startswith("What to do: check the disk's free space")
     assert "Traceback" not in said
     assert "CheckpointNotSaved" in (run / "train.log").read_text(encoding="utf-8")
     assert checkpoints(run)[-1] == before

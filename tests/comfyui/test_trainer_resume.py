@@ -82,7 +82,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_though_recipe_toml_was_change
     shutil.copytree(whole, tmp_path / "run")
     changed = recipe("optimizer.learning_rate=0.5")
     (tmp_path / "run" / "recipe.toml").write_text(changed.to_toml(), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"saved under another recipe .*\nWhat to do: put recipe.toml or the pack back"):
+    with pytest.raises(ValueError, match=r"saved with another recipe .*\nWhat to do: restore recipe.toml"):
         train(changed, tmp_path / "run", True, Ranks())
 
 
