@@ -60,7 +60,7 @@ def memory_advice(options: argparse.Namespace) -> str:
     device = comfy.model_management.get_torch_device()
     smaller = advice(load_recipe(options.recipe, options.set), comfy.model_management.get_total_memory(device), device.type != "cpu")
     return (
-        "go on with --resume (on a GPU with -- --reserve-vram 2, which keeps 2 GB more of it free). "
+        "continue with --resume (on a GPU with -- --reserve-vram 2, which keeps 2 GB more of it free). "
         f"If that is not enough, start a new run from the last student.safetensors (student.start): {smaller}"
     )
 

@@ -227,7 +227,7 @@ def test_memory_that_runs_out_in_a_run_is_explained_with_what_makes_it_smaller()
     for error in errors:
         said = explained(error, lambda: memory_advice(options))
         assert said is not None and said.startswith("Out of memory: ")
-        assert "go on with --resume (on a GPU with -- --reserve-vram 2" in said
+        assert "continue with --resume (on a GPU with -- --reserve-vram 2" in said
         assert "lower batch and raise accumulate" in said
         assert "diffusion_model.checkpoint_blocks = true" in said
     assert not is_out_of_memory(RuntimeError("shapes do not match"))

@@ -133,7 +133,7 @@ def test_two_processes_stopped_by_either_signal_go_on_bit_for_bit(whole, comfyui
         process = start(command(comfyui_path, base, run, *words, settings=whole.settings), tmp_path, TWO_PROCESSES)
         wait_for_step(process, run, last + 1)
         said = stop(process, number)
-        assert said.count("Stopped; go on with --resume.") == 1
+        assert said.count("Stopped; continue with --resume.") == 1
         stopped_at = saved_by_stopping(run, base)
         assert stopped_at > last
         last = stopped_at

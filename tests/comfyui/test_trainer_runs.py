@@ -76,7 +76,7 @@ def test_stopping_and_going_on_gives_the_run_without_interruption_bit_for_bit(wh
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 130, said
-    assert said.endswith("Stopped; go on with --resume.\n")
+    assert said.endswith("Stopped; continue with --resume.\n")
     stopped_at = metrics(run)[-1]["step"]
     assert 3 <= stopped_at < TOTAL_STEPS
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{stopped_at:06d}"]
