@@ -66,6 +66,7 @@ def test_runs_and_gives_one_image_of_the_requested_size(name: str, host: ComfySe
     assert pixels(pictures[0]).std() > 10, "a picture of one colour comes from values that are not finite"
 
 
+@pytest.mark.full
 def test_t5xxl_and_the_distilled_t5_give_two_different_pictures(host: ComfyServer, object_info: dict[str, Any]) -> None:
     prompt = small_prompt("t5xxl-vs-distilled", object_info)
     pictures = saved_pictures(host, prompt, host.run(prompt, timeout_s=600))
