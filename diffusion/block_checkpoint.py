@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import comfy.ops
@@ -32,12 +32,16 @@ def replaced_forward(module: Module, forward: Forward) -> Iterator[None]:
         del module.forward  # uncovers the class's own
 
 
-def checkpointed(block: Module) -> Forward:
-    """The block's forward, with the same results and gradients, that keeps no intermediate results of the block."""
-    return functools.partial(_forward, block, block.forward)
+def checkpointed(block: Module, last_layers: Sequence[str]) -> Forward:
+    """The block's forward, with the same results and gradients, that keeps no intermediate results of the block.
+
+    `last_layers`: attributes of the block; the product of the last linear layer in each leads to the block's output alone.
+    """
+    ends = [getattr(block, name, None) for name in last_layers]
+    return functools.partial(_forward, [end[-1] if isinstance(end, Sequential) else end for end in ends], block.forward)
 
 
-def _forward(block: Module, forward: Forward, *inputs: Any, **named: Any) -> Any:
+def _forward(last: Sequence[Module | None], forward: Forward, *inputs: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **named)
     given = {**dict(enumerate(inputs)), **named}
@@ -49,7 +53,7 @@ def _forward(block: Module, forward: Forward, *inputs: Any, **named: Any) -> Any
 
     # The gradient of a modulation needs the product that it scales.
     modulated = any(value.requires_grad and value.ndim < 3 for value in streams.values())
-    again = contextlib.nullcontext if modulated else functools.partial(_last_products_left_out, block)
+    again = contextlib.nullcontext if modulated else functools.partial(_last_products_left_out, last)
     return _Recomputed.apply(on_clones, again, *streams.values())
 
 
@@ -84,9 +88,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _last_products_left_out(block: Module) -> Iterator[None]:
-    ends = [getattr(block, name, None) for name in ("linear2", "img_mlp", "txt_mlp")]
-    last = [end[-1] if isinstance(end, Sequential) else end for end in ends]
+def _last_products_left_out(last: Sequence[Module | None]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for layer in last:
             # ComfyUI's quantised layers are not torch Linear, and are computed.

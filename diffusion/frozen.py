@@ -72,7 +72,7 @@ class FrozenModel:
 
     def differentiable(self, checkpoint_blocks: bool) -> contextlib.AbstractContextManager[None]:
         """Correct gradients with respect to the text while the context is open, with block checkpointing or without."""
-        return differentiable(self.model.diffusion_model, self.blocks, checkpoint_blocks)
+        return differentiable(self.model.diffusion_model, self.blocks, checkpoint_blocks, self.family.last_layers)
 
     def velocity(self, x: Tensor, sigma_B: Tensor, text_BLD: Tensor, extras: Mapping[str, Any], guidance_B: Tensor | None = None) -> Tensor:
         """What Euler's method steps along, (x - x0) / sigma, float32, in the shape of `x` [B, C, ...].

@@ -25,16 +25,16 @@ def blocks_of(model: Module, block_lists: Sequence[str]) -> list[Module]:
 
 
 @contextlib.contextmanager
-def differentiable(model: Module, blocks: Sequence[Module], checkpoint_blocks: bool) -> Iterator[None]:
+def differentiable(model: Module, blocks: Sequence[Module], checkpoint_blocks: bool, last_layers: Sequence[str] = ()) -> Iterator[None]:
     """Make gradients with respect to the model's inputs correct while the context is open, with block checkpointing or without.
 
-    Blocks add to residual streams in place, and a LayerNorm has saved such a stream for its gradient: so LayerNorms get clones. RMSNorm
+    `last_layers` is the Family's. Blocks add to residual streams in place, and a LayerNorm has saved such a stream for its gradient: so LayerNorms get clones. RMSNorm
     modules normalize heads, which nothing overwrites (autograd would raise); their clones would cost 5% of memory.
     """
     with contextlib.ExitStack() as stack:
         if checkpoint_blocks:
             for block in blocks:
-                stack.enter_context(replaced_forward(block, checkpointed(block)))
+                stack.enter_context(replaced_forward(block, checkpointed(block, last_layers)))
         for norm in (module for module in model.modules() if isinstance(module, LayerNorm)):
             stack.callback(norm.register_forward_pre_hook(_clone_input).remove)
         # ComfyUI's own switch for fused functions without a backward. Not all of its models look at it.

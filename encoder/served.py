@@ -157,6 +157,8 @@ def load_encoder(student_path: str, clip_l_path: str | None, options: ServingOpt
             f"{student.path.name} was distilled for {FAMILIES[student.metadata.family].display_name}; the type is {options.family}.",
             f"set type to {student.metadata.family}, or pick another file.",
         )
+    if clip_l_path is not None and not FAMILIES[options.family].companions:
+        raise StudentFileError(f"{FAMILIES[options.family].display_name} has no CLIP-L.", "choose none for the CLIP-L file.")
     tokens = KINDS[student.layout.kind].tokens
     if student.layout.vocab_size < tokens:
         raise StudentFileError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..families import DEFAULT
 from ..families.family import Family
-from ..runtime.errors import StudentFileError, listed
+from ..runtime.errors import StudentFileError, UndistilledError, listed
 from ..runtime.weights import read_header
 from ..students import KINDS
 from ..students.t5.tokens import fit
@@ -42,7 +42,7 @@ class Teacher:
 
     def token_ids(self, prompts: Sequence[str], length: int) -> Tensor:
         """T5 token ids [B, L]: cut to `length` with the end token last, or padded. Prompts are taken literally, without weights."""
-        tokenizer = getattr(self.clip.tokenizer, self.family.part).tokenizer
+        tokenizer = getattr(self.clip.tokenizer, self.family.tokenizer_part or self.family.part).tokenizer
         return torch.tensor([fit(tokenizer(prompt)["input_ids"], length) for prompt in prompts])
 
     def texts(self, batches: Iterable[tuple[Sequence[str], int]]) -> list[TeacherText]:
@@ -83,18 +83,20 @@ def load_teacher(path: Path, clip_l: Path | None, family: Family = DEFAULT) -> T
     large = KINDS[family.teacher[0]].named(family.teacher[1], None)
     try:
         open_student(path)
+    except UndistilledError:
+        pass  # the network itself: loaded below
     except StudentFileError as error:
-        if "DualCLIPLoader" not in error.remedy:
-            raise ValueError(
-                f"{error.problem}\nThe teacher must be a complete {large.size_name} or distilled T5 in one file.\n"
-                "What to do: name such a .safetensors of models/text_encoders in teacher.t5."
-            ) from error
+        raise ValueError(
+            f"{error.problem}\nThe teacher must be a complete {large.size_name} or distilled T5 in one file.\n"
+            "What to do: name such a .safetensors of models/text_encoders in teacher.t5."
+        ) from error
     else:
         return Teacher(load_encoder(str(path), clip_l_name, ServingOptions(family.name)).clip, family)
-    if clip_l_name is None:
+    if family.companions and clip_l_name is None:
         raise ValueError(f"A {large.size_name} teacher is loaded with CLIP-L.\nWhat to do: name a CLIP-L file in teacher.clip_l.")
     check_large(path, family)
-    return Teacher(comfy.sd.load_clip([clip_l_name, str(path)], clip_type=comfy.sd.CLIPType[family.clip_type]), family)
+    files = [name for name in (clip_l_name, str(path)) if name is not None]
+    return Teacher(comfy.sd.load_clip(files, clip_type=comfy.sd.CLIPType[family.clip_type]), family)
 
 
 def _check_clip_l(path: Path) -> None:

@@ -38,9 +38,9 @@ class Cost:
 def encoder_name(clip: Any) -> str:
     """A short name for a CLIP: the size of a distilled T5, else ComfyUI's names of its parts."""
     model = clip.cond_stage_model
-    layout = getattr(model, "layout", None)
+    layout, clip_l = getattr(model, "layout", None), getattr(model, "clip_l", None)
     if layout is not None:
-        return layout.size_name + (" + CLIP-L" if any(True for _ in model.clip_l.parameters()) else "")
+        return layout.size_name + (" + CLIP-L" if clip_l is not None and any(True for _ in clip_l.parameters()) else "")
     return " + ".join(name for name, _ in model.named_children()) or type(model).__name__
 
 

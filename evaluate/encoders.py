@@ -18,7 +18,7 @@ from ..encoder.prompt_length import is_padding, t5_tokens
 from ..encoder.teacher import Teacher, check_large, literal, load_teacher
 from ..families.family import Family
 from ..runtime.comfyui import model_file
-from ..runtime.errors import StudentFileError
+from ..runtime.errors import StudentFileError, UndistilledError
 from .provenance import fingerprint
 from .suite import Suite
 
@@ -86,14 +86,14 @@ def _problem(path: Path, width: int, model: str, family: Family) -> str | None:
         return f"{path.name} is a GGUF file, which ComfyUI itself does not load; its fp8 file has about the size of Q8_0."
     try:
         found = open_student(path).layout.output_width
-    except StudentFileError as error:
-        if "DualCLIPLoader" not in error.remedy:  # what is said of a T5-XXL
-            return error.problem
+    except UndistilledError:
         try:
             check_large(path, family)
         except ValueError as incomplete:
             return str(incomplete).partition("\n")[0]
         found = family.text_width
+    except StudentFileError as error:
+        return error.problem
     return None if found == width else f"{path.name} gives text of width {found}, but {model} takes {width}."
 
 
@@ -124,7 +124,8 @@ class LoadedEncoder:
         tokens = self.clip.tokenize(literal(prompt))
         [(text_1LD, extras)] = self.clip.encode_from_tokens_scheduled(tokens)
         own = sum(not is_padding(token) for token in t5_tokens(tokens))
-        return Text(text_1LD.float().cpu(), extras["pooled_output"].float().cpu(), own)
+        pooled_1P = extras.get("pooled_output")
+        return Text(text_1LD.float().cpu(), torch.zeros(1, 0) if pooled_1P is None else pooled_1P.float().cpu(), own)
 
 
 def together(texts: Sequence[Text]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ..config.files import load_config
 from ..config.parts import FROM_LIST, NOT_EMPTY, Config, Count, FilePath, FileStem, Part, Text
-from ..families import FAMILIES
+from ..families import DEFAULT, FAMILIES
 from .metrics import METRICS, CompbenchPart, Metric, OcrPart, WeightsPart
 from .questions import Prompts
 
@@ -40,7 +40,7 @@ class EncoderPart(Part):
 class DiffusionModelPart(Part):
     """The diffusion model and the VAE of all images."""
 
-    family: Annotated[Text, AfterValidator(_known_family)] = Field(default="flux", description="family of the diffusion model")
+    family: Annotated[Text, AfterValidator(_known_family)] = Field(default=DEFAULT.name, description="family of the diffusion model")
     file: FilePath = Field(description="a file in models/diffusion_models, or a path")
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8_e4m3fn"] = Field(
         description="how its weights are held in memory; auto: as in the file"
@@ -142,6 +142,7 @@ class Suite(Config):
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"expected a different name for every task, got {', '.join(names)}")
+        FAMILIES[self.diffusion_model.family].check_side(self.sampling.resolution_px)
         for task in self.tasks:
             for metric in task.metrics:
                 if METRICS[metric].table and self.table_of(METRICS[metric]) is None:

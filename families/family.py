@@ -21,15 +21,16 @@ class Family:
     Text side. clip_type: ComfyUI's CLIPType. text_classes: ComfyUI's tokenizer class and a factory of its text model, imported when called.
     part: the attribute of the text model that a student replaces, which is also the key of its tokens. students: kinds of student that can.
     teacher: kind and named size of the network that is replaced. text_width: channels. token_length: the length to which ComfyUI pads
-    prompts. masked: the encoder attends to the prompt's own tokens alone. zeroed: the embeddings of padding are zeros. companions: the
-    other encoders of the text model, by attribute, with the width of their pooled vectors, which concatenated are the model's.
+    prompts. tokenizer_part: the attribute of the tokenizer, where it is not `part`. companions: the other encoders of the text model, by
+    attribute, with the width of their pooled vectors, which concatenated are the model's; CLIP-L or none, for now.
 
-    Diffusion side. block_lists: attributes of the diffusion model that hold its blocks. text_width_of, block_width_of: channels of a
-    loaded model's text input and of its blocks. latent_channels, latent_dimensions, cell_px: channels of the latent, 2 for images or 3
-    for video, and pixels of an image per cell of it. least_side_px: the smallest image. default_guidance: the value that ComfyUI's nodes
-    propose. takes_guidance: whether a loaded model has a guidance input. refuse: a sentence about a loaded model that cannot be used, else
-    None. training_sigmas: noise levels [T + 1] for a model, a number of steps, and latent height and width, where ComfyUI's `simple`
-    scheduler is not what the model was trained with.
+    Diffusion side. block_lists: attributes of the diffusion model that hold its blocks. last_layers: attributes of a block whose last
+    linear layer contributes to nothing but the block's output, so that `block_checkpoint` need not recompute it. text_width_of,
+    block_width_of: channels of a loaded model's text input and of its blocks. latent_channels, latent_dimensions, cell_px: channels of the
+    latent, 2 for images or 3 for video, and pixels of an image per cell of it. least_side_px: the smallest image. default_guidance: the
+    value that ComfyUI's nodes propose. takes_guidance: whether a loaded model has a guidance input. refuse: a sentence about a loaded model
+    that cannot be used, else None. training_sigmas: noise levels [T + 1] for a model, a number of steps, and latent height and width, where
+    ComfyUI's `simple` scheduler is not what the model was trained with.
 
     small: the class in ComfyUI's supported_models and the configuration of a tiny model of the family, for tests.
     """
@@ -45,6 +46,7 @@ class Family:
     text_width: int
     token_length: int
     block_lists: tuple[str, ...]
+    last_layers: tuple[str, ...]
     latent_channels: int
     text_width_of: Callable[[Any], int]
     block_width_of: Callable[[Any], int]
@@ -57,13 +59,17 @@ class Family:
     default_guidance: float = 3.5
     training_sigmas: Callable[[Any, int, int, int], Tensor] | None = None
     companions: Mapping[str, int] = field(default_factory=dict)
-    masked: bool = False
-    zeroed: bool = False
+    tokenizer_part: str = ""
 
     def latent_shape(self, side_px: int) -> tuple[int, ...]:
         """The shape of the latent of a square image, without its batch: [C, H, W], or [C, 1, H, W] where latents are videos."""
         side = side_px // self.cell_px
         return (self.latent_channels, *[1] * (self.latent_dimensions - 2), side, side)
+
+    def check_side(self, side_px: int) -> None:
+        """Raise ValueError for images smaller than the family's models can process."""
+        if side_px < self.least_side_px:
+            raise ValueError(f"expected at least {self.least_side_px} pixels for {self.display_name}, got {side_px}")
 
     @property
     def pooled_width(self) -> int:

@@ -100,6 +100,7 @@ FLUX = Family(
     token_length=256,
     companions={"clip_l": POOLED_WIDTH},
     block_lists=("double_blocks", "single_blocks"),
+    last_layers=("linear2", "img_mlp", "txt_mlp"),
     latent_channels=LATENT_CHANNELS,
     text_width_of=lambda model: model.diffusion_model.params.context_in_dim,
     block_width_of=lambda model: model.diffusion_model.params.hidden_size,

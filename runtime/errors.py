@@ -21,6 +21,10 @@ class StudentFileError(UserError):
     __module__ = "distilled_t5"
 
 
+class UndistilledError(StudentFileError):
+    """A network that students replace, such as T5-XXL itself, where a student was expected."""
+
+
 def printable(text: str, most: int = 200) -> str:
     """Text from a file on one line: unprintable characters are escaped, and it is cut to `most` characters."""
     shown = text if len(text) <= most else text[:most] + "..."

@@ -200,6 +200,8 @@ class Recipe(Config):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"expected a different name for every stage, got {', '.join(names)}")
+        for stage in self.stages:
+            self.family.check_side(stage.resolution_px)
         steps = sum(stage.steps for stage in self.stages)
         if self.optimizer.warmup_steps > steps:
             raise ValueError(f"optimizer.warmup_steps: expected at most the {steps} steps of the run, got {self.optimizer.warmup_steps}")

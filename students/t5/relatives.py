@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...runtime.errors import StudentFileError
+from ...runtime.errors import StudentFileError, UndistilledError
 from ..foreign import PICK_STUDENT
 from ..kind import Shape
 from .layout import NAMED_SIZES, POSITION_BIAS, SHARED
@@ -34,7 +34,7 @@ def refuse_relatives(shapes: Mapping[str, Shape], where: str, described: bool) -
 
 def _refuse_unprojected(d_model: int, tensors: int, where: str) -> None:
     if d_model == NAMED_SIZES["xxl"][0]:
-        raise StudentFileError(f"{where} is a plain T5-XXL, not a distilled T5.", "load it with DualCLIPLoader (type flux).")
+        raise UndistilledError(f"{where} is a plain T5-XXL, not a distilled T5.", "load it with DualCLIPLoader (type flux).")
     raise StudentFileError(
         f"{where} is a T5 of width {d_model} without a projection (final_projection.0 and .3), not a distilled T5.",
         "use the published or trained file with the projection; a plain T5 of this size was not trained for this diffusion model.",

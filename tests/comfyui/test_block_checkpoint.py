@@ -101,7 +101,7 @@ def test_what_overflows_in_float16_and_is_cut_off_has_no_gradient_either_way(flo
 
     found = []
     for checkpoint_blocks in (False, True):
-        with differentiable(model, blocks_of(model, FAMILIES["flux"].block_lists), checkpoint_blocks):
+        with differentiable(model, blocks_of(model, FAMILIES["flux"].block_lists), checkpoint_blocks, FAMILIES["flux"].last_layers):
             found.append(gradients(velocity))
     assert found[0][0].isfinite().all()
     assert torch.equal(found[0][1], found[1][1])

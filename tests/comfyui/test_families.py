@@ -12,17 +12,23 @@ import torch
 from distilled_t5.diffusion.denoise import denoise
 from distilled_t5.diffusion.files import check_guidance
 from distilled_t5.diffusion.frozen import FrozenModel
+from distilled_t5.encoder.teacher import load_teacher
+from distilled_t5.evaluate.cost import encoder_name
+from distilled_t5.evaluate.encoders import EncoderFile, LoadedEncoder
+from distilled_t5.evaluate.suite import load_suite
 from distilled_t5.families import DEFAULT, FAMILIES
 from distilled_t5.families.family import Family
 from distilled_t5.students import KINDS
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.students.t5.trained import DistilledT5
 from distilled_t5.tests.support.denoising import sampled_by_comfyui
+from distilled_t5.tests.support.other_family import T5_ALONE
 from distilled_t5.tests.support.small_encoders import PROMPT, random_tensors, serve, student_file
 from distilled_t5.tests.support.small_models import SmallModel
+from distilled_t5.train.recipe import load_recipe
 from torch import Tensor
 
-STEPS, BATCH, TOKENS, SIDE_PX = 4, 2, 12, 64
+STEPS, BATCH, TOKENS = 4, 2, 12
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 WITH_T5 = {name: family for name, family in FAMILIES.items() if "t5" in family.students}
 with_t5 = pytest.mark.parametrize("family", WITH_T5.values(), ids=WITH_T5)
@@ -32,8 +38,12 @@ def layout_for(family: Family) -> StudentLayout:
     return StudentLayout(64, 128, num_layers=3, num_heads=3, d_kv=16, hidden_width=96, projected_width=family.text_width)
 
 
+def side_px(family: Family) -> int:
+    return max(64, family.least_side_px)
+
+
 def small(family: Family) -> SmallModel:
-    latent = family.latent_shape(SIDE_PX)
+    latent = family.latent_shape(side_px(family))
     return SmallModel(*family.small, latent, 0, 0.7)
 
 
@@ -46,7 +56,7 @@ def frozen(family: Family) -> FrozenModel:
 def conditioning(family: Family, model: FrozenModel) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Noise [B, C, ...], text [B, L, D] and the other parts of a conditioning entry."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(BATCH, *family.latent_shape(SIDE_PX), generator=generator)
+    noise = torch.randn(BATCH, *family.latent_shape(side_px(family)), generator=generator)
     text_BLD = torch.randn(BATCH, TOKENS, model.text_width, generator=generator)
     extras = {"pooled_output": torch.randn(BATCH, family.pooled_width, generator=generator)} if family.companions else {}
     return noise, text_BLD, extras
@@ -82,8 +92,8 @@ def test_a_served_student_is_comfyuis_own_text_model_with_the_trained_embeddings
     token_ids_BL = torch.tensor([[token for token, _ in tokens[family.part][0]]])
     with torch.no_grad():
         expected_BLD = reference.eval()(token_ids_BL)
-    own_tokens = slice(int((token_ids_BL != 0).sum())) if family.masked else slice(None)
-    torch.testing.assert_close(text_BLD[:, -token_ids_BL.shape[1] :][:, own_tokens], expected_BLD[:, own_tokens], rtol=0, atol=1e-5)
+
+    torch.testing.assert_close(text_BLD[:, -token_ids_BL.shape[1] :], expected_BLD, rtol=0, atol=1e-5)
     if family.companions:
         assert extras["pooled_output"].shape == (1, family.pooled_width) and not extras["pooled_output"].any()
 
@@ -135,7 +145,7 @@ def test_the_gradient_with_respect_to_the_text_equals_the_numeric_one(family: Fa
 @every_family
 def test_training_noise_levels_fall_from_the_models_highest_to_zero(family: Family):
     model = frozen(family)
-    sigmas_T = model.training_sigmas(STEPS, *family.latent_shape(SIDE_PX)[-2:])
+    sigmas_T = model.training_sigmas(STEPS, *family.latent_shape(side_px(family))[-2:])
     assert len(sigmas_T) == STEPS + 1 and sigmas_T[-1] == 0
     assert sigmas_T.diff().lt(0).all()
 
@@ -147,3 +157,45 @@ def test_guidance_is_asked_for_exactly_where_the_model_takes_it(family: Family):
     check_guidance("model", model, fitting)
     with pytest.raises(ValueError, match="What to do"):
         check_guidance("model", model, other)
+
+
+@pytest.fixture
+def t5_alone(monkeypatch: pytest.MonkeyPatch) -> Family:
+    """Registered while a test runs."""
+    monkeypatch.setitem(FAMILIES, T5_ALONE.name, T5_ALONE)
+    return T5_ALONE
+
+
+@pytest.fixture
+def t5_alone_file(t5_alone: Family, tmp_path: Path) -> Path:
+    return student_file(tmp_path, layout_for(t5_alone), family=t5_alone.name, token_length=16)
+
+
+def test_a_family_without_companions_teaches(t5_alone: Family, t5_alone_file: Path):
+    teacher = load_teacher(t5_alone_file, None, t5_alone)
+    text = teacher.encode([PROMPT, "a cat"], 16)
+    assert text.token_ids_BL.shape == (2, 16) and text.text_BLD.shape == (2, 16, t5_alone.text_width)
+    assert text.pooled_BP.shape == (2, 0)
+
+
+def test_a_family_without_companions_is_evaluated(t5_alone: Family, t5_alone_file: Path):
+    encoder = LoadedEncoder.load(EncoderFile("student", t5_alone_file, None), t5_alone)
+    text = encoder.text(PROMPT)
+    assert text.text_1LD.shape[-1] == t5_alone.text_width and text.pooled_1P.shape == (1, 0)
+    assert encoder_name(encoder.clip) == layout_for(t5_alone).size_name
+
+
+def test_clip_l_is_refused_by_a_family_without_companions(t5_alone: Family, t5_alone_file: Path, stand_ins: Path):
+    clip_l = stand_ins / "models" / "text_encoders" / "clip_l.safetensors"
+    with pytest.raises(ValueError, match=r"T5 alone has no CLIP-L(.|\n)*What to do: choose none"):
+        serve(t5_alone_file, clip_l, family=t5_alone.name)
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "key"),
+    [(load_recipe, "smoke", "stage.0.resolution_px"), (load_suite, "miniature", "sampling.resolution_px")],
+    ids=["recipe", "suite"],
+)
+def test_images_smaller_than_the_family_allows_are_refused(t5_alone: Family, load: Any, name: str, key: str):
+    with pytest.raises(ValueError, match="expected at least 320 pixels for T5 alone, got 304"):
+        load(name, [f"diffusion_model.family={t5_alone.name}", f"{key}=304"])

@@ -82,7 +82,7 @@ def test_the_diffusion_model_uses_no_more_memory_than_estimated_and_little_less(
         velocity = model(latent_BCHW, torch.full((2,), 0.5), text_BLD, torch.zeros(2, 768), torch.full((2,), 3.0))
         velocity.square().mean().backward()
 
-    with differentiable(model, blocks_of(model, FAMILIES["flux"].block_lists), checkpoint_blocks):
+    with differentiable(model, blocks_of(model, FAMILIES["flux"].block_lists), checkpoint_blocks, FAMILIES["flux"].last_layers):
         peak = peak_bytes(work)
     size = ModelSize(4 * weights(model), weights(model), 0, sum(blocks), 512, compute_bytes=4)
     reckoned = sum(model_activations(size, tokens=2 * (256 + TEXT_TOKENS), checkpoint_blocks=checkpoint_blocks).values())
