@@ -7,11 +7,9 @@ class UserError(ValueError):
     """A mistake of the user's: the first line says what is wrong, the last what to do."""
 
     def __init__(self, problem: str, remedy: str, details: str = "") -> None:
-        lines = [problem, details, f"What to do: {remedy}"]
-        # A name that is not valid Unicode, as files may have, cannot be logged or sent.
-        super().__init__("\n".join(line for line in lines if line).encode(errors="backslashreplace").decode())
-        self.problem = problem
-        self.remedy = remedy
+        self.problem, self.remedy = escaped(problem), escaped(remedy)
+        lines = [self.problem, escaped(details), f"What to do: {self.remedy}"]
+        super().__init__("\n".join(line for line in lines if line))
 
 
 class StudentFileError(UserError):
@@ -19,6 +17,11 @@ class StudentFileError(UserError):
 
     # ComfyUI shows the module before the message, and imports a pack under its full path.
     __module__ = "distilled_t5"
+
+
+def escaped(text: str) -> str:
+    """The text with unprintable characters escaped, except for line breaks: a name that is not valid Unicode cannot be logged or sent."""
+    return "\n".join(line if line.isprintable() else repr(line)[1:-1] for line in text.split("\n"))
 
 
 def printable(text: str, most: int = 200) -> str:
