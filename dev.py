@@ -202,14 +202,17 @@ def main_comfyui() -> Path:
             raise Trouble(f"COMFYUI_PATH is {given}, which is not a ComfyUI: expected a folder with main.py and comfy/.")
         return path
     folder = Path(__file__).absolute().parent.parent
-    if folder.name == "custom_nodes" and (folder.parent / "main.py").is_file():
-        return folder.parent
-    return fetched_comfyui(NEWEST)
+    around = folder.name == "custom_nodes" and (folder.parent / "main.py").is_file()
+    return folder.parent if around else fetched_comfyui(NEWEST)
 
 
 def comfyui_version(path: Path) -> str:
-    """The version of the ComfyUI in a folder."""
-    return re.findall('"(.+)"', (path / "comfyui_version.py").read_text(encoding="utf-8"))[0]
+    """The version of the ComfyUI in a folder. Raises Trouble if it is too old for the pack."""
+    file = path / "comfyui_version.py"
+    version = "".join(re.findall('"(.+)"', file.read_text(encoding="utf-8"))[:1] if file.is_file() else ()) or "without a version number"
+    if [*map(int, re.findall(r"\d+", version))] < [*map(int, OLDEST.split("."))]:
+        raise Trouble(f"ComfyUI {OLDEST} or newer is needed, but {path} has ComfyUI {version}: name a newer one in COMFYUI_PATH.")
+    return version
 
 
 def link(name: Path, target: Path) -> None:
@@ -237,8 +240,8 @@ def set_up() -> Path:
 
 def find_program(name: str) -> str | None:
     """A system program that starts: the path in NAME_PATH, else on PATH, else in the usual places."""
-    named = os.environ.get(f"{name.upper()}_PATH", "")
-    return next((path for path in map(shutil.which, [named, *PROGRAMS[name]["names"]]) if path and works(path)), None)
+    names = [os.environ.get(f"{name.upper()}_PATH", ""), *PROGRAMS[name]["names"]]
+    return next((path for path in map(shutil.which, names) if path and works(path)), None)
 
 
 def ensure_program(name: str) -> str:
@@ -257,8 +260,7 @@ def ensure_program(name: str) -> str:
 def read_report(step: str, report: Path) -> Outcome:
     """The outcome of a step, from pytest's JUnit report."""
     cases = list(ElementTree.parse(report).iter("testcase"))
-    failed = sum(any(child.tag in ("failure", "error") for child in case) for case in cases)
-    skipped = sum(any(child.tag == "skipped" for child in case) for case in cases)
+    failed, skipped = (sum(any(child.tag in tags for child in case) for case in cases) for tags in (("failure", "error"), ("skipped",)))
     tests = ((float(case.get("time", 0)), f"{step}: {case.get('classname')}::{case.get('name')}") for case in cases)
     return Outcome(step, len(cases) - failed - skipped, failed, skipped, tests=tuple(tests))
 
@@ -298,8 +300,7 @@ def steps_of_test(options: argparse.Namespace, comfyui: Path) -> dict[str, tuple
 
     version, here = comfyui_version(comfyui), {"COMFYUI_PATH": lambda: comfyui}
     steps: dict[str, tuple[list[str], Places]] = {"ruff check": (["ruff", "check", "."], {})}
-    steps["ruff format"] = ["ruff", "format", "--check", "."], {}
-    steps["unit"] = tests("unit"), {}
+    steps["ruff format"], steps["unit"] = (["ruff", "format", "--check", "."], {}), (tests("unit"), {})
     if options.fast:
         return steps
     steps["pyright"] = ["pyright", "--level", "warning"], {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from ..families.family import Family
 from ..runtime.comfyui import logged_lines
 from ..runtime.errors import StudentFileError, printable
-from ..runtime.failure import is_out_of_memory
+from ..runtime.failure import is_of_the_driver, is_out_of_memory
 from ..runtime.weights import CHOICES, read_header
 from .frozen import FrozenModel
 
@@ -22,7 +21,6 @@ DTYPES = {"auto": None, **CHOICES}
 SMALL_WEIGHTS = 20_000_000
 # What ComfyUI's model detection raises for files that are not diffusion models, some of which resemble one.
 DETECTION_ERRORS = (RuntimeError, LookupError, AttributeError, TypeError, ValueError)
-DRIVER_ERROR = re.compile(r"\b(CUDA|CUDNN|CUBLAS|HIP|XPU|driver)\b", re.IGNORECASE)
 
 
 def open_diffusion_model(path: Path, dtype: str, family: Family, exact_gradients: bool = True) -> FrozenModel:
@@ -79,7 +77,7 @@ def _load_patcher(path: Path, dtype: torch.dtype | None, family: Family) -> Any:
             if is_out_of_memory(error):
                 raise
             told = printable(" ".join(str(error).split()), 400)
-            if DRIVER_ERROR.search(told):
+            if is_of_the_driver(error, str(path)):
                 raise ValueError(f"{path.name} could not be loaded: {told}\nWhat to do: check the GPU and its driver.") from error
             raise _refused(f"{path.name} is not a diffusion model that ComfyUI knows.\n{told}", family) from error
     if missing:

@@ -28,8 +28,9 @@ def blocks_of(model: Module, block_lists: Sequence[str]) -> list[Module]:
 def differentiable(model: Module, blocks: Sequence[Module], checkpoint_blocks: bool, last_layers: Sequence[str] = ()) -> Iterator[None]:
     """Make gradients with respect to the model's inputs correct while the context is open, with block checkpointing or without.
 
-    `last_layers` is the Family's. Blocks add to residual streams in place, and a LayerNorm has saved such a stream for its gradient: so LayerNorms get clones. RMSNorm
-    modules normalize heads, which nothing overwrites (autograd would raise); their clones would cost 5% of memory.
+    Blocks add to residual streams in place, and a LayerNorm has saved such a stream for its gradient: so LayerNorms get clones. RMSNorm
+    modules normalize heads, which nothing overwrites (autograd would raise); their clones would cost 5% of memory. `last_layers` is the
+    Family's.
     """
     with contextlib.ExitStack() as stack:
         if checkpoint_blocks:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.disk import UNFINISHED, sync_folder
-from ..runtime.errors import StudentFileError
+from ..runtime.errors import StudentFileError, escaped
 from ..runtime.progress import Progress, silent, waiting
 from ..runtime.weights import FLOAT_NAMES, check_finite, data_sha256, dtype_name, load_tensors, read_header, reading, widest_float
 from ..students import KINDS, kind_of
@@ -170,7 +170,7 @@ def write_student(
 def not_written(path: Path, error: OSError) -> OSError:
     """The error about a file that could not be written."""
     return OSError(
-        f"{path.name} could not be written to {path.parent}: {error}.\n"
+        f"{path.name} could not be written to {escaped(str(path.parent))}: {error}.\n"
         "What to do: check that the folder exists and is writable, and that the disk has room."
     )
 

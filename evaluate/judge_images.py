@@ -13,6 +13,8 @@ from typing import Any
 import comfy.model_management
 import numpy as np
 
+from ..runtime.errors import printable
+from ..runtime.failure import is_out_of_memory
 from .context import Evaluation
 from .encoders import EncoderFile
 from .judges import by_number, judged_by, make_judge
@@ -117,8 +119,16 @@ class Judging:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """An RGB image, uint8 [H, W, 3]."""
+    """An RGB image, uint8 [H, W, 3]. Raises ValueError for a damaged file."""
     from PIL import Image
 
-    with Image.open(path) as image:
-        return np.array(image.convert("RGB"))  # writable, as torch wants it
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert("RGB"))  # writable, as torch wants it
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{path} is not a complete image: {printable(str(error))}\n"
+            "What to do: download a photograph again; delete a generated image, which the same command then generates again."
+        ) from error

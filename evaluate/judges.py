@@ -63,7 +63,15 @@ def _weights_of(path: str) -> list[list[str]]:
 
 
 def _photograph_of(question: Question) -> list[Any] | None:
-    return None if question.photograph is None else [question.photograph.name, question.photograph.stat().st_size]
+    if question.photograph is None:
+        return None
+    stat = question.photograph.stat()
+    return [question.photograph.name, _fingerprint_of(question.photograph, stat.st_size, stat.st_mtime_ns)]
+
+
+@functools.cache
+def _fingerprint_of(photograph: Path, _size: int, _changed_ns: int) -> str:
+    return fingerprint(photograph)
 
 
 def by_number(values: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..runtime.errors import listed, printable
+from ..runtime.failure import is_out_of_memory
 from ..runtime.weights import SAFETENSORS, load_tensors
 
 CONFIG, TOKENIZERS = "config.json", ("tokenizer.json", "vocab.json", "vocab.txt")
@@ -27,6 +28,8 @@ def load_file(path: Path, what: str, source: str) -> dict[str, Tensor]:
     try:
         content = comfy.utils.load_torch_file(str(path), safe_load=True)
     except Exception as error:  # torch raises many kinds for a damaged file
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{path} is not a valid file of weights: {type(error).__name__}.\n{FETCH} {source}") from error
     if not isinstance(content, dict) or not content or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ValueError(f"{path} is not a file of named tensors.\n{FETCH} {source}")
@@ -44,6 +47,8 @@ def load_folder(model_class: Any, folder: Path, what: str, source: str) -> Any:
     try:
         model, found = model_class.from_pretrained(str(folder), output_loading_info=True, **LOCAL)
     except Exception as error:  # transformers and torch raise many kinds for a missing or damaged file
+        if is_out_of_memory(error):
+            raise
         raise _not_loaded(folder, what, source, error) from error
     problems = [f"{name}: missing" for name in sorted(found["missing_keys"])]
     problems += [f"{name}: found {list(there)}, expected {list(wanted)}" for name, there, wanted in found["mismatched_keys"]]
@@ -62,7 +67,9 @@ def load_processor(processor_class: Any, folder: Path, what: str, source: str, r
         raise ValueError(f"{folder} lacks its tokenizer: expected {' or '.join(TOKENIZERS)}.\n{FETCH} {source}")
     try:
         return processor_class.from_pretrained(str(folder), **LOCAL)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises many kinds for a missing or damaged file
+        if is_out_of_memory(error):
+            raise
         raise _not_loaded(folder, what, source, error) from error
 
 

@@ -193,9 +193,11 @@ def _each(category: str, judge_name: str, score: Callable[[str, np.ndarray], flo
 RECORDS = (
     Metric(
         "ocr",
-        "the text that is asked for is read",
+        "the text that is asked for is read: common_text, or a file with a target",
         {"ocr_character": Number("characters"), "ocr_word": Number("words"), "ocr_sentence": Number("sentences")},
-        lambda prompts: prompts.kind == "common_text" or (prompts.kind == "miniature" and "word" in prompts.category),
+        lambda prompts: (
+            bool(prompts.target) or prompts.kind == "common_text" or (prompts.kind == "miniature" and "word" in prompts.category)
+        ),
         table="ocr",
         weights=("weights",),
         judge=_ocr,

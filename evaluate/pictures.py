@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..runtime.failure import is_out_of_memory
 from ..runtime.optional import needed
 from .local_weights import frozen, load_file, load_folder, load_processor
 from .measured import Measured
@@ -41,6 +42,8 @@ class Inception:
         try:
             network = extractors.FeatureExtractorInceptionV3("inception", [INCEPTION_FEATURES], feature_extractor_weights_path=plain)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             found = str(error).partition("\n")[0]
             raise ValueError(f"{weights} is not torch-fidelity's Inception: {found}\nWhat to do: use {INCEPTION_SOURCE}") from error
         self._network, self._device = frozen(network, device), device

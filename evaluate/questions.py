@@ -15,25 +15,31 @@ from pydantic import Field, model_validator
 from ..config.parts import Count, OptionalPath, Part
 from ..prompts.common_text import common_text
 from ..prompts.corpora import COMPBENCH_CATEGORIES, PromptError, compbench_files, located, read_file
+from ..runtime.errors import printable
 from ..world.pictures import Scene
 from ..world.questions import questions as miniature_questions
 from ..world.scenes import NEW_IN_TASK
 from .compbench import RELATIONS_2D, RELATIONS_3D, numeracy_score, relation_in
+from .ocr import normalised
 
 RELATIONS = {"spatial": RELATIONS_2D, "3d_spatial": RELATIONS_3D}
 # Kinds of prompts that come from a file or folder; the others are made here.
-FROM_FILES = ("lines", "compbench", "coco")
+WITH_COLUMNS = ("json", "csv", "parquet")
+FROM_FILES = ("lines", "compbench", "coco", *WITH_COLUMNS)
 CATEGORIES: dict[str, tuple[str, ...]] = {"compbench": COMPBENCH_CATEGORIES, "miniature": tuple(NEW_IN_TASK)}
 
 
 class Prompts(Part):
     """Where a task's prompts come from."""
 
-    kind: Literal["common_text", "lines", "compbench", "coco", "miniature"] = Field(
+    kind: Literal["common_text", "lines", "json", "csv", "parquet", "compbench", "coco", "miniature"] = Field(
         description="common_text: generated, held out of training; compbench: the validation files of a T2I-CompBench folder; coco: "
-        "an annotation file of COCO captions; miniature: held-out scenes of the miniature; lines: a text file, a prompt per line"
+        "an annotation file of COCO captions; miniature: held-out scenes of the miniature; lines: a text file, a prompt per line; json: a "
+        "list, or an object per line; csv; parquet"
     )
     path: OptionalPath = Field(default="", description="file, or folder of compbench; relative to the working folder or to the pack's")
+    column: str = Field(default="", description="column of csv and parquet, or key of json's objects, that holds the prompt")
+    target: str = Field(default="", description="the same for the text that the image must show, which the metric ocr compares with")
     category: str = Field(default="", description="category of compbench, or task of the miniature")
     pictures: OptionalPath = Field(default="", description="coco: folder of the photographs that FID compares with")
     limit: Count = Field(description="prompts used, from the first; fewer if there are not so many")
@@ -44,6 +50,10 @@ class Prompts(Part):
             raise ValueError(
                 f"prompts of kind {self.kind} {'need a path' if self.kind in FROM_FILES else 'are generated: expected no path'}"
             )
+        if (self.column or self.target) and self.kind not in WITH_COLUMNS:
+            raise ValueError(f"prompts of kind {self.kind} have no columns: expected no column and no target")
+        if not self.column and (self.target or self.kind in ("csv", "parquet")):
+            raise ValueError(f"prompts of kind {self.kind}{' with a target' * bool(self.target)} need the column that holds the prompt")
         if self.pictures and self.kind != "coco":
             raise ValueError(f"prompts of kind {self.kind} have no photographs: expected no pictures")
         known = CATEGORIES.get(self.kind, ())
@@ -100,11 +110,24 @@ def _read(source: Prompts) -> Sequence[dict[str, Any]]:
         return [{"prompt": caption, "scene": scene, "target": " ".join(scene.words).upper() or None} for scene, caption in asked]
     if source.kind == "coco":
         return _coco(source)
+    if source.kind in WITH_COLUMNS:
+        return _with_targets(source)
     file = compbench_files(source.path, "validation")[source.category] if source.kind == "compbench" else source.path
     prompts = [one.text for one in read_file(str(file), "lines", limit=source.limit)]
     for prompt in prompts:
         _check_understood(source.category, prompt)
     return [{"prompt": prompt} for prompt in prompts]
+
+
+def _with_targets(source: Prompts) -> list[dict[str, Any]]:
+    """The prompts of a file with columns, and the text that each image must show if the suite names its column."""
+    found = read_file(source.path, source.kind, source.column, source.limit, source.target)
+    without = [one for one in found if one.target is not None and not normalised(one.target)]
+    if without:
+        problem = f'{source.path}: {len(without)} of {len(found)} prompts have no letter or digit in "{source.target}".'
+        remedy = "set target to the column with the text that each image must show, and correct or remove such prompts."
+        raise PromptError(problem, remedy, f"The first: {printable(without[0].text, 60)}")
+    return [{"prompt": one.text, "target": one.target} for one in found]
 
 
 def _check_understood(category: str, prompt: str) -> None:

@@ -6,14 +6,12 @@ import contextlib
 import importlib.util
 import io
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-# The only program that is run is Tesseract, whose path is looked up below.
-from subprocess import run
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -171,7 +169,7 @@ class TesseractReader:
 
     def _run(self, *arguments: str, picture: bytes = b"") -> str:
         assert self._program is not None, "the constructor found it"
-        done = run([self._program, *arguments, *self._options], input=picture, capture_output=True, check=False)
+        done = subprocess.run([self._program, *arguments, *self._options], input=picture, capture_output=True, check=False)
         if done.returncode:
             found = done.stderr.decode("utf-8", "replace").strip()
             raise ValueError(

@@ -30,7 +30,7 @@ class Kept:
         try:
             content = json.loads(path.read_bytes())
             decided, found, digest = content["decided_by"], content["found"], content["sha256"]
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             digest = decided = found = None
         if digest != _digest(decided, found):
             log.warning("%s is damaged or was edited: its numbers are measured again", path)

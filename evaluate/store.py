@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..runtime.disk import UNFINISHED, replace_file, sync_folder
+from ..runtime.errors import listed, printable
 
 # What decides the images of a folder; images of other models or prompts are not mixed in.
 MADE_OF = "made_of.json"
@@ -35,6 +36,8 @@ class ImageFolder:
         record = self.path / MADE_OF
         if record.is_file():
             _check_same(record, made_of)
+        elif any(IMAGE.match(path.name) for path in self.path.iterdir()):
+            raise ValueError(f"{self.path} holds images, but not {MADE_OF}, which says what they were made of.\n{OTHER_FOLDER}")
         else:
             replace_file(record, json.dumps(dict(made_of), indent=1).encode())
         for batch in self.path.glob(f"*{COMPLETE}"):
@@ -48,7 +51,7 @@ class ImageFolder:
 
     def present(self) -> set[int]:
         """The images that are there and not damaged."""
-        return {int(path.stem) for path in self.path.iterdir() if IMAGE.match(path.name) and _is_intact(path)}
+        return {int(path.stem) for path in self.path.iterdir() if IMAGE.match(path.name) and path.is_file() and _is_intact(path)}
 
     def add(self, images: Mapping[int, bytes]) -> None:
         """Put the PNG files of a batch in their places: all of them or, after a kill or on a full disk, none."""
@@ -79,7 +82,7 @@ def _is_intact(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             image.verify()
-    except (OSError, SyntaxError):  # Pillow raises either
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):  # Pillow raises any of them
         return False
     return True
 
@@ -87,11 +90,11 @@ def _is_intact(path: Path) -> bool:
 def _check_same(record: Path, now: Mapping[str, str]) -> None:
     try:
         before = dict(json.loads(record.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{record} is not valid JSON: {error}\n{OTHER_FOLDER}") from error
-    differences = [f"  {key}: {before.get(key)} -> {now.get(key)}" for key in {**before, **now} if before.get(key) != now.get(key)]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{record} is not valid JSON: {printable(str(error))}\n{OTHER_FOLDER}") from error
+    differences = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in {**before, **now} if before.get(key) != now.get(key)]
     if differences:
-        raise ValueError("\n".join([f"The images in {record.parent} were made of something else:", *differences, OTHER_FOLDER]))
+        raise ValueError(f"The images in {record.parent} were made of something else:\n{listed(differences, 20)}\n{OTHER_FOLDER}")
 
 
 def missing_batches(count: int, present: set[int], size: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import folder_paths
 
 from ..encoder.files import not_written, open_student, unused_path
-from ..runtime.errors import StudentFileError
+from ..runtime.errors import StudentFileError, escaped, printable
 from ..runtime.weights import SAFETENSORS
 
 Choice = TypeVar("Choice")
@@ -40,7 +40,7 @@ def _is_student(name: str) -> bool:
         return False
     try:
         return _is_student_file(path, os.path.getmtime(path), os.path.getsize(path))
-    except OSError:
+    except (OSError, MemoryError):  # not kept: a later list looks again
         return False
 
 
@@ -59,7 +59,7 @@ def path_of(name: str) -> str:
     if path is None:
         folders = ", ".join(folder_paths.get_folder_paths(FOLDER))
         raise StudentFileError(
-            f"{name} is not in the text encoder folders.",
+            f"{printable(name)} is not in the text encoder folders.",
             "refresh the file list (key R) and pick a file that is listed.",
             f"Looked in: {folders}",
         )
@@ -108,7 +108,7 @@ def new_file(name: str) -> Path:
     stem = folder.joinpath(*parts)
     # A link inside the folder may point out of it.
     if not stem.parent.resolve().is_relative_to(folder):
-        raise ValueError(f"{name!r} leads out of {folder}.\nWhat to do: give a name inside the folder.")
+        raise ValueError(f"{name!r} leads out of {escaped(str(folder))}.\nWhat to do: give a name inside the folder.")
     for parent in stem.relative_to(folder).parents:
         if (folder / parent).exists() and not (folder / parent).is_dir():
             raise ValueError(f"{name!r} cannot be saved: {parent} is a file, not a folder.\nWhat to do: give another name.")

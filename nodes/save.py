@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..encoder.files import write_student
 from ..encoder.served import metadata_in_use, student_tensors
+from ..runtime.errors import escaped
 from ..runtime.weights import CHOICES
 from .model_files import dtype_of, folder_for, listed_name, new_file
 from .progress import progress_bar
@@ -59,5 +60,5 @@ class DistilledT5Save(io.ComfyNode):
         with folder_for(path):
             path = write_student(path, tensors, metadata, show, overwrite=False)
         listed = listed_name(path)
-        report = f"Saved {listed} ({path.stat().st_size / 1e6:.0f} MB) in {path.parent}"
+        report = f"Saved {listed} ({path.stat().st_size / 1e6:.0f} MB) in {escaped(str(path.parent))}"
         return io.NodeOutput(listed, ui=ui.PreviewText(report))

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -94,12 +94,12 @@ def _open(path: Path, newline: str | None = None) -> TextIO:
     return path.open(encoding=encoding, errors="surrogateescape", newline=newline)
 
 
-def _lines(path: Path, _column: str) -> Iterator[object]:
+def _lines(path: Path, _columns: Sequence[str]) -> Iterator[object]:
     with _open(path) as file:
         yield from file
 
 
-def _json(path: Path, _column: str) -> Iterator[object]:
+def _json(path: Path, _columns: Sequence[str]) -> Iterator[object]:
     """The items of a JSON list, or of JSON lines."""
     with _open(path) as file:
         text = file.read()
@@ -113,31 +113,31 @@ def _json(path: Path, _column: str) -> Iterator[object]:
         yield from content if isinstance(content, list) else [content]
 
 
-def _csv(path: Path, column: str) -> Iterator[object]:
-    """Rows by the names in the first line, between commas, semicolons or tabs: whichever separates the column from the others."""
+def _csv(path: Path, columns: Sequence[str]) -> Iterator[object]:
+    """Rows by the names in the first line, between commas, semicolons or tabs: whichever separates the columns from the others."""
     with _open(path, newline="") as file:
         first = file.readline()
         headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in ",;\t"}
-        delimiter = max(headers, key=lambda delimiter: (column in headers[delimiter], len(headers[delimiter])))
+        delimiter = max(headers, key=lambda delimiter: (len({*columns} & {*headers[delimiter]}), len(headers[delimiter])))
         for row in csv.DictReader(file, headers[delimiter], delimiter=delimiter, strict=True):
             if None in row or None in row.values():
                 raise ValueError(f"expected {len(headers[delimiter])} cells as in the first line; is a {delimiter!r} not between quotes?")
             yield row
 
 
-def _parquet(path: Path, column: str) -> Iterator[object]:
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[object]:
     parquet = needed("pyarrow.parquet", "pyarrow", f"Reading the Parquet file {path}")
 
     def rows() -> Iterator[object]:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=[column] if column in file.schema_arrow.names else None):
+            for batch in file.iter_batches(columns=list(columns) if {*columns} <= {*file.schema_arrow.names} else None):
                 yield from batch.to_pylist()
 
     return rows()
 
 
 # kind of a corpus: its reader, and what messages call an item of it
-READERS: dict[str, tuple[Callable[[Path, str], Iterator[object]], str]] = {
+READERS: dict[str, tuple[Callable[[Path, Sequence[str]], Iterator[object]], str]] = {
     "lines": (_lines, "line"),
     "json": (_json, "item"),
     "csv": (_csv, "row"),
@@ -145,18 +145,18 @@ READERS: dict[str, tuple[Callable[[Path, str], Iterator[object]], str]] = {
 }
 
 
-def _text(item: Any, column: str, where: str) -> str:
-    """The prompt in a string, or in a column of an object, without surrounding white space."""
+def _text(item: Any, column: str, where: str, key: str = "column") -> str:
+    """The text in a string, or in a column of an object, without surrounding white space. `key`: what names that column, for messages."""
     if isinstance(item, dict):
         if column not in item:
             near = difflib.get_close_matches(column, item, n=1, cutoff=0.5)
-            problem = f'{where}: there is no column "{printable(column)}".' if column else f"{where}: the recipe does not name a column."
-            remedy = f'write column = "{near[0]}".' if near else "write column = one of these in the recipe."
+            problem = f'{where}: there is no column "{printable(column)}".' if column else f"{where}: no column is named."
+            remedy = f'write {key} = "{near[0]}".' if near else f"write {key} = one of these."
             raise PromptError(problem, remedy, f"Its columns: {', '.join(map(printable, item)) or 'none'}")
         item = item[column]
     elif column:
         problem = f'{where}: expected an object with the key "{printable(column)}", got {printable(json.dumps(item), 60)}.'
-        raise PromptError(problem, "leave column out if all items are strings, or correct the item.")
+        raise PromptError(problem, f"leave {key} out if all items are strings, or correct the item.")
     if item is None:
         return ""
     if not isinstance(item, str):
@@ -180,22 +180,23 @@ def _check(path: Path, prompts: list[Prompt]) -> list[Prompt]:
     return prompts
 
 
-def read_file(path: str, kind: str, column: str = "", limit: int = 0) -> list[Prompt]:
+def read_file(path: str, kind: str, column: str = "", limit: int = 0, target: str = "") -> list[Prompt]:
     """The prompts of one file in order, without blank ones; the first `limit` of them, or all if it is 0.
 
-    Raises PromptError for a file that is missing, unreadable, empty, of another kind or not text; for a missing column; for a value that
-    is not text.
+    `target` names the column with the text that each prompt's image must show. Raises PromptError for a file that is missing, unreadable,
+    empty, of another kind or not text; for a missing column; for a value that is not text.
     """
     file = located(path, kind)
     named = EXTENSIONS.get(file.suffix.lower(), kind)
     if named != kind:  # read as lines, a CSV file would train on its commas
         raise PromptError(f'{file} has the extension {file.suffix}, but kind = "{kind}".', f'write kind = "{named}", or rename the file.')
     reader, unit = READERS[kind]
-    items, number, prompts = reader(file, column), 0, []
+    items, number, prompts = reader(file, [name for name in (column, target) if name]), 0, []
     try:
         for number, item in enumerate(items, start=1):
-            if text := _text(item, column, f"{file}, {unit} {number}"):
-                prompts.append(Prompt(text))
+            where = f"{file}, {unit} {number}"
+            if text := _text(item, column, where):
+                prompts.append(Prompt(text, _text(item, target, where, "target") if target else None))
             if len(prompts) == limit > 0:
                 break
     except PromptError:

@@ -7,11 +7,9 @@ class UserError(ValueError):
     """A mistake of the user's: the first line says what is wrong, the last what to do."""
 
     def __init__(self, problem: str, remedy: str, details: str = "") -> None:
-        lines = [problem, details, f"What to do: {remedy}"]
-        # A name that is not valid Unicode, as files may have, cannot be logged or sent.
-        super().__init__("\n".join(line for line in lines if line).encode(errors="backslashreplace").decode())
-        self.problem = problem
-        self.remedy = remedy
+        self.problem, self.remedy = escaped(problem), escaped(remedy)
+        lines = [self.problem, escaped(details), f"What to do: {self.remedy}"]
+        super().__init__("\n".join(line for line in lines if line))
 
 
 class StudentFileError(UserError):
@@ -23,6 +21,11 @@ class StudentFileError(UserError):
 
 class UndistilledError(StudentFileError):
     """A network that students replace, such as T5-XXL itself, where a student was expected."""
+
+
+def escaped(text: str) -> str:
+    """The text with unprintable characters escaped, except for line breaks: a name that is not valid Unicode cannot be logged or sent."""
+    return "\n".join(line if line.isprintable() else repr(line)[1:-1] for line in text.split("\n"))
 
 
 def printable(text: str, most: int = 200) -> str:

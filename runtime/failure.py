@@ -5,13 +5,19 @@ Imports the standard library alone: this must also run in a Python that lacks th
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 
 ADVICE = "What to do: "
 ISSUES = "https://github.com/distilled-t5/distilled-t5/issues"
-# In lower case. The last two are torch's for CPU memory (Linux, Windows), the others those of torch, drivers and libraries for a GPU.
-OUT_OF_MEMORY = ("out of memory", "out_of_device_memory", "_status_alloc_failed", "can't allocate memory", "not enough memory: you tried")
+# In lower case, as torch, drivers and libraries for a GPU say it; torch, for CPU memory (Linux, Windows); systems, for a file that they
+# cannot map (Linux and macOS, Windows).
+OUT_OF_MEMORY = (
+    *("out of memory", "out_of_device_memory", "_status_alloc_failed", "can't allocate memory", "not enough memory: you tried"),
+    *("cannot allocate memory", "(os error 12)", "(os error 1455)", "paging file is too small", "not enough memory resources"),
+)
+DRIVER = re.compile(r"\b(CUDA|CUDNN|CUBLAS|HIP|XPU|driver)\b", re.IGNORECASE)
 # Modules that no package provides.
 NOT_PACKAGES = ("distilled_t5", "comfy", "folder_paths", "utils")
 
@@ -36,4 +42,11 @@ def explained(error: Exception, memory_advice: Callable[[], str] | None = None) 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the memory of the GPU or of the machine was not sufficient, as torch and Python report it."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in OUT_OF_MEMORY))
+    # The safetensors library is not imported here.
+    reports = isinstance(error, (RuntimeError, OSError)) or type(error).__name__ == "SafetensorError"
+    return isinstance(error, MemoryError) or (reports and any(sign in str(error).lower() for sign in OUT_OF_MEMORY))
+
+
+def is_of_the_driver(error: Exception, path: str = "") -> bool:
+    """Whether an error while the file `path` was loaded is one of the GPU's driver or libraries."""
+    return isinstance(error, RuntimeError) and DRIVER.search(str(error).replace(path, "")) is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import StudentFileError, listed, printable
-from .failure import is_out_of_memory
+from .failure import is_of_the_driver, is_out_of_memory
 from .progress import Progress, silent
 
 Shape = tuple[int, ...]
@@ -39,8 +39,6 @@ FLOAT_NAMES = {
 # Number formats that a user can choose for weights.
 CHOICES = {name: dtype for dtype, name in FLOAT_NAMES.items() if dtype != torch.float8_e5m2}
 DAMAGED = "download the file again, or use an earlier checkpoint: such weights give black or broken images."
-# What the system says when a file cannot be mapped.
-NO_MEMORY = ("cannot allocate memory", "os error 12", "os error 1455", "paging file is too small")
 CHUNK_BYTES = 1 << 22
 
 
@@ -96,29 +94,35 @@ def conversion(path: Path) -> str:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raise StudentFileError for a file that cannot be read, MemoryError with advice for one that does not fit into memory."""
+    """Raise StudentFileError for a file that cannot be read; with advice, MemoryError for one that does not fit into memory, and
+    RuntimeError for an error of the GPU's driver."""
     try:
         yield
-    except OSError as error:
-        raise StudentFileError(
-            f"{path.name} could not be read: {error.strerror or error}.",
-            "check that the file and its folder exist and that ComfyUI may read them.",
-        ) from error
     except UnicodeError as error:
         raise StudentFileError(f"{path.name}: its path is not valid Unicode.", "rename the file or its folder.") from error
-    except (safetensors.SafetensorError, RuntimeError, MemoryError) as error:
-        # RuntimeError: torch could not map the file, or has no dtype for a number format that the file names.
-        size = path.stat().st_size if path.is_file() else 0
-        if is_out_of_memory(error) or any(sign in str(error).lower() for sign in NO_MEMORY):
-            raise MemoryError(
-                f"Not enough memory to read {path.name} ({size:,} bytes): {printable(str(error))}\n"
-                "What to do: close other programs, or unload other models, then run again."
-            ) from error
-        raise StudentFileError(
-            f"{path.name} is not a complete safetensors file ({size:,} bytes).",
-            "download it again; it may have been cut off or renamed.",
-            f"Found: {printable(str(error))}",
-        ) from error
+    except (OSError, safetensors.SafetensorError, RuntimeError, MemoryError) as error:
+        raise _not_read(path, error) from error
+
+
+def _not_read(path: Path, error: Exception) -> Exception:
+    found, name = printable(str(error)), printable(path.name)
+    if is_out_of_memory(error):
+        return MemoryError(
+            f"Not enough memory to read {name}: {found}\nWhat to do: close other programs, or unload other models, then run again."
+        )
+    if is_of_the_driver(error, str(path)):
+        return RuntimeError(f"{name} could not be read: {found}\nWhat to do: check the GPU and its driver.")
+    if isinstance(error, OSError):
+        reason = error.strerror or error
+        remedy = "check that the file and its folder exist and that ComfyUI may read them."
+        return StudentFileError(f"{name} could not be read: {reason}.", remedy)
+    # RuntimeError: torch could not map the file, or has no dtype for a number format that the file names.
+    size = path.stat().st_size if path.is_file() else 0
+    return StudentFileError(
+        f"{name} is not a complete safetensors file ({size:,} bytes).",
+        "download it again; it may have been cut off or renamed.",
+        f"Found: {found}",
+    )
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..runtime.disk import UNFINISHED, replace_file, sha256, sync_file, sync_folder
+from ..runtime.failure import is_out_of_memory
 from ..runtime.packing import pack, unpack
 
 FORMAT = 1
@@ -191,6 +192,8 @@ def read_checkpoint(folder: Path) -> TrainerState:
             raise
         raise DamagedCheckpoint(f"{Path(error.filename or folder).name}: {error.strerror}") from error
     except SafetensorError as error:
+        if is_out_of_memory(error):
+            raise
         raise DamagedCheckpoint(f"tensors cannot be read: {error}") from error
     return TrainerState(student=student, **{name: unpack(value, tensors) for name, value in values.items()})
 

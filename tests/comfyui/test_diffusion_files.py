@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import comfy.sd
 import pytest
+import torch
 from distilled_t5.diffusion.files import check_guidance, open_diffusion_model
 from distilled_t5.diffusion.frozen import FrozenModel
 from distilled_t5.families import FAMILIES
 from distilled_t5.miniature.files import FLUX_FILE, place
+from distilled_t5.runtime.failure import explained
 from distilled_t5.runtime.model_folders import SHIPPED
 from distilled_t5.tests.support.small_models import SMALL_MODELS
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 FLUX = FAMILIES["flux"]
 
@@ -36,3 +41,28 @@ def test_an_error_of_the_driver_is_not_blamed_on_the_file(monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match=r"could not be loaded: CUDA error.*\nWhat to do: check the GPU and its driver.") as caught:
         open_diffusion_model(place(SHIPPED, FLUX_FILE), "auto", FLUX)
     assert "not a diffusion model" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("unable to mmap 23 bytes from file <flux>: Cannot allocate memory (12)"),
+        SafetensorError("Cannot allocate memory (os error 12)"),
+    ],
+    ids=repr,
+)
+def test_too_little_memory_is_not_blamed_on_the_file(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def failing(*_arguments: object, **_named: object) -> None:
+        raise error
+
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model", failing)
+    with pytest.raises(type(error)) as caught:
+        open_diffusion_model(place(SHIPPED, FLUX_FILE), "auto", FLUX)
+    assert (explained(caught.value) or "").startswith("Out of memory: ")
+
+
+def test_a_file_in_a_folder_called_cuda_is_not_blamed_on_the_driver(tmp_path: Path) -> None:
+    (tmp_path / "cuda").mkdir()
+    save_file({"weight": torch.zeros(2)}, tmp_path / "cuda" / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors is not a diffusion model that ComfyUI knows"):
+        open_diffusion_model(tmp_path / "cuda" / "other.safetensors", "auto", FLUX)

@@ -156,7 +156,7 @@ def bad(*rows: tuple[str, str, str | bytes, str, str]) -> pytest.MarkDecorator:
         "caption",
         'item 2: there is no column "caption".\nIts columns: capt',
     ),
-    ("a.json", "json", '[{"caption": "fox"}]', "", "the recipe does not name a column.\nIts columns: caption"),
+    ("a.json", "json", '[{"caption": "fox"}]', "", "no column is named.\nIts columns: caption"),
     ("a.json", "json", "[{}]", "caption", "Its columns: none"),
     ("a.json", "json", '["fox"]', "caption", 'item 1: expected an object with the key "caption", got "fox"'),
     ("a.csv", "csv", "", "caption", "contains no prompts"),

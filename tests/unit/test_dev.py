@@ -191,6 +191,27 @@ def test_comfyui_path_comes_first(dev: ModuleType, tmp_path: Path, monkeypatch: 
     assert dev.comfyui_version(comfyui) == "0.24.0"
 
 
+@pytest.mark.parametrize("version", ["0.3.64", "0.16.2", None])
+def test_a_comfyui_that_is_too_old_is_refused_in_one_sentence_before_anything_is_set_up(
+    dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], version: str | None
+) -> None:
+    comfyui = comfyui_folder(tmp_path / "ComfyUI", version or "")
+    if version is None:
+        (comfyui / "comfyui_version.py").unlink()  # ComfyUI has had this file since 0.3.7
+    pretend_in(dev, tmp_path, monkeypatch)
+    monkeypatch.setenv("COMFYUI_PATH", str(comfyui))
+    monkeypatch.setattr(dev, "run_quietly", lambda *_: pytest.fail("a command was run"))
+    for command in ("test", "serve", "demo", "bench", "miniature"):
+        assert dev.main([command]) == 1
+        has = f"{comfyui} has ComfyUI {version or 'without a version number'}"
+        assert capsys.readouterr().out == f"ComfyUI 0.16.3 or newer is needed, but {has}: name a newer one in COMFYUI_PATH.\n"
+
+
+@pytest.mark.parametrize("version", ["0.16.3", "0.30.0", "1.0.0"])
+def test_the_oldest_supported_comfyui_and_newer_ones_are_accepted(dev: ModuleType, tmp_path: Path, version: str) -> None:
+    assert dev.comfyui_version(comfyui_folder(tmp_path / "ComfyUI", version)) == version
+
+
 def test_a_pack_in_custom_nodes_uses_the_comfyui_that_contains_it(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     comfyui = comfyui_folder(tmp_path / "ComfyUI")
     monkeypatch.delenv("COMFYUI_PATH", raising=False)

@@ -130,7 +130,7 @@ def test_another_target_photograph_or_network_decides_anew(tmp_path):
     fid_of = [Question("coco", 0, "a cat", 0, photograph=tmp_path / "0.png")]
     before = judged_by(METRICS["fid"], here, fid_of)
     assert judged_by(METRICS["fid"], here, fid_of) == before
-    (tmp_path / "0.png").write_bytes(b"another")
+    (tmp_path / "0.png").write_bytes(b"two")  # as long as the first
     assert judged_by(METRICS["fid"], here, fid_of) != before
     (tmp_path / "other.safetensors").write_bytes(b"weightS")
     there = load_suite("paper", [f"fid.weights={tmp_path / 'other.safetensors'}"])
@@ -164,7 +164,28 @@ def test_what_is_kept_is_made_once_and_again_when_something_else_decides_it(tmp_
     assert kept.get("student/task.ocr", {"languages": ["de"]}) == {"a": [0.1, 2 / 3]}, "every float to the last bit"
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: text.replace("0.5", "0.9"), lambda _text: "[]", lambda _text: ""])
+@pytest.mark.parametrize("other", ["teacher/task.ocr", "student/other.ocr"])
+def test_kept_numbers_under_the_name_of_others_are_measured_again(tmp_path, other):
+    kept = Kept(tmp_path)
+    kept.put("student/task.ocr", {"pictures": "student", "prompts": "task"}, {"ocr_word": [0.5]})
+    encoder, _, task = other.removesuffix(".ocr").partition("/")
+    decided_by = {"pictures": encoder, "prompts": task}
+    kept.put(other, decided_by, {"ocr_word": [0.9]})
+    (tmp_path / "student/task.ocr.json").replace(tmp_path / f"{other}.json")
+    assert kept.get(other, decided_by) is None
+
+
+DAMAGES = [
+    lambda text: text[:-20],
+    lambda text: text.replace("0.5", "0.9"),
+    lambda _text: "[]",
+    lambda _text: "",
+    lambda _text: "[" * 200_000,
+    lambda _text: '{"decided_by": 1}',
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_kept_numbers_that_were_damaged_or_edited_are_measured_again(tmp_path, damage, caplog):
     kept = Kept(tmp_path)
     kept.put("student/task.ocr", {"a": 1}, {"ocr_word": [0.5, 1.0]})

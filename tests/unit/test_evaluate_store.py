@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,38 @@ def test_a_damaged_image_is_missing_and_generated_again(tmp_path, damage):
     assert content(folder) == {0: image(0), 1: image(1)}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "7"])
+def test_images_without_a_record_of_what_they_were_made_of_are_refused(tmp_path):
+    folder = folder_of(tmp_path / "images")
+    folder.add({0: image(0)})
+    (folder.path / MADE_OF).unlink()
+    with pytest.raises(ValueError, match=r"holds images, but not made_of\.json(.|\n)*What to do: name another folder"):
+        ImageFolder(folder.path).claim(OURS)
+
+
+def test_what_a_record_says_is_printed_escaped(tmp_path):
+    folder = folder_of(tmp_path / "images")
+    (folder.path / MADE_OF).write_text('{"encoder": "\\ud800\\u001b[2J"}')
+    with pytest.raises(ValueError, match="were made of something else") as caught:
+        folder.claim(OURS)
+    assert all(line.isprintable() for line in str(caught.value).splitlines())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_what_is_not_a_plain_file_counts_as_missing(tmp_path):
+    folder = folder_of(tmp_path / "images")
+    os.mkfifo(folder.file(0))
+    folder.file(1).mkdir()
+    assert folder.present() == set()
+
+
+def test_a_file_on_which_pillow_fails_in_another_way_is_missing(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path / "images")
+    folder.add({0: image(0)})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)  # DecompressionBombError is neither an OSError nor a ValueError
+    assert folder.present() == set()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "7", "[" * 200_000, '"\xff'])
 def test_a_damaged_record_is_refused_by_its_name(tmp_path, text):
     folder = folder_of(tmp_path / "images")
     (folder.path / MADE_OF).write_text(text)

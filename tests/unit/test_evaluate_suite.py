@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distilled_t5.config.files import ConfigError, options
-from distilled_t5.evaluate.suite import SHIPPED, Suite, load_suite
+from distilled_t5.evaluate.suite import SHIPPED, Suite, Task, load_suite
 from distilled_t5.prompts.corpora import COMPBENCH_CATEGORIES
 from distilled_t5.world.scenes import NEW_IN_TASK
 
 MINIATURE = (SHIPPED / "miniature.toml").read_text(encoding="utf-8")
+METRICS_PAGE = SHIPPED.parent / "METRICS.md"
 NAMES = ("miniature", "paper", "quick")
 OPTIONS = {
     "": ["name", "seed", "students"],
@@ -30,7 +32,7 @@ OPTIONS = {
     "cost.": ["repeats"],
     "page.": ["pictures", "side_px"],
     "task.": ["name", "metrics"],
-    "task.prompts.": ["kind", "path", "category", "pictures", "limit"],
+    "task.prompts.": ["kind", "path", "column", "target", "category", "pictures", "limit"],
 }
 
 
@@ -67,9 +69,17 @@ def test_a_suite_without_a_family_is_for_flux(tmp_path):
     assert suite.diffusion_model.family == "flux"
 
 
-def test_every_option_is_used_by_a_shipped_suite():
-    used = set().union(*(keys_used(tomllib.loads(path.read_text(encoding="utf-8"))) for path in SHIPPED.glob("*.toml")))
-    assert used == set(options(Suite))
+def test_every_option_is_used_by_a_shipped_suite_or_by_the_example_for_files_of_ones_own():
+    [example] = re.findall(r"```toml\n(.+?)```", METRICS_PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    texts = [example, *(path.read_text(encoding="utf-8") for path in SHIPPED.glob("*.toml"))]
+    assert set().union(*(keys_used(tomllib.loads(text)) for text in texts)) == set(options(Suite))
+
+
+def test_the_example_for_prompts_with_target_texts_is_a_valid_task():
+    [example] = re.findall(r"```toml\n(.+?)```", METRICS_PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    [task] = tomllib.loads(example)["task"]
+    prompts = Task.model_validate(task).prompts
+    assert (prompts.kind, prompts.path, prompts.column, prompts.target) == ("json", "CommonText_Test.json", "prompt", "text")
 
 
 def test_the_shipped_suites_are_those_promised():
@@ -107,6 +117,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path):
         ("task.0.prompts.path=x.txt", "prompts of kind miniature are generated: expected no path"),
         ("task.0.prompts.pictures=x", "prompts of kind miniature have no photographs: expected no pictures"),
         ("task.0.prompts.kind=lines", "prompts of kind lines need a path"),
+        ("task.0.prompts.target=text", "prompts of kind miniature have no columns: expected no column and no target"),
+        ('task.0.prompts={kind="csv", path="a.csv", limit=1}', "prompts of kind csv need the column that holds the prompt"),
+        ('task.0.prompts={kind="json", path="a.json", limit=1, target="text"}', "prompts of kind json with a target need the column"),
+        ('task.4.prompts={kind="json", path="a.json", limit=1}', "metric readback does not apply to prompts of kind json"),
         ('task.0.metrics=["compbench"]', "task single_object: metric compbench does not apply to prompts of kind miniature"),
         ('task.0.metrics=["ocr"]', "task single_object: metric ocr does not apply to prompts of kind miniature single_object"),
         ('task.4.metrics=["ocr"]', "task word: metric ocr needs the table [ocr]"),

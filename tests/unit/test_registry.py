@@ -30,6 +30,8 @@ TRIPWIRES = (
     *("os.environ", "os.getenv(", "subprocess.", "os.system(", "requests.", "urlopen(", "aiohttp.ClientSession"),
     *("socket.", ".connect(", ".bind(", "eval(", "exec(", "pickle", "torch.load("),
 )
+# The one process that the pack starts: the system's Tesseract, where a user chose it (CONTRIBUTING, Rules).
+DECLARED = ("evaluate/readers.py", "subprocess.")
 OPERATING_SYSTEMS = ("OS Independent", "Microsoft :: Windows", "POSIX :: Linux", "MacOS")
 ENVIRONMENTS = ("GPU :: NVIDIA CUDA", "GPU :: AMD ROCm", "GPU :: Intel Arc", "GPU :: Apple Metal", "NPU :: Huawei Ascend")
 # Fields of the node API, and the first ComfyUI with them.
@@ -195,16 +197,18 @@ def test_archive_holds_the_weights_of_the_miniature_and_no_others(archive: Path)
     assert sum(path.stat().st_size for path in weights) <= 30e6
 
 
-def test_archive_has_no_scanner_tripwire(archive: Path) -> None:
+def test_archive_has_no_scanner_tripwire_but_the_declared_one(archive: Path) -> None:
     hits = [
-        f"{path.relative_to(archive).as_posix()}:{number}: {word}"
+        (path.relative_to(archive).as_posix(), word, number)
         for path in sorted(archive.rglob("*"))
         if path.is_file()
         for number, line in enumerate(path.read_bytes().splitlines(), 1)
         for word in TRIPWIRES
         if word.encode() in line
     ]
-    assert not hits, "\n".join(hits)
+    assert [hit[:2] for hit in hits] == [DECLARED], hits
+    hidden = re.compile(r"^\s*from (subprocess|socket|pickle|requests|urllib)\b|^\s*from os import .*(environ|getenv|system)", re.MULTILINE)
+    assert not [path for path in archive.rglob("*.py") if hidden.search(path.read_text(encoding="utf-8"))], "words that the scanner misses"
 
 
 def test_ruff_finds_no_exec_eval_or_semicolon_in_the_archive(archive: Path) -> None:
