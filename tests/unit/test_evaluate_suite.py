@@ -30,7 +30,7 @@ OPTIONS = {
     "cost.": ["repeats"],
     "page.": ["pictures", "side_px"],
     "task.": ["name", "metrics"],
-    "task.prompts.": ["kind", "path", "category", "pictures", "limit"],
+    "task.prompts.": ["kind", "path", "category", "pictures", "limit", "mix"],
 }
 
 
@@ -80,6 +80,7 @@ def test_the_shipped_suites_are_those_promised():
     assert sum(task.prompts.limit for task in quick.tasks) == 200
     for suite in (quick, paper):
         assert [task.prompts.category for task in suite.tasks if task.prompts.kind == "compbench"] == list(COMPBENCH_CATEGORIES)
+    assert [task.prompts.mix for task in paper.tasks if task.prompts.kind == "common_text"] == ["paper"]
     assert {metric for task in paper.tasks for metric in task.metrics} == {"ocr", "compbench", "fid", "clip_score", "lpips"}
 
 
@@ -106,6 +107,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path):
         ("task.0.prompts.category=shape", "a category, one of single_object, colour_shape_binding"),
         ("task.0.prompts.path=x.txt", "prompts of kind miniature are generated: expected no path"),
         ("task.0.prompts.pictures=x", "prompts of kind miniature have no photographs: expected no pictures"),
+        ("task.0.prompts.mix=paper", "prompts of kind miniature: expected no mix"),
         ("task.0.prompts.kind=lines", "prompts of kind lines need a path"),
         ('task.0.metrics=["compbench"]', "task single_object: metric compbench does not apply to prompts of kind miniature"),
         ('task.0.metrics=["ocr"]', "task single_object: metric ocr does not apply to prompts of kind miniature single_object"),
