@@ -176,18 +176,22 @@ def not_written(path: Path, error: OSError) -> OSError:
 
 
 def _publish(aside: Path, path: Path, overwrite: bool) -> Path:
-    """Give the finished file its name; returns it."""
+    """Give the finished file its name; returns it. Without `overwrite`, processes that publish at the same time get different names."""
+    free = path
     while not overwrite:
         try:
-            os.link(aside, path)
+            os.link(aside, free)
         except FileExistsError:  # noqa: PERF203 (repeated until a name is free)
-            path = unused_path(path)
-        except OSError:  # no hard links here (exFAT, some network shares): check, then rename
-            path, overwrite = unused_path(path), True
+            free = unused_path(path)
+        except OSError:  # no hard links here (exFAT, some network shares): an empty file of that name reserves it
+            with contextlib.suppress(FileExistsError):
+                free.touch(exist_ok=False)
+                break
+            free = unused_path(path)
         else:
-            return path
-    os.replace(aside, path)
-    return path
+            return free
+    os.replace(aside, free)
+    return free
 
 
 def _remove_abandoned(folder: Path) -> None:

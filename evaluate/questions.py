@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from ..config.parts import Count, OptionalPath, Part
 from ..prompts.common_text import common_text
-from ..prompts.corpora import COMPBENCH_CATEGORIES, PromptError, compbench_files, located, read_file
+from ..prompts.corpora import COMPBENCH_CATEGORIES, MIX_DESCRIPTION, MixName, PromptError, compbench_files, located, read_file
 from ..runtime.errors import printable
 from ..world.pictures import Scene
 from ..world.questions import questions as miniature_questions
@@ -43,6 +43,7 @@ class Prompts(Part):
     category: str = Field(default="", description="category of compbench, or task of the miniature")
     pictures: OptionalPath = Field(default="", description="coco: folder of the photographs that FID compares with")
     limit: Count = Field(description="prompts used, from the first; fewer if there are not so many")
+    mix: MixName | None = Field(default=None, description=MIX_DESCRIPTION)
 
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> Prompts:
@@ -56,6 +57,8 @@ class Prompts(Part):
             raise ValueError(f"prompts of kind {self.kind}{' with a target' * bool(self.target)} need the column that holds the prompt")
         if self.pictures and self.kind != "coco":
             raise ValueError(f"prompts of kind {self.kind} have no photographs: expected no pictures")
+        if self.mix and self.kind != "common_text":
+            raise ValueError(f"prompts of kind {self.kind}: expected no mix, which common_text has")
         known = CATEGORIES.get(self.kind, ())
         if self.category not in (known or ("",)):
             expected = f"expected a category, one of {', '.join(known)}" if known else "expected no category"
@@ -104,7 +107,7 @@ def _read(source: Prompts) -> Sequence[dict[str, Any]]:
     """The first `limit` prompts of a source, each with what else is known of it."""
     if source.kind == "common_text":
         # No training prompt is in this split, whatever seed either was drawn with.
-        return [{"prompt": one.text, "target": one.target} for one in common_text("validation", source.limit, 0)]
+        return [{"prompt": one.text, "target": one.target} for one in common_text("validation", source.limit, 0, source.mix or "varied")]
     if source.kind == "miniature":
         asked = miniature_questions(source.category, source.limit)
         return [{"prompt": caption, "scene": scene, "target": " ".join(scene.words).upper() or None} for scene, caption in asked]

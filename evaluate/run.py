@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from ..runtime.disk import replace_file
+from ..runtime.disk import check_regular, replace_file
 from ..runtime.lock import lock
 from ..runtime.logs import logging_to
 from ..runtime.ranks import Ranks
@@ -50,11 +50,11 @@ def _own_folder(out: Path) -> Iterator[None]:
     """The folder, locked against other processes, with a log."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        check_regular(out / "evaluate.log")
         held = lock(out, "--out")
     except OSError as error:
         raise OSError(
-            f"{out} cannot be written to: {error.strerror or error}.\nWhat to do: allow writing to the folder, or name another one with "
-            "--out."
+            f"{out} cannot be written to: {error}.\nWhat to do: allow writing to the folder, or name another one with --out."
         ) from error
     with held, logging_to(out / "evaluate.log"):
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..prompts.common_text import MIX, Split, common_text
+from ..prompts.common_text import COUNTS, Split, common_text
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -47,7 +47,7 @@ class DistilledT5CommonTextPrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, seed: int, split: Split) -> io.NodeOutput:
-        if split not in MIX:
-            raise ValueError(f"There is no split {str(split)[:80]!r}.\nWhat to do: set split to one of {', '.join(MIX)}.")
+        if split not in COUNTS:
+            raise ValueError(f"There is no split {str(split)[:80]!r}.\nWhat to do: set split to one of {', '.join(COUNTS)}.")
         [prompt] = common_text(split, 1, seed)
         return io.NodeOutput(prompt.text, prompt.target, ui=ui.PreviewText(prompt.text))

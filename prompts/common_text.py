@@ -1,8 +1,8 @@
 """CommonText: generated prompts that ask for a written text, `{subject} {action} {text}` (section 4.1 of arXiv:2503.19897).
 
 Subjects, actions and short sentences are in words/*.txt. The common words come from the package wordfreq: its data are CC BY-SA 4.0, which
-an Apache-2.0 repository cannot redistribute, so the list is made at run time. Unlike the authors' set, some texts have several words, mixed
-case or numbers; MIX holds the proportions.
+an Apache-2.0 repository cannot redistribute, so the list is made at run time. MIXES holds the proportions: `paper` has the authors', in
+`varied` some texts have several words, mixed case or numbers. The lists, and so the prompts, are not the authors'.
 
 One stable hash decides to which split a prompt belongs, another which words are never trained on; the seed only chooses within a split. So
 splits never overlap, whatever their seeds and sizes.
@@ -19,17 +19,18 @@ from random import Random
 from typing import Literal, TypeVar
 
 from ..runtime.optional import needed, pip_install
-from .corpora import Prompt, PromptError
+from .corpora import MixName, Prompt, PromptError
 
 Split = Literal["train", "validation", "unseen_words"]
 Item = TypeVar("Item")
 
 # Percent of the prompts by the kind of their text: one word, one of the 500 sentences, two to four words, one to three words in mixed case,
 # a text with digits.
-MIX: dict[Split, dict[str, int]] = {
-    "train": {"word": 40, "sentence": 20, "words": 15, "case": 15, "number": 10},
-    "validation": {"word": 40, "sentence": 20, "words": 15, "case": 15, "number": 10},
-    "unseen_words": {"word": 50, "words": 25, "case": 25},
+VARIED = {"word": 40, "sentence": 20, "words": 15, "case": 15, "number": 10}
+PAPER = {"word": 96, "sentence": 4}
+MIXES: dict[MixName, dict[Split, dict[str, int]]] = {
+    "varied": {"train": VARIED, "validation": VARIED, "unseen_words": {"word": 50, "words": 25, "case": 25}},
+    "paper": {"train": PAPER, "validation": PAPER, "unseen_words": {"word": 100}},
 }
 COUNTS: dict[Split, int] = {"train": 50_000, "validation": 1_000, "unseen_words": 1_000}
 VALIDATION_SHARE = 1 / 16
@@ -131,9 +132,9 @@ def _mixed_case(random: Random, words: list[str]) -> str:
     )[case]
 
 
-def _target(random: Random, split: Split) -> str:
-    """A text to render, its kind drawn by the split's proportions."""
-    kinds = [kind for kind, percent in MIX[split].items() for _ in range(percent)]
+def _target(random: Random, split: Split, mix: MixName) -> str:
+    """A text to render, its kind drawn by the proportions of mix and split."""
+    kinds = [kind for kind, percent in MIXES[mix][split].items() for _ in range(percent)]
     kind = _pick(random, kinds)
     words = [_pick(random, _vocabulary(split)) for _ in range(4)]
     if kind == "word":
@@ -152,9 +153,9 @@ def _noun(target: str) -> str:
     return "words" if " " in target else "word"
 
 
-def _draw(random: Random, split: Split) -> Prompt:
+def _draw(random: Random, split: Split, mix: MixName) -> Prompt:
     kind, subject = _pick(random, subjects())
-    target = _target(random, split)
+    target = _target(random, split, mix)
     action = _pick(random, actions(kind)).replace("{words}", _noun(target)).replace("{text}", target)
     return Prompt(f"{subject} {action}", target)
 
@@ -168,18 +169,20 @@ def _belongs(prompt: Prompt, split: Split) -> bool:
     return (_share(prompt.text) < VALIDATION_SHARE) == (split == "validation")
 
 
-def common_text(split: Split, count: int, seed: int) -> list[Prompt]:
+def common_text(split: Split, count: int, seed: int, mix: MixName = "varied") -> list[Prompt]:
     """`count` different prompts of a split, each with its `target`, the text to render.
 
     Depends on its arguments alone; a smaller count gives the beginning of the same list. No prompt is in two splits, and no word of
-    `unseen_words` occurs in the other two. Raises ValueError if wordfreq is missing, PromptError if there are fewer prompts.
+    `unseen_words` occurs in the other two, in whichever mix.
+
+    Raises ValueError if wordfreq is missing, PromptError if there are fewer prompts.
     """
     random = Random(f"CommonText {split} {seed}")
     prompts: dict[Prompt, None] = {}
     for _ in range(100_000 + 100 * count):
         if len(prompts) >= count:
             return list(prompts)
-        prompt = _draw(random, split)
+        prompt = _draw(random, split, mix)
         if _belongs(prompt, split):
             prompts[prompt] = None
     raise PromptError(f"CommonText, split {split}: expected {count:,} different prompts, got {len(prompts):,}.", "ask for fewer.")

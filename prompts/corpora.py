@@ -30,6 +30,11 @@ NOT_TEXT = re.compile("[\x00\ud800-\udfff]")  # bytes that are not UTF-8 are rea
 ADDRESS = re.compile(r"https?://\S+$")
 
 
+# Which kinds of text CommonText asks for, and how often.
+MixName = Literal["varied", "paper"]
+MIX_DESCRIPTION = "common_text: paper: 96% one word, else a short sentence; varied (if left out): also two to four words, capitals, numbers"
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """What the text encoders read, and the text that the image should show, if there is one (CommonText)."""
@@ -52,6 +57,7 @@ class Corpus(Part):
     column: str = Field(default="", description="column of csv and parquet, or key of json's objects, that holds the prompt")
     repeat: Count = Field(default=1, description="times that each of its prompts occurs in one epoch of the mix")
     limit: int = Field(default=0, ge=0, description="prompts used, from the first; 0 for all (common_text generates 50,000)")
+    mix: MixName | None = Field(default=None, description=MIX_DESCRIPTION)
 
     @model_validator(mode="after")
     def _path_and_column_fit_the_kind(self) -> Corpus:
@@ -61,6 +67,8 @@ class Corpus(Part):
             raise ValueError(f"a corpus of kind {self.kind} needs the column that holds the prompt")
         if self.kind not in ("csv", "parquet", "json") and self.column:
             raise ValueError(f"a corpus of kind {self.kind} has no columns: expected no column")
+        if self.mix and self.kind != "common_text":
+            raise ValueError(f"a corpus of kind {self.kind} is not generated: expected no mix")
         return self
 
 

@@ -26,7 +26,7 @@ def read_corpus(corpus: Corpus, split: Literal["train", "validation"] = "train",
     `split` selects the files of a T2I-CompBench folder and the split of CommonText; `seed` is CommonText's. Raises PromptError.
     """
     if corpus.kind == "common_text":
-        return common_text(split, corpus.limit or COUNTS[split], seed)
+        return common_text(split, corpus.limit or COUNTS[split], seed, corpus.mix or "varied")
     if corpus.kind == "compbench":
         return read_compbench(corpus.path, split, corpus.limit)
     return read_file(corpus.path, corpus.kind, corpus.column, corpus.limit)

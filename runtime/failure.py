@@ -35,8 +35,10 @@ def explained(error: Exception, memory_advice: Callable[[], str] | None = None) 
         )
     if isinstance(error, (ValueError, OSError, RuntimeError)) and ADVICE in str(error):
         return str(error)
-    if isinstance(error, OSError):
-        return f"{error}\n{ADVICE}check that the file or folder exists, its permissions, and the free space of its disk."
+    # Libraries in Rust, such as safetensors, report an error of the operating system as text.
+    if isinstance(error, OSError) or "(os error " in str(error):
+        temporary = " TMPDIR names the folder for temporary files." if "temporary directory" in str(error) else ""
+        return f"{error}\n{ADVICE}check that the file or folder exists, its permissions, and the free space of its disk.{temporary}"
     return None
 
 

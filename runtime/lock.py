@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
+from .disk import check_regular
 from .errors import UserError
 
 if sys.platform == "win32":
@@ -29,6 +30,7 @@ def lock(folder: Path, option: str = "--run") -> BinaryIO:
 
     Raises RunError if another process has the lock, OSError if the file system has no locks.
     """
+    check_regular(folder / ".lock")
     file = open(folder / ".lock", "a+b")  # noqa: SIM115 (the caller closes it)
     try:
         if sys.platform == "win32":

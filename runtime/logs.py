@@ -18,7 +18,7 @@ LOGGER = __name__.rpartition(".runtime.")[0] or __name__
 @contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """While open, this package logs to the file and above the progress bar; ComfyUI also logs to the file."""
-    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file = _LogFile(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     above_bar = _AboveBar()
     ours, root = logging.getLogger(LOGGER), logging.getLogger()
@@ -37,6 +37,24 @@ def logging_to(path: Path) -> Iterator[None]:
         ours.removeHandler(above_bar)
         ours.level, ours.propagate = before
         to_file.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log whose disk may be full: what cannot be written is dropped after one notice, and the run continues."""
+
+    _noticed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._noticed:
+            self._noticed = True
+            tqdm.write(f"{self.baseFilename} cannot be written ({error}); the run continues without it.", file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class _AboveBar(logging.Handler):

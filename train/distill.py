@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from torch.nn import Module
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from ..runtime.randomness import undisturbed
 from .objectives import Objective
 from .optimizer import MuonAndAdamW, set_rate
 from .trajectory import Position, VelocityModel, advance, gap_at
@@ -27,15 +30,30 @@ if TYPE_CHECKING:
 SKIPS_IN_A_ROW = 10
 
 
+# What can be the first not finite part of a step, in the order of computation, and what to do about each.
+SLOWER = "start a new run with student.start = the student.safetensors of a checkpoint, and a lower optimizer.learning_rate"
+WIDER = 'diffusion_model.dtype = "bf16" or "fp32"'
+CURES = {
+    "the teacher's text embedding or pooled vector": "check or replace the files teacher.t5 and teacher.clip_l; where they are intact, "
+    "their arithmetic overflows: run the command with -- --fp32-text-enc.",
+    "the diffusion model's velocity for the teacher's text": "check or replace diffusion_model.file; where it is intact, its arithmetic "
+    f"overflows: start a new run with {WIDER}.",
+    "the student's text embedding": f'{SLOWER} or optimizer.autocast = "none".',
+    "the loss, though teacher, diffusion model and student gave finite numbers": f"{SLOWER} or {WIDER}.",
+    "the gradient, though the loss is finite": f"{SLOWER} or {WIDER}.",
+}
+
+
 class NotFinite(RuntimeError):
-    """Ten losses or gradients in a row, or the student's weights, were not finite: the run stops, with its state saved."""
+    """Ten steps in a row, or the student's weights, were not finite: the run stops, with its state saved."""
 
 
 @dataclass
 class Learner:
     """Student, optimizer, learning rate by step, and how they are run.
 
-    `step` counts the steps of the run, including the `skipped` ones that changed no weight.
+    `step` counts the steps of the run, including the `skipped` ones that changed no weight. `not_finite`: what was not finite in the
+    last skipped one.
     """
 
     student: Module
@@ -50,6 +68,7 @@ class Learner:
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    not_finite: str = ""
 
     def embed(self, token_ids_BL: Tensor) -> Tensor:
         """Text embeddings [B, L, D] in the recipe's precision; weights stay float32."""
@@ -65,9 +84,8 @@ class Learner:
         """Raise NotFinite at the tenth dropped step in a row."""
         if self.lost:
             raise NotFinite(
-                f"{SKIPS_IN_A_ROW} losses or gradients in a row were not finite.\n"
-                "What to do: start a new run with student.start = the student.safetensors of a checkpoint, and a lower "
-                'optimizer.learning_rate or optimizer.autocast = "none".'
+                f"{SKIPS_IN_A_ROW} steps in a row were not finite. In the last one, the first part that was not finite is "
+                f"{self.not_finite}.\nWhat to do: {CURES[self.not_finite]}"
             )
 
     def check_weights(self) -> None:
@@ -88,13 +106,19 @@ def loss_scaler(model: FrozenModel) -> GradScaler:
     return GradScaler(model.device.type, enabled=model.compute_dtype == torch.float16)
 
 
-def linear_schedule(peak: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """Learning rate of each step: up linearly over `warmup_steps` to `peak`, then down linearly towards 0 at `total_steps`."""
+def linear_schedule(peak: float, warmup_steps: int, *periods: int) -> Callable[[int], float]:
+    """Learning rate of each step, in periods of so many steps, one after another.
+
+    In each it rises linearly over `warmup_steps` to `peak`, then falls linearly towards 0 at the period's end.
+    """
+    starts = [0, *itertools.accumulate(periods[:-1])]
 
     def learning_rate(step: int) -> float:
+        number = bisect.bisect_right(starts, step) - 1
+        step, steps = step - starts[number], periods[number]
         if step < warmup_steps:
             return peak * (step + 1) / warmup_steps
-        return peak * max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+        return peak * max(0.0, (steps - step) / max(1, steps - warmup_steps))
 
     return learning_rate
 
@@ -117,7 +141,7 @@ def train_step(
 
     A loss or gradient that is not finite on any rank drops the step on all; see `Learner.check_not_lost`.
     """
-    moved, total = [], torch.zeros((), device=learner.device)
+    moved, total, velocities = [], torch.zeros((), device=learner.device), []
     for number, position in enumerate(positions, start=1):
         last = number == len(positions)
         with contextlib.nullcontext() if last else learner.without_sync():
@@ -126,18 +150,33 @@ def train_step(
             learner.scaler.scale(loss).backward()
         total = total + loss.detach()
         moved.append(advance(position, velocity))
+        velocities.append(velocity)
     loss_value = float(learner.mean_over_ranks(total))
     learner.scaler.unscale_(cast(Optimizer, learner.optimizer))
     norm = float(clip_grad_norm_(learner.student.parameters(), learner.max_gradient_norm))
     dropped = not (math.isfinite(loss_value) and math.isfinite(norm))
     learning_rate = learner.learning_rate(learner.step)
-    if not dropped:
+    if dropped:
+        learner.not_finite = _first_not_finite(positions, velocities, learner, loss_value)
+    else:
         set_rate(learner.optimizer, learning_rate)
         learner.scaler.step(cast(Optimizer, learner.optimizer))
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
     _count(learner, dropped)
     return StepReport(loss_value, positions[0].sigma, norm, learning_rate, dropped), moved
+
+
+@torch.no_grad()
+def _first_not_finite(positions: Sequence[Position], velocities: Sequence[Tensor | None], learner: Learner, loss: float) -> str:
+    """What in a dropped step is not finite, on any rank: a key of CURES."""
+    with undisturbed():
+        embeddings = [learner.embed(position.token_ids_BL) for position in positions]
+    inputs = [value for position in positions for value in (position.text_BLD, *position.extras.values())]
+    parts = [inputs, velocities, embeddings, [torch.tensor(loss)]]
+    broken = [not all(value.isfinite().all() for value in part if isinstance(value, Tensor)) for part in parts]
+    on_ranks = learner.mean_over_ranks(torch.tensor(broken, dtype=torch.float32, device=learner.device))
+    return next(itertools.compress(CURES, [*(on_ranks > 0).tolist(), True]))
 
 
 def _count(learner: Learner, dropped: bool) -> None:

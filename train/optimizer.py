@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import AdamW, Optimizer
@@ -19,6 +19,11 @@ class MuonAndAdamW:
 
     def __init__(self, muon: Optimizer, adamw: Optimizer) -> None:
         self._parts = {"muon": muon, "adamw": adamw}
+
+    @property
+    def parts(self) -> Iterable[Optimizer]:
+        """Both optimizers."""
+        return self._parts.values()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -77,6 +82,12 @@ def make_optimizer(
 def is_inner_matrix(name: str, weight: Tensor) -> bool:
     """Whether Muon may update this weight: a matrix inside a block, but not a position bias; tables and ends of a model are outside."""
     return weight.ndim == 2 and "block" in name and "relative_attention_bias" not in name
+
+
+def restart(optimizer: Optimizer | MuonAndAdamW) -> None:
+    """Discard the running means and step counts, so that the optimizer is as new."""
+    for part in optimizer.parts if isinstance(optimizer, MuonAndAdamW) else (optimizer,):
+        part.state.clear()
 
 
 def set_rate(optimizer: Optimizer | MuonAndAdamW, learning_rate: float) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ..config.files import ConfigError, load_config
 from ..config.parts import FROM_LIST, NOT_EMPTY, Config, Count, FilePath, FileStem, OptionalPath, Part, Text
@@ -96,6 +96,9 @@ class OptimizerPart(Part):
     """AdamW, with or without Muon, and the learning rate schedule."""
 
     learning_rate: float = Field(gt=0, description="peak learning rate; it falls linearly to 0 at the last step")
+    restart_per_stage: bool = Field(
+        default=False, description="restart the learning rate schedule, warm-up included, and the optimizer's state at each stage"
+    )
     muon_learning_rate: float = Field(
         default=0.0,
         ge=0,
@@ -107,6 +110,11 @@ class OptimizerPart(Part):
     warmup_steps: int = Field(ge=0, description="optimizer steps over which the learning rate rises linearly from 0")
     max_gradient_norm: float = Field(gt=0, description="gradients with a larger L2 norm are scaled down to this norm")
     autocast: Literal["bf16", "none"] = Field(description="dtype of the student's computation; its weights stay float32")
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without the key has the digest that it had before the key existed."""
+        return {key: value for key, value in written(self).items() if key != "restart_per_stage" or value}
 
 
 class SamplingPart(Part):
@@ -202,10 +210,17 @@ class Recipe(Config):
             raise ValueError(f"expected a different name for every stage, got {', '.join(names)}")
         for stage in self.stages:
             self.family.check_side(stage.resolution_px)
-        steps = sum(stage.steps for stage in self.stages)
-        if self.optimizer.warmup_steps > steps:
-            raise ValueError(f"optimizer.warmup_steps: expected at most the {steps} steps of the run, got {self.optimizer.warmup_steps}")
+        steps, warmup_steps = min(self.periods), self.optimizer.warmup_steps
+        if warmup_steps > steps:
+            whose = "shortest stage" if self.optimizer.restart_per_stage else "run"
+            raise ValueError(f"optimizer.warmup_steps: expected at most the {steps} steps of the {whose}, got {warmup_steps}")
         return self
+
+    @property
+    def periods(self) -> tuple[int, ...]:
+        """The steps of each period over which the learning rate rises and falls: the run, or every stage."""
+        steps = tuple(stage.steps for stage in self.stages)
+        return steps if self.optimizer.restart_per_stage else (sum(steps),)
 
     @property
     def family(self) -> Family:

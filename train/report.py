@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 MB = 1_000_000
 JPEG_QUALITY = 92
 NO_TENSORBOARD = "TensorBoard is not installed; `pip install tensorboard` adds curves. metrics.jsonl has the same numbers."
+NO_HELD_OUT_LOSS = (
+    "Step %d: the held-out loss on %d prompts is not a finite number at the noise levels %s, so this step cannot be the best one. "
+    "What to do: nothing if it happens once; if it continues, stop the run and check teacher.t5, diffusion_model.file and its dtype."
+)
 log = logging.getLogger(__name__)
 
 
@@ -75,7 +79,11 @@ class Reporter:
         mean = statistics.fmean(loss_by_band.values())
         if self.run is not None:
             self._write({"held_out_loss": mean, "held_out_samples": samples, "held_out_by_band": dict(loss_by_band)}, "validation")
-            log.info("Step %d: held-out loss %.6g on %d prompts.", self.step_number, mean, samples)
+            if math.isfinite(mean):
+                log.info("Step %d: held-out loss %.6g on %d prompts.", self.step_number, mean, samples)
+            else:
+                bands = ", ".join(band for band, loss in loss_by_band.items() if not math.isfinite(loss))
+                log.warning(NO_HELD_OUT_LOSS, self.step_number, samples, bands)
         self._clock_s = time.monotonic()
         return mean
 
@@ -133,7 +141,7 @@ class Reporter:
             from torch.utils.tensorboard.writer import SummaryWriter
 
             self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=self.step_number + 1)
-            opened.callback(self._board.close)
+            opened.callback(self._close_board)
         interval_s = TERMINAL_INTERVAL_S if sys.stderr.isatty() else FILE_INTERVAL_S
         self._bar = tqdm(total=total_steps, initial=self.step_number, unit="step", mininterval=interval_s, dynamic_ncols=True)
         opened.callback(self._bar.close)
@@ -149,8 +157,17 @@ class Reporter:
                 "What to do: check that the disk has free space, then resume with --resume."
             ) from error
         if self._board is not None:
-            for name, value in _flat(values):
-                self._board.add_scalar(f"{kind}/{name}", value, self.step_number)
+            try:
+                for name, value in _flat(values):
+                    self._board.add_scalar(f"{kind}/{name}", value, self.step_number)
+            except OSError as error:
+                log.warning("The curves for TensorBoard cannot be written (%s); the run continues without them.", error)
+                self._board = None
+
+    def _close_board(self) -> None:
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
 
 
 def cut_metrics(path: Path, last_step: int) -> int:
@@ -185,7 +202,7 @@ def _step_of(line: bytes) -> int | None:
     except (ValueError, RecursionError):
         return None
     step = values.get("step") if isinstance(values, dict) else None
-    return step if isinstance(step, int) else None
+    return step if type(step) is int else None
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

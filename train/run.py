@@ -19,6 +19,7 @@ from .batches import Place
 from .distill import StepReport, train_step
 from .models import metadata_of
 from .objectives import OBJECTIVES
+from .optimizer import restart
 from .preview import Previewer
 from .recipe import Recipe, load_recipe
 from .report import Reporter
@@ -72,6 +73,8 @@ def _loop(workshop: Workshop, checkpoints: Checkpoints, reporter: Reporter, stop
         place = workshop.schedule.place(learner.step)
         stage = recipe.stages[place.stage]
         if place.step == 0:
+            if place.trajectory == 0 and recipe.optimizer.restart_per_stage:
+                restart(learner.optimizer)
             state.positions = workshop.starts_at(place)
         report, state.positions = train_step(state.positions, workshop.model, learner, OBJECTIVES[stage.objective])
         _report_step(workshop, reporter, place, report)

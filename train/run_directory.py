@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from ..runtime.disk import replace_file
+from ..runtime.disk import check_regular, replace_file
 from ..runtime.lock import RunError, lock
 from .state import CHECKPOINT, REPLACED
 
@@ -93,7 +93,7 @@ class RunDirectory:
         except OSError as error:
             self.close()
             raise OSError(
-                f"{self.path} cannot be written to: {error.strerror or error}.\n"
+                f"{self.path} cannot be written to: {error}.\n"
                 "What to do: check the folder's permissions and the disk's free space and support of file locks, "
                 "or name another folder with --run."
             ) from error
@@ -110,3 +110,5 @@ class RunDirectory:
             replace_file(self.recipe, recipe_toml.encode())
         self.checkpoints.mkdir(exist_ok=True)
         self.samples.mkdir(exist_ok=True)
+        check_regular(self.metrics)
+        check_regular(self.log)

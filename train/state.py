@@ -19,7 +19,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..runtime.disk import UNFINISHED, replace_file, sha256, sync_file, sync_folder
+from ..runtime.disk import UNFINISHED, read_file, replace_file, sha256, sync_file, sync_folder
 from ..runtime.failure import is_out_of_memory
 from ..runtime.packing import pack, unpack
 
@@ -185,7 +185,7 @@ def read_checkpoint(folder: Path) -> TrainerState:
     """
     try:
         _check_files(folder, _manifest(folder))
-        values = json.loads((folder / VALUES).read_bytes())
+        values = json.loads(read_file(folder / VALUES))
         student, tensors = (_load(folder / name) for name in (STUDENT, TENSORS))
     except OSError as error:
         if error.errno not in LOST:
@@ -205,7 +205,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads(read_file(folder / MANIFEST))
         content, intact = manifest["content"], manifest["sha256"] == _digest(manifest["content"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedCheckpoint(f"{MANIFEST} is not a valid manifest") from error

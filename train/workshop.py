@@ -88,18 +88,18 @@ def open_workshop(recipe: Recipe, ranks: Ranks) -> Workshop:
     teacher = load_teacher_of(recipe, model)
     student = make_student_of(recipe, model)
     chunks = TeacherChunks(teacher, schedule, recipe.teacher.chunk_prompts)
-    learner = _learner(recipe, ranks, student, model, schedule.total_steps)
+    learner = _learner(recipe, ranks, student, model)
     return Workshop(recipe, ranks, schedule, model, teacher, chunks, memory_need_of(recipe, model, teacher), student, learner)
 
 
-def _learner(recipe: Recipe, ranks: Ranks, student: DistilledT5, model: FrozenModel, total_steps: int) -> Learner:
+def _learner(recipe: Recipe, ranks: Ranks, student: DistilledT5, model: FrozenModel) -> Learner:
     wrapped = ranks.wrap(student)
     ranks.warm_up(wrapped, torch.zeros(1, 2, dtype=torch.long))
     part = recipe.optimizer
     return Learner(
         student=wrapped,
         optimizer=make_optimizer(student, part.learning_rate, (part.beta1, part.beta2), part.weight_decay, part.muon_learning_rate),
-        learning_rate=linear_schedule(part.learning_rate, part.warmup_steps, total_steps),
+        learning_rate=linear_schedule(part.learning_rate, part.warmup_steps, *recipe.periods),
         max_gradient_norm=part.max_gradient_norm,
         autocast_dtype=torch.bfloat16 if part.autocast == "bf16" else None,
         device=model.device,

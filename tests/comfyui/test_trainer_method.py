@@ -272,6 +272,59 @@ def test_a_loss_that_is_not_finite_drops_the_step_and_ten_in_a_row_stop_the_run(
     assert trained.skipped == 10
 
 
+class NotFiniteFlow:
+    """A diffusion model with a weight that is not finite."""
+
+    def velocity(self, x: Tensor, sigma_B: Tensor, text_BLD: Tensor, extras: Mapping[str, Any], guidance_B: Tensor | None = None) -> Tensor:
+        return x * float("nan") + text_BLD.sum()
+
+
+# Finite losses whose gradient is 0 times infinity.
+STEEP = Objective(lambda gap: (velocity_gap(gap) * 0).sqrt(), needs_velocity=True)
+NAN_LOSS = Objective(lambda gap: velocity_gap(gap) * float("nan"), needs_velocity=True)
+
+
+@pytest.mark.parametrize(
+    ("broken", "part", "advice"),
+    [
+        ("text_BLD", "the teacher's text embedding or pooled vector", "check or replace the files teacher.t5 and teacher.clip_l"),
+        ("pooled_BP", "the teacher's text embedding or pooled vector", "check or replace the files teacher.t5 and teacher.clip_l"),
+        ("model", "the diffusion model's velocity for the teacher's text", "check or replace diffusion_model.file"),
+        ("student", "the student's text embedding", "optimizer.learning_rate or optimizer.autocast"),
+        (
+            NAN_LOSS,
+            "the loss, though teacher, diffusion model and student gave finite numbers",
+            "optimizer.learning_rate or diffusion_model",
+        ),
+        (STEEP, "the gradient, though the loss is finite", "optimizer.learning_rate or diffusion_model.dtype"),
+    ],
+)
+def test_a_run_that_dropped_steps_end_says_which_part_was_not_finite_and_what_to_do_about_it(flow, text, broken, part, advice):
+    student = make_student(OTHER, "random", 0.0, 1)
+    trained = replace(learner(student), skipped_in_a_row=9)
+    if broken in ("text_BLD", "pooled_BP"):
+        text = replace(text, **{broken: getattr(text, broken) * float("nan")})
+    if broken == "student":
+        next(student.parameters()).data.fill_(float("nan"))
+    before = torch.get_rng_state()
+    model = NotFiniteFlow() if broken == "model" else flow
+    objective = broken if isinstance(broken, Objective) else OBJECTIVES["velocity"]
+    train_step([position(flow, text, batch=2)], model, trained, objective)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(NotFinite, match=r"^10 steps in a row were not finite") as caught:
+        trained.check_not_lost()
+    assert f"the first part that was not finite is {part}.\nWhat to do: " in str(caught.value)
+    assert advice in str(caught.value)
+
+
+def test_a_part_that_was_not_finite_on_another_rank_is_named(flow, text):
+    student = make_student(OTHER, "random", 0.0, 1)
+    # The loss and the parts of this rank, and of one whose diffusion model gave NaN.
+    trained = replace(learner(student), mean_over_ranks=lambda mean: (mean + torch.tensor([0.0, 1, 0, 1])) / 2 if mean.ndim else mean / 0)
+    train_step([position(flow, text, batch=2)], flow, trained, OBJECTIVES["velocity"])
+    assert trained.not_finite == "the diffusion model's velocity for the teacher's text"
+
+
 def test_a_velocity_that_is_not_finite_does_not_affect_the_rest_of_its_trajectory(flow, text):
     place = position(flow, text, batch=2)
     _, velocity = gap_at(place, flow, lambda _ids: place.text_BLD, OBJECTIVES["velocity"])

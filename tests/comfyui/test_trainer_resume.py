@@ -12,7 +12,7 @@ import torch
 from distilled_t5.encoder.files import write_student
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.exact import same
-from distilled_t5.tests.support.trainer import TWO_PROCESSES, command, finish
+from distilled_t5.tests.support.trainer import TWO_PROCESSES, command, finish, metrics
 from distilled_t5.train.distill import NotFinite
 from distilled_t5.train.objectives import OBJECTIVES, Objective, velocity_gap
 from distilled_t5.train.recipe import load_recipe
@@ -97,6 +97,27 @@ def test_two_processes_go_on_bit_for_bit_from_what_both_had(comfyui_path, tmp_pa
     for part in ("student", "optimizer", "rng", "position"):
         assert same(getattr(ours, part), getattr(theirs, part)), part
     assert set(ours.position) == {"0", "1"}
+
+
+def test_a_run_that_restarts_at_each_stage_goes_on_bit_for_bit_from_the_border_of_two_stages_and_from_within_one(tmp_path):
+    again = ["optimizer.restart_per_stage=true", "optimizer.warmup_steps=2", "checkpoints.every_steps=2", "checkpoints.keep_last=9"]
+    restarting = recipe("stage.0.steps=4", "stage.1.steps=6", "sampling.steps=4", *again)
+    run = tmp_path / "run"
+    assert train(restarting, run, False, Ranks()) is not None
+    rates = [line["learning_rate"] for line in metrics(run) if "loss" in line]
+    assert rates[:2] == rates[4:6] and rates[3] > rates[9]
+    whole = read_checkpoint(run / "checkpoints" / "step-000010")
+    assert {int(state["step"]) for state in whole.optimizer["state"].values()} == {6}
+    for newest in (4, 6):
+        cut = tmp_path / f"cut-{newest}"
+        shutil.copytree(run, cut)
+        for path in (cut / "checkpoints").iterdir():
+            if int(path.name.removeprefix("step-")) > newest:
+                shutil.rmtree(path)
+        assert train(restarting, cut, True, Ranks()) is not None
+        resumed = read_checkpoint(cut / "checkpoints" / "step-000010")
+        for part in ("student", "optimizer", "rng", "position"):
+            assert same(getattr(resumed, part), getattr(whole, part)), part
 
 
 def test_the_scale_of_the_loss_is_part_of_the_state(whole, tmp_path):

@@ -6,10 +6,12 @@ import os
 import pty
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from distilled_t5.runtime.command import exit_status, split_flags
+from safetensors import SafetensorError
 
 BOOTSTRAP = f"import runpy; runpy.run_path({str(Path(__file__).resolve().parent.parent / 'conftest.py')!r})\n"
 # Waits for a line on standard input, prints in every way, and tells by its exit status that it reached the end.
@@ -53,12 +55,31 @@ def test_arguments_after_two_dashes_are_comfyuis():
             1,
             "Out of memory: MemoryError\nCheckpoints are complete",
         ),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            1,
+            "Error while serializing: I/O error: No space left on device (os error 28)\nWhat to do: check that",
+        ),
+        (PermissionError(13, "Permission denied", "a"), 1, "[Errno 13] Permission denied: 'a'\nWhat to do: check that"),
         (FileNotFoundError(2, "No such file", "a"), 1, "[Errno 2] No such file: 'a'\nWhat to do: check that the file or folder exists"),
     ],
 )
 def test_an_expected_failure_is_a_sentence_and_an_exit_status(capsys, error, status, message):
     assert fails(error) == status
     assert capsys.readouterr().err.startswith(f"\n{message}")
+
+
+def test_a_missing_temporary_folder_is_an_error_that_names_tmpdir(tmp_path, capsys, monkeypatch):
+    def run() -> int:
+        with tempfile.TemporaryDirectory():
+            return 0
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    assert exit_status(run, "trainer") == 1
+    shown = capsys.readouterr().err
+    assert "No usable temporary directory found" in shown
+    assert shown.endswith("TMPDIR names the folder for temporary files.\n")
 
 
 def test_a_bug_keeps_its_traceback_after_a_sentence(capsys):

@@ -9,8 +9,9 @@ from collections import Counter
 
 import pytest
 from distilled_t5.prompts import common_text as module
-from distilled_t5.prompts.common_text import MIX, Split, common_text, common_words, own_list, subjects, unseen_words
-from distilled_t5.prompts.corpora import Prompt, PromptError
+from distilled_t5.prompts.common_text import COUNTS, MIXES, Split, common_text, common_words, own_list, subjects, unseen_words
+from distilled_t5.prompts.corpora import Corpus, MixName, Prompt, PromptError
+from distilled_t5.prompts.mix import read_corpus
 
 TRIPWIRES = (
     *("os.environ", "os.getenv(", "subprocess.", "os.system(", "requests.", "urlopen(", "aiohttp.ClientSession", "socket."),
@@ -82,16 +83,37 @@ def test_every_text_of_the_unseen_split_is_made_of_unseen_words_alone(unseen):
         assert set(target.lower().split()) <= unseen_words() or run_together <= unseen_words(), target
 
 
-@pytest.mark.parametrize("split", MIX)
-def test_proportions_are_the_documented_ones(split):
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("split", COUNTS)
+def test_proportions_are_the_documented_ones(split, mix):
     count = 4_000
-    found = Counter(kind_of(prompt.target or "") for prompt in common_text(split, count, seed=1))
-    for kind, percent in MIX[split].items():
+    found = Counter(kind_of(prompt.target or "") for prompt in common_text(split, count, 1, mix))
+    assert set(found) == set(MIXES[mix][split])
+    for kind, percent in MIXES[mix][split].items():
         assert abs(100 * found[kind] / count - percent) < 3, (kind, found)
 
 
 def test_percentages_add_up():
-    assert {sum(shares.values()) for shares in MIX.values()} == {100}
+    assert {sum(shares.values()) for mix in MIXES.values() for shares in mix.values()} == {100}
+
+
+def test_the_papers_mix_is_of_words_and_sentences_and_overlaps_with_no_other_split_of_either_mix(train, validation):
+    papers = common_text("train", 50_000, 0, "paper")
+    texts = {prompt.text for prompt in papers}
+    assert len(texts) == 50_000
+    assert len({prompt.target for prompt in papers} & set(own_list("sentences"))) > 450
+    assert len({prompt.target for prompt in papers} & set(common_words())) > 4_600
+    assert words_of(papers).isdisjoint(unseen_words())
+    held_out = common_text("validation", 1_000, 0, "paper")
+    assert texts.isdisjoint(prompt.text for prompt in (*validation, *held_out))
+    assert {prompt.text for prompt in train}.isdisjoint(prompt.text for prompt in held_out)
+
+
+@pytest.mark.parametrize("mix", [None, *MIXES])
+def test_a_corpus_names_its_mix_and_without_one_it_is_the_varied_mix(mix: MixName | None):
+    assert read_corpus(Corpus(kind="common_text", limit=20, mix=mix)) == common_text("train", 20, 0, mix or "varied")
+    with pytest.raises(ValueError, match="a corpus of kind lines is not generated: expected no mix"):
+        Corpus(kind="lines", path="x.txt", mix="paper")
 
 
 def test_same_seed_gives_the_same_prompts_and_another_seed_others():
@@ -106,7 +128,7 @@ def test_smaller_count_is_the_beginning_of_a_larger_one():
 def test_prompts_are_the_same_on_every_machine():
     """Frozen: a change here gives every recipe another training set, and every published validation figure another meaning."""
     digest = {
-        split: hashlib.sha256("\n".join(prompt.text for prompt in common_text(split, 1_000, 0)).encode()).hexdigest() for split in MIX
+        split: hashlib.sha256("\n".join(prompt.text for prompt in common_text(split, 1_000, 0)).encode()).hexdigest() for split in COUNTS
     }
     assert digest == FROZEN
 
@@ -205,7 +227,7 @@ def test_no_list_of_wordfreq_is_shipped_and_no_list_trips_the_registrys_scanner(
 
 
 def test_a_count_of_zero_gives_an_empty_list():
-    for split in MIX:
+    for split in COUNTS:
         assert common_text(split, 0, 0) == []
 
 
@@ -213,4 +235,4 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "unseen_words")
 
 
 def test_splits_are_the_three_documented_ones():
-    assert tuple(MIX) == tuple(module.COUNTS) == SPLITS
+    assert tuple(COUNTS) == SPLITS and all(tuple(mix) == SPLITS for mix in MIXES.values())

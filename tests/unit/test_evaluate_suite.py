@@ -32,7 +32,7 @@ OPTIONS = {
     "cost.": ["repeats"],
     "page.": ["pictures", "side_px"],
     "task.": ["name", "metrics"],
-    "task.prompts.": ["kind", "path", "column", "target", "category", "pictures", "limit"],
+    "task.prompts.": ["kind", "path", "column", "target", "category", "pictures", "limit", "mix"],
 }
 
 
@@ -90,6 +90,7 @@ def test_the_shipped_suites_are_those_promised():
     assert sum(task.prompts.limit for task in quick.tasks) == 200
     for suite in (quick, paper):
         assert [task.prompts.category for task in suite.tasks if task.prompts.kind == "compbench"] == list(COMPBENCH_CATEGORIES)
+    assert [task.prompts.mix for task in paper.tasks if task.prompts.kind == "common_text"] == ["paper"]
     assert {metric for task in paper.tasks for metric in task.metrics} == {"ocr", "compbench", "fid", "clip_score", "lpips"}
 
 
@@ -116,6 +117,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path):
         ("task.0.prompts.category=shape", "a category, one of single_object, colour_shape_binding"),
         ("task.0.prompts.path=x.txt", "prompts of kind miniature are generated: expected no path"),
         ("task.0.prompts.pictures=x", "prompts of kind miniature have no photographs: expected no pictures"),
+        ("task.0.prompts.mix=paper", "prompts of kind miniature: expected no mix"),
         ("task.0.prompts.kind=lines", "prompts of kind lines need a path"),
         ("task.0.prompts.target=text", "prompts of kind miniature have no columns: expected no column and no target"),
         ('task.0.prompts={kind="csv", path="a.csv", limit=1}', "prompts of kind csv need the column that holds the prompt"),

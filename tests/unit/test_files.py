@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distilled_t5.encoder import files
 from distilled_t5.encoder.files import ABANDONED_S, open_student, write_student
 from distilled_t5.encoder.metadata import HASH_KEY, StudentMetadata
 from distilled_t5.runtime.errors import StudentFileError
@@ -269,6 +270,30 @@ def test_file_that_appears_while_another_is_written_is_not_overwritten(tmp_path,
     assert written.name == "student_00002.safetensors"
     assert tensor_digest(open_student(written).load()) == tensor_digest(tiny_tensors())
     assert sorted(os.listdir(tmp_path)) == ["student.safetensors", "student_00002.safetensors"]
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_two_that_write_under_one_name_at_the_same_time_both_keep_their_file(tmp_path, monkeypatch, links):
+    target, unused_path, taken = tmp_path / "student.safetensors", files.unused_path, []
+
+    def refused(*_names: object) -> None:
+        raise PermissionError
+
+    def taken_at_once(path: Path) -> Path:
+        free = unused_path(path)
+        if not taken:
+            taken.append(free)
+            free.write_text("the other's")
+        return free
+
+    target.write_text("older")
+    monkeypatch.setattr(files, "unused_path", taken_at_once)
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    written = write_student(target, tiny_tensors(), overwrite=False)
+    assert (target.read_text(), taken[0].read_text()) == ("older", "the other's")
+    assert written.name == "student_00003.safetensors"
+    assert tensor_digest(open_student(written).load()) == tensor_digest(tiny_tensors())
 
 
 def test_hash_stands_in_the_header_and_is_that_of_the_data(tmp_path):

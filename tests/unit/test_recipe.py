@@ -82,7 +82,7 @@ def test_prompts_of_any_letters_round_trip_in_a_recipe(tmp_path):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_misspelt_key_is_refused_with_the_nearest_key(option, tmp_path):
     base = SMOKE if "layout" in option else PAPER
-    text = recipe_of(tmp_path, base).to_toml()
+    text = recipe_of(tmp_path, base, "optimizer.restart_per_stage=true").to_toml()
     *tables, key = option.split(".")
     misspelt = key[:-1] + "_" + key[-1]
     start = {0: 0, 1: text.find(f"[{tables[0]}]") if tables else 0, 2: text.find("layout =" if "layout" in option else "corpora =")}[
@@ -316,6 +316,23 @@ def test_warm_up_longer_than_the_run_is_refused(tmp_path):
     assert refusal(tmp_path, SMOKE, "stage.0.steps=2", "stage.1.steps=2", "optimizer.warmup_steps=5") == [
         "the recipe: optimizer.warmup_steps: expected at most the 4 steps of the run, got 5"
     ]
+
+
+def test_warm_up_longer_than_a_stage_is_refused_where_each_stage_has_one(tmp_path):
+    settings = ["stage.0.steps=2", "stage.1.steps=8", "optimizer.warmup_steps=3"]
+    assert load_recipe("smoke", settings).periods == (10,)
+    assert refusal(tmp_path, SMOKE, *settings, "optimizer.restart_per_stage=true") == [
+        "the recipe: optimizer.warmup_steps: expected at most the 2 steps of the shortest stage, got 3"
+    ]
+
+
+def test_keys_that_recipes_lacked_earlier_are_written_only_where_they_are_set():
+    plain, restarting = load_recipe("smoke"), load_recipe("smoke", ["optimizer.restart_per_stage=true", "optimizer.warmup_steps=1"])
+    assert "restart_per_stage" not in plain.to_toml() and "mix" not in plain.to_toml()
+    assert load_recipe("smoke", ["optimizer.restart_per_stage=false"]).sha256 == plain.sha256
+    assert "restart_per_stage = true" in restarting.to_toml()
+    assert "optimizer.restart_per_stage: not set -> true" in plain.differences(restarting)
+    assert restarting.periods == tuple(stage.steps for stage in restarting.stages)
 
 
 # --- finding a recipe ---

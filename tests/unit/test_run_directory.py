@@ -75,6 +75,28 @@ def test_an_unwritable_place_is_a_clear_error(tmp_path):
         RunDirectory(tmp_path / "file" / "run").start(RECIPE)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="named pipes are POSIX")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "train.log", ".lock", "checkpoints", "samples"])
+def test_a_pipe_in_the_place_of_a_file_is_an_error_that_names_it_and_does_not_wait(tmp_path, name):
+    RunDirectory(tmp_path).start(RECIPE).close()
+    path = tmp_path / name
+    if path.is_dir():
+        path.rmdir()
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=rf"cannot be written to: .*{name}'\.\nWhat to do"):
+        RunDirectory(tmp_path).resume()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes are POSIX")
+def test_a_pipe_in_the_place_of_the_recipe_is_not_a_run(tmp_path):
+    os.mkfifo(tmp_path / "recipe.toml")
+    with pytest.raises(RunError, match=r"There is no run in"):
+        RunDirectory(tmp_path).resume()
+    with pytest.raises(RunError, match=r"holds files but no run"):
+        RunDirectory(tmp_path).start(RECIPE)
+
+
 def test_differences_of_the_recipe_are_listed_and_equal_ones_pass(tmp_path):
     run = RunDirectory(tmp_path)
     run.refuse_other_recipe([])

@@ -11,6 +11,7 @@ import pytest
 from distilled_t5.config.files import SHIPPED, options
 from distilled_t5.miniature.files import FLUX_FILE, TEACHER_FILE, VAE_FILE
 from distilled_t5.miniature.teacher import LAYOUT
+from distilled_t5.train.distill import linear_schedule
 from distilled_t5.train.objectives import OBJECTIVES
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.world.captions import TOKEN_LENGTH
@@ -29,6 +30,7 @@ KEYS = {
     "optimizer.": [
         "learning_rate",
         "muon_learning_rate",
+        "restart_per_stage",
         "weight_decay",
         "beta1",
         "beta2",
@@ -42,7 +44,7 @@ KEYS = {
     "preview.": ["every_steps", "prompts", "vae"],
     "output.": ["name"],
     "stage.": ["name", "resolution_px", "steps", "batch", "accumulate", "objective"],
-    "stage.corpora.": ["kind", "path", "column", "repeat", "limit"],
+    "stage.corpora.": ["kind", "path", "column", "repeat", "limit", "mix"],
 }
 OPTIONS = [part + key for part, keys in KEYS.items() for key in keys]
 
@@ -116,6 +118,7 @@ def test_flux_dev_recipes_are_the_papers_three_stages(name):
     assert [(stage.steps, stage.resolution_px) for stage in recipe.stages] == [(50_000, 512), (70_000, 1024), (200_000, 512)]
     assert {stage.batch * stage.accumulate for stage in recipe.stages} == {32}
     assert {stage.objective for stage in recipe.stages} == {"velocity"}
+    assert {corpus.mix for stage in recipe.stages for corpus in stage.corpora if corpus.kind == "common_text"} == {"paper"}
     mixes = [[(corpus.kind, corpus.repeat, corpus.limit) for corpus in stage.corpora] for stage in recipe.stages]
     assert mixes == [
         [("compbench", 1, 0)],
@@ -125,6 +128,16 @@ def test_flux_dev_recipes_are_the_papers_three_stages(name):
     others = {line.split(":")[0] for line in load_recipe("flux-dev-paper").differences(recipe)}
     assert others <= {"name", "student.size", "student.start", "output.name"}
     assert "non-commercial" in (SHIPPED / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def test_the_papers_recipe_says_where_it_differs_from_the_paper_and_the_authors_script():
+    comments = (SHIPPED / "flux-dev-paper.toml").read_text(encoding="ascii").partition("name = ")[0]
+    for difference in ("Learning rate", "Weight decay", "Guidance", "Noise levels", "Start", "Precision", "Token length", "CommonText"):
+        assert f"#   {difference}: " in comments
+    recipe = load_recipe("flux-dev-paper")
+    learning_rate = linear_schedule(recipe.optimizer.learning_rate, recipe.optimizer.warmup_steps, *recipe.periods)
+    assert f"stage 3 starts at {learning_rate(120_000):.1e}".replace("e-0", "e-") in comments
+    assert not recipe.optimizer.restart_per_stage
 
 
 @pytest.mark.parametrize("name", SCHNELL)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from distilled_t5.students.t5.layout import StudentLayout
-from distilled_t5.train.optimizer import MuonAndAdamW, make_optimizer, set_rate
+from distilled_t5.train.distill import linear_schedule
+from distilled_t5.train.optimizer import MuonAndAdamW, make_optimizer, restart, set_rate
 from distilled_t5.train.student_start import RANDOM, make_student
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import AdamW
@@ -92,3 +93,23 @@ def test_a_gradient_that_is_not_finite_moves_nothing_under_a_loss_scaler() -> No
     scaler.update()
     assert all(torch.equal(weight, old) for weight, old in zip(module.parameters(), before, strict=True))
     assert scaler.get_scale() == 4.0
+
+
+@pytest.mark.parametrize("muon", [False, True], ids=["AdamW", "Muon and AdamW"])
+def test_a_restarted_optimizer_moves_as_a_new_one_does(muon: bool) -> None:
+    used, new = student(), student()
+    optimizers: list[Any] = [pair(module) if muon else make_optimizer(module, 1e-2, BETAS, 0.01) for module in (used, new)]
+    one_step(used, optimizers[0], 0)
+    assert optimizers[0].state
+    restart(optimizers[0])
+    assert not optimizers[0].state
+    new.load_tensors(used.tensors())
+    for module, optimizer in zip((used, new), optimizers, strict=True):
+        one_step(module, optimizer, 1)
+    assert all(torch.equal(weight, other) for weight, other in zip(used.parameters(), new.parameters(), strict=True))
+
+
+def test_the_learning_rate_rises_and_falls_once_or_in_every_period() -> None:
+    whole, periods = linear_schedule(1.0, 2, 10), linear_schedule(1.0, 2, 4, 6)
+    assert [whole(step) for step in (0, 1, 2, 6, 9, 12)] == [0.5, 1.0, 1.0, 0.5, 0.125, 0.0]
+    assert [periods(step) for step in range(12)] == [0.5, 1.0, 1.0, 0.5, 0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]

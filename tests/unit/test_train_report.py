@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from distilled_t5.runtime.logs import logging_to
 from distilled_t5.train.contact_sheet import GAP_PX, LINE_PX, PAPER, contact_sheet, image_difference
 from distilled_t5.train.report import Reporter, cut_metrics
 from distilled_t5.train.run_directory import RunDirectory
@@ -84,7 +85,11 @@ def test_after_a_resume_no_step_stands_twice(run):
     assert "Removed 3 lines of metrics beyond step 3" in run.log.read_text()
 
 
-@pytest.mark.parametrize("torn", [b"", b"{", b"[1]\n", b'{"step": 2}', b'{"step": "x', b"\xff\n", b'{"loss": 1}\n'])
+TORN = [b"", b"{", b"[1]\n", b'{"step": 2}', b'{"step": "x', b"\xff\n", b'{"loss": 1}\n']
+NO_STEP = [b'{"step": "2"}\n', b'{"step": [2]}\n', b'{"step": true}\n', b'{"step": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"]
+
+
+@pytest.mark.parametrize("torn", [*TORN, *NO_STEP], ids=lambda torn: repr(torn[:14]))
 def test_incomplete_lines_of_metrics_are_cut_off_and_complete_lines_are_kept(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + torn)
@@ -151,6 +156,26 @@ def test_a_run_that_cannot_be_reported_leaves_no_handler(run):
     with pytest.raises(OSError, match="directory"):
         Reporter(run, True, 10)
     assert logging.getLogger().handlers == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's device whose disk is always full")
+def test_a_log_on_a_full_disk_is_one_notice_and_ends_nothing(capsys):
+    with logging_to(Path("/dev/full")):
+        for number in range(1000):
+            log.info("line %d %s", number, "x" * 100)
+    shown = capsys.readouterr().err
+    assert shown.count("line ") == 1000
+    assert shown.count("/dev/full cannot be written ([Errno 28] No space left on device); the run continues without it.") == 1
+    assert "Traceback" not in shown
+
+
+def test_a_held_out_loss_that_is_not_finite_is_a_warning_with_its_bands(run, capsys):
+    with Reporter(run, True, 10, start_step=5) as reporter:
+        assert math.isnan(reporter.held_out({"0.0-0.5": 1.0, "0.5-1.0": math.nan}, 16))
+    shown = capsys.readouterr().err
+    assert "Step 5: the held-out loss on 16 prompts is not a finite number at the noise levels 0.5-1.0" in shown
+    assert "What to do: " in shown
+    assert "loss nan" not in shown
 
 
 def test_other_ranks_write_and_print_nothing_and_make_no_pictures(capsys):

@@ -166,7 +166,22 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("harm", [cut_off, flip, Path.unlink, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"[1]")])
+def replace_by_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        cut_off,
+        flip,
+        Path.unlink,
+        *([replace_by_a_pipe] if os.name == "posix" else []),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"[1]"),
+    ],
+)
 @pytest.mark.parametrize("name", ["student.safetensors", "state.safetensors", "state.json", "manifest.json"])
 def test_damaged_newest_is_set_aside_and_the_one_before_is_used(tmp_path, harm, name):
     store = checkpoints(tmp_path)
