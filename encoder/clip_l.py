@@ -10,8 +10,8 @@ import comfy.utils
 from torch import Tensor
 
 from ..runtime.errors import StudentFileError, listed
-from ..runtime.progress import Progress, silent
-from ..runtime.weights import check_finite, read_header, reading, widest_float
+from ..runtime.progress import Progress, silent, waiting
+from ..runtime.weights import check_finite, load_tensors, read_header, widest_float
 from ..students.foreign import refuse_quantised
 from ..students.kind import Shape
 
@@ -125,9 +125,7 @@ def open_clip_l(path: Path, progress: Progress = silent) -> dict[str, Tensor]:
     if wrong:
         raise StudentFileError(f"{path.name}: {len(wrong)} tensors of CLIP-L have a wrong shape.", "download it again.", listed(wrong))
     widest_float({name: dtypes[name] for name in needed}, path.name)
-    with reading(path):
-        loaded = comfy.utils.load_torch_file(str(path), safe_load=True)
-    tensors = {name: loaded[name] for name in needed}
+    tensors = load_tensors(path, needed, waiting(progress, len(needed)))
     check_finite(tensors, path.name, progress)
     if naming is OPENAI:
         return comfy.utils.clip_text_transformers_convert(tensors, "", "")

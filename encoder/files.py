@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..runtime.disk import UNFINISHED, sync_folder
+from ..runtime.disk import remove_abandoned, sync_folder, unfinished
 from ..runtime.errors import StudentFileError, escaped
 from ..runtime.progress import Progress, silent, waiting
-from ..runtime.weights import FLOAT_NAMES, check_finite, data_sha256, dtype_name, load_tensors, read_header, reading, widest_float
+from ..runtime.weights import FLOAT_NAMES, changed, check_finite, data_sha256, dtype_name, load_tensors, read_header, reading, widest_float
 from ..students import KINDS, kind_of
 from ..students.foreign import refuse_foreign, refuse_quantised
 from ..students.t5.layout import StudentLayout
 from .metadata import HASH_KEY, HEADER_HASH_KEY, KEY, NO_HASH, StudentMetadata, check_against_layout, described, read_metadata
 from .stream import write_stream
 
-# The ending of a file that is being written; one that has not changed for an hour belongs to a process that was killed.
-ABANDONED_S = 3600.0
 REMOVE_THE_CHANGE = (
     "remove the LoRA or merge that broke them, or lower its strength; or load the encoder as bf16 or fp32. "
     "In training, go back to an earlier checkpoint."
@@ -48,9 +44,14 @@ class StudentFile:
     names: Mapping[str, str]
     twin: str | None = None
 
+    def read(self, progress: Progress = silent) -> dict[str, Tensor]:
+        """The encoder's tensors on the CPU by their names in the file. Raises StudentFileError."""
+        twin = [] if self.twin is None else [self.twin]
+        return load_tensors(self.path, [*self.names.values(), *twin], waiting(progress, len(self.names)))
+
     def load(self, progress: Progress = silent) -> dict[str, Tensor]:
         """All tensors on the CPU by published name. Raises StudentFileError as `checked` does."""
-        return self.checked(load_tensors(self.path), progress)
+        return self.checked(self.read(progress), progress)
 
     def checked(self, loaded: Mapping[str, Tensor], progress: Progress = silent) -> dict[str, Tensor]:
         """The file's loaded tensors by published name.
@@ -60,7 +61,7 @@ class StudentFile:
         check_hash(self, waiting(progress, len(self.names)))
         shapes, table = self.layout.tensors(), KINDS[self.layout.kind].table
         if any(source not in loaded or tuple(loaded[source].shape) != shapes[name] for name, source in self.names.items()):
-            raise StudentFileError(f"{self.path.name} changed while it was read.", "wait until it is written, then run again.")
+            raise changed(self.path)
         tensors = {name: loaded[source] for name, source in self.names.items()}
         if self.twin is not None and not _same(tensors[table], loaded.get(self.twin)):
             raise StudentFileError(
@@ -152,18 +153,15 @@ def write_student(
     check_finite(tensors, path.name, lambda _done, total: progress(0, total), REMOVE_THE_CHANGE)
     header = described(metadata, layout, FLOAT_NAMES[dtype])
     sizes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    aside = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    remove_abandoned(path.parent)
     try:
-        sha256 = write_stream(aside, sizes, tensors.__getitem__, header, progress)
-        _fill_in_hashes(aside, sha256)
-        path = _publish(aside, path, overwrite)
-        sync_folder(path.parent)
+        with unfinished(path) as aside:
+            sha256 = write_stream(aside, sizes, tensors.__getitem__, header, progress)
+            _fill_in_hashes(aside, sha256)
+            path = _publish(aside, path, overwrite)
+            sync_folder(path.parent)
     except OSError as error:
         raise not_written(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        _remove_abandoned(path.parent)
     return path
 
 
@@ -192,14 +190,6 @@ def _publish(aside: Path, path: Path, overwrite: bool) -> Path:
             return free
     os.replace(aside, free)
     return free
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove unfinished files of processes that were killed."""
-    for left in folder.glob(f".*{UNFINISHED}"):
-        with contextlib.suppress(OSError):
-            if re.search(rf"\.[0-9]+{re.escape(UNFINISHED)}$", left.name) and time.time() - left.stat().st_mtime > ABANDONED_S:
-                left.unlink()
 
 
 def _fill_in_hashes(path: Path, data_sha256: str) -> None:

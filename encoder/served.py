@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import functools
-import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,27 +21,25 @@ from torch import Tensor, nn
 from ..families import DEFAULT, FAMILIES
 from ..runtime.errors import StudentFileError, listed, printable
 from ..runtime.progress import Progress, silent, waiting
-from ..runtime.weights import FLOAT_NAMES, not_finite, reading
+from ..runtime.weights import FLOAT_NAMES, not_finite
 from ..students import KINDS
 from .clip_l import open_clip_l
 from .files import StudentFile, open_student
 from .lora_log import fold_t5xxl_lora_lines
 from .metadata import MAX_TOKENS, StudentMetadata, of_changed_weights
+from .prompt_length import TokenWeight, seen_by_t5
 
 # What ComfyUI builds where a student or nothing goes, and what is dropped at once. Its CLIPs take a hidden layer of at least three.
 SMALL_COMPANION = {"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
-TokenWeights = list[list[tuple[Any, float]]]
+TokenWeights = list[list[TokenWeight]]
 
 
 class StudentTokens:
     """What a student's text encoder does before ComfyUI's class, which follows in the method resolution order."""
 
-    special_tokens: dict[str, int]
-
     def encode_token_weights(self, token_weight_pairs: TokenWeights) -> Any:
         check_length(token_weight_pairs)
-        pad = (self.special_tokens["pad"], 1.0)
-        return super().encode_token_weights([without_embeddings(pairs, pad) for pairs in token_weight_pairs])  # pyright: ignore
+        return super().encode_token_weights([seen_by_t5(pairs) for pairs in token_weight_pairs])  # pyright: ignore
 
     def load_sd(self, sd: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         missing, unexpected = super().load_sd(sd)  # pyright: ignore
@@ -58,15 +55,6 @@ def check_length(token_weight_pairs: TokenWeights) -> None:
             f"The prompt has {longest:,} T5 tokens; a distilled T5 takes at most {MAX_TOKENS:,}.\n"
             "What to do: shorten the prompt. Tokens far beyond the trained length have no effect on the image."
         )
-
-
-def without_embeddings(pairs: list[tuple[Any, float]], pad: tuple[int, float]) -> list[tuple[Any, float]]:
-    """Tokens without textual-inversion vectors, padded to the same length, as ComfyUI does when widths differ.
-
-    A textual inversion for CLIP-L is 768 wide, and so is T5-Base: without this it would be taken for a T5 vector.
-    """
-    tokens = [pair for pair in pairs if isinstance(pair[0], numbers.Integral)]
-    return tokens + [pad] * (len(pairs) - len(tokens))
 
 
 class NoCompanion(nn.Module):
@@ -150,7 +138,6 @@ def load_encoder(student_path: str, clip_l_path: str | None, options: ServingOpt
 
     Raises StudentFileError for a file that is not a complete student of this family, or not CLIP-L; then nothing is loaded.
     """
-    fold_t5xxl_lora_lines()
     student = open_student(student_path)
     if student.metadata.family != options.family:
         raise StudentFileError(
@@ -198,7 +185,7 @@ def _build(
     if clip_l is not None:
         tokenizer_data, model_options = long_clipl.model_options_long_clip(clip_l, tokenizer_data, model_options)
     build = functools.partial(text_model, student, token_length, dtype, clip_l is not None)
-    return comfy.sd.CLIP(
+    clip = comfy.sd.CLIP(
         SimpleNamespace(params={}, tokenizer=family.text_classes()[0], clip=build),
         embedding_directory=list(options.embedding_folders),
         tokenizer_data=tokenizer_data,
@@ -207,6 +194,8 @@ def _build(
         model_options=model_options,
         disable_dynamic=disable_dynamic,
     )
+    fold_t5xxl_lora_lines(clip.cond_stage_model)
+    return clip
 
 
 def usual_dtype(stored: torch.dtype, device: torch.device | None) -> torch.dtype:
@@ -216,15 +205,14 @@ def usual_dtype(stored: torch.dtype, device: torch.device | None) -> torch.dtype
 
 
 def served_tensors(student: StudentFile, dtype: torch.dtype, progress: Progress) -> dict[str, Tensor]:
-    """The student's checked tensors under the names of the served module, read by ComfyUI, which may keep them in the file.
+    """The student's checked tensors under the names of the served module.
 
     Raises StudentFileError if a number is too large for `dtype`.
     """
     count = len(student.names)
     waiting(progress, count)(0, 0)
-    with reading(student.path):
-        loaded = comfy.utils.load_torch_file(str(student.path), safe_load=True)
-    passes = 1 if all(loaded[source].dtype == dtype for source in student.names.values() if source in loaded) else 2
+    loaded = student.read(progress)
+    passes = 1 if all(tensor.dtype == dtype for tensor in loaded.values()) else 2
     tensors = student.checked(loaded, lambda done, total: progress(done, passes * total))
     if passes == 2:
         tensors = in_dtype(tensors.items(), dtype, student.path.name, lambda done, _total: progress(count + done, 2 * count))

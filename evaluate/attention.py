@@ -44,7 +44,7 @@ def word_positions(clip: Any, prompt: str, word: str) -> list[int]:
 
 def t5_pieces(clip: Any, text: str) -> list[str]:
     """The text of each T5 token, "" for tokens without text; the tokenizer reads prompt weights and the like."""
-    tokens = t5_tokens(clip.tokenize(text))
+    tokens = t5_tokens(clip, clip.tokenize(text))
     return [_piece(token, clip.tokenizer.t5xxl.inv_vocab) for token, *_ in tokens]
 
 

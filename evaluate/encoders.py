@@ -123,7 +123,7 @@ class LoadedEncoder:
         """A single prompt as CLIP Text Encode encodes it, taken literally, without weights."""
         tokens = self.clip.tokenize(literal(prompt))
         [(text_1LD, extras)] = self.clip.encode_from_tokens_scheduled(tokens)
-        own = sum(not is_padding(token) for token in t5_tokens(tokens))
+        own = sum(not is_padding(token) for token in t5_tokens(self.clip, tokens))
         pooled_1P = extras.get("pooled_output")
         return Text(text_1LD.float().cpu(), torch.zeros(1, 0) if pooled_1P is None else pooled_1P.float().cpu(), own)
 

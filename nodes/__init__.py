@@ -10,6 +10,7 @@ from .common_text import DistilledT5CommonTextPrompt
 from .encoder_map import DistilledT5EncoderMap
 from .encoder_report import DistilledT5EncoderReport
 from .loader import DistilledT5Loader
+from .model_files import remove_abandoned_files
 from .ocr_accuracy import DistilledT5OCRAccuracy
 from .replacements import register_replacements
 from .save import DistilledT5Save
@@ -31,6 +32,7 @@ class DistilledT5Extension(ComfyExtension):
 
     async def on_load(self) -> None:
         add_model_folders()
+        remove_abandoned_files()
         await register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

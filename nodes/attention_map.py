@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..encoder.conditioning import encoded
 from ..evaluate.attention import enlarged, overlaid, stretched, word_positions
 from ..evaluate.attention_recorder import AttentionRecorder, map_of, recording_model
 from ..families import FAMILIES
@@ -56,7 +57,7 @@ class DistilledT5CrossAttentionMap(io.ComfyNode):
         if clip is None:
             raise ValueError("There is no CLIP.\nWhat to do: connect a Distilled T5 Loader; a checkpoint without text encoders gives none.")
         positions = word_positions(clip, prompt, word)
-        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt), add_dict={"guidance": guidance})
+        conditioning = encoded(clip, clip.tokenize(prompt), guidance=guidance)
         recorder = AttentionRecorder(word, positions, [embedding for embedding, _ in conditioning])
         return io.NodeOutput(recording_model(model, recorder), conditioning, recorder)
 

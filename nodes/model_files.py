@@ -13,12 +13,19 @@ from typing import TypeVar
 import folder_paths
 
 from ..encoder.files import not_written, open_student, unused_path
+from ..runtime.disk import remove_abandoned
 from ..runtime.errors import StudentFileError, escaped, printable
 from ..runtime.weights import SAFETENSORS
 
 Choice = TypeVar("Choice")
 FOLDER = "text_encoders"
 NO_FILE = "none"
+
+
+def remove_abandoned_files() -> None:
+    """Remove what processes that were killed left unfinished in `models/text_encoders`."""
+    for folder in folder_paths.get_folder_paths(FOLDER):
+        remove_abandoned(Path(folder), and_below=True)
 
 
 def text_encoder_names() -> list[str]:

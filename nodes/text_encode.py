@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..encoder.conditioning import encoded
 from ..encoder.prompt_length import describe_length
 
 
@@ -51,5 +52,4 @@ class DistilledT5TextEncode(io.ComfyNode):
             raise ValueError("There is no CLIP.\nWhat to do: connect a Distilled T5 Loader; a checkpoint without text encoders gives none.")
         tokens = clip.tokenize(text)
         count = describe_length(clip, tokens)
-        conditioning = clip.encode_from_tokens_scheduled(tokens, add_dict={"guidance": guidance})
-        return io.NodeOutput(conditioning, count, ui=ui.PreviewText(count))
+        return io.NodeOutput(encoded(clip, tokens, guidance=guidance), count, ui=ui.PreviewText(count))

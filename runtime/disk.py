@@ -6,12 +6,86 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
+import shutil
 import stat
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
 
 # The extension of what is being written. After a kill, its owner may remove what has it.
 UNFINISHED = ".distilled-t5-part"
 CHUNK_BYTES = 1 << 22
+# An unfinished file that has not changed for this long has no living owner: its process number was given to another process.
+ABANDONED_S = 3600.0
+OF_PROCESS = re.compile(rf"\..*\.([0-9]+){re.escape(UNFINISHED)}")
+
+
+@contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """A new file beside `path`, to be written and renamed. It is removed at the end, and by `remove_abandoned` if this process is killed.
+
+    The process is known by its number, which is part of the name, and by a lock on the file where the system has locks.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    with contextlib.ExitStack() as stack:
+        if sys.platform != "win32":  # Windows renames no open file
+            _lock(stack.enter_context(aside.open("ab")).fileno())
+        try:
+            yield aside
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path, and_below: bool = False) -> None:
+    """Remove unfinished files whose process is gone from a folder, or also from those inside it."""
+    for left in list(folder.glob(f"{'**/' if and_below else ''}.*{UNFINISHED}")):
+        with contextlib.suppress(OSError):
+            if (found := OF_PROCESS.fullmatch(left.name)) and left.is_file() and _is_abandoned(left, int(found[1])):
+                left.unlink()
+
+
+def _is_abandoned(path: Path, process: int) -> bool:
+    if time.time() - path.stat().st_mtime > ABANDONED_S:
+        return True
+    if sys.platform == "win32" or _lives(process):
+        return False
+    # The process may live on another machine or in another container.
+    with path.open("ab") as file:
+        return _lock(file.fileno())
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def _lock(handle: int) -> bool:
+    """Lock a file; False if another process has done so. Some file systems have no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove every unfinished file and folder inside a folder that no other process writes to."""
+    for left in list(folder.rglob(f".*{UNFINISHED}")):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from .disk import check_regular
+from .disk import check_regular, remove_unfinished
 from .errors import UserError
 
 if sys.platform == "win32":
@@ -28,6 +28,7 @@ class RunError(UserError):
 def lock(folder: Path, option: str = "--run") -> BinaryIO:
     """The open lock file of the folder that the option `option` names; closing it, or the end of the process, unlocks.
 
+    What a killed process left unfinished in the folder is removed.
     Raises RunError if another process has the lock, OSError if the file system has no locks.
     """
     check_regular(folder / ".lock")
@@ -49,6 +50,7 @@ def lock(folder: Path, option: str = "--run") -> BinaryIO:
     except OSError:
         file.close()
         raise
+    remove_unfinished(folder)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}".encode())
     file.flush()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors
@@ -29,6 +30,13 @@ SAFETENSORS_NAMES = {
     torch.float8_e5m2: "F8_E5M2",
 }
 FLOATS = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
+DTYPES = {
+    **FLOATS,
+    **{f"I{dtype.itemsize * 8}": dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.int8)},
+    "F64": torch.float64,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 FLOAT_NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -40,6 +48,9 @@ FLOAT_NAMES = {
 CHOICES = {name: dtype for dtype, name in FLOAT_NAMES.items() if dtype != torch.float8_e5m2}
 DAMAGED = "download the file again, or use an earlier checkpoint: such weights give black or broken images."
 CHUNK_BYTES = 1 << 22
+# Parsing takes a second for each 6 MB of tensors; the largest text encoders have some thousand tensors, and 0.3 MB.
+MOST_HEADER_BYTES = 8_000_000
+MOST_TENSORS = 20_000
 
 
 def read_header(path: Path) -> tuple[dict[str, Shape], dict[str, str], dict[str, str]]:
@@ -51,11 +62,37 @@ def read_header(path: Path) -> tuple[dict[str, Shape], dict[str, str], dict[str,
         return shapes, {name: part.get_dtype() for name, part in slices.items()}, dict(file.metadata() or {})
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file on the CPU, by its name in the file. Raises StudentFileError."""
-    check_readable(path)
-    with reading(path), safetensors.safe_open(str(path), framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+def load_tensors(path: Path, names: Iterable[str] | None = None, progress: Progress = silent) -> dict[str, Tensor]:
+    """Tensors of a file on the CPU by name in the file: those of `names`, or all. Raises StudentFileError.
+
+    They are read, not mapped into memory: if a mapped file becomes shorter, the system ends the process.
+    """
+    shapes, dtypes, _ = read_header(path)
+    wanted = list(shapes if names is None else names)
+    unknown = [f"{name}: {dtypes[name]}" for name in wanted if dtypes.get(name, "F32") not in DTYPES]
+    if unknown:
+        raise StudentFileError(f"{path.name} has number formats that cannot be read.", "export the file again in bf16.", listed(unknown))
+    tensors: dict[str, Tensor] = {}
+    with reading(path), path.open("rb") as file:
+        header = file.read(min(int.from_bytes(file.read(8), "little"), MOST_HEADER_BYTES))
+        try:
+            entries = json.loads(header)
+            places = {name: (entries[name]["data_offsets"][0], shapes[name], DTYPES[dtypes[name]]) for name in wanted}
+        except (LookupError, TypeError, ValueError) as error:
+            raise changed(path) from error
+        for name, (begin, shape, dtype) in places.items():
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            numbers = tensors[name].reshape(-1).view(torch.uint8).numpy().data
+            file.seek(8 + len(header) + begin)
+            if file.readinto(numbers) != len(numbers):
+                raise changed(path)
+            progress(len(tensors), len(wanted))
+    return tensors
+
+
+def changed(path: Path) -> StudentFileError:
+    """The error about a file that another program writes while it is read."""
+    return StudentFileError(f"{path.name} changed while it was read.", "wait until it is written, then run again.")
 
 
 def check_readable(path: Path) -> None:
@@ -67,11 +104,13 @@ def check_readable(path: Path) -> None:
         if not path.is_file():
             raise StudentFileError(f"{path.name} does not exist.", "refresh the file list (key R) and pick a file that is listed.")
         with path.open("rb") as file:
-            start = file.read(len(GGUF))
+            start = file.read(8)
+            header_bytes, most = int.from_bytes(start, "little"), min(MOST_HEADER_BYTES, path.stat().st_size - len(start))
+            tensors = file.read(header_bytes).count(b'"data_offsets"') if header_bytes <= most else 0
     if not start:
         raise StudentFileError(f"{path.name} is empty (0 bytes).", "download the file again.")
     ending = path.suffix.lower()
-    if ending == ".gguf" or start == GGUF:
+    if ending == ".gguf" or start.startswith(GGUF):
         raise StudentFileError(
             f"{path.name} is a GGUF file; expected .safetensors.",
             "use the .safetensors file (it is small already), or load a GGUF T5-XXL with the nodes of ComfyUI-GGUF.",
@@ -80,6 +119,13 @@ def check_readable(path: Path) -> None:
         raise StudentFileError(f"{path.name} is a file of torch.save; expected .safetensors.", conversion(path))
     if ending not in SAFETENSORS:
         raise StudentFileError(f"{path.name} has the ending {ending!r}; expected .safetensors.", "pick another file.")
+    if MOST_HEADER_BYTES < header_bytes <= path.stat().st_size:
+        raise StudentFileError(
+            f"{path.name} has a header of {header_bytes:,} bytes; expected at most {MOST_HEADER_BYTES:,}.",
+            "export the file again without what other programs added to its metadata, or pick another file.",
+        )
+    if tensors > MOST_TENSORS:
+        raise StudentFileError(f"{path.name} holds {tensors:,} tensors; expected at most {MOST_TENSORS:,}.", "pick another file.")
 
 
 def conversion(path: Path) -> str:

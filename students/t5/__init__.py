@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..kind import StudentKind
 from .layout import POSITION_BIAS, SHARED, StudentLayout, read_layout
-from .names import published_names
+from .names import MODULE, published_names
 from .relatives import refuse_relatives
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ T5 = StudentKind(
     refuse_relatives=refuse_relatives,
     read_layout=read_layout,
     named=StudentLayout.named,
-    # CLIPSave writes a file of its own for a module of this name, and LoRAs for T5-XXL, which look for t5xxl, do not find it.
-    module="t5base",
+    module=MODULE,
     prefix="encoder.",
     served=served,
     trained=trained,

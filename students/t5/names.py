@@ -2,13 +2,19 @@
 
 published    encoder.shared.weight, encoder.encoder.block..., final_projection...      the authors' file and ours
 prefixless   shared.weight, encoder.block..., final_projection...                      CLIPSave, third-party conversions
+in a CLIP    text_encoders.t5base.transformer. before prefixless names                 CheckpointSave, beside the other models
 module.      either of them behind `module.`                                           saved from DistributedDataParallel
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
+# The attribute of ComfyUI's text model. CLIPSave writes a file of its own for a module of this name, and LoRAs for T5-XXL, which look for
+# t5xxl, do not find it.
+MODULE = "t5base"
+IN_CLIP = re.compile(rf"(text_encoders\.)?{MODULE}\.transformer\.")
 WRAPPER = "module."
 # A duplicate of the token table that some Hugging Face files hold.
 TOKEN_TABLE_TWIN = "encoder.encoder.embed_tokens.weight"
@@ -21,11 +27,13 @@ LEFT_OUT = frozenset({"logit_scale"})
 def published_names(names: Iterable[str]) -> tuple[dict[str, str], str | None]:
     """Published name -> name in the file, and the file's name of the duplicate token table (None without one).
 
-    Unknown names stay as they are, to be reported.
+    Unknown names stay as they are, to be reported; in a checkpoint, those of other models are left out.
     """
     found = list(names)
-    wrapper = WRAPPER if found and all(name.startswith(WRAPPER) for name in found) else ""
-    bare = {name.removeprefix(wrapper): name for name in found}
+    bare = {IN_CLIP.sub("", name, count=1): name for name in found if IN_CLIP.match(name)}
+    if not bare:
+        wrapper = WRAPPER if found and all(name.startswith(WRAPPER) for name in found) else ""
+        bare = {name.removeprefix(wrapper): name for name in found}
     if "shared.weight" in bare:
         bare = {_published(name): source for name, source in bare.items()}
     known = {name: source for name, source in bare.items() if name not in LEFT_OUT}

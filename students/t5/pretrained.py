@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import T5Config
 
 from ...runtime.errors import StudentFileError, listed, printable
-from ...runtime.weights import check_finite, load_tensors
+from ...runtime.weights import check_finite, load_tensors, read_header
 from ..foreign import refuse_foreign
 from .layout import SHARED, StudentLayout
 from .names import published_names
@@ -33,10 +33,10 @@ def read_pretrained(path: Path, layout: StudentLayout) -> dict[str, Tensor]:
     """
     if path.is_dir():
         _check_config(path / CONFIG, layout)
-    loaded = _folder(path) if path.is_dir() else load_tensors(path)
+    loaded = _folder(path) if path.is_dir() else _encoder(path)
     if TOKEN_TABLE not in loaded and TOKEN_TABLE_TWIN in loaded:
         loaded[TOKEN_TABLE] = loaded[TOKEN_TABLE_TWIN]
-    names, twin = published_names(name for name in loaded if not name.startswith(OTHER_PARTS))
+    names, twin = published_names(loaded)
     tensors = {name: loaded[source] for name, source in names.items()}
     _check_kind(tensors, path.name)
     _check_fit(tensors, layout, path.name)
@@ -46,10 +46,15 @@ def read_pretrained(path: Path, layout: StudentLayout) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
+def _encoder(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that are not the decoder's or the head's, by name in the file."""
+    return load_tensors(path, [name for name in read_header(path)[0] if not name.startswith(OTHER_PARTS)])
+
+
 def _folder(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder's weights, by its name in them."""
+    """The encoder of a folder's weights, by name in them."""
     if (folder / WEIGHTS).is_file():
-        return load_tensors(folder / WEIGHTS)
+        return _encoder(folder / WEIGHTS)
     if (folder / INDEX).is_file():
         return _sharded(folder / INDEX)
     found = sorted(path.name for path in folder.iterdir())
@@ -66,7 +71,7 @@ def _folder(folder: Path) -> dict[str, Tensor]:
 
 
 def _sharded(index: Path) -> dict[str, Tensor]:
-    """The tensors of all shards, which must be exactly those of the index."""
+    """The encoder of all shards, whose tensors must be exactly those of the index."""
     shard_of = _weight_map(index)
     shards = sorted(set(shard_of.values()))
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
@@ -78,11 +83,11 @@ def _sharded(index: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     problems: list[str] = []
     for shard in shards:
-        held = load_tensors(index.parent / shard)
+        held = read_header(index.parent / shard)[0]
         named = [name for name, place in shard_of.items() if place == shard]
         problems += [f"{name}: expected in {shard}, missing" for name in named if name not in held]
         problems += [f"{name}: in {shard}, unknown to the index" for name in held if shard_of.get(name) != shard]
-        tensors |= held
+        tensors |= _encoder(index.parent / shard)
     if problems:
         raise ValueError(
             f"{index.name} does not match its shards: {len(problems)} tensors differ.\n{listed(problems)}\nWhat to do: {DOWNLOAD}"

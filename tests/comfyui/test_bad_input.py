@@ -16,9 +16,11 @@ import pytest
 import torch
 from distilled_t5.devtools.models.random_models import clip_l_shapes
 from distilled_t5.nodes import DistilledT5Loader, DistilledT5Save, DistilledT5TextEncode
-from distilled_t5.nodes.model_files import clip_l_names, new_file, path_of, text_encoder_names
+from distilled_t5.nodes.model_files import clip_l_names, new_file, path_of, remove_abandoned_files, text_encoder_names
+from distilled_t5.runtime.disk import UNFINISHED
 from distilled_t5.runtime.errors import StudentFileError
 from distilled_t5.students.t5.layout import SHARED, StudentLayout
+from distilled_t5.tests.support.small_encoders import embedding
 from distilled_t5.tests.support.tiny_students import FULL_VOCABULARY, joined, published_file, sparse_file, taken_apart, tiny_tensors
 from safetensors.torch import load_file
 
@@ -171,6 +173,21 @@ def test_name_that_is_not_valid_unicode_is_refused_and_the_list_still_works(mode
     assert odd.name in text_encoder_names()
     assert refusal(lambda: load(odd.name)).encode()
     assert refusal(lambda: load("good.safetensors", device="\ud800"), ValueError).encode()
+
+
+def test_weights_in_use_stay_when_the_file_of_an_encoder_is_overwritten_in_place(models):
+    clip = load("good.safetensors", dtype="fp32")
+    before = embedding(clip)
+    (models / "good.safetensors").write_bytes(b"")
+    assert torch.equal(embedding(clip), before)
+
+
+def test_the_start_of_the_server_removes_unfinished_files_that_no_living_process_writes(models):
+    (models / "mine").mkdir()
+    left = models / "mine" / f".t5.safetensors.{2**22 + 1}{UNFINISHED}"
+    left.touch()
+    remove_abandoned_files()
+    assert not left.exists()
 
 
 def test_file_that_vanished_after_the_list_was_made(models):

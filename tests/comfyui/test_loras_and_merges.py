@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,26 @@ import torch
 from comfy_extras.nodes_hooks import CreateHookKeyframe, SetClipHooks, SetHookKeyframes
 from comfy_extras.nodes_model_merging import CLIPAdd, CLIPMergeSimple, CLIPSave, CLIPSubtract
 from distilled_t5.encoder.files import open_student
-from distilled_t5.encoder.lora_log import NOTICE
+from distilled_t5.encoder.lora_log import NOTICE, FoldT5xxlLines
 from distilled_t5.encoder.metadata import CHANGED_KEY, StudentMetadata
+from distilled_t5.encoder.prompt_length import describe_length, is_padding, t5_tokens
 from distilled_t5.encoder.served import student_tensors
-from distilled_t5.nodes import DistilledT5Save
+from distilled_t5.evaluate.attention import word_positions
+from distilled_t5.families.flux_tensors import FluxLayout
+from distilled_t5.nodes import DistilledT5CrossAttentionMap, DistilledT5EncoderMap, DistilledT5Save, DistilledT5TextEncode
+from distilled_t5.runtime.random_weights import drawn
 from distilled_t5.students.t5.layout import StudentLayout
-from distilled_t5.tests.support.small_encoders import PROMPT, TINY, embedding, encode, pooled, random_tensors, serve, student_file
+from distilled_t5.tests.support.small_encoders import (
+    PROMPT,
+    TINY,
+    embedding,
+    encode,
+    pooled,
+    random_tensors,
+    serve,
+    stock_flux_clip,
+    student_file,
+)
 from safetensors.torch import load_file, save_file
 
 # T5-Base's width, which is CLIP-L's too.
@@ -77,6 +93,14 @@ def test_a_second_lora_gets_a_line_of_its_own(clip, lora, caplog):
     assert len([line for line in caplog.messages if "T5-XXL" in line]) == 2
 
 
+def test_a_second_lora_with_other_keys_gets_a_line_of_its_own_within_milliseconds(clip, caplog):
+    keys = ["lora_te2_shared.alpha", "te2.shared.alpha", "t5.shared.alpha", "lycoris_te2_shared.alpha"]
+    with caplog.at_level(logging.WARNING):
+        for key in [*keys, "base_model.model.text_encoder_2.shared.alpha"]:
+            comfy.sd.load_lora_for_models(None, clip, {key: torch.tensor(1.0), f"{key}.x": torch.tensor(1.0)}, 1.0, 1.0)
+    assert caplog.messages == [NOTICE] * 5
+
+
 def test_taking_the_lora_off_again_gives_the_first_embedding_bit_for_bit(clip, lora):
     before = pooled(clip)
     _, with_lora = comfy.sd.load_lora_for_models(None, clip, lora, 1.0, 1.0)
@@ -105,6 +129,25 @@ def test_a_textual_inversion_for_clip_l_stays_out_of_a_student_of_the_same_width
     with_inversion, without = "a cat in embedding:style oil", "a cat in oil"
     assert not torch.equal(pooled(clip, with_inversion), pooled(clip, without))
     assert torch.equal(embedding(clip, with_inversion), embedding(clip, without))
+
+
+@pytest.mark.parametrize("kind", ["student", "stock"])
+def test_map_and_count_see_the_tokens_that_the_encoder_sees(kind, folder, text_encoders, tmp_path):
+    save_file({"clip_l": torch.randn(2, 768)}, tmp_path / "style.safetensors")
+    save_file({"t5xxl": torch.randn(3, 4096)}, tmp_path / "t5_style.safetensors")
+    if kind == "student":
+        clip = serve(student_file(folder, WIDE, "wide.safetensors"), embedding_folders=(str(tmp_path),)).clip
+    else:
+        clip = stock_flux_clip(text_encoders / "clip_l.safetensors")
+        clip.tokenizer.t5xxl.embedding_directory = [str(tmp_path)]
+    without, with_inversion, with_t5s = (f"a cat in {part}oil" for part in ("", "embedding:style ", "embedding:t5_style "))
+    seen = 3 if kind == "stock" else 0
+    for prompt, shift in ((with_inversion, 0), (with_t5s, seen)):
+        assert word_positions(clip, prompt, "oil") == [place + shift for place in word_positions(clip, without, "oil")]
+        count = int(describe_length(clip, clip.tokenize(without)).split()[0])
+        assert describe_length(clip, clip.tokenize(prompt)).split()[0] == str(count + shift)
+        own = [not is_padding(token) for token in t5_tokens(clip, clip.tokenize(prompt))]
+        assert own == sorted(own, reverse=True), "padding is at the end, where the encoder has it"
 
 
 def test_merging_two_students_averages_their_weights(clip, folder, text_encoders):
@@ -202,3 +245,45 @@ def test_what_CLIPSave_writes_loads_again_with_the_same_numbers(clip, text_encod
     original = random_tensors(TINY)
     assert all(torch.equal(tensor, original[name]) for name, tensor in student.load().items())
     assert "shared.weight" in load_file(tmp_path / written[1])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(clip: Any, folder: Path) -> Path:
+    """What CheckpointSave writes of a Flux and a CLIP with a student."""
+    save_file(drawn(FluxLayout(width=256, double=1, single=1).tensors(), seed=2), folder / "flux.safetensors")
+    model = comfy.sd.load_diffusion_model(str(folder / "flux.safetensors"))
+    comfy.sd.save_checkpoint(str(folder / "all_in_one.safetensors"), model, clip)
+    return folder / "all_in_one.safetensors"
+
+
+def test_the_encoder_inside_a_checkpoint_that_CheckpointSave_wrote_loads_again(clip, checkpoint, text_encoders):
+    assert any(name.startswith("model.diffusion_model.") for name in load_file(checkpoint))
+    again = serve(checkpoint, text_encoders / "clip_l.safetensors").clip
+    assert torch.equal(embedding(again, PROMPT), embedding(clip, PROMPT))
+    assert torch.equal(pooled(again, PROMPT), pooled(clip, PROMPT))
+
+
+@pytest.mark.parametrize("part", ["text embedding", "pooled vector"])
+def test_text_encode_refuses_embeddings_that_are_not_finite(clip, part, monkeypatch):
+    def broken(tokens: Any) -> Any:
+        text, pooled_1P = encode(tokens)
+        (text if part == "text embedding" else pooled_1P)[..., 0] = float("nan")
+        return text, pooled_1P
+
+    encode = clip.cond_stage_model.encode_token_weights
+    monkeypatch.setattr(clip.cond_stage_model, "encode_token_weights", broken)
+    nodes_and_inputs = [
+        (DistilledT5TextEncode, (clip, PROMPT, 3.5)),
+        (DistilledT5CrossAttentionMap, (None, clip, PROMPT, "cube", 3.5)),
+        (DistilledT5EncoderMap, (clip, "\n".join("abcde"), 0)),
+    ]
+    for node, inputs in nodes_and_inputs:
+        with pytest.raises(ValueError, match=rf"The {part} of this prompt holds NaN or infinity[\s\S]*What to do: .*Distilled T5 Loader"):
+            node.execute(*inputs)
+
+
+def test_the_filter_of_log_lines_does_not_keep_a_student_alive(folder):
+    text_model = weakref.ref(serve(student_file(folder)).clip.cond_stage_model)
+    assert sum(isinstance(each, FoldT5xxlLines) for each in logging.getLogger().filters) == 1
+    gc.collect()
+    assert text_model() is None

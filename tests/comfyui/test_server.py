@@ -115,6 +115,18 @@ def test_a_prompt_with_the_authors_node_runs(host: ComfyServer) -> None:
     assert host.run(prompt)["status"]["status_str"] == "success"
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["CLIP-L first", "T5 first"])
+def test_a_prompt_of_the_api_with_the_authors_node_and_without_meta_runs(order: int, host: ComfyServer) -> None:
+    first, second = ["clip_l.safetensors", "distilled_t5_base.safetensors"][::order]
+    prompt = load_only(OLD_NODE, clip_name1=first, clip_name2=second, type="any")
+    assert host.run(prompt)["status"]["status_str"] == "success"
+
+
+def test_a_prompt_with_the_authors_node_and_without_one_of_its_inputs_is_refused_by_name(host: ComfyServer) -> None:
+    with pytest.raises(PromptFailed, match="clip_name2"):
+        host.run(load_only(OLD_NODE, clip_name1="clip_l.safetensors"))
+
+
 def test_an_error_of_the_loader_is_reported_with_what_to_do(host: ComfyServer) -> None:
     names = {"clip_name1": "clip_l.safetensors", "clip_name2": "clip_l.safetensors"}
     with pytest.raises(PromptFailed, match=r"clip_l.safetensors(?s:.*)What to do: ") as failure:

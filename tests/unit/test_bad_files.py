@@ -14,9 +14,9 @@ import pytest
 import torch
 from distilled_t5.encoder.files import open_student
 from distilled_t5.runtime.errors import StudentFileError
-from distilled_t5.runtime.weights import read_header
+from distilled_t5.runtime.weights import load_tensors, read_header
 from distilled_t5.students.t5.layout import SHARED, Shape, StudentLayout
-from distilled_t5.tests.support.tiny_students import TINY, published_file, sparse_file, tiny_tensors
+from distilled_t5.tests.support.tiny_students import TINY, joined, published_file, sparse_file, tensor_digest, tiny_tensors
 
 TESTS = Path(__file__).resolve().parent.parent
 Shapes = dict[str, Shape]
@@ -267,6 +267,52 @@ def test_file_that_becomes_another_one_between_looking_and_loading(tmp_path):
     published_file(path, tiny_tensors(other))
     with pytest.raises(StudentFileError, match=r"(?s)file.safetensors changed.*What to do: "):
         student.load()
+
+
+@pytest.mark.parametrize("progressed", [1, 3])
+def test_file_that_is_overwritten_in_place_while_it_is_loaded(progressed, tmp_path):
+    """A file that is mapped into memory would end the process."""
+    path = sparse_file(tmp_path / "file.safetensors", {f"{number}": (1 << 16,) for number in range(4)})
+
+    def overwrite(done: int, _total: int) -> None:
+        if done == progressed:
+            os.truncate(path, 8)
+
+    with pytest.raises(StudentFileError, match=r"(?s)file.safetensors changed.*What to do: "):
+        load_tensors(path, progress=overwrite)
+
+
+def test_tensors_stay_as_they_were_loaded_when_their_file_is_overwritten_in_place(tmp_path):
+    path = published_file(tmp_path / "file.safetensors")
+    loaded = open_student(path).load()
+    os.truncate(path, 8)
+    assert tensor_digest(loaded) == tensor_digest(tiny_tensors())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int64", "int32", "int16", "int8", "uint8", "bool", "bfloat16"])
+def test_tensors_of_any_number_format_and_shape_are_read_bit_by_bit(dtype, tmp_path):
+    dtype = getattr(torch, dtype)
+    tensors = {"b": torch.arange(6).reshape(2, 3).to(dtype), "a": torch.tensor(1).to(dtype), "empty": torch.zeros(2, 0, dtype=dtype)}
+    loaded = load_tensors(published_file(tmp_path / "file.safetensors", tensors))
+    assert {name: (each.dtype, each.tolist()) for name, each in loaded.items()} == {n: (t.dtype, t.tolist()) for n, t in tensors.items()}
+
+
+def test_metadata_of_90_megabytes_is_refused_unread(tmp_path):
+    path = published_file(tmp_path / "large.safetensors", metadata={"workflow": "x" * 90_000_000})
+    start = time.process_time()
+    assert "a header of 90,00" in refusal(path)
+    assert "its metadata" in refusal(path).splitlines()[-1]
+    assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize(("tensors", "problem"), [(1_100_000, "a header of "), (100_000, "holds 100,000 tensors; expected at most 20,000")])
+def test_a_million_empty_tensors_are_refused_before_they_are_parsed(tensors, problem, tmp_path):
+    path = tmp_path / "many.safetensors"
+    entry = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    path.write_bytes(joined(("{" + ",".join(f'"{number}":{entry}' for number in range(tensors)) + "}").encode(), b""))
+    start = time.process_time()
+    assert problem in refusal(path)
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth", ".gguf"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 
 import pytest
 from distilled_t5.encoder import lora_log
 from distilled_t5.encoder.lora_log import NOTICE, FoldT5xxlLines, fold_t5xxl_lora_lines
+from torch import nn
 
 T5_KEYS = [
     "lora_te2_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight",
@@ -17,6 +19,20 @@ T5_KEYS = [
     "text_encoder_2.encoder.block.1.layer.0.SelfAttention.o.lora_B.weight",
     "text_encoder_3.encoder.block.1.layer.0.SelfAttention.o.lora_B.weight",
     "t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.v.diff",
+    "lora_te2_shared.lora_down.weight",
+    "lora_te3_encoder_final_layer_norm.diff",
+    "te2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight",
+    "te2.shared.lora_down.weight",
+    "te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight",
+    "t5.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight",
+    "lora_t5xxl_encoder_block_0_layer_0_SelfAttention_q.alpha",
+    "lycoris_te2_encoder_block_0_layer_0_SelfAttention_q.lokr_w1",
+    "lycoris_te2_shared.lokr_w1",
+    "base_model.model.text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight",
+    "base_model.model.text_encoder_3.shared.lora_embedding_A",
+    "text_encoder_2.shared.lora_A.weight",
+    "text_encoder_2.encoder.final_layer_norm.diff",
+    "text_encoders.transformer.encoder.block.3.layer.0.SelfAttention.k.lora_A.weight",
 ]
 OTHER_KEYS = [
     "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
@@ -24,6 +40,11 @@ OTHER_KEYS = [
     "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
     "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
     "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+    "lycoris_te2_text_model_encoder_layers_0_mlp_fc1.lokr_w1",
+    "te2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
+    "base_model.model.text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
+    "text_encoders.t5base.transformer.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight",
+    "encoder.block.0.layer.0.lora_A.weight",
 ]
 
 
@@ -101,12 +122,30 @@ def test_other_records_pass_untouched(host_log):
     assert lines == ["7 of 9", "an object, no text", "shared lora key not loaded: lora_te2_encoder_block_0"]
 
 
-def test_filter_is_put_on_the_root_logger_once():
-    root = logging.getLogger()
-    before = list(root.filters)
-    try:
-        fold_t5xxl_lora_lines()
-        fold_t5xxl_lora_lines()
-        assert sum(isinstance(present, FoldT5xxlLines) for present in root.filters) == 1
-    finally:
-        root.filters[:] = before
+def filters() -> list[logging.Filter]:
+    return [each for each in logging.getLogger().filters if isinstance(each, FoldT5xxlLines)]
+
+
+def test_one_filter_is_on_the_root_logger_for_as_long_as_a_text_model_lives():
+    gc.collect()
+    assert not filters()
+    first, second = nn.Linear(1, 1), nn.Linear(1, 1)
+    fold_t5xxl_lora_lines(first)
+    fold_t5xxl_lora_lines(second)
+    assert len(filters()) == 1
+    del first
+    gc.collect()
+    assert len(filters()) == 1
+    del second
+    gc.collect()
+    assert not filters()
+
+
+def test_a_second_lora_with_other_keys_has_its_line_at_once(caplog):
+    model = nn.Linear(1, 1)
+    fold_t5xxl_lora_lines(model)
+    with caplog.at_level(logging.WARNING):
+        for keys in (T5_KEYS[:4], T5_KEYS[4:]):
+            model.state_dict()  # as comfy.lora.model_lora_keys_clip does
+            load_lora(logging.getLogger(), keys)
+    assert caplog.messages == [NOTICE, NOTICE]

@@ -37,6 +37,16 @@ DIALECTS: dict[str, Dialect] = {
     "module.": wrapped,
     "module. with its twin": lambda tensors: wrapped(with_twin(tensors)),
     "module. prefixless": lambda tensors: wrapped(prefixless(tensors)),
+    "CheckpointSave": lambda tensors: (
+        {f"text_encoders.t5base.transformer.{name}": each for name, each in prefixless(tensors).items()}
+        | {
+            "text_encoders.t5base.logit_scale": torch.tensor(4.6055),
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(1),
+            "model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.full((1,), float("nan")),
+            "vae.decoder.conv_in.weight": torch.zeros(1, dtype=torch.int64),
+        }
+    ),
+    "a CLIP's state dict": lambda tensors: {f"t5base.transformer.{name}": each for name, each in prefixless(tensors).items()},
     "CLIPSave": lambda tensors: prefixless(tensors) | {"logit_scale": torch.tensor(4.6055)},
 }
 
