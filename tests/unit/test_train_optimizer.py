@@ -8,7 +8,8 @@ import pytest
 import torch
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.train.optimizer import MuonAndAdamW, make_optimizer, set_rate
-from distilled_t5.train.student_start import RANDOM, make_student
+from distilled_t5.train.recipe import RANDOM
+from distilled_t5.train.student_start import make_student
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import AdamW
 
