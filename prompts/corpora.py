@@ -29,7 +29,7 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 NOT_TEXT = re.compile("[\x00\ud800-\udfff]")  # bytes that are not UTF-8 are read as lone surrogates (errors="surrogateescape")
 # Where the corpora of the shipped recipes and suites can be had, by the name of the file or else by kind; {} is where they are expected.
 SOURCES = {
-    "compbench": "get it with git clone https://github.com/Karine-Huang/T2I-CompBench {}",
+    "compbench": 'get it with git clone https://github.com/Karine-Huang/T2I-CompBench "{}"',
     "laion-aesthetics-6.5.parquet": "download the Parquet file of https://huggingface.co/datasets/ChristophSchuhmann/"
     "improved_aesthetics_6.5plus and save it as {}",
     "captions_val2014.json": "unpack annotations_trainval2014.zip of https://cocodataset.org/#download so that it is {}",

@@ -25,11 +25,14 @@ TEXT_OUTPUT = "final_projection.3.weight"
 def need_in_files(recipe: Recipe, size: ModelSize, encoders: Iterable[Path], on_gpu: bool) -> MemoryNeed:
     """What the run needs at least, by part, for a diffusion model of this size and the teacher's files. Raises StudentFileError."""
     entries = [read_entries(path) for path in encoders]
-    width = next(
-        (entry.shape[0] for each in entries for name, entry in each.items() if name.endswith(TEXT_OUTPUT)), recipe.family.text_width
-    )
+    width = text_width_in(entries, recipe.family)
     teacher = sum(_held(entry) for each in entries for name, entry in each.items() if not name.startswith(NOT_ENCODER))
     return memory_need(recipe, recipe.student.student_layout(width), size, teacher, on_gpu)
+
+
+def text_width_in(files: Iterable[Mapping[str, Entry]], family: Family) -> int:
+    """Channels of the text that a teacher gives: those of a distilled T5's projection, else the family's."""
+    return next((entry.shape[0] for each in files for name, entry in each.items() if name.endswith(TEXT_OUTPUT)), family.text_width)
 
 
 def size_in_file(entries: Mapping[str, Entry], dtype: str, family: Family) -> ModelSize:

@@ -20,7 +20,7 @@ from ..runtime.header import read_entries
 from ..students.t5.layout import StudentLayout
 from ..students.t5.trained import DistilledT5
 from . import smoke_models
-from .file_sizes import need_in_files, size_in_file
+from .file_sizes import need_in_files, size_in_file, text_width_in
 from .memory import MemoryNeed, ModelSize, check_memory, memory_need, without_gpu
 from .preflight import models_of
 from .recipe import NO_CLIP_L, RANDOM, STAND_IN, Recipe
@@ -117,12 +117,18 @@ def _weights(module: Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
-def make_student_of(recipe: Recipe, model: FrozenModel) -> DistilledT5:
-    """The student at its start, float32, on the diffusion model's device. Raises ValueError if its first weights do not fit."""
+def make_student_of(recipe: Recipe) -> DistilledT5:
+    """The student at its start, float32, on the CPU; its output is as wide as the teacher's.
+
+    Raises ValueError if its first weights do not fit.
+    """
     part = recipe.student
     start = part.start if part.start == RANDOM else str(model_file(part.start, "text_encoders"))
-    student = make_student(part.student_layout(model.text_width), start, part.dropout, recipe.seed)
-    return student.to(model.device)
+    teacher, width = recipe.teacher.t5, recipe.family.text_width
+    if teacher != STAND_IN:
+        with contextlib.suppress(StudentFileError):  # the teacher's own check says why
+            width = text_width_in([read_entries(model_file(teacher, "text_encoders"))], recipe.family)
+    return make_student(part.student_layout(width), start, part.dropout, recipe.seed)
 
 
 def preview_vae(recipe: Recipe) -> Path | None:

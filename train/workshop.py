@@ -93,9 +93,11 @@ def open_workshop(recipe: Recipe, ranks: Ranks, recorded: Mapping[str, str] | No
     inputs = inputs_of(recipe, schedule)
     refuse_other_inputs(recorded or {}, inputs)
     check_before_loading(recipe, ranks.is_main)
+    # Before the large models, so that a start of another size is refused within seconds.
+    student = make_student_of(recipe)
     model = load_frozen_model(recipe)
     teacher = load_teacher_of(recipe, model)
-    student = make_student_of(recipe, model)
+    student = student.to(model.device)
     chunks = TeacherChunks(teacher, schedule, recipe.teacher.chunk_prompts)
     learner = _learner(recipe, ranks, student, model, schedule.total_steps)
     return Workshop(recipe, ranks, schedule, model, teacher, chunks, memory_need_of(recipe, model, teacher), student, learner, inputs)

@@ -126,3 +126,9 @@ def test_full_size_models_that_cannot_fit_are_refused_before_anything_is_loaded(
 def test_a_small_model_on_the_cpu_gets_one_sentence(tmp_path, caplog):
     open_workshop(load_recipe("smoke", [f"diffusion_model.file={diffusion_model_file(tmp_path)}"]), Ranks())
     assert "days" not in caplog.text
+
+
+def test_a_start_of_another_size_is_refused_before_the_diffusion_model_is_loaded(stand_ins, monkeypatch):
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model", None)
+    with pytest.raises(ValueError, match="whose layout is not that of the recipe's student"):
+        open_workshop(load_recipe("smoke", [f"student.start={stand_ins / 'models' / RIGHT['start']}"]), Ranks())

@@ -35,7 +35,9 @@ def test_every_corpus_of_a_shipped_recipe_comes_with_the_pack_or_has_an_address(
 
 def test_a_corpus_that_is_missing_is_refused_with_where_to_get_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(PromptError, match="git clone https://github.com/Karine-Huang/T2I-CompBench " + str(tmp_path / "corpora" / "bench")):
+    with pytest.raises(
+        PromptError, match="git clone https://github.com/Karine-Huang/T2I-CompBench " + f'"{tmp_path / "corpora" / "bench"}"'
+    ):
         located("corpora/bench", "compbench")
 
 
