@@ -149,8 +149,8 @@ def untrained_file(work: Path) -> Path:
     from ..encoder.files import write_student
     from ..encoder.metadata import StudentMetadata
     from ..miniature.teacher import LAYOUT
-    from ..train.recipe import load_recipe
-    from ..train.student_start import RANDOM, make_student
+    from ..train.recipe import RANDOM, load_recipe
+    from ..train.student_start import make_student
     from ..world.captions import TOKEN_LENGTH
 
     path = student_file(work, UNTRAINED)

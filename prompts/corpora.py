@@ -27,6 +27,14 @@ KINDS_OF_FOLDERS = ("compbench", "photographs")
 EXTENSIONS = {".txt": "lines", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 NOT_TEXT = re.compile("[\x00\ud800-\udfff]")  # bytes that are not UTF-8 are read as lone surrogates (errors="surrogateescape")
+# Where the corpora of the shipped recipes and suites can be had, by the name of the file or else by kind; {} is where they are expected.
+SOURCES = {
+    "compbench": 'get it with git clone https://github.com/Karine-Huang/T2I-CompBench "{}"',
+    "laion-aesthetics-6.5.parquet": "download the Parquet file of https://huggingface.co/datasets/ChristophSchuhmann/"
+    "improved_aesthetics_6.5plus and save it as {}",
+    "captions_val2014.json": "unpack annotations_trainval2014.zip of https://cocodataset.org/#download so that it is {}",
+    "photographs": "unpack val2014.zip of https://cocodataset.org/#download so that its folder is {}",
+}
 ADDRESS = re.compile(r"https?://\S+$")
 
 
@@ -77,8 +85,9 @@ def located(path: str, kind: str) -> Path:
     places = list(dict.fromkeys([Path(path).expanduser().absolute(), PACK / path]))
     found = next((place for place in places if os.path.exists(place)), None)  # Path.exists raises where access is denied
     if found is None:
+        source = SOURCES.get(Path(path).name) or SOURCES.get(kind) or "put it at {}"
         near = [str(place.with_name(name)) for place in places for name in _similar_names(place)]
-        remedy = f"did you mean {' or '.join(near)}?" if near else "correct the path in the recipe."
+        remedy = f"did you mean {' or '.join(near)}?" if near else f"{source.format(places[0])}, or correct the path in the recipe."
         looked = "Searched: " + " and ".join(printable(str(place)) for place in places)
         raise PromptError(f'"{printable(path)}" was not found.', remedy, looked)
     expected = "a folder" if kind in KINDS_OF_FOLDERS else "a file"

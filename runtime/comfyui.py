@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +59,18 @@ def _version(folder: Path) -> str:
     return found[1] if found else "without a version"
 
 
-def start_comfyui(folder: Path, flags: Sequence[str]) -> None:
+def start_comfyui(folder: Path, flags: Sequence[str], before_torch: Callable[[], object] = lambda: None) -> None:
     """Make `comfy` importable with these flags, as ComfyUI's main.py does: arguments first, then model paths. Once per process.
 
-    Adds `--cpu` if torch finds no accelerator, since ComfyUI would stop, and `--disable-async-offload` unless the flags say otherwise:
-    ComfyUI reuses the buffers of weights that it copies asynchronously, but autograd needs the weights later. Raises ValueError for a
-    ComfyUI that is too old and for flags with which nothing can be trained.
+    `before_torch` is called when model files can be found and torch is not imported yet. Sets `--cpu` if torch finds no accelerator, since
+    ComfyUI would stop, and adds `--disable-async-offload` unless the flags say otherwise: ComfyUI reuses the buffers of weights that it
+    copies asynchronously, but autograd needs the weights later. Raises ValueError for a ComfyUI that is too old and for flags with which
+    nothing can be trained.
     """
     version = _version(folder)
     refuse_old_comfyui(version)
     sys.stderr.write(f"ComfyUI {version}: {folder}\n")
     flags = list(flags)
-    if "--cpu" not in flags and not _has_accelerator():
-        flags.append("--cpu")
     if not any("async-offload" in flag for flag in flags):
         flags.append("--disable-async-offload")
     sys.path.insert(0, str(folder))
@@ -86,6 +85,9 @@ def start_comfyui(folder: Path, flags: Sequence[str]) -> None:
     _refuse_fast_products(arguments)
     importlib.import_module("folder_paths")
     _add_model_paths(folder, arguments.extra_model_paths_config)
+    before_torch()
+    # As ComfyUI's own tests do; only modules that are imported later read it.
+    arguments.cpu = arguments.cpu or not _has_accelerator()
 
 
 def _has_accelerator() -> bool:

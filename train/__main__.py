@@ -68,10 +68,11 @@ def memory_advice(options: argparse.Namespace) -> str:
 def run(options: argparse.Namespace, flags: list[str]) -> int:
     """Train or estimate a recipe under ComfyUI started with these flags; the exit status."""
     from distilled_t5.runtime.comfyui import check_output_folder, find_comfyui, start_comfyui
+    from distilled_t5.train.preflight import preflight
     from distilled_t5.train.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)
-    start_comfyui(find_comfyui(options.comfyui), flags)
+    start_comfyui(find_comfyui(options.comfyui), flags, before_torch=lambda: preflight(recipe))
     import torch
     from distilled_t5.runtime.ranks import Ranks
 

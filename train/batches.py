@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class Schedule:
         corpora = [[(read_corpus(corpus, seed=recipe.seed), corpus.repeat) for corpus in stage.corpora] for stage in recipe.stages]
         every = [pair for stage in corpora for pair in stage]
         self.held_out: list[Prompt] = hold_out(every, recipe.validation.prompts, recipe.seed)
+        named = {f"prompts of stage {stage.name}": pairs for stage, pairs in zip(recipe.stages, corpora, strict=True)}
+        self.digests = {name: _digest(pairs) for name, pairs in named.items()} | {"held-out prompts": _digest([(self.held_out, 1)])}
         self.mixes = [PromptMix(stage, recipe.seed, self.held_out) for stage in corpora]
 
     @property
@@ -86,3 +89,11 @@ class Schedule:
         sampling, shape = self.recipe.sampling, self.recipe.family.latent_shape(stage.resolution_px)
         drawn = draw(self.recipe.seed, number, len(prompts), shape, sampling.guidance, sampling.token_lengths)
         return Batch(tuple(prompt.text for prompt in prompts), drawn)
+
+
+def _digest(corpora: Sequence[tuple[Sequence[Prompt], int]]) -> str:
+    """The number and SHA-256 of some prompts in their order, and of how often each corpus is repeated."""
+    digest = hashlib.sha256()
+    for prompts, repeat in corpora:
+        digest.update(repr((repeat, [prompt.text for prompt in prompts])).encode())
+    return f"{sum(len(prompts) for prompts, _ in corpora):,} prompts, SHA-256 {digest.hexdigest()[:16]}"

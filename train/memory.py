@@ -28,6 +28,11 @@ WIDER = 2
 # Memory taken by the GPU's driver and lost to fragmentation.
 GPU_BYTES = 1_000_000_000
 PATCH_PX = 16
+# What a fast desktop CPU sustains, an assumption: floating-point operations per second.
+CPU_FLOPS = 1e12
+# In forward passes of the diffusion model: teacher's and student's, the student's backward pass, and blocks that are computed again.
+PASSES, RECOMPUTED = 3, 1
+NOT_PRACTICAL_DAYS = 10
 STATED_GB = re.compile(r"-(\d+)gb$")
 # A card sold as 12 GB has a little less than 12 x 2^30 bytes available.
 SHOWN_BYTES_PER_GB = 0.97 * 2**30
@@ -180,6 +185,23 @@ def check_memory(need: MemoryNeed, recipe: Recipe, total_bytes: int, device: str
         + "\n".join(part_lines(need.least_parts))
         + f"\nWhat to do: {advice(recipe, total_bytes, need.offload)}"
     )
+
+
+def without_gpu(recipe: Recipe, weights: int) -> str:
+    """What a run on the CPU means in time, for a diffusion model of this many weights."""
+    tokens = 0.0
+    for stage in recipe.stages:
+        if OBJECTIVES[stage.objective].needs_velocity:
+            text = sum(recipe.sampling.token_lengths) / len(recipe.sampling.token_lengths)
+            tokens += stage.steps * stage.batch * stage.accumulate * ((stage.resolution_px // PATCH_PX) ** 2 + text)
+    passes = PASSES + (RECOMPUTED if recipe.diffusion_model.checkpoint_blocks else 0)
+    hours = 2 * weights * passes * tokens / CPU_FLOPS / 3600
+    said = "No GPU is used (none was found, or --cpu was given): the run is computed on the CPU."
+    if hours < 1:
+        return said
+    time = f"{hours / 24:,.0f} days" if hours >= 48 else f"{hours:.0f} hours"
+    said += f" It takes about {time} at an assumed {CPU_FLOPS / 1e12:g} TFLOP/s."
+    return said + (" That is not practical: use a GPU; schnell-12gb runs on 12 GB." if hours > 24 * NOT_PRACTICAL_DAYS else "")
 
 
 def advice(recipe: Recipe, total_bytes: int, on_gpu: bool) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import tempfile
 from pathlib import Path
 
@@ -13,23 +15,27 @@ from ..diffusion.frozen import FrozenModel, held_bytes
 from ..encoder.metadata import StudentMetadata
 from ..encoder.teacher import Teacher, load_teacher
 from ..runtime.comfyui import model_file
+from ..runtime.errors import StudentFileError
+from ..runtime.header import read_entries
 from ..students.t5.layout import StudentLayout
 from ..students.t5.trained import DistilledT5
 from . import smoke_models
-from .memory import MemoryNeed, ModelSize, check_memory, memory_need
-from .recipe import Recipe
-from .student_start import RANDOM, make_student
+from .file_sizes import need_in_files, size_in_file, text_width_in
+from .memory import MemoryNeed, ModelSize, check_memory, memory_need, without_gpu
+from .preflight import models_of
+from .recipe import NO_CLIP_L, RANDOM, STAND_IN, Recipe
+from .student_start import make_student
 
-NO_CLIP_L = "none"
 # A student may be somewhat larger than its teacher, by its projection for instance; beyond this factor the two are exchanged.
 SMALLER_TEACHER = 2
+log = logging.getLogger(__name__)
 
 
 def load_frozen_model(recipe: Recipe) -> FrozenModel:
     """The frozen diffusion model. Raises ValueError if the file is not of the recipe's family, or the guidance does not fit it."""
     part = recipe.diffusion_model
     with tempfile.TemporaryDirectory() as scratch:
-        stand_in = part.file == smoke_models.STAND_IN
+        stand_in = part.file == STAND_IN
         path = smoke_models.diffusion_model_file(Path(scratch)) if stand_in else model_file(part.file, "diffusion_models")
         model = open_diffusion_model(path, part.dtype, recipe.family)
     check_guidance(path.name, model, recipe.sampling.guidance)
@@ -46,7 +52,7 @@ def load_teacher_of(recipe: Recipe, model: FrozenModel) -> Teacher:
     part, device = recipe.teacher, model.device
     clip_l = None if part.clip_l == NO_CLIP_L else model_file(part.clip_l, "text_encoders")
     with tempfile.TemporaryDirectory() as scratch:
-        stand_in = part.t5 == smoke_models.STAND_IN
+        stand_in = part.t5 == STAND_IN
         t5 = smoke_models.teacher_file(Path(scratch)) if stand_in else model_file(part.t5, "text_encoders")
         teacher = load_teacher(t5, clip_l, recipe.family)
     check_memory(memory_need_of(recipe, model, teacher), recipe, comfy.model_management.get_total_memory(device), str(device))
@@ -68,6 +74,24 @@ def _check_teaches(teacher: Teacher, recipe: Recipe, layout: StudentLayout) -> N
             f"The teacher {recipe.teacher.t5} has {weights / 1e6:,.1f} million weights, the student ({layout.size_name}) "
             f"{layout.parameters / 1e6:,.1f} million.\nWhat to do: exchange teacher.t5 and student; the larger one teaches."
         )
+
+
+def check_before_loading(recipe: Recipe, is_main: bool) -> None:
+    """Compare the memory that the files' headers tell with that of the device; the main process says what training without a GPU means.
+
+    Raises ValueError if the run cannot fit. A file that cannot be read so far is left to its own check, which says why.
+    """
+    files = {model.key: model_file(model.name, model.folder) for model in models_of(recipe)}
+    if "diffusion_model.file" not in files or "teacher.t5" not in files:
+        return
+    device = comfy.model_management.get_torch_device()
+    encoders = [path for key, path in files.items() if key.startswith("teacher.")]
+    with contextlib.suppress(StudentFileError):
+        size = size_in_file(read_entries(files["diffusion_model.file"]), recipe.diffusion_model.dtype, recipe.family)
+        if is_main and device.type == "cpu":
+            log.warning(without_gpu(recipe, size.weights))
+        need = need_in_files(recipe, size, encoders, device.type != "cpu")
+        check_memory(need, recipe, comfy.model_management.get_total_memory(device), str(device))
 
 
 def memory_need_of(recipe: Recipe, model: FrozenModel, teacher: Teacher) -> MemoryNeed:
@@ -93,12 +117,18 @@ def _weights(module: Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
-def make_student_of(recipe: Recipe, model: FrozenModel) -> DistilledT5:
-    """The student at its start, float32, on the diffusion model's device. Raises ValueError if its first weights do not fit."""
+def make_student_of(recipe: Recipe) -> DistilledT5:
+    """The student at its start, float32, on the CPU; its output is as wide as the teacher's.
+
+    Raises ValueError if its first weights do not fit.
+    """
     part = recipe.student
     start = part.start if part.start == RANDOM else str(model_file(part.start, "text_encoders"))
-    student = make_student(part.student_layout(model.text_width), start, part.dropout, recipe.seed)
-    return student.to(model.device)
+    teacher, width = recipe.teacher.t5, recipe.family.text_width
+    if teacher != STAND_IN:
+        with contextlib.suppress(StudentFileError):  # the teacher's own check says why
+            width = text_width_in([read_entries(model_file(teacher, "text_encoders"))], recipe.family)
+    return make_student(part.student_layout(width), start, part.dropout, recipe.seed)
 
 
 def preview_vae(recipe: Recipe) -> Path | None:

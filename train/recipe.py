@@ -15,12 +15,10 @@ from ..families import FAMILIES
 from ..families.family import Family
 from ..prompts.corpora import Corpus
 from ..students.t5.layout import StudentLayout
+from .objectives import OBJECTIVES
 
-
-def _objective(name: str) -> str:
-    from .objectives import OBJECTIVES  # imports torch, which importing this module must not
-
-    return _one_of(name, OBJECTIVES)
+# Values in the place of a file.
+STAND_IN, NO_CLIP_L, RANDOM = "stand-in", "none", "random"
 
 
 def _one_of(name: str, names: Iterable[str]) -> str:
@@ -29,7 +27,7 @@ def _one_of(name: str, names: Iterable[str]) -> str:
     return name
 
 
-ObjectiveName = Annotated[str, AfterValidator(_objective)]
+ObjectiveName = Annotated[str, AfterValidator(lambda name: _one_of(name, OBJECTIVES))]
 FamilyName = Annotated[str, AfterValidator(lambda name: _one_of(name, FAMILIES))]
 TokenLength = Annotated[int, Field(ge=2, le=4096)]
 Guidance = Annotated[float, Field(ge=0)]

@@ -45,6 +45,7 @@ def gather_state(workshop: Workshop, state: RunState) -> TrainerState | None:
         rng={str(rank): states for rank, states in enumerate(rng)},
         recipe_sha256=workshop.recipe.sha256,
         best=state.best,
+        inputs=workshop.inputs,
         position={str(rank): {str(number): x for number, x in enumerate(xs)} for rank, xs in enumerate(latents)},
     )
 

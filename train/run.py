@@ -25,7 +25,7 @@ from .recipe import Recipe, load_recipe
 from .report import Reporter
 from .resume import gather_state, restore
 from .run_directory import RunDirectory
-from .state import STUDENT, Checkpoints
+from .state import STUDENT, Checkpoints, recorded_inputs
 from .validation import HeldOut, lower
 from .workshop import RunState, Workshop, open_workshop
 
@@ -40,7 +40,8 @@ def train(recipe: Recipe, run_path: Path, resume: bool, ranks: Ranks) -> Path | 
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(_open_run(recipe, run_path, resume)) if ranks.is_main else None
         stop = stack.enter_context(StopRequest())
-        workshop = open_workshop(recipe, ranks)
+        recorded = recorded_inputs(run_path / "checkpoints") if resume and ranks.is_main else None
+        workshop = open_workshop(recipe, ranks, recorded)
         write = functools.partial(_write_checkpointed, workshop)
         checkpoints = Checkpoints(run_path / "checkpoints", write, recipe.checkpoints.keep_last)
         # Dropout draws from torch's global generator; each process gets a seed of its own.
@@ -49,6 +50,10 @@ def train(recipe: Recipe, run_path: Path, resume: bool, ranks: Ranks) -> Path | 
         learner, total = workshop.learner, workshop.schedule.total_steps
         reporter = stack.enter_context(Reporter(run, ranks.is_main, total, start_step=learner.step))
         stack.enter_context(workshop.model.differentiable(recipe.diffusion_model.checkpoint_blocks))
+        if recorded == {}:
+            log.warning(
+                "The checkpoint was saved by an older version: prompts and model files cannot be compared with those of the run's start."
+            )
         was_finished = learner.step >= total
         finished = _loop(workshop, checkpoints, reporter, stop, state)
         if not (finished and ranks.is_main):

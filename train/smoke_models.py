@@ -12,7 +12,6 @@ from ..families.flux_tensors import HEAD_WIDTH, FluxLayout
 from ..runtime.random_weights import drawn
 from ..students.t5.layout import StudentLayout
 
-STAND_IN = "stand-in"
 # One head, and one block of each kind.
 FLUX = FluxLayout(width=HEAD_WIDTH, double=1, single=1)
 TEACHER = StudentLayout(d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, hidden_width=128, projected_width=FLUX.text_width)

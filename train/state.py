@@ -41,7 +41,7 @@ class TrainerState:
     """The state of a run after `step` optimizer steps.
 
     student: tensors by published name. optimizer: its state_dict(). schedule: counters and loss scale. rng, position: random states and
-    latents by rank. best: the lowest held-out loss so far.
+    latents by rank. best: the lowest held-out loss so far. inputs: digests of prompts and model files; empty in older checkpoints.
     """
 
     step: int
@@ -55,6 +55,7 @@ class TrainerState:
     recipe_sha256: str
     best: float | None = None
     position: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 class DamagedCheckpoint(ValueError):
@@ -127,9 +128,7 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Folders of all checkpoints, the oldest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted((path for path in self.folder.iterdir() if CHECKPOINT.match(path.name)), key=_step)
+        return _paths(self.folder)
 
     def best(self) -> Path | None:
         """The oldest of the checkpoints with the lowest held-out loss so far: the one that reached it."""
@@ -160,6 +159,21 @@ class Checkpoints:
         intact = [path for path in self.paths() if _peek(path)]
         for path in set(intact) - {*intact[-self.keep_last :], self.best()}:
             _remove_if_possible(path)
+
+
+def recorded_inputs(folder: Path) -> dict[str, str]:
+    """The digests of a run's inputs in its newest checkpoint, without reading its tensors; empty if no checkpoint has them."""
+    for path in reversed(_paths(folder)):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            if (path / VALUES).is_file():
+                return dict(unpack(json.loads((path / VALUES).read_bytes())["inputs"], {}))
+    return {}
+
+
+def _paths(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if CHECKPOINT.match(path.name)), key=_step)
 
 
 def write_checkpoint(folder: Path, state: TrainerState, write_student: StudentWriter) -> None:

@@ -13,12 +13,11 @@ from ..encoder.files import open_student
 from ..runtime.errors import StudentFileError
 from ..runtime.weights import read_header
 from ..students import KINDS
+from .recipe import RANDOM
 
 if TYPE_CHECKING:
     from ..students.t5.layout import StudentLayout
     from ..students.t5.trained import DistilledT5
-
-RANDOM = "random"
 
 
 def make_student(layout: StudentLayout, start: str, dropout: float, seed: int) -> DistilledT5:

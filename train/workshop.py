@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,8 +15,9 @@ from ..runtime.ranks import Ranks
 from ..students.t5.trained import DistilledT5
 from .batches import Batch, Place, Schedule
 from .distill import Learner, linear_schedule, loss_scaler
+from .inputs import inputs_of, refuse_other_inputs
 from .memory import MemoryNeed
-from .models import load_frozen_model, load_teacher_of, make_student_of, memory_need_of, preview_vae
+from .models import check_before_loading, load_frozen_model, load_teacher_of, make_student_of, memory_need_of, preview_vae
 from .optimizer import make_optimizer
 from .recipe import Recipe
 from .teacher_chunks import TeacherChunks
@@ -44,6 +45,7 @@ class Workshop:
     need: MemoryNeed
     student: DistilledT5
     learner: Learner
+    inputs: dict[str, str]
 
     def position(self, batch: Batch, text: TeacherText) -> Position:
         """The start of a batch's trajectory, on the diffusion model's device."""
@@ -79,17 +81,26 @@ class Workshop:
         return self.starts(self.schedule.batches(place.stage, place.trajectory), texts)
 
 
-def open_workshop(recipe: Recipe, ranks: Ranks) -> Workshop:
-    """Read prompts, load models, make the student. Raises ValueError for whatever is missing or does not fit together."""
+def open_workshop(recipe: Recipe, ranks: Ranks, recorded: Mapping[str, str] | None = None) -> Workshop:
+    """Read prompts, load models, make the student.
+
+    `recorded` are the inputs of the run that is resumed. Raises ValueError for whatever is missing or does not fit together, and for too
+    little memory and other inputs before anything is loaded.
+    """
     schedule = Schedule(recipe, ranks.rank, ranks.world)
     # A missing VAE is reported now and not at the first preview.
     preview_vae(recipe)
+    inputs = inputs_of(recipe, schedule)
+    refuse_other_inputs(recorded or {}, inputs)
+    check_before_loading(recipe, ranks.is_main)
+    # Before the large models, so that a start of another size is refused within seconds.
+    student = make_student_of(recipe)
     model = load_frozen_model(recipe)
     teacher = load_teacher_of(recipe, model)
-    student = make_student_of(recipe, model)
+    student = student.to(model.device)
     chunks = TeacherChunks(teacher, schedule, recipe.teacher.chunk_prompts)
     learner = _learner(recipe, ranks, student, model)
-    return Workshop(recipe, ranks, schedule, model, teacher, chunks, memory_need_of(recipe, model, teacher), student, learner)
+    return Workshop(recipe, ranks, schedule, model, teacher, chunks, memory_need_of(recipe, model, teacher), student, learner, inputs)
 
 
 def _learner(recipe: Recipe, ranks: Ranks, student: DistilledT5, model: FrozenModel) -> Learner:

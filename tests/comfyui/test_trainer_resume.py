@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import comfy.sd
 import folder_paths
 import pytest
 import torch
 from distilled_t5.encoder.files import write_student
+from distilled_t5.runtime.disk import sha256
+from distilled_t5.runtime.random_weights import drawn
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.trainer import TWO_PROCESSES, command, finish, metrics
@@ -18,7 +24,8 @@ from distilled_t5.train.objectives import OBJECTIVES, Objective, velocity_gap
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.resume import gather_state, restore
 from distilled_t5.train.run import train
-from distilled_t5.train.state import Checkpoints, read_checkpoint
+from distilled_t5.train.smoke_models import TEACHER, teacher_file
+from distilled_t5.train.state import MANIFEST, VALUES, Checkpoints, read_checkpoint, write_checkpoint
 from distilled_t5.train.workshop import RunState, open_workshop
 
 # One trajectory of twelve steps, saved after ten.
@@ -140,3 +147,62 @@ def test_the_scale_of_the_loss_is_part_of_the_state(whole, tmp_path):
     other.learner.scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
     restore(other, Checkpoints(tmp_path / "bf16", write_student, 1))
     assert other.learner.scaler.get_scale() == 4096.0
+
+
+def with_inputs(folder: Path, *more: str) -> Any:
+    """A recipe whose prompts and teacher are files in the folder."""
+    corpora = f'[{{ kind = "lines", path = "{folder / "prompts.txt"}" }}]'
+    files = [f"stage.0.corpora={corpora}", f"stage.1.corpora={corpora}", f"teacher.t5={folder / 'teacher.safetensors'}"]
+    return load_recipe("smoke", ["stage.0.steps=1", "optimizer.warmup_steps=0", *SETTINGS[2:], *files, *more])
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with prompts, a teacher and a finished run."""
+    folder = tmp_path_factory.mktemp("begun")
+    (folder / "prompts.txt").write_text("".join(f"prompt {number}\n" for number in range(12)), encoding="utf-8")
+    teacher_file(folder)
+    assert train(with_inputs(folder), folder / "run", False, Ranks()) is not None
+    return folder
+
+
+def copied(begun: Path, folder: Path) -> Path:
+    """A copy of the folder, in the place of which its recipe is resumed."""
+    shutil.copytree(begun, folder, dirs_exist_ok=True)
+    (folder / "run" / "recipe.toml").write_text(with_inputs(folder).to_toml(), encoding="utf-8")
+    for path in (folder / "run" / "checkpoints").glob("step-*"):
+        write_checkpoint(path, replace(read_checkpoint(path), recipe_sha256=with_inputs(folder).sha256), write_student)
+    return folder
+
+
+def test_a_run_whose_prompts_and_teacher_were_moved_goes_on(begun, tmp_path):
+    folder = copied(begun, tmp_path)
+    assert train(with_inputs(folder), folder / "run", True, Ranks()) is not None
+
+
+def test_added_prompts_and_a_replaced_teacher_are_refused_before_anything_is_loaded(begun, tmp_path, monkeypatch):
+    folder = copied(begun, tmp_path)
+    with (folder / "prompts.txt").open("a", encoding="utf-8") as file:
+        file.write("one more prompt\n")
+    write_student(folder / "teacher.safetensors", drawn(TEACHER.tensors(), seed=7))
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model", None)
+    with pytest.raises(ValueError, match="started with other inputs") as refused:
+        train(with_inputs(folder), folder / "run", True, Ranks())
+    said = str(refused.value)
+    assert "  prompts of stage follow-the-steps: expected 12 prompts, SHA-256 " in said and ", got 13 prompts, SHA-256 " in said
+    assert "\n  teacher.t5: expected " in said
+    assert said.splitlines()[-1].startswith("What to do: put the earlier files and prompts back")
+
+
+def test_a_checkpoint_from_before_inputs_were_recorded_goes_on_with_a_line_in_the_log(begun, tmp_path):
+    folder = copied(begun, tmp_path)
+    for path in (folder / "run" / "checkpoints").glob("step-*"):
+        values = json.loads((path / VALUES).read_text(encoding="utf-8"))
+        del values["inputs"]
+        (path / VALUES).write_text(json.dumps(values), encoding="utf-8")
+        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["content"]
+        content["files"][VALUES] = {"size": (path / VALUES).stat().st_size, "sha256": sha256(path / VALUES)}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        (path / MANIFEST).write_text(json.dumps({"sha256": digest, "content": content}), encoding="utf-8")
+    assert train(with_inputs(folder), folder / "run", True, Ranks()) is not None
+    assert "saved by an older version" in (folder / "run" / "train.log").read_text(encoding="utf-8")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 from distilled_t5.config.files import SHIPPED
+from distilled_t5.families import FAMILIES
+from distilled_t5.families.flux_tensors import FluxLayout
+from distilled_t5.runtime.header import Entry
 from distilled_t5.students.t5.layout import StudentLayout
-from distilled_t5.train.memory import MemoryNeed, ModelSize, check_memory, memory_need, ram_parts, shipped_for
+from distilled_t5.train.file_sizes import size_in_file
+from distilled_t5.train.memory import MemoryNeed, ModelSize, check_memory, memory_need, ram_parts, shipped_for, without_gpu
 from distilled_t5.train.recipe import Recipe, load_recipe
 
 GIB = 2**30
@@ -160,3 +165,21 @@ def test_each_of_several_processes_holds_models_of_its_own_and_its_share_of_the_
     assert one["teacher and CLIP-L"] == four["teacher and CLIP-L"]
     assert one["teacher's embeddings of one chunk"] == 4 * four["teacher's embeddings of one chunk"] == 32 * 256 * 4096 * 4
     assert four["teacher's embeddings of held-out prompts"] == 4 * 256 * 4096 * 4, "batches of four are dealt out whole"
+
+
+def test_a_header_tells_the_sizes_of_a_full_flux_as_computed_by_hand():
+    entries = {name: Entry("BF16", shape, 0, 2 * math.prod(shape)) for name, shape in FluxLayout().tensors().items()}
+    assert size_in_file(entries, "auto", FAMILIES["flux"]) == DEV_BF16
+    in_checkpoint = {f"model.diffusion_model.{name}": entry for name, entry in entries.items()}
+    assert size_in_file(in_checkpoint | {"vae.a": Entry("F32", (5,), 0, 20)}, "bf16", FAMILIES["flux"]) == DEV_BF16
+
+
+def test_training_without_a_gpu_is_said_in_days():
+    said = without_gpu(load_recipe("flux-dev-paper"), DEV_WEIGHTS)
+    # 32 prompts per step; 1024 image tokens at 512 px, 4096 at 1024 px, and 243.25 text tokens on average; 4 forward passes of 2 operations
+    # per weight and token.
+    tokens = 32 * (250_000 * (1024 + 243.25) + 70_000 * (4096 + 243.25))
+    days = 8 * DEV_WEIGHTS * tokens / 1e12 / 86_400
+    assert f"about {days:,.0f} days at an assumed 1 TFLOP/s" in said
+    assert said.startswith("No GPU is used") and "not practical" in said
+    assert "days" not in without_gpu(load_recipe("smoke"), 100_000)

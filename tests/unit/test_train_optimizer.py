@@ -9,7 +9,8 @@ import torch
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.train.distill import linear_schedule
 from distilled_t5.train.optimizer import MuonAndAdamW, make_optimizer, restart, set_rate
-from distilled_t5.train.student_start import RANDOM, make_student
+from distilled_t5.train.recipe import RANDOM
+from distilled_t5.train.student_start import make_student
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import AdamW
 

@@ -1,0 +1,59 @@
+"""What a run's models will take, read from the headers of their files, so that nothing is loaded that cannot fit."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from ..families.family import Family
+from ..runtime.header import Entry, read_entries
+from ..runtime.weights import CHOICES
+from .memory import MemoryNeed, ModelSize, memory_need
+from .recipe import Recipe
+
+# ComfyUI may hold and compute in two bytes what a file has in four.
+USUAL_BYTES = 2
+IN_CHECKPOINT = "model.diffusion_model."
+NOT_ENCODER = ("decoder.", "lm_head.")
+TEXT_OUTPUT = "final_projection.3.weight"
+
+
+def need_in_files(recipe: Recipe, size: ModelSize, encoders: Iterable[Path], on_gpu: bool) -> MemoryNeed:
+    """What the run needs at least, by part, for a diffusion model of this size and the teacher's files. Raises StudentFileError."""
+    entries = [read_entries(path) for path in encoders]
+    width = text_width_in(entries, recipe.family)
+    teacher = sum(_held(entry) for each in entries for name, entry in each.items() if not name.startswith(NOT_ENCODER))
+    return memory_need(recipe, recipe.student.student_layout(width), size, teacher, on_gpu)
+
+
+def text_width_in(files: Iterable[Mapping[str, Entry]], family: Family) -> int:
+    """Channels of the text that a teacher gives: those of a distilled T5's projection, else the family's."""
+    return next((entry.shape[0] for each in files for name, entry in each.items() if name.endswith(TEXT_OUTPUT)), family.text_width)
+
+
+def size_in_file(entries: Mapping[str, Entry], dtype: str, family: Family) -> ModelSize:
+    """The sizes of a diffusion model from its tensors; never more than those of the loaded model."""
+    inner = {name: entry for name, entry in entries.items() if name.startswith(IN_CHECKPOINT)} or entries
+    block = re.compile(rf"(?:^|\.)(?:{'|'.join(family.block_lists)})\.\d+\.")
+    weights, columns = Counter[str](), Counter[int]()
+    for name, entry in inner.items():
+        if found := block.search(name):
+            weights[found[0].strip(".")] += entry.numbers
+            columns.update(entry.shape[1:] if len(entry.shape) == 2 else ())
+    return ModelSize(
+        held_bytes=sum(_held(entry, CHOICES.get(dtype)) for entry in inner.values()),
+        weights=sum(entry.numbers for entry in inner.values()),
+        largest_block=max(weights.values(), default=0),
+        blocks=len(weights),
+        # Most matrices of a block take as many channels as the block has.
+        width=max(columns, key=lambda width: columns[width], default=0),
+        compute_bytes=4 if dtype == "fp32" else USUAL_BYTES,
+    )
+
+
+def _held(entry: Entry, dtype: torch.dtype | None = None) -> int:
+    return entry.numbers * dtype.itemsize if dtype else min(entry.size, entry.numbers * USUAL_BYTES)

@@ -1,0 +1,164 @@
+"""What a run needs and does not find, in one list, before torch is imported or a model loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..families import FAMILIES
+from ..prompts.common_text import common_words
+from ..prompts.corpora import Corpus, located
+from ..prompts.mix import read_corpus
+from ..runtime.comfyui import model_file
+from ..runtime.errors import StudentFileError, UserError
+from ..runtime.header import read_entries
+from ..runtime.optional import pip_install
+from ..students.foreign import KINDS
+from .recipe import NO_CLIP_L, RANDOM, STAND_IN, Recipe
+
+# What the trainer imports, by the package that has it; ComfyUI needs all of them too.
+PACKAGES = {
+    "torch": "torch",
+    "safetensors": "safetensors",
+    "transformers": "transformers",
+    "psutil": "psutil",
+    "tqdm": "tqdm",
+    "PIL": "pillow",
+}
+HUGGING_FACE = "https://huggingface.co/"
+TEXT_ENCODERS = f"{HUGGING_FACE}comfyanonymous/flux_text_encoders"
+SCHNELL = f"{HUGGING_FACE}black-forest-labs/FLUX.1-schnell"
+FLAN_T5 = "config.json and all .safetensors files (with their index) of {}, in a folder of this name"
+# Where the model files of the shipped recipes can be downloaded.
+SOURCES = {
+    "flux1-dev.safetensors": f"{HUGGING_FACE}black-forest-labs/FLUX.1-dev (accept its licence there first)",
+    "flux1-schnell.safetensors": SCHNELL,
+    "ae.safetensors": SCHNELL,
+    **dict.fromkeys(["clip_l.safetensors", "t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"], TEXT_ENCODERS),
+    "distilled_t5_base.safetensors": f"model.safetensors of {HUGGING_FACE}LifuWang/DistillT5, saved under this name",
+    **{f"flan-t5-{size}": FLAN_T5.format(f"{HUGGING_FACE}google/flan-t5-{size}") for size in ("small", "base", "large", "xl")},
+}
+SAFETENSORS = (".safetensors", ".sft")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+T5_SIGNS = ("block.0.layer.0.SelfAttention",)
+DIFFUSION_SIGNS = ("transformer_blocks.0.", *(f"{name}.0." for family in FAMILIES.values() for name in family.block_lists))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a recipe: its key and value, its folder of ComfyUI's models, what it must be, and parts of names that such a file has."""
+
+    key: str
+    name: str
+    folder: str
+    kind: str
+    signs: tuple[str, ...]
+
+
+def preflight(recipe: Recipe) -> None:
+    """Raise UserError that lists everything that the recipe needs and that is missing or of the wrong kind, and how to get it."""
+    problems = list(dict.fromkeys([*_packages(recipe), *_corpora(recipe), *_models(recipe)]))
+    if problems:
+        listed = "\n".join(f"{number}. {problem}" for number, problem in enumerate(problems, start=1))
+        raise UserError(
+            f"Recipe {recipe.name} cannot run yet; missing or wrong: {len(problems)}.", "do what each point says, then run again.", listed
+        )
+
+
+def models_of(recipe: Recipe) -> list[Model]:
+    """The model files that the recipe names."""
+    teacher, text_encoders = recipe.teacher, "text_encoders"
+    models = [
+        Model("diffusion_model.file", recipe.diffusion_model.file, "diffusion_models", "a diffusion model", DIFFUSION_SIGNS),
+        Model("teacher.t5", teacher.t5, text_encoders, "a T5 text encoder", T5_SIGNS),
+        Model("teacher.clip_l", teacher.clip_l, text_encoders, "a CLIP text encoder", _signs("a CLIP text encoder")),
+        Model("student.start", recipe.student.start, text_encoders, "a T5 text encoder", T5_SIGNS),
+        Model("preview.vae", recipe.preview.vae, "vae", "a VAE", _signs("a VAE")),
+    ]
+    named = {"teacher.clip_l": NO_CLIP_L, "student.start": RANDOM, "preview.vae": ""}
+    return [model for model in models if model.name != named.get(model.key, STAND_IN)]
+
+
+def _signs(kind: str) -> tuple[str, ...]:
+    return next(known.signs for known in KINDS if known.name == kind)
+
+
+def _packages(recipe: Recipe) -> Iterator[str]:
+    missing = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        yield f"Packages of ComfyUI are missing: {', '.join(missing)}. Run with ComfyUI's Python, or {pip_install(' '.join(missing))}"
+    kinds = {corpus.kind for stage in recipe.stages for corpus in stage.corpora}
+    if "parquet" in kinds and importlib.util.find_spec("pyarrow") is None:
+        yield f"Reading Parquet files needs the package pyarrow: {pip_install('pyarrow')}"
+    if "common_text" in kinds:
+        yield from _problem(common_words)
+
+
+def _corpora(recipe: Recipe) -> Iterator[str]:
+    for stage in recipe.stages:
+        for corpus in stage.corpora:
+            if corpus.kind != "common_text":
+                yield from _problem(lambda corpus=corpus: _read(corpus))
+
+
+def _read(corpus: Corpus) -> None:
+    located(corpus.path, corpus.kind)
+    if corpus.kind != "parquet" or importlib.util.find_spec("pyarrow") is not None:
+        read_corpus(corpus)
+
+
+def _problem(check: Callable[[], object]) -> Iterator[str]:
+    """The message of a check that raises ValueError."""
+    try:
+        check()
+    except ValueError as error:
+        yield _indented(str(error))
+
+
+def _models(recipe: Recipe) -> Iterator[str]:
+    for model in models_of(recipe):
+        try:
+            path = model_file(model.name, model.folder)
+        except ValueError as error:
+            yield _indented(f"{model.key}: {error}{_source(model)}")
+            continue
+        try:
+            _check_kind(path, model)
+        except StudentFileError as error:
+            yield _indented(f"{model.key}: {error}{_source(model)}")
+
+
+def _source(model: Model) -> str:
+    source = SOURCES.get(Path(model.name).name)
+    return f"\nDownload: {source}" if source else ""
+
+
+def _indented(message: str) -> str:
+    return message.replace("\n", "\n   ")
+
+
+def _check_kind(path: Path, model: Model) -> None:
+    """Raise StudentFileError for a file that is cut off, or that is some other well-known kind of model, judged by its tensor names."""
+    if model.key == "student.start" and path.is_dir():
+        if not any((path / name).is_file() for name in WEIGHTS):
+            raise StudentFileError(f"{path.name} holds neither {' nor '.join(WEIGHTS)}.", "download the folder again, with every file.")
+        return
+    if path.suffix.lower() not in SAFETENSORS:
+        if model.folder == "vae":  # ComfyUI reads other formats of it
+            return
+        raise StudentFileError(
+            f"{path.name} has the ending {path.suffix!r}; expected .safetensors.", f"name a file of models/{model.folder}."
+        )
+    names = read_entries(path)
+    found = _kind(names)
+    suits = any(sign in name for sign in model.signs for name in names)
+    if found is not None and (found == "a LoRA" or not suits):
+        raise StudentFileError(f"{path.name} is {found}; expected {model.kind}.", f"name {model.kind} of models/{model.folder}.")
+
+
+def _kind(names: Iterable[str]) -> str | None:
+    signs = {known.name: known.signs for known in KINDS} | {"a T5 text encoder": T5_SIGNS}
+    names = list(names)
+    return next((kind for kind, parts in signs.items() if any(part in name for part in parts for name in names)), None)
