@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..families import FAMILIES
 from ..students.t5.tokens import PAD
+
+NOT_UNICODE = re.compile("[\ud800-\udfff]")
+
+
+def tokenized(clip: Any, text: str) -> Any:
+    """The tokens of a prompt. Raises ValueError for text that is not valid Unicode, which tokenizers refuse without saying why."""
+    if broken := NOT_UNICODE.search(text):
+        raise ValueError(
+            f"The text is not valid Unicode: it holds {broken[0]!r}, half of a character such as an emoji.\n"
+            "What to do: delete that character and type it again."
+        )
+    return clip.tokenize(text)
 
 
 def t5_tokens(tokens: Mapping[str, Sequence[Sequence[tuple]]]) -> list[tuple]:
