@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,17 @@ from ..families import FAMILIES
 from ..students.t5.tokens import PAD
 
 TokenWeight = tuple[Any, float]
+NOT_UNICODE = re.compile("[\ud800-\udfff]")
+
+
+def tokenized(clip: Any, text: str) -> Any:
+    """The tokens of a prompt. Raises ValueError for text that is not valid Unicode, which tokenizers refuse without saying why."""
+    if broken := NOT_UNICODE.search(text):
+        raise ValueError(
+            f"The text is not valid Unicode: it holds {broken[0]!r}, half of a character such as an emoji.\n"
+            "What to do: delete that character and type it again."
+        )
+    return clip.tokenize(text)
 
 
 def seen_by_t5(pairs: Sequence[TokenWeight], vector_width: int | None = None) -> list[TokenWeight]:

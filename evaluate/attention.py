@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-from ..encoder.prompt_length import t5_tokens
+from ..encoder.prompt_length import t5_tokens, tokenized
 from ..students.t5.tokens import END, PAD
 
 UNKNOWN_TOKEN, UNKNOWN_SIGN = 2, "\N{REPLACEMENT CHARACTER}"
@@ -44,7 +44,7 @@ def word_positions(clip: Any, prompt: str, word: str) -> list[int]:
 
 def t5_pieces(clip: Any, text: str) -> list[str]:
     """The text of each T5 token, "" for tokens without text; the tokenizer reads prompt weights and the like."""
-    tokens = t5_tokens(clip, clip.tokenize(text))
+    tokens = t5_tokens(clip, tokenized(clip, text))
     return [_piece(token, clip.tokenizer.t5xxl.inv_vocab) for token, *_ in tokens]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..encoder.conditioning import encoded
-from ..encoder.prompt_length import describe_length
+from ..encoder.prompt_length import describe_length, tokenized
 
 
 class DistilledT5TextEncode(io.ComfyNode):
@@ -50,6 +50,6 @@ class DistilledT5TextEncode(io.ComfyNode):
     def execute(cls, clip: Any, text: str, guidance: float) -> io.NodeOutput:
         if clip is None:
             raise ValueError("There is no CLIP.\nWhat to do: connect a Distilled T5 Loader; a checkpoint without text encoders gives none.")
-        tokens = clip.tokenize(text)
+        tokens = tokenized(clip, text)
         count = describe_length(clip, tokens)
         return io.NodeOutput(encoded(clip, tokens, guidance=guidance), count, ui=ui.PreviewText(count))
