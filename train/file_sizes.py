@@ -19,6 +19,7 @@ from .recipe import Recipe
 USUAL_BYTES = 2
 IN_CHECKPOINT = "model.diffusion_model."
 NOT_ENCODER = ("decoder.", "lm_head.")
+TOKEN_TABLE = "shared.weight"
 TEXT_OUTPUT = "final_projection.3.weight"
 
 
@@ -31,8 +32,11 @@ def need_in_files(recipe: Recipe, size: ModelSize, encoders: Iterable[Path], on_
 
 
 def text_width_in(files: Iterable[Mapping[str, Entry]], family: Family) -> int:
-    """Channels of the text that a teacher gives: those of a distilled T5's projection, else the family's."""
-    return next((entry.shape[0] for each in files for name, entry in each.items() if name.endswith(TEXT_OUTPUT)), family.text_width)
+    """Channels of the text that a teacher gives: those of its projection, else those of its token table."""
+    shapes = [(name, entry.shape) for each in files for name, entry in each.items()]
+    widths = [shape[0] for name, shape in shapes if name.endswith(TEXT_OUTPUT)]
+    widths += [shape[-1] for name, shape in shapes if name.endswith(TOKEN_TABLE)]
+    return next(iter(widths), family.text_width)
 
 
 def size_in_file(entries: Mapping[str, Entry], dtype: str, family: Family) -> ModelSize:

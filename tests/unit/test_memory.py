@@ -11,7 +11,7 @@ from distilled_t5.families import FAMILIES
 from distilled_t5.families.flux_tensors import FluxLayout
 from distilled_t5.runtime.header import Entry
 from distilled_t5.students.t5.layout import StudentLayout
-from distilled_t5.train.file_sizes import size_in_file
+from distilled_t5.train.file_sizes import size_in_file, text_width_in
 from distilled_t5.train.memory import MemoryNeed, ModelSize, check_memory, memory_need, ram_parts, shipped_for, without_gpu
 from distilled_t5.train.recipe import Recipe, load_recipe
 
@@ -183,3 +183,9 @@ def test_training_without_a_gpu_is_said_in_days():
     assert f"about {days:,.0f} days at an assumed 1 TFLOP/s" in said
     assert said.startswith("No GPU is used") and "not practical" in said
     assert "days" not in without_gpu(load_recipe("smoke"), 100_000)
+
+
+def test_the_text_width_of_a_teacher_is_that_of_its_projection_or_else_of_its_token_table():
+    table = {"shared.weight": Entry("F32", (32128, 128), 0, 0)}
+    assert text_width_in([{}, table], FAMILIES["flux"]) == 128
+    assert text_width_in([table | {"final_projection.3.weight": Entry("F32", (4096, 10), 0, 0)}], FAMILIES["flux"]) == 4096
