@@ -47,7 +47,7 @@ def _is_student(name: str) -> bool:
         return False
     try:
         return _is_student_file(path, os.path.getmtime(path), os.path.getsize(path))
-    except (OSError, MemoryError):  # not kept: a later list looks again
+    except (OSError, MemoryError):
         return False
 
 
