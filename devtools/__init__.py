@@ -1,1 +1,1 @@
-"""What development needs around the pack: a real ComfyUI server, stand-in models, example workflows. Not in the registry archive."""
+"""For development: the commands behind dev.py, a real ComfyUI server, stand-in models. Not in the registry archive."""

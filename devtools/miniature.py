@@ -26,7 +26,7 @@ from .miniature_results import MIDDLE, RESULTS, SIZES, UNTRAINED, results
 
 WORK = ROOT / ".dev" / "miniature"
 CORPORA = ("objects", "semantics", "text")
-# Memory of a process that trains or paints.
+# Memory of a process that trains or generates images.
 PROCESS_BYTES = 2e9
 
 
@@ -79,7 +79,7 @@ def student_file(work: Path, name: str) -> Path:
 
 
 def processes() -> int:
-    """The number of processes that train or paint at the same time: one per core as far as memory allows; one on a GPU."""
+    """The number of processes that train or generate images at the same time: one per core as far as memory allows; one on a GPU."""
     import torch
 
     if torch.cuda.is_available():

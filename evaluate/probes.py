@@ -67,7 +67,7 @@ def pairs(questions: Sequence[Question], teacher: Sequence[Text], student: Seque
 def velocity_gap(
     generator: ImageGenerator, found: Sequence[Pair], bands: int, processes: Processes, unfinished: Unfinished | None = None
 ) -> Found:
-    """The mean squared gap of the velocities along the teacher's trajectories, by band of noise level: the trainer's held-out loss."""
+    """The mean squared gap of the velocities along the teacher's trajectories, by band of noise level, on the schedule of the images."""
     per_batch = processes.map(lambda pair: _gap_of_batch(generator, pair, bands), found, "velocity gap", unfinished=unfinished)
     names = sorted({band for batch in per_batch for band in batch}, reverse=True)
     return {f"sigma {band}": mean([value for batch in per_batch for value in batch[band]]) for band in names}

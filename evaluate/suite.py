@@ -89,7 +89,7 @@ class EmbeddingPart(Part):
 
 
 class VelocityGapPart(Part):
-    """The trainer's held-out loss, on the suite's prompts, along the teacher's trajectories."""
+    """The mean squared difference of the two velocities, on the suite's prompts, along the teacher's trajectories."""
 
     prompts: int = Field(ge=2, description="prompts measured, from all tasks in turn")
     sigma_bands: Count = Field(description="bands of equal width between noise levels 0 and 1; the gap is reported for each")
