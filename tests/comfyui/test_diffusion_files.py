@@ -8,7 +8,7 @@ from pathlib import Path
 import comfy.sd
 import pytest
 import torch
-from distilled_t5.diffusion.files import check_guidance, open_diffusion_model
+from distilled_t5.diffusion.files import check_guidance, open_diffusion_model, use_one_thread_if_small
 from distilled_t5.diffusion.frozen import FrozenModel
 from distilled_t5.families import FAMILIES
 from distilled_t5.miniature.files import FLUX_FILE, place
@@ -66,3 +66,17 @@ def test_a_file_in_a_folder_called_cuda_is_not_blamed_on_the_driver(tmp_path: Pa
     save_file({"weight": torch.zeros(2)}, tmp_path / "cuda" / "other.safetensors")
     with pytest.raises(ValueError, match=r"other\.safetensors is not a diffusion model that ComfyUI knows"):
         open_diffusion_model(tmp_path / "cuda" / "other.safetensors", "auto", FLUX)
+
+
+@pytest.mark.parametrize(("weights", "threads"), [(20_000_000, 2), (19_999_999, 1)])
+def test_a_model_as_small_as_the_miniature_runs_on_one_thread(weights: int, threads: int) -> None:
+    model = FrozenModel(SMALL_MODELS["flux"].patcher(), FLUX)
+    own = sum(weight.numel() for weight in model.model.parameters())
+    model.model.register_parameter("ballast", torch.nn.Parameter(torch.empty(weights - own, device="meta"), requires_grad=False))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        use_one_thread_if_small(model)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

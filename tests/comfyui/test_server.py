@@ -219,3 +219,21 @@ def test_these_tests_do_not_use_the_model_folders_of_comfyui_itself(comfyui_path
     folders = [folder for kind in ("text_encoders", "vae", "diffusion_models") for folder in folder_paths.get_folder_paths(kind)]
     assert folders
     assert not [folder for folder in folders if Path(folder).is_relative_to(comfyui_path)]
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs"),
+    [
+        ("DistilledT5TextEncode", {"text": "\ud800", "guidance": 3.5}),
+        ("DistilledT5Save", {"filename": "mine\udcff", "dtype": "as loaded"}),
+        ("DistilledT5EncoderMap", {"prompts": "a fox\n\ud800", "seed": 0}),
+    ],
+)
+def test_an_ordinary_prompt_runs_after_a_text_that_is_not_valid_unicode(host: ComfyServer, node: str, inputs: dict[str, Any]) -> None:
+    ordinary = load_only("DistilledT5Loader", clip_name1="none", clip_name2="distilled_t5_base.safetensors", type="flux")
+    clip = {"clip_1" if node == "DistilledT5EncoderMap" else "clip": ["1", 0]}
+    broken = {**ordinary, "4": {"class_type": node, "inputs": {**clip, **inputs}}}
+    shown = {"5": {"class_type": "PreviewAny", "inputs": {"source": ["4", 0]}}}
+    with pytest.raises(PromptFailed, match="What to do: "):
+        host.run(broken | shown, timeout_s=120)
+    host.run({**ordinary, "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 0], "text": f"after {node}"}}}, timeout_s=120)
