@@ -29,7 +29,7 @@ KNOWN = json.loads((ROOT / "devtools" / "set_up.json").read_text(encoding="utf-8
 PARTS = ("comfyui", "frontend", "uv", "torch", "test_tools", "registry_tools", "programs")
 VERSIONS, FRONTEND, UV, TORCH, TEST_TOOLS, REGISTRY_TOOLS, PROGRAMS = (KNOWN[name] for name in PARTS)
 OLDEST, *_, NEWEST = VERSIONS
-NEEDED_GB, REPEATED = 8, "every_version and not full"  # the tests that run on the oldest ComfyUI and the newest frontend, too
+NEEDED_GB, REPEATED = 8, "every_version"  # the mark of the tests that run on other versions of ComfyUI and on the newest frontend, too
 CHECKERS = (REGISTRY_TOOLS, "the registry's checkers (comfy-cli, comfy-test)")
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 Places = dict[str, Callable[[], Path]]  # environment variables, and what finds or fetches the folders that they name
@@ -294,8 +294,9 @@ def print_summary(outcomes: list[Outcome]) -> None:
 def steps_of_test(options: argparse.Namespace, comfyui: Path) -> dict[str, tuple[list[str], Places]]:
     """The steps that the command line asks for, by name."""
 
-    def tests(folder: str, marks: str = "not full") -> list[str]:
-        chosen = [*(["-k", options.k] if options.k else []), *([] if options.full else ["-m", marks])]
+    def tests(folder: str, mark: str = "") -> list[str]:
+        marks = " and ".join([*([mark] if mark else []), *([] if options.full else ["not full"])])
+        chosen = [*(["-k", options.k] if options.k else []), *(["-m", marks] if marks else [])]
         return ["pytest", f"tests/{folder}", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *chosen]
 
     version, here = comfyui_version(comfyui), {"COMFYUI_PATH": lambda: comfyui}
@@ -360,7 +361,7 @@ def command_line() -> Parser:
     testing = commands.add_parser("test", help="ruff, pyright and pytest: unit, ComfyUI and browser tests, 20 minutes")
     extent = testing.add_mutually_exclusive_group()
     extent.add_argument("--fast", action="store_true", help="ruff and the unit tests, one minute")
-    extent.add_argument("--full", action="store_true", help="all tests on every supported version of ComfyUI, hours")
+    extent.add_argument("--full", action="store_true", help="every test, and those about ComfyUI on every supported version: an hour")
     testing.add_argument("-k", metavar="EXPR", help="only the tests whose names match, as in pytest")
     commands.add_parser("demo", help="draw with teacher and student in ComfyUI, into demo-output/; --train trains a student first")
     serving = commands.add_parser("serve", help="run ComfyUI with the pack in the foreground")

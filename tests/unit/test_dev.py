@@ -329,18 +329,18 @@ def test_each_extent_of_test_runs_its_tiers(dev: ModuleType, tmp_path: Path) -> 
     assert {step for step in everywhere if step.startswith("comfyui")} == {f"comfyui {version}" for version in dev.VERSIONS}
 
 
-def test_only_full_runs_every_test_and_runs_it_everywhere(dev: ModuleType, tmp_path: Path) -> None:
+def marks_of(dev: ModuleType, comfyui: Path, *options: str) -> dict[str, str]:
+    commands = {step: command for step, command in planned(dev, comfyui, *options).items() if command[0] == "pytest"}
+    return {step: command[command.index("-m") + 1] if "-m" in command else "" for step, command in commands.items()}
+
+
+def test_only_full_runs_long_tests_and_every_version(dev: ModuleType, tmp_path: Path) -> None:
     comfyui = comfyui_folder(tmp_path / "ComfyUI")
-    chosen = {step: command[command.index("-m") + 1] for step, command in planned(dev, comfyui).items() if command[0] == "pytest"}
-    once, repeated = "not full", "every_version and not full"
-    assert chosen == {
-        "unit": once,
-        "comfyui 0.30.0": once,
-        "comfyui 0.16.3": repeated,
-        "browser 0.30.0": once,
-        f"frontend {dev.FRONTEND[0]}": repeated,
-    }
-    assert not [step for step, command in planned(dev, comfyui, "--full").items() if "-m" in command]
+    newest, repeated = ("unit", "comfyui 0.30.0", "browser 0.30.0"), ("comfyui 0.16.3", f"frontend {dev.FRONTEND[0]}")
+    quick = dict.fromkeys(newest, "not full") | dict.fromkeys(repeated, "every_version and not full")
+    assert marks_of(dev, comfyui) == quick
+    others = (f"comfyui {version}" for version in dev.VERSIONS if version != "0.30.0")
+    assert marks_of(dev, comfyui, "--full") == dict.fromkeys(newest, "") | dict.fromkeys((*others, repeated[1]), "every_version")
 
 
 def test_a_step_gets_the_comfyui_and_the_frontend_that_it_names(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
