@@ -1,0 +1,61 @@
+"""Takes assets/nodes/*.png, one image of each node for the README: `python -m distilled_t5.devtools.docs.node_images`."""
+
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..models.random_models import ensure_all, link_into
+from .browser import ComfyPage, chromium, pack_server
+from .build_locales import locale_path
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "assets" / "nodes"
+SCALE, MARGIN_PX, COLOURS = 1.5, 12, 64
+# Values that say more than the defaults.
+SHOWN: dict[str, dict[str, Any]] = {
+    "DistilledT5Loader": {"clip_name1": "clip_l.safetensors", "clip_name2": "distilled_t5_base.safetensors"},
+    "DistilledT5TextEncode": {"text": "A red fox in a blue scarf reads a newspaper, morning light"},
+    "DistilledT5CrossAttentionMap": {"prompt": "A red fox in a blue scarf reads a newspaper", "word": "red fox"},
+    "DistilledT5OCRAccuracy": {"expected": "OPEN ON SUNDAYS"},
+}
+
+
+def take(tab: ComfyPage, node_type: str) -> Path:
+    """The image of a node on an empty canvas, as Nodes 2.0 shows it."""
+    tab.open(nodes_2=True, empty=True)
+    tab.add(node_type, at=(120, 120))
+    tab.set_widgets(node_type, **SHOWN.get(node_type, {}))
+    tab.settle()
+    box = tab.page.locator("[data-node-id]").first.bounding_box()
+    assert box is not None, "the node is on the canvas"
+    clip = {
+        "x": box["x"] - MARGIN_PX,
+        "y": box["y"] - MARGIN_PX,
+        "width": box["width"] + 2 * MARGIN_PX,
+        "height": box["height"] + 2 * MARGIN_PX,
+    }
+    image = Image.open(io.BytesIO(tab.page.screenshot(clip=clip))).convert("RGB")
+    path = FOLDER / f"{node_type}.png"
+    image.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    return path
+
+
+def main() -> None:
+    """Take the images of all nodes, or of those named, on the ComfyUI that dev.py set up."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="distilled-t5-nodes-") as folder:
+        base = Path(folder)
+        link_into(ensure_all(ROOT / ".dev" / "stand-ins"), base)
+        with pack_server(ROOT / ".dev" / "comfyui", base, ROOT) as server, chromium(scale=SCALE) as context:
+            tab = ComfyPage(context, server)
+            for node_type in sys.argv[1:] or json.loads(locale_path("en").read_text(encoding="utf-8")):
+                print(f"wrote {take(tab, node_type).relative_to(ROOT)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
