@@ -1,4 +1,4 @@
-"""miniature/results.json as tables between marks in README.md and miniature/README.md, and as a plot."""
+"""miniature/results.json as tables between marks in docs/lab.md and miniature/README.md, and as a plot."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ...benchmarks.support.measuring import table
 from ..commands import ROOT
 from ..miniature_results import SIZES, TEACHER
 
-README, PAGE = ROOT / "README.md", ROOT / "miniature" / "README.md"
+LAB, PAGE = ROOT / "docs" / "lab.md", ROOT / "miniature" / "README.md"
 PLOT = ROOT / "assets" / "miniature-scaling.png"
 SCALED = (TEACHER, *(f"miniature_student_{size}" for size in SIZES))
-TABLES = {PAGE: ("scaling", "ablation", "pairs", "probes", "curve"), README: ("summary",)}
+TABLES = {PAGE: ("scaling", "ablation", "pairs", "probes", "curve"), LAB: ("summary",)}
 MARKS = "<!-- {0}: python dev.py miniature -->\n\n", "\n\n<!-- end of {0} -->"
 Row = Mapping[str, Any]
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 MADE_BY_COMMANDS = {"demo-output", "runs", "evaluations", "build", "dist", "__pycache__"}
 # Chinese, prompts and lists of words that students learn from, dated results, and this list.
 EXEMPT = ("locales/zh", "miniature/prompts", "prompts/words", "world/words.py", "benchmarks/results", "tests/unit/test_plain_english.py")
+READ = (".py", ".md", ".json", ".toml", ".html")
 ROOMS = ["", *sorted(path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in MADE_BY_COMMANDS)]
 
 # What to write instead, and the phrase.
@@ -43,17 +44,21 @@ INSTEAD = {
     "damaged; not finite": r"\bspoilt\b",
     "so that not": r"\blest\b",
     "is enough": r"\bwill do\b",
+    "benchmark": r"(?<!dev\.py )(?<![\"'`/])\bbench\b(?= (is|was|runs?|measures|of|that|result|script|number)|[.,;:]|$)",
+    "path; manner; like this; between": r"\b((in|by|on|out|half|all|every|that|this|the|either|another|second|other|a|no) ways?)\b",
+    "images; draws; generates": r"\b(painter|paints|painted)\b",
+    "computes; computed": r"\breckon(s|ed|ing)?\b",
 }
 PHRASES = {advice: re.compile(phrase, re.IGNORECASE) for advice, phrase in INSTEAD.items()}
 
 
 def files_of(room: str) -> Iterator[Path]:
-    """The Python, Markdown and JSON files of a folder; those of the root itself for ""."""
+    """The Python, Markdown, JSON, TOML and HTML files of a folder; those of the root itself for ""."""
     found = (ROOT / room).rglob("*") if room else ROOT.glob("*")
     for path in sorted(found):
         parts = path.relative_to(ROOT)
         exempt = parts.as_posix().startswith(EXEMPT) or MADE_BY_COMMANDS & {*parts.parts}
-        if path.suffix in (".py", ".md", ".json") and path.is_file() and not exempt:
+        if path.suffix in READ and path.is_file() and not exempt:
             yield path
 
 
