@@ -36,16 +36,17 @@ HELP = sorted((ROOT / "web" / "docs").rglob("*.md"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )?(?:python dev\.py|python custom_nodes|pip install|torchrun) [^`]+)`")
 # What a pip command may install besides the extras: what the trainer and the nodes name in their errors.
 OPTIONAL = {"tensorboard", "wandb"}
 
 
 def commands(page: Path) -> Iterator[str]:
-    """The lines of the blocks without a language."""
-    for language, block in FENCED.findall(page.read_text(encoding="utf-8")):
-        if not language:
-            yield from (part.strip() for line in block.splitlines() for part in re.split(r" && |   +", line)[:1] if part.strip())
-            yield from (part.strip() for line in block.splitlines() for part in line.split(" && ")[1:])
+    """The lines of the blocks without a language, and the commands of this project in running text."""
+    text = page.read_text(encoding="utf-8")
+    lines = [line for language, block in FENCED.findall(text) if not language for line in block.splitlines()]
+    for line in [*lines, *INLINE.findall(FENCED.sub("", text))]:
+        yield from (part.strip() for part in line.split(" && ") if part.strip())
 
 
 EVERY_COMMAND = [(name, command) for name, page in zip(NAMES, PAGES, strict=True) for command in commands(page)]
