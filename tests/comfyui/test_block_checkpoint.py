@@ -86,7 +86,7 @@ def test_gradients_are_the_same_through_weights_that_are_cast_for_every_use(file
     assert torch.equal(found[0][1], found[1][1])
 
 
-def test_what_overflows_in_float16_and_is_cut_off_has_no_gradient_either_way(flow):
+def test_what_overflows_in_float16_and_is_cut_off_has_no_gradient_with_checkpointing_and_without(flow):
     """ComfyUI replaces values that are not finite, which have no gradient, so the last products of a block are computed again here."""
     model = copy.deepcopy(flow.model.diffusion_model).half()
     with torch.no_grad():

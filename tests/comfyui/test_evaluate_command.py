@@ -133,7 +133,7 @@ def made_at(out: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.full
-def test_killed_then_stopped_then_finished_it_leaves_the_same_and_paints_nothing_twice(whole, comfyui_path, tmp_path):
+def test_killed_then_stopped_then_finished_it_leaves_the_same_and_generates_nothing_twice(whole, comfyui_path, tmp_path):
     out = tmp_path / "out"
     arguments = command(comfyui_path, whole.base, out, "--student", "other.safetensors")
     process = start(arguments, tmp_path)

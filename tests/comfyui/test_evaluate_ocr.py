@@ -44,7 +44,7 @@ def numbers(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 @pytest.mark.full
-def test_easyocr_reads_on_painted_signs_what_it_reads_on_perfect_ones(numbers):
+def test_easyocr_reads_on_generated_signs_what_it_reads_on_perfect_ones(numbers):
     reader = make_reader("easyocr")
     perfect = [
         ocr.score(" ".join(scene.words), reader.read((render(scene, CELL_PX) * 255).astype(np.uint8))).word

@@ -115,7 +115,7 @@ def test_cancel_ends_reading_between_two_pictures(cancelled, monkeypatch):
     assert read == [8, 8]
 
 
-def test_alpha_is_left_out_and_colours_survive_the_way_through_a_picture():
+def test_alpha_is_left_out_and_colours_survive_an_image_file():
     colours = torch.rand(2, 4, 5, 4)
     there = pictures_of(colours)
     assert [picture.shape for picture in there] == [(4, 5, 3)] * 2

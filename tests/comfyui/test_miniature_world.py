@@ -116,7 +116,7 @@ def with_lora(prompt: dict[str, Any]) -> dict[str, Any]:
     return prompt | {"lora": {"class_type": "LoraLoader", "inputs": inputs, "_meta": {"title": "Palette"}}}
 
 
-def test_a_lora_paints_in_its_own_palette_and_in_no_other(server: ComfyServer, prompt: dict[str, Any], encoder: str) -> None:
+def test_a_lora_draws_in_its_own_palette_and_in_no_other(server: ComfyServer, prompt: dict[str, Any], encoder: str) -> None:
     asked_for = asked(6)
     pictures = drawn(server, with_lora(prompt), asked_for)
     assert right(asked_for, pictures, repainted) >= least(encoder, TASKS, 6, share=0.7)

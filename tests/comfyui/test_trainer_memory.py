@@ -1,4 +1,4 @@
-"""The memory that is reckoned before a run, held against what torch's own profiler counts on ComfyUI's Flux and transformers' T5."""
+"""The memory that is computed before a run, compared with what torch's own profiler counts on ComfyUI's Flux and transformers' T5."""
 
 from __future__ import annotations
 

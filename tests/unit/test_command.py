@@ -14,7 +14,7 @@ from distilled_t5.runtime.command import exit_status, split_flags
 from safetensors import SafetensorError
 
 BOOTSTRAP = f"import runpy; runpy.run_path({str(Path(__file__).resolve().parent.parent / 'conftest.py')!r})\n"
-# Waits for a line on standard input, prints in every way, and tells by its exit status that it reached the end.
+# Waits for a line on standard input, prints with every function, and says by its exit status that it reached the end.
 PRINTING = """
 import os, sys
 from distilled_t5.runtime.command import exit_status

@@ -223,7 +223,7 @@ def test_missing_file_is_named_with_the_places_searched_and_similar_names(tmp_pa
         read_file(str(tmp_path / "no" / "such" / "folder" / "a.txt"), "lines")
 
 
-def test_folder_in_the_place_of_a_file_and_the_other_way_round(tmp_path):
+def test_folder_in_the_place_of_a_file_and_a_file_in_that_of_a_folder(tmp_path):
     with pytest.raises(PromptError, match='is a folder, but kind "lines" reads a file'):
         read_file(str(tmp_path), "lines")
     with pytest.raises(PromptError, match='is a file, but kind "compbench" reads a folder'):

@@ -44,9 +44,9 @@ INSTEAD = {
     "damaged; not finite": r"\bspoilt\b",
     "so that not": r"\blest\b",
     "is enough": r"\bwill do\b",
-    "benchmark": r"(?<!dev\.py )(?<![\"'`/])\bbench\b(?= (is|was|runs?|measures|of|that|result|script|number)|[.,;:]|$)",
-    "path; manner; like this; between": r"\b((in|by|on|out|half|all|every|that|this|the|either|another|second|other|a|no) ways?)\b",
-    "images; draws; generates": r"\b(painter|paints|painted)\b",
+    "benchmark": r"\b(the|our|this|that|each|every) bench\b|\bbench (scripts?|results?|numbers?|measures)\b",
+    "path; manner; like this; between; otherwise": r"\b(in|by|on|out|half|all|every|that|this|the|either|another|second|other|a|no) ways?\b",
+    "images; draws; generates": r"\b(painter|paints|painted(?! this))\b",
     "computes; computed": r"\breckon(s|ed|ing)?\b",
 }
 PHRASES = {advice: re.compile(phrase, re.IGNORECASE) for advice, phrase in INSTEAD.items()}
@@ -106,6 +106,13 @@ def test_a_room_is_written_in_plain_english(room: str) -> None:
         ("nothing is loaded by half", True),
         ("a believable client in a belief", False),
         ("amend the recommendation", False),
+        ("what the bench measures", True),
+        ("`python dev.py bench` on a park bench", False),
+        ("cannot be reached this way", True),
+        ("always away", False),
+        ("an oil painting", False),
+        ("a student that paints", True),
+        ("memory is reckoned", True),
     ],
 )
 def test_phrases_are_found_in_any_case_and_only_as_words(text: str, found: bool) -> None:
