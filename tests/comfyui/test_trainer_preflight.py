@@ -25,6 +25,7 @@ from distilled_t5.train.preflight import preflight
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.smoke_models import diffusion_model_file
 from distilled_t5.train.workshop import open_workshop
+from safetensors.torch import load_file, save_file
 
 # Python in which importing torch fails.
 WITHOUT_TORCH = "import runpy, sys; sys.modules['torch'] = None; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -61,8 +62,30 @@ RIGHT = {
 }
 
 
-def test_files_of_the_right_kind_are_accepted(stand_ins):
-    preflight(load_recipe("smoke", settings_for(stand_ins, **RIGHT)))
+def t5xxl_file(path: Path, **changed: tuple[int, ...]) -> Path:
+    """A T5-XXL of zeros in fp16 that takes no room on the disk, with some shapes changed; () leaves a tensor out."""
+    shapes = {name.removeprefix("encoder."): shape for name, shape in StudentLayout.named("xxl", None).tensors().items()} | changed
+    return sparse_file(path, {name: shape for name, shape in shapes.items() if shape}, "F16")
+
+
+def test_complete_files_of_the_right_kind_are_accepted(stand_ins, tmp_path):
+    settings = settings_for(stand_ins, **RIGHT)
+    for teacher in (t5xxl_file(tmp_path / "t5xxl_fp16.safetensors"), stand_ins / "models" / RIGHT["start"]):
+        preflight(load_recipe("smoke", [*settings, f"teacher.t5={teacher}"]))
+
+
+def test_encoders_that_lack_tensors_are_listed_together_from_their_headers(stand_ins, tmp_path):
+    clip_l = load_file(stand_ins / "models" / RIGHT["clip"])
+    del clip_l["text_model.final_layer_norm.bias"]
+    save_file(clip_l, tmp_path / "clip_l.safetensors")
+    incomplete = t5xxl_file(tmp_path / "t5xxl_fp16.safetensors", **{"encoder.block.7.layer.1.DenseReluDense.wo.weight": ()})
+    settings = [*settings_for(stand_ins, **RIGHT), f"teacher.t5={incomplete}", f"teacher.clip_l={tmp_path / 'clip_l.safetensors'}"]
+    with pytest.raises(UserError) as refused:
+        preflight(load_recipe("smoke", settings))
+    said = str(refused.value)
+    assert "missing or wrong: 2." in said
+    assert "teacher.t5: t5xxl_fp16.safetensors is not a complete T5-XXL: 1 of 219 tensors are missing or misshapen." in said
+    assert "teacher.clip_l: clip_l.safetensors: 1 tensors of CLIP-L are missing." in said
 
 
 def test_every_file_of_a_wrong_kind_is_listed(stand_ins):
@@ -111,10 +134,9 @@ def test_full_size_models_that_cannot_fit_are_refused_before_anything_is_loaded(
 
     monkeypatch.setattr(comfy.sd, "load_diffusion_model", load)
     monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *_device: 24 * 2**30)
-    large = {name.removeprefix("encoder."): shape for name, shape in StudentLayout.named("xxl", None).tensors().items()}
     settings = [
         f"diffusion_model.file={sparse_file(tmp_path / 'flux1-dev.safetensors', FluxLayout().tensors())}",
-        f"teacher.t5={sparse_file(tmp_path / 't5xxl_fp16.safetensors', large, 'F16')}",
+        f"teacher.t5={t5xxl_file(tmp_path / 't5xxl_fp16.safetensors')}",
         f"teacher.clip_l={stand_ins / 'models' / RIGHT['clip']}",
         "sampling.guidance=[3.5]",
     ]
