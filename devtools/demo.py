@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tqdm import tqdm
 
+from ..runtime.disk import replace_file, unfinished
 from ..world.pictures import TASKS, Scene
 from ..world.questions import questions
 from ..world.reader import verdict
@@ -28,12 +30,14 @@ from .comfyui.ending import interrupt_when_asked
 from .comfyui.server import ComfyServer
 from .comfyui.workflow import set_inputs, to_api_prompt
 from .demo_sheet import pixels, verdict_sheet
+from .serve import BASE
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOW = ROOT / "example_workflows" / "miniature.json"
 TEACHER, STUDENT = "miniature_teacher.safetensors", "miniature_student_quarter.safetensors"
 OF_EACH_TASK = 2
 TRAINED, TRAIN_STEPS = "demo_student", 1_600
+DRAW_TIME, TRAIN_TIME = "about a minute", "about 5 minutes"
 SHEET, NUMBERS = "contact-sheet.png", "demo.json"
 Question = tuple[Scene, str]
 
@@ -66,24 +70,41 @@ def train_student(comfyui: Path, base: Path, steps: int) -> list[str]:
     return [before, f"{TRAINED}.safetensors"]
 
 
-def draw(server: ComfyServer, prompt: dict[str, Any], encoder: str, asked_for: Sequence[Question]) -> list[Image.Image]:
-    """An image for every question, with seeds 0, 1, 2 ..."""
-    set_inputs(prompt, "DistilledT5Loader", clip_name2=encoder)
-    images = []
-    for seed, (_, caption) in enumerate(asked_for):
-        set_inputs(prompt, "DistilledT5TextEncode", text=caption)
-        set_inputs(prompt, "KSampler", seed=seed)
-        [image] = server.images(server.run(prompt))
-        images.append(image)
-    return images
+def keep_student(base: Path, served: Path) -> None:
+    """Copy the trained student, and a workflow that draws with it, to the folder that `serve` shows."""
+    encoders = Path("models") / "text_encoders"
+    file, workflow = served / encoders / f"{TRAINED}.safetensors", served / "user" / "default" / "workflows" / f"{TRAINED}.json"
+    for path in (file, workflow):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished(file) as aside:
+        shutil.copyfile(base / encoders / file.name, aside)
+        os.replace(aside, file)
+    replace_file(workflow, WORKFLOW.read_text(encoding="utf-8").replace(STUDENT, file.name).encode())
 
 
-def run_demo(comfyui: Path, out: Path, train_steps: int) -> dict[str, Any]:
+def draw(server: ComfyServer, prompt: dict[str, Any], encoders: Sequence[str]) -> dict[str, list[Image.Image]]:
+    """An image of each encoder for every question, with seeds 0, 1, 2 ..."""
+    columns: dict[str, list[Image.Image]] = {encoder: [] for encoder in encoders}
+    with tqdm(total=len(encoders) * len(asked()), bar_format="Image {n_fmt} of {total_fmt}, {remaining} left", miniters=1) as bar:
+        for encoder, images in columns.items():
+            set_inputs(prompt, "DistilledT5Loader", clip_name2=encoder)
+            for seed, (_, caption) in enumerate(asked()):
+                set_inputs(prompt, "DistilledT5TextEncode", text=caption)
+                set_inputs(prompt, "KSampler", seed=seed)
+                images += server.images(server.run(prompt))
+                bar.update()
+    return columns
+
+
+def run_demo(comfyui: Path, out: Path, train_steps: int, served: Path) -> dict[str, Any]:
     """Draw, check and write everything; returns the content of demo.json."""
+    print(f"Expected time: {TRAIN_TIME if train_steps == TRAIN_STEPS else DRAW_TIME} on two CPU cores.", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="distilled-t5-demo-") as folder:
         base = Path(folder)
         encoders = [TEACHER, *(train_student(comfyui, base, train_steps) if train_steps else [STUDENT])]
+        if train_steps:
+            keep_student(base, served)
         print("Starting ComfyUI with the pack in custom_nodes ...", flush=True)
         started = time.monotonic()
         server = ComfyServer(comfyui, base, ROOT)
@@ -92,7 +113,7 @@ def run_demo(comfyui: Path, out: Path, train_steps: int) -> dict[str, Any]:
             prompt = to_api_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), server.object_info())
             print(f"Drawing {len(asked())} captions with each of {', '.join(encoders)} ...", flush=True)
             started = time.monotonic()
-            columns = {encoder: draw(server, prompt, encoder, asked()) for encoder in encoders}
+            columns = draw(server, prompt, encoders)
             facts["drawing_s"] = round(time.monotonic() - started, 1)
     verdict_sheet(asked(), {Path(name).stem: images for name, images in columns.items()}).save(out / SHEET)
     facts["right"] = {encoder: judged(images) for encoder, images in columns.items()}
@@ -140,7 +161,7 @@ def report(facts: dict[str, Any], out: Path) -> str:
             f"  ComfyUI's start {facts['server_start_s']} s, images {facts['drawing_s']} s",
             f"The images with their verdicts: {out / SHEET}",
             "A dozen images are not a measurement: miniature/README.md has 200 of each task.",
-            "To use it in a browser: python dev.py serve, then Templates, Distilled T5, miniature.",
+            "To draw in a browser: python dev.py serve.",
         ]
     )
 
@@ -154,10 +175,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the contact sheet, demo.json and server.log")
     parser.add_argument("--train", action="store_true", help="first train a small student for a few minutes")
     parser.add_argument("--train-steps", type=int, default=TRAIN_STEPS, help=f"optimizer steps of --train (default: {TRAIN_STEPS})")
+    parser.add_argument("--keep", type=Path, default=BASE, help="folder that keeps the student of --train for serve (default: .dev/serve)")
     arguments = parser.parse_args()
     interrupt_when_asked()
     try:
-        facts = run_demo(arguments.comfyui, arguments.out, arguments.train_steps if arguments.train else 0)
+        facts = run_demo(arguments.comfyui, arguments.out, arguments.train_steps if arguments.train else 0, arguments.keep)
     except KeyboardInterrupt:
         sys.exit(130)
     except (RuntimeError, ValueError, OSError) as error:

@@ -2,15 +2,26 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
+from ..runtime.model_folders import SHIPPED
 from .comfyui.ending import interrupt_when_asked
 from .comfyui.server import ComfyServer
 from .models.random_models import ensure_all, link_into
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".dev"
+BASE = WORK / "serve"
+MODEL_FILE = re.compile(r'"([^"]+\.safetensors)"')
+
+
+def drawing_templates() -> list[str]:
+    """The names of the templates that draw, and whose models all come with the pack."""
+    shipped = {path.name for path in SHIPPED.rglob("*.safetensors")}
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "example_workflows").glob("*.json"))}
+    return [name for name, text in texts.items() if '"VAEDecode"' in text and {*MODEL_FILE.findall(text)} <= shipped]
 
 
 def serve(comfyui: Path, port: int, base: Path) -> None:
@@ -21,7 +32,12 @@ def serve(comfyui: Path, port: int, base: Path) -> None:
     print("Starting ComfyUI ...", flush=True)
     with ComfyServer(comfyui, base, ROOT, port=port) as server:
         print(f"Ready: {server.url}", flush=True)
-        print("Open it in a browser; the example workflows are under Templates. Models are stand-ins; their images are noise.")
+        print("These templates draw in seconds with the models of the pack; open one in a browser:")
+        for name in drawing_templates():
+            print(f"  {server.url}/?template={name}&source={ROOT.name}")
+        for path in sorted((base / "user" / "default" / "workflows").glob("*.json")):
+            print(f"Under Workflows: {path.stem}")
+        print("All templates are under Templates. The models of the others are stand-ins; their images are noise.")
         print(f"Put real models into {base / 'models'}, log in {server.log_path}. Ctrl-C stops it.", flush=True)
         server.wait_for_end()
 
@@ -31,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--comfyui", type=Path, required=True, help="folder of ComfyUI's main.py")
     parser.add_argument("--port", type=int, default=8188, help="port to serve on (default: 8188)")
-    parser.add_argument("--base", type=Path, default=WORK / "serve", help="folder of models, images and settings (default: .dev/serve)")
+    parser.add_argument("--base", type=Path, default=BASE, help="folder of models, images and settings (default: .dev/serve)")
     arguments = parser.parse_args()
     interrupt_when_asked()
     try:

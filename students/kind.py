@@ -26,7 +26,8 @@ class StudentKind:
 
     published_names: published name -> name in the file, and the name of a duplicate of the token table. refuse_relatives: raises
     StudentFileError for networks of this kind that are not students. read_layout: the layout of tensor shapes by published name.
-    named: the layout of a published size, with a projection of some width or without.
+    named: the layout of a published size, with a projection of some width or without. activation_bytes: upper bound of the bytes that the
+    network keeps for the backward pass over a number of prompts of some length under bf16 autocast.
 
     In ComfyUI: module, the attribute of the text model, prefix, what published names have before the served module's own, and served, a
     function (layout, dtype, device, operations) that builds it. In training: trained, a function (layout, dropout) that builds it, and
@@ -42,6 +43,7 @@ class StudentKind:
     refuse_relatives: Callable[[Mapping[str, Shape], str, bool], None]
     read_layout: Callable[[Mapping[str, Shape], str], StudentLayout]
     named: Callable[[str, int | None], StudentLayout]
+    activation_bytes: Callable[[StudentLayout, int, int], int]
     module: str
     prefix: str
     served: Callable[[Any, Any, Any, Any], Any]

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from distilled_t5.devtools.comfyui.server import free_port
+from distilled_t5.encoder.files import open_student
 from distilled_t5.world.pictures import TASKS
 from PIL import Image
 
@@ -48,10 +49,10 @@ def command(module: str, comfyui: Path, *arguments: str) -> list[str]:
 
 def demo(comfyui: Path, out: Path, *options: str) -> tuple[str, dict[str, Any]]:
     """What the demo prints and what demo.json says."""
-    command_line = command("demo", comfyui, "--out", str(out), *options)
+    command_line = command("demo", comfyui, "--out", str(out), "--keep", str(out / "kept"), *options)
     done = subprocess.run(command_line, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads((out / "demo.json").read_text(encoding="utf-8"))
+    return done.stdout + done.stderr, json.loads((out / "demo.json").read_text(encoding="utf-8"))
 
 
 def test_demo_draws_with_teacher_and_student_and_judges_every_picture(comfyui_path: Path, tmp_path: Path) -> None:
@@ -63,6 +64,8 @@ def test_demo_draws_with_teacher_and_student_and_judges_every_picture(comfyui_pa
         assert f"{total:2} of 12  {encoder}" in said
         assert total >= 10
     assert "python dev.py serve" in said
+    assert said.startswith("Expected time: about a minute")
+    assert "Image 7 of 24, " in said and not (tmp_path / "out" / "kept").exists()
     with Image.open(tmp_path / "out" / "contact-sheet.png") as sheet:
         assert sheet.height > 6 * 168
         assert len(sheet.convert("RGB").getcolors(1 << 24) or []) > 10
@@ -75,6 +78,11 @@ def test_demo_with_train_shows_a_new_student_before_and_after(comfyui_path: Path
     assert (teacher, before, after) == ("miniature_teacher.safetensors", "demo_student_step-000002.safetensors", "demo_student.safetensors")
     assert "Done: " in said
     assert sum(int(count[0]) for count in told["right"][before].values()) <= 2, "it knows nothing yet"
+    kept = tmp_path / "out" / "kept"
+    open_student(kept / "models" / "text_encoders" / after)
+    workflow = (kept / "user" / "default" / "workflows" / "demo_student.json").read_text(encoding="utf-8")
+    assert after in workflow and "miniature_student_quarter" not in workflow
+    assert not [path for path in kept.rglob(".*") if path.is_file()], "nothing unfinished is left"
 
 
 def failed_demo(comfyui: Path, out: Path) -> str:
@@ -109,11 +117,16 @@ def serving(comfyui: Path, folder: Path, port: int) -> Iterator[subprocess.Popen
         process.wait()
 
 
+def said_by(folder: Path) -> list[str]:
+    """The lines that it has printed so far."""
+    return (folder / "said.txt").read_text(encoding="utf-8").splitlines()
+
+
 def line_of(process: subprocess.Popen[bytes], folder: Path, start: str) -> str:
     """A line of what it says that starts so, as soon as it is said."""
     while True:
         ended = process.poll() is not None
-        lines = (folder / "said.txt").read_text(encoding="utf-8").splitlines()
+        lines = said_by(folder)
         found = [line for line in lines if line.startswith(start)]
         if found:
             return found[0]
@@ -135,7 +148,12 @@ def still_working_in(folder: Path, awaited: bool) -> list[list[str]]:
 def test_serve_prints_its_address_answers_there_and_ends_when_asked(comfyui_path: Path, tmp_path: Path) -> None:
     port = free_port()
     with serving(comfyui_path, tmp_path, port) as process:
+        line_of(process, tmp_path, "Put real models")
         assert line_of(process, tmp_path, "Ready:").split() == ["Ready:", f"http://127.0.0.1:{port}"]
+        links = [line.split()[0] for line in said_by(tmp_path) if "?template=" in line]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/workflow_templates", timeout=60) as reply:
+            offered = {f"template={name}&source={pack}" for pack, names in json.load(reply).items() for name in names}
+        assert links and {link.removeprefix(f"http://127.0.0.1:{port}/?") for link in links} <= offered
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/object_info/DistilledT5Loader", timeout=60) as reply:
             assert "distilled_t5_base.safetensors" in reply.read().decode()
         assert len(still_working_in(tmp_path / "base", awaited=True)) == 1

@@ -67,7 +67,7 @@ def test_every_comfyui_is_pinned_by_a_full_hash(dev: ModuleType) -> None:
 
 
 def test_every_package_is_pinned_and_no_index_is_named(dev: ModuleType) -> None:
-    assert all("==" in package for package in (*dev.TORCH, *dev.TEST_TOOLS, *dev.REGISTRY_TOOLS, dev.UV))
+    assert all("==" in package for package in (*dev.PACKAGES, *dev.TEST_TOOLS, *dev.REGISTRY_TOOLS, dev.UV, dev.PIP))
     source = (ROOT / "dev.py").read_text(encoding="utf-8")
     assert "http" not in source
     assert "index-url" not in source
@@ -260,6 +260,38 @@ def test_an_environment_with_the_right_stamp_is_left_alone(dev: ModuleType, tmp_
     requirements.write_text("einops\naiohttp\n")
     dev.ensure_environment(tmp_path / "new", ["a==1"], "things", requirements)
     assert [command[1] for command in commands] == ["venv", "pip", "pip"]
+
+
+def test_only_test_installs_the_test_tools_and_neither_list_is_installed_twice(
+    dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_in(dev, tmp_path, monkeypatch)
+    for python in (dev.program(folder, "python") for folder in (dev.VENV, dev.TOOLS)):
+        python.parent.mkdir(parents=True)
+        python.touch()
+    installed: list[str] = []
+    monkeypatch.setattr(dev, "main_comfyui", lambda: comfyui_folder(tmp_path / "ComfyUI"))
+    monkeypatch.setattr(dev, "find_uv", lambda: "uv")
+    monkeypatch.setattr(dev, "link", lambda *_: None)
+    monkeypatch.setattr(dev, "run_quietly", lambda command, _doing: installed.extend(command[command.index("--python") + 2 :]))
+    monkeypatch.setattr(dev, "run_python", lambda *_: 0)
+    monkeypatch.setattr(dev, "steps_of_test", lambda *_: {})
+    assert dev.main(["demo"]) == 0
+    assert installed == [*dev.PACKAGES, "-r", str(tmp_path / "ComfyUI" / "requirements.txt")]
+    monkeypatch.setattr(dev, "main_comfyui", lambda: tmp_path / "ComfyUI")
+    for tools in ([*dev.TEST_TOOLS, *dev.REGISTRY_TOOLS], [], []):
+        installed.clear()
+        assert dev.main(["test"]) == 0
+        assert installed == tools
+        assert dev.main(["serve"]) == 0
+
+
+def test_an_installer_shows_what_it_downloads(dev: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    says = "print('Resolved 2 packages'); import sys; print('Downloading torch (506.1MiB)', file=sys.stderr)"
+    dev.run_quietly([sys.executable, "-c", says], "Installing torch")
+    assert capsys.readouterr().out == "  Downloading torch (506.1MiB)\n"
+    with pytest.raises(dev.Trouble, match=r"Installing torch failed[\s\S]*Downloading torch[\s\S]*no such package"):
+        dev.run_quietly([sys.executable, "-c", f"{says}; sys.exit('no such package')"], "Installing torch")
 
 
 def test_an_interrupted_install_is_repeated(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
