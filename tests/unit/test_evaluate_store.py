@@ -135,7 +135,7 @@ def test_what_is_not_a_plain_file_counts_as_missing(tmp_path):
     assert folder.present() == set()
 
 
-def test_a_file_on_which_pillow_fails_with_another_error_is_missing(tmp_path, monkeypatch):
+def test_a_file_on_which_pillow_fails_in_another_way_is_missing(tmp_path, monkeypatch):
     folder = folder_of(tmp_path / "images")
     folder.add({0: image(0)})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)  # DecompressionBombError is neither an OSError nor a ValueError
