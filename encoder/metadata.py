@@ -147,7 +147,7 @@ def described(metadata: StudentMetadata, layout: StudentLayout, dtype: str) -> d
     return {**metadata.facts, **spec, **ours, "format": "pt"}
 
 
-# Written anew each time, so not copied from the file that was loaded.
+# Computed for each new file, so not copied from the file that was loaded.
 _REWRITTEN = re.compile(
     r"format|modelspec\.(sai_model_spec|architecture|implementation|title|date|description|usage_hint|tags|hash_sha256)"
     r"|distilled_t5\.(format_version|family|token_length|pooled|projection|text_width|header_sha256)"

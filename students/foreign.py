@@ -18,7 +18,7 @@ class ForeignKind:
     belongs: str = ""
 
 
-PICK_STUDENT = "pick the distilled T5 file here (README: Your first picture)."
+PICK_STUDENT = "pick the distilled T5 file here (README: Install)."
 # The first kind with a sign in any tensor name is named; order matters where kinds share signs.
 KINDS = (
     ForeignKind(

@@ -24,7 +24,7 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
 POLL_S = 0.1
 LOG_TAIL_LINES = 60
-# A file, because ComfyUI 0.16 opens an in-memory database anew in each thread and then misses its tables.
+# A file, because ComfyUI 0.16 opens another in-memory database in each thread and then misses the tables.
 DATABASE = "user/server.db"
 # With this, glibc takes every tensor of a megabyte or more from the system, zeroed, and reuses none: the T5-XXL stand-in relies on weights
 # that ComfyUI allocates and never fills.

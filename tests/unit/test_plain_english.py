@@ -47,6 +47,9 @@ INSTEAD = {
     "benchmark": r"\b(the|our|this|that|each|every) bench\b|\bbench (scripts?|results?|numbers?|measures)\b",
     "path; manner; like this; between; otherwise": r"\b(in|by|on|out|half|all|every|that|this|the|either|another|second|other|a|no) ways?\b",
     "images; draws; generates": r"\b(painter|paints|painted(?! this))\b",
+    "again": r"\banew\b",
+    "contains; comes with": r"\b(bring|brings|brought|bringing) along\b",
+    "at run time; by the trainer": r"\bon the spot\b",
     "computes; computed": r"\breckon(s|ed|ing)?\b",
 }
 PHRASES = {advice: re.compile(phrase, re.IGNORECASE) for advice, phrase in INSTEAD.items()}
