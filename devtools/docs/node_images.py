@@ -15,7 +15,8 @@ from .build_locales import locale_path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "assets" / "nodes"
-SCALE, MARGIN_PX, COLOURS = 1.5, 12, 64
+SCALE, COLOURS = 1.5, 64
+MARGINS_PX = (-12, -12, 12, 12)  # left, top, right, bottom
 # Values that say more than the defaults.
 SHOWN: dict[str, dict[str, Any]] = {
     "DistilledT5Loader": {"clip_name1": "clip_l.safetensors", "clip_name2": "distilled_t5_base.safetensors"},
@@ -33,13 +34,9 @@ def take(tab: ComfyPage, node_type: str) -> Path:
     tab.settle()
     box = tab.page.locator("[data-node-id]").first.bounding_box()
     assert box is not None, "the node is on the canvas"
-    clip = {
-        "x": box["x"] - MARGIN_PX,
-        "y": box["y"] - MARGIN_PX,
-        "width": box["width"] + 2 * MARGIN_PX,
-        "height": box["height"] + 2 * MARGIN_PX,
-    }
-    image = Image.open(io.BytesIO(tab.page.screenshot(clip=clip))).convert("RGB")
+    corners = (box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"])
+    left, top, right, bottom = (round(SCALE * (edge + margin)) for edge, margin in zip(corners, MARGINS_PX, strict=True))
+    image = Image.open(io.BytesIO(tab.page.screenshot())).convert("RGB").crop((left, top, right, bottom))
     path = FOLDER / f"{node_type}.png"
     image.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
     return path

@@ -66,7 +66,11 @@ def check_dev(arguments: list[str], _folder: Path) -> None:
     parsed, rest = dev().command_line().parse_known_args(arguments)
     assert not rest or parsed.command not in ("test", "serve"), f"unknown: {rest}"
     if parsed.command == "bench":
-        measuring.command_line("").parse_args(rest)
+        check_benchmark(rest, _folder)
+
+
+def check_benchmark(arguments: list[str], _folder: Path) -> None:
+    measuring.command_line("").parse_args(arguments)
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> Any:
@@ -116,7 +120,7 @@ PROGRAMS: dict[str, Callable[[list[str], Path], None]] = {
     "git": check_clone,
     "pip": check_pip,
     "kill": check_kill,
-    "encode.py": lambda arguments, _folder: None if measuring.command_line("").parse_args(arguments) else None,
+    "encode.py": check_benchmark,
 }
 # Programs of the system that the pages use as their makers describe them.
 OF_THE_SYSTEM = ("cd", "sha256sum", "certutil")

@@ -123,7 +123,7 @@ def test_what_decides_a_verdict_is_its_metric_and_the_part_of_the_suite(paper):
     assert by_number([]) == {}
 
 
-def test_another_target_photograph_or_network_decides_anew(tmp_path):
+def test_another_target_photograph_or_network_decides_again(tmp_path):
     (tmp_path / "0.png").write_bytes(b"one")
     (tmp_path / "inception.safetensors").write_bytes(b"weights")
     here = load_suite("paper", [f"fid.weights={tmp_path / 'inception.safetensors'}"])

@@ -45,7 +45,7 @@ INSTEAD = {
     "so that not": r"\blest\b",
     "is enough": r"\bwill do\b",
     "benchmark": r"\b(the|our|this|that|each|every) bench\b|\bbench (scripts?|results?|numbers?|measures)\b",
-    "path; manner; like this; between; otherwise": r"\b(in|by|on|out|half|all|every|that|this|the|either|another|second|other|a|no) ways?\b",
+    "path; like this; otherwise": r"\b(in|by|on|out|half|all|every|that|this|the|either|another|second|other|a|no) ways?\b",
     "images; draws; generates": r"\b(painter|paints|painted(?! this))\b",
     "again": r"\banew\b",
     "contains; comes with": r"\b(bring|brings|brought|bringing) along\b",
