@@ -29,7 +29,6 @@ KNOWN = json.loads((ROOT / "devtools" / "set_up.json").read_text(encoding="utf-8
 PARTS = ("comfyui", "frontend", "uv", "pip", "packages", "test_tools", "registry_tools", "programs")
 VERSIONS, FRONTEND, UV, PIP, PACKAGES, TEST_TOOLS, REGISTRY_TOOLS, PROGRAMS = (KNOWN[name] for name in PARTS)
 OLDEST, *_, NEWEST = VERSIONS
-SIZE = "at most 3.4 GB to download, 5 minutes at 100 Mbit/s; 5.7 GB on the disk"
 NEEDED_GB, REPEATED = 8, "every_version"  # the mark of the tests that run on other versions of ComfyUI and on the newest frontend, too
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 Places = dict[str, Callable[[], Path]]  # environment variables, and what finds or fetches the folders that they name
@@ -236,7 +235,7 @@ def set_up() -> Path:
     """Set up what every command needs, without the test tools; returns the folder of the main ComfyUI."""
     DEV.mkdir(exist_ok=True)
     comfyui = main_comfyui()
-    what = f"{PACKAGES[0]} and the requirements of ComfyUI {comfyui_version(comfyui)} ({SIZE})"
+    what = f"{PACKAGES[0]} and the requirements of ComfyUI {comfyui_version(comfyui)} (3.4 GB to download: 5 minutes at 100 Mbit/s)"
     ensure_environment(VENV, PACKAGES, what, comfyui / "requirements.txt")
     link(DEV / "python" / "distilled_t5", ROOT)
     link(DEV / "comfyui", comfyui)

@@ -16,6 +16,7 @@ import torch
 from distilled_t5.benchmarks.support import measuring
 from distilled_t5.benchmarks.support.model_sizes import FluxSizes
 from distilled_t5.devtools.comfyui.in_process import start_comfyui
+from distilled_t5.devtools.docs.markdown import table
 from distilled_t5.devtools.models import random_models
 from distilled_t5.encoder.files import write_student
 from distilled_t5.students.t5.layout import StudentLayout
@@ -214,7 +215,7 @@ COMPARED = (*TIMES, "t5_weights_gb", "rss_peak_gb")
 
 def rows(found: dict[str, Any], columns: tuple[str, ...]) -> str:
     """A table of these columns."""
-    return measuring.table(["", *columns], [[name, *(row[key] for key in columns)] for name, row in found.items()])
+    return table(["", *columns], [[name, *(row[key] for key in columns)] for name, row in found.items()])
 
 
 def main() -> None:

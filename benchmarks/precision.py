@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from distilled_t5.benchmarks.support import measuring
 from distilled_t5.devtools.comfyui.in_process import start_comfyui
+from distilled_t5.devtools.docs.markdown import table
 from distilled_t5.students.t5.layout import StudentLayout
 from torch import Tensor
 
@@ -95,7 +96,7 @@ def main() -> None:
             found[title] = measure_formats(folder, layout, prompts, spread_norms)
             print(f"\n{layout.size_name}, {title}; prompts: {len(prompts)}, of 256 tokens, against fp32")
             body = [[name, *(f"{row[key]:.6g}" for key in COLUMNS)] for name, row in found[title].items()]
-            print(measuring.table(["weights", *COLUMNS], body))
+            print(table(["weights", *COLUMNS], body))
     result = {"machine": measuring.machine(options.note), "size": size, "prompts": len(prompts), "rows": found}
     print(f"\nwritten: {measuring.save_result(result, 'precision', options)}")
 

@@ -18,6 +18,7 @@ import torch.utils.checkpoint
 from distilled_t5.benchmarks.support import measuring
 from distilled_t5.benchmarks.support.training_worlds import GUIDANCE, TRAJECTORY_STEPS, World, real_world, small_world
 from distilled_t5.devtools.comfyui.in_process import start_comfyui
+from distilled_t5.devtools.docs.markdown import table
 from torch import Tensor
 
 REAL_TEXT_TOKENS = (77, 256, 512)
@@ -248,7 +249,7 @@ def rows_table(rows: list[dict[str, Any]]) -> str:
         ours, authors = row[OURS], row[AUTHORS]
         speeds = [ours["steps_per_s"], ours["samples_per_s"], authors["steps_per_s"], *(row[key] for key in RATES)]
         body.append(["with" if row["checkpointing"] else "without", row["batch"], *speeds, ours["gpu_peak_gb"], authors["gpu_peak_gb"]])
-    return measuring.table(heads, body)
+    return table(heads, body)
 
 
 def main() -> None:

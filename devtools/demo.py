@@ -30,13 +30,13 @@ from .comfyui.ending import interrupt_when_asked
 from .comfyui.server import ComfyServer
 from .comfyui.workflow import set_inputs, to_api_prompt
 from .demo_sheet import pixels, verdict_sheet
-from .serve import BASE
+from .serve import BASE, TRAINED, WORKFLOWS
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOW = ROOT / "example_workflows" / "miniature.json"
 TEACHER, STUDENT = "miniature_teacher.safetensors", "miniature_student_quarter.safetensors"
 OF_EACH_TASK = 2
-TRAINED, TRAIN_STEPS = "demo_student", 1_600
+TRAIN_STEPS = 1_600
 DRAW_TIME, TRAIN_TIME = "about a minute", "about 5 minutes"
 SHEET, NUMBERS = "contact-sheet.png", "demo.json"
 Question = tuple[Scene, str]
@@ -73,7 +73,7 @@ def train_student(comfyui: Path, base: Path, steps: int) -> list[str]:
 def keep_student(base: Path, served: Path) -> None:
     """Copy the trained student, and a workflow that draws with it, to the folder that `serve` shows."""
     encoders = Path("models") / "text_encoders"
-    file, workflow = served / encoders / f"{TRAINED}.safetensors", served / "user" / "default" / "workflows" / f"{TRAINED}.json"
+    file, workflow = served / encoders / f"{TRAINED}.safetensors", served / WORKFLOWS / f"{TRAINED}.json"
     for path in (file, workflow):
         path.parent.mkdir(parents=True, exist_ok=True)
     with unfinished(file) as aside:

@@ -14,6 +14,9 @@ from .models.random_models import ensure_all, link_into
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".dev"
 BASE = WORK / "serve"
+# The student of `demo --train`, and the workflow that draws with it, in the folder that is served.
+TRAINED = "demo_student"
+WORKFLOWS = Path("user", "default", "workflows")
 MODEL_FILE = re.compile(r'"([^"]+\.safetensors)"')
 
 
@@ -35,8 +38,8 @@ def serve(comfyui: Path, port: int, base: Path) -> None:
         print("These templates draw in seconds with the models of the pack; open one in a browser:")
         for name in drawing_templates():
             print(f"  {server.url}/?template={name}&source={ROOT.name}")
-        for path in sorted((base / "user" / "default" / "workflows").glob("*.json")):
-            print(f"Under Workflows: {path.stem}")
+        if (base / WORKFLOWS / f"{TRAINED}.json").exists():
+            print(f"The student that demo --train has trained draws with {TRAINED}, under Workflows.")
         print("All templates are under Templates. The models of the others are stand-ins; their images are noise.")
         print(f"Put real models into {base / 'models'}, log in {server.log_path}. Ctrl-C stops it.", flush=True)
         server.wait_for_end()

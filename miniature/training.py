@@ -2,6 +2,8 @@
 
 All that a step draws is a function of seed and step, so a stopped run continues bit for bit. The learning rate is constant until the last
 part of a run; before that, a run can be resumed with another length and equals one that was planned with it.
+
+The `train` command makes students of a teacher; teacher, Flux and LoRA have none and are trained here, with its optimizer and checkpoints.
 """
 
 from __future__ import annotations

@@ -56,8 +56,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class WorkersCleanUp:
     """Gives interrupted workers the time to take down their fixtures: pytest-xdist kills them after ten seconds."""
 
+    @pytest.hookimpl(trylast=True)
     def pytest_keyboard_interrupt(self) -> None:
-        """Interrupt the workers and wait for them."""
+        """Interrupt the workers and wait for them, after `end_begins`: the end of dev.py must not interrupt the wait."""
         workers = psutil.Process().children()
         for worker in workers:
             worker.send_signal(signal.SIGINT)

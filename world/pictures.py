@@ -11,7 +11,6 @@ import numpy as np
 from .font import GLYPH_HEIGHT, GLYPH_WIDTH, GLYPHS, bitmap
 
 SIDE, CELL_PX, SHAPE_SIDE = 12, 8, 5
-SIDE_PX = SIDE * CELL_PX
 RED, GREEN, BLUE = range(3)
 
 TASKS = ("single_object", "colour_shape_binding", "position", "count", "word", "two_words")

@@ -155,20 +155,3 @@ def save_result(result: dict[str, Any], kind: str, options: argparse.Namespace) 
         path, number = folder / f"{stem}-{number}.json", number + 1
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return path
-
-
-def table(head: list[str], rows: list[list[Any]]) -> str:
-    """A Markdown table with aligned columns: the first to the left, the others to the right."""
-    cells = [head, *([_cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    lines = ["| " + " | ".join(_padded(row, widths)) + " |" for row in cells]
-    rule = "|" + "|".join("-" * (width + 1) + ("-" if column == 0 else ":") for column, width in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _padded(row: list[str], widths: list[int]) -> list[str]:
-    return [cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))]

@@ -177,10 +177,6 @@ class ComfyServer:
     def _view(self, image: dict[str, str]) -> Image.Image:
         return Image.open(io.BytesIO(self.get("/view?" + urllib.parse.urlencode(image))))
 
-    def interrupt(self) -> None:
-        """Ask the running prompt to stop."""
-        self.post_json("/interrupt", {})
-
     def free(self) -> None:
         """Ask ComfyUI to unload all models and drop all cached results; it does so as soon as it is idle."""
         self.post_json("/free", {"unload_models": True, "free_memory": True})

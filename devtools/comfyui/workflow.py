@@ -44,11 +44,6 @@ def widget_names(node_info: Json) -> list[str | None]:
     return names
 
 
-def input_names(node_info: Json) -> list[str]:
-    """The names of all inputs of a node, required ones first, as the browser lists them."""
-    return [name for name, _ in _inputs_of(node_info)]
-
-
 def _check_node(node: Json, object_info: Json) -> None:
     where = f"node {node['id']} ({node['type']})"
     if node["type"] not in object_info:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...benchmarks.support.measuring import table
 from ..commands import ROOT
 from ..miniature_results import SIZES, TEACHER
+from .markdown import table
 
 LAB, PAGE = ROOT / "docs" / "lab.md", ROOT / "miniature" / "README.md"
 PLOT = ROOT / "assets" / "miniature-scaling.png"

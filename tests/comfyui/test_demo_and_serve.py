@@ -18,7 +18,9 @@ from typing import Any
 import psutil
 import pytest
 from distilled_t5.devtools.comfyui.server import free_port
+from distilled_t5.devtools.demo import keep_student
 from distilled_t5.encoder.files import open_student
+from distilled_t5.tests.support.tiny_students import published_file
 from distilled_t5.world.pictures import TASKS
 from PIL import Image
 
@@ -101,6 +103,23 @@ def test_a_demo_whose_comfyui_does_not_start_says_so_and_leaves_the_log(tmp_path
 def test_a_demo_that_cannot_write_says_so(comfyui_path: Path, tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     assert failed_demo(comfyui_path, tmp_path / "out").startswith("The demo failed: [Errno 17] File exists")
+
+
+def test_the_student_that_demo_has_trained_is_in_what_serve_serves(comfyui_path: Path, tmp_path: Path) -> None:
+    made, served = tmp_path / "made", tmp_path / "base"
+    (made / "models" / "text_encoders").mkdir(parents=True)
+    published_file(made / "models" / "text_encoders" / "demo_student.safetensors")
+    keep_student(made, served)
+    keep_student(made, served)  # the newest one is kept
+    with serving(comfyui_path, tmp_path, port := free_port()) as process:
+        assert "demo_student" in line_of(process, tmp_path, "The student that demo --train has trained")
+        line_of(process, tmp_path, "Put real models")
+        address = f"http://127.0.0.1:{port}"
+        with urllib.request.urlopen(f"{address}/object_info/DistilledT5Loader", timeout=60) as reply:
+            assert "demo_student.safetensors" in reply.read().decode()
+        with urllib.request.urlopen(f"{address}/api/userdata/workflows%2Fdemo_student.json", timeout=60) as reply:
+            workflow = reply.read().decode()
+    assert "demo_student.safetensors" in workflow and "miniature_student_quarter" not in workflow
 
 
 @contextmanager

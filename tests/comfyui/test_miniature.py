@@ -32,7 +32,7 @@ from distilled_t5.tests.support.prepared import run_prepared
 from distilled_t5.tests.support.small_encoders import encode, serve
 from distilled_t5.tests.support.spans import restore
 from distilled_t5.world.captions import TOKEN_LENGTH, draw_prompt, write_prompts
-from distilled_t5.world.pictures import CELL_PX, SIDE, SIDE_PX, TASKS, render
+from distilled_t5.world.pictures import CELL_PX, SIDE, TASKS, render
 from distilled_t5.world.reader import verdict
 from distilled_t5.world.scenes import draw_scene, random_of
 from safetensors.torch import load_file
@@ -183,7 +183,7 @@ def test_the_products_trainer_makes_a_student_of_it_that_the_loader_serves(made,
     ]
     for stage in range(2):
         corpora = f'[{{kind="lines", path="{prompts.as_posix()}"}}]'
-        settings += [f"stage.{stage}.corpora={corpora}", f"stage.{stage}.resolution_px={SIDE_PX}", f"stage.{stage}.steps=4"]
+        settings += [f"stage.{stage}.corpora={corpora}", f"stage.{stage}.resolution_px={SIDE * CELL_PX}", f"stage.{stage}.steps=4"]
     arguments = [part for setting in [*settings, "validation.prompts=2"] for part in ("--set", setting)]
     trainer = [str(PACK / "train"), "smoke", "--run", str(tmp_path / "run"), "--comfyui", str(comfyui_path), *arguments]
     status, said = run_prepared([*trainer, "--", "--base-directory", str(tmp_path), "--cpu"], tmp_path, 400)

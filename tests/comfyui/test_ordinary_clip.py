@@ -69,7 +69,12 @@ def alike(ours: list, theirs: list) -> None:
 
 
 def test_CLIPTextEncode_gives_the_form_of_stock_t5xxl(clip, stock):
-    alike(encode(clip), encode(stock))
+    ours, theirs = encode(clip), encode(stock)
+    alike(ours, theirs)
+    [(text, extras)] = ours
+    assert (text.shape, text.dtype, extras.keys()) == ((1, 256, 4096), torch.float32, {"pooled_output"})
+    assert extras["pooled_output"].shape == (1, 768)
+    assert not torch.equal(text, theirs[0][0]), "another encoder gives other numbers"
 
 
 def test_CLIPTextEncodeFlux_gives_the_form_of_stock_t5xxl(clip, stock):

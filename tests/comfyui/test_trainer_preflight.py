@@ -73,6 +73,9 @@ def test_complete_files_of_the_right_kind_are_accepted(stand_ins, tmp_path):
     settings = settings_for(stand_ins, **RIGHT)
     for teacher in (t5xxl_file(tmp_path / "t5xxl_fp16.safetensors"), stand_ins / "models" / RIGHT["start"]):
         preflight(load_recipe("smoke", [*settings, f"teacher.t5={teacher}"]))
+        with pytest.raises(UserError) as refused:
+            preflight(load_recipe("smoke", [*settings, f"teacher.t5={teacher}", "preview.vae=missing.safetensors"]))
+        assert "missing or wrong: 1.\n1. preview.vae: missing.safetensors was not found" in str(refused.value), "the others are accepted"
 
 
 def test_encoders_that_lack_tensors_are_listed_together_from_their_headers(stand_ins, tmp_path):

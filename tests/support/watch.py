@@ -49,7 +49,7 @@ class Watched:
                     self.progress.setdefault(data["node"], []).append((data["value"], data["max"]))
                     if not cancelled_at_s and cancel_when(data["node"], data["value"]):
                         cancelled_at_s = time.monotonic()
-                        self.server.interrupt()
+                        self.server.post_json("/interrupt", {})
                 if kind in ENDS:
                     return kind, time.monotonic() - cancelled_at_s if cancelled_at_s else 0.0
         raise RuntimeError("the server closed the connection before the prompt ended")

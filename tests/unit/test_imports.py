@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from distilled_t5 import comfy_entrypoint
 
 TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
@@ -68,6 +71,12 @@ def modules_of(rooms: tuple[str, ...]) -> list[str]:
 @pytest.mark.parametrize("code", [ROOT_ALONE, WITHOUT_PACKAGE], ids=["as a package", "as pytest may"])
 def test_root_imports_nothing(code):
     assert new_modules(code) <= {"__future__"}
+
+
+def test_the_nodes_of_a_comfyui_that_is_too_old_are_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "comfyui_version", SimpleNamespace(__version__="0.3.64"))
+    with pytest.raises(ValueError, match=r"^ComfyUI 0\.3\.64 is too old: 0\.16\.3 or newer is needed\.\nWhat to do: update ComfyUI\.$"):
+        asyncio.run(comfy_entrypoint())
 
 
 def test_importing_the_encoder_package_imports_none_of_its_modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,8 +26,9 @@ BELOW = {
     "miniature": GROUND | {"train"},
     "nodes": {"runtime", "prompts", "students", "families", "encoder", "evaluate"},
 }
-# Of the trainer, the evaluation uses the method and not the runner.
-METHOD = {"train.trajectory", "train.objectives"}
+# Of the trainer, the evaluation uses the method and not the runner; the miniature, whose teacher and Flux are no students, only how any
+# network is trained.
+USED = {"evaluate": {"train.trajectory", "train.objectives"}, "miniature": {"train.optimizer", "train.state"}}
 
 
 def modules() -> dict[str, Path]:
@@ -74,10 +76,11 @@ def test_a_room_imports_only_rooms_below_it(room):
     assert not upward
 
 
-def test_the_evaluation_uses_the_trainers_method_and_not_its_runner():
-    used = {found for name in MODULES if name.startswith("evaluate") for found in imports(name) if found.startswith("train")}
+@pytest.mark.parametrize("room", USED)
+def test_the_evaluation_and_the_miniature_never_use_the_trainers_runner(room):
+    used = {found for name in MODULES if name.startswith(f"{room}.") for found in imports(name) if found.startswith("train")}
     # A command shares the bootstrap in train/__main__.py by its path, not by an import.
-    assert used <= METHOD
+    assert used <= USED[room]
 
 
 def test_no_module_imports_itself_through_others():
@@ -93,6 +96,13 @@ def test_no_module_imports_itself_through_others():
 
     for name in MODULES:
         visit(name, ())
+
+
+def test_devtools_import_no_benchmarks_and_neither_imports_tests():
+    for folder, others in {"devtools": ("benchmarks", "tests"), "benchmarks": ("tests",)}.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            imported = re.findall(r"^\s*from (?:\.+|distilled_t5\.)(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert not {*imported} & {*others}, path
 
 
 def test_every_room_is_packed_and_described():

@@ -15,7 +15,7 @@ from distilled_t5.train.distill import linear_schedule
 from distilled_t5.train.objectives import OBJECTIVES
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.world.captions import TOKEN_LENGTH
-from distilled_t5.world.pictures import SIDE_PX
+from distilled_t5.world.pictures import CELL_PX, SIDE
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
 SCHNELL = [name for name in NAMES if name.startswith("schnell")]
@@ -184,5 +184,5 @@ def test_students_of_the_miniature_need_nothing_but_the_pack():
     recipe = load_recipe("miniature-quarter")
     assert {recipe.teacher.t5, recipe.diffusion_model.file, recipe.preview.vae} == {TEACHER_FILE, FLUX_FILE, VAE_FILE}
     assert all((SHIPPED.parent / corpus.path).is_file() for stage in recipe.stages for corpus in stage.corpora)
-    assert recipe.stages[0].resolution_px == SIDE_PX
+    assert recipe.stages[0].resolution_px == SIDE * CELL_PX
     assert recipe.sampling.token_lengths == (TOKEN_LENGTH,)

@@ -87,5 +87,10 @@ def test_cancelling_leaves_the_old_file_and_nothing_else(tmp_path, share):
     assert tensor_digest(open_student(path).load()) == tensor_digest(tiny_tensors())
 
 
-def test_syncing_a_folder_that_cannot_be_opened_does_not_fail(tmp_path):
+def test_a_folder_is_synced_and_one_that_cannot_be_opened_is_left_alone(tmp_path, monkeypatch):
+    synced: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append((os.fstat(handle).st_dev, os.fstat(handle).st_ino)))
     sync_folder(tmp_path / "not there")
+    assert not synced and not list(tmp_path.iterdir())
+    sync_folder(tmp_path)
+    assert synced == ([(tmp_path.stat().st_dev, tmp_path.stat().st_ino)] if os.name == "posix" else [])
