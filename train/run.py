@@ -19,6 +19,7 @@ from ..runtime.stop import StopRequest
 from .banner import facts_of
 from .batches import Place
 from .boards import Board
+from .card import write_card
 from .checkpoint_files import STUDENT, checkpoint_paths, peek, step_of
 from .distill import StepReport, train_step
 from .lengths import change_of_lengths, differences_besides_lengths
@@ -77,7 +78,8 @@ def train(
         finished = _loop(workshop, checkpoints, reporter, stop, state)
         if not (finished and ranks.is_main):
             return None
-        return (written_before(recipe, checkpoints) if was_finished else None) or _write_encoder(workshop)
+        written = written_before(recipe, checkpoints) if was_finished else None
+        return written or _finish(workshop, run)
 
 
 def _open_run(recipe: Recipe, path: Path, resume: bool) -> RunDirectory:
@@ -155,6 +157,12 @@ def _encoders() -> Path:
     import folder_paths
 
     return Path(folder_paths.get_folder_paths("text_encoders")[0])
+
+
+def _finish(workshop: Workshop, run: RunDirectory | None) -> Path:
+    assert run is not None, "the main process has the run directory"
+    log.info("Model card: %s", write_card(run))
+    return _write_encoder(workshop)
 
 
 def _write_encoder(workshop: Workshop) -> Path:

@@ -59,11 +59,14 @@ class RunDirectory:
 
         Raises RunError if there is none, or if another process writes to it; OSError if it cannot be written.
         """
-        if not self.is_run:
-            raise RunError(
-                f"There is no run in {self.path} (no recipe.toml).", "start it without --resume, or name the right folder with --run."
-            )
+        self.existing("start it without --resume, or name the right folder with --run.")
         self._open(None)
+        return self
+
+    def existing(self, remedy: str = "name the folder of a run.") -> RunDirectory:
+        """This folder, to be read without its lock. Raises RunError with the remedy if it does not hold a run."""
+        if not self.is_run:
+            raise RunError(f"There is no run in {self.path} (no recipe.toml).", remedy)
         return self
 
     def refuse_other_recipe(self, differences: Sequence[str]) -> None:
