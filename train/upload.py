@@ -69,12 +69,13 @@ def _confirmed() -> bool:
 
 
 def _send(hub: Any, files: dict[str, Path], repo: str, private: bool) -> str:
+    errors = needed("huggingface_hub.errors", "huggingface_hub", "train upload")
     api = hub.HfApi()
     try:
         made = api.create_repo(repo, private=private, exist_ok=True)
         adds = [hub.CommitOperationAdd(name, str(path)) for name, path in files.items()]
         api.create_commit(made.repo_id, adds, commit_message="Upload a distilled text encoder")
-    except OSError as error:  # of the network, of Hugging Face, and of files
+    except (OSError, errors.HTTPError) as error:  # of files, of Hugging Face, and of the network
         raise UserError(
             f"The files could not be sent: {str(error).strip()}",
             "log in with `hf auth login` as someone who may write to that repository, check the network, then send again.",
