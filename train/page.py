@@ -79,6 +79,7 @@ class RunPage:
             "left": left_s,
             "facts": self.facts,
             "numbers": dict(self._numbers()),
+            "trajectory": self.recipe.sampling.steps,
             "stages": list(self._stages()),
             "heldOut": {f"\u03c3 {band}": curve.points() for band, curve in curves.held_out.items()},
             "learningRate": curves.learning_rate.points(),
