@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..runtime.errors import StudentFileError
 from ..runtime.ranks import Ranks
 from ..runtime.stop import StopRequest
 from .batches import Place
+from .boards import Board
 from .distill import StepReport, train_step
 from .models import metadata_of
 from .objectives import OBJECTIVES
@@ -32,14 +34,24 @@ from .workshop import RunState, Workshop, open_workshop
 log = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, run_path: Path, resume: bool, ranks: Ranks) -> Path | None:
-    """Run a recipe to its end; returns the encoder's file, or None after a signal to stop (everything is saved then).
+class Stop(Protocol):
+    """Whether the loop should save and stop after this step."""
 
+    @property
+    def requested(self) -> bool: ...
+
+
+def train(
+    recipe: Recipe, run_path: Path, resume: bool, ranks: Ranks, stop: Stop | None = None, boards: Sequence[Board] = ()
+) -> Path | None:
+    """Run a recipe to its end; returns the encoder's file, or None after a request to stop (everything is saved then).
+
+    Without `stop`, signals are the request: that needs the main thread. `boards` receive every number and image.
     Raises ValueError, OSError or NotFinite with a message for the user.
     """
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(_open_run(recipe, run_path, resume)) if ranks.is_main else None
-        stop = stack.enter_context(StopRequest())
+        stop = stop or stack.enter_context(StopRequest())
         recorded = recorded_inputs(run_path / "checkpoints") if resume and ranks.is_main else None
         workshop = open_workshop(recipe, ranks, recorded)
         write = functools.partial(_write_checkpointed, workshop)
@@ -48,7 +60,7 @@ def train(recipe: Recipe, run_path: Path, resume: bool, ranks: Ranks) -> Path | 
         torch.manual_seed(recipe.seed ^ (ranks.rank << 20))
         state = restore(workshop, checkpoints) if resume else RunState()
         learner, total = workshop.learner, workshop.schedule.total_steps
-        reporter = stack.enter_context(Reporter(run, ranks.is_main, total, start_step=learner.step))
+        reporter = stack.enter_context(Reporter(run, ranks.is_main, total, start_step=learner.step, boards=boards))
         stack.enter_context(workshop.model.differentiable(recipe.diffusion_model.checkpoint_blocks))
         if recorded == {}:
             log.warning(
@@ -70,7 +82,7 @@ def _open_run(recipe: Recipe, path: Path, resume: bool) -> RunDirectory:
     return run
 
 
-def _loop(workshop: Workshop, checkpoints: Checkpoints, reporter: Reporter, stop: StopRequest, state: RunState) -> bool:
+def _loop(workshop: Workshop, checkpoints: Checkpoints, reporter: Reporter, stop: Stop, state: RunState) -> bool:
     """Train from the learner's step to the last one; returns whether the last one was reached."""
     recipe, learner, total = workshop.recipe, workshop.learner, workshop.schedule.total_steps
     held_out, previewer = HeldOut(workshop), Previewer(workshop)
