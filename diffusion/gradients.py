@@ -40,6 +40,8 @@ def differentiable(model: Module, blocks: Sequence[Module], checkpoint_blocks: b
             stack.callback(norm.register_forward_pre_hook(_clone_input).remove)
         # ComfyUI's own switch for fused functions without a backward. Not all of its models look at it.
         stack.enter_context(_replaced(comfy.model_management, "in_training", True))
+        # ComfyUI copies weights to the GPU asynchronously into buffers that it reuses, but autograd needs the weights later.
+        stack.enter_context(_replaced(comfy.model_management, "NUM_STREAMS", 0))
         # No model offers a switch for these two: a norm that is a plain function, and rotary embeddings of compiled code.
         stack.enter_context(_replaced(comfy.ldm.common_dit, "rms_norm", _on_clone(comfy.ldm.common_dit.rms_norm)))
         stack.enter_context(_eager_rotary_embeddings())

@@ -46,7 +46,9 @@ class Reporter:
     Metrics beyond `start_step` are removed first, so that after a resume no step is listed twice.
     """
 
-    def __init__(self, run: RunDirectory | None, is_main: bool, total_steps: int, start_step: int = 0, boards: Sequence[Board] = ()) -> None:
+    def __init__(
+        self, run: RunDirectory | None, is_main: bool, total_steps: int, start_step: int = 0, boards: Sequence[Board] = ()
+    ) -> None:
         self.boards = boards
         assert (run is not None) == is_main, "only the main process has the run directory"
         self.run = run

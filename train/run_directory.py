@@ -11,6 +11,8 @@ from ..runtime.disk import check_regular, replace_file
 from ..runtime.lock import RunError, lock
 from .state import CHECKPOINT, REPLACED
 
+PROMPTS = "prompts.txt"
+
 
 class RunDirectory:
     """`runs/<name>/`: recipe.toml, metrics.jsonl, train.log, checkpoints/, samples/. One process at a time writes to it.
@@ -25,6 +27,7 @@ class RunDirectory:
         self.log = self.path / "train.log"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
+        self.prompts = self.path / PROMPTS
         self._lock: BinaryIO | None = None
 
     @property
@@ -46,7 +49,7 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file, not a folder.", "name another folder with --run.")
-        if self.path.is_dir() and not self.is_run and any(not path.name.startswith(".") for path in self.path.iterdir()):
+        if self.path.is_dir() and not self.is_run and any(not _is_ours(path) for path in self.path.iterdir()):
             raise RunError(f"{self.path} holds files but no run (it has no recipe.toml).", "name a new folder with --run.")
         self._open(recipe_toml)
         return self
@@ -112,3 +115,8 @@ class RunDirectory:
         self.samples.mkdir(exist_ok=True)
         check_regular(self.metrics)
         check_regular(self.log)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a new run may begin in a folder that holds this file: the graph's prompts, or what a killed process left."""
+    return path.name == PROMPTS or path.name.startswith(".")
