@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from ..runtime.disk import replace_file
 from ..runtime.logs import FILE_INTERVAL_S, TERMINAL_INTERVAL_S, logging_to
-from .boards import Board
 from .run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -46,10 +45,7 @@ class Reporter:
     Metrics beyond `start_step` are removed first, so that after a resume no step is listed twice.
     """
 
-    def __init__(
-        self, run: RunDirectory | None, is_main: bool, total_steps: int, start_step: int = 0, boards: Sequence[Board] = ()
-    ) -> None:
-        self.boards = boards
+    def __init__(self, run: RunDirectory | None, is_main: bool, total_steps: int, start_step: int = 0) -> None:
         assert (run is not None) == is_main, "only the main process has the run directory"
         self.run = run
         self.step_number = start_step
@@ -101,11 +97,8 @@ class Reporter:
         path = self.run.samples / f"step-{self.step_number:06d}-{name}.jpg"
         try:
             encoded = io.BytesIO()
-            picture = make().convert("RGB")
-            picture.save(encoded, "JPEG", quality=JPEG_QUALITY)
+            make().convert("RGB").save(encoded, "JPEG", quality=JPEG_QUALITY)
             replace_file(path, encoded.getvalue())
-            for board in self.boards:
-                board.image(self.step_number, name, picture)
         except Exception:
             self.failed_images += 1
             log.exception("Step %d: the image %s could not be made; the run continues.", self.step_number, name)
@@ -163,8 +156,6 @@ class Reporter:
                 f"{self._metrics.name} cannot be written: {error.strerror}.\n"
                 "What to do: check that the disk has free space, then resume with --resume."
             ) from error
-        for board in self.boards:
-            board.numbers(self.step_number, kind, values)
         if self._board is not None:
             try:
                 for name, value in _flat(values):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from ..runtime.errors import StudentFileError
 from ..runtime.ranks import Ranks
 from ..runtime.stop import StopRequest
 from .batches import Place
-from .boards import Board
 from .distill import StepReport, train_step
 from .models import metadata_of
 from .objectives import OBJECTIVES
@@ -34,24 +32,14 @@ from .workshop import RunState, Workshop, open_workshop
 log = logging.getLogger(__name__)
 
 
-class Stop(Protocol):
-    """Whether the loop should save and stop after this step."""
+def train(recipe: Recipe, run_path: Path, resume: bool, ranks: Ranks) -> Path | None:
+    """Run a recipe to its end; returns the encoder's file, or None after a signal to stop (everything is saved then).
 
-    @property
-    def requested(self) -> bool: ...
-
-
-def train(
-    recipe: Recipe, run_path: Path, resume: bool, ranks: Ranks, stop: Stop | None = None, boards: Sequence[Board] = ()
-) -> Path | None:
-    """Run a recipe to its end; returns the encoder's file, or None after a request to stop (everything is saved then).
-
-    Without `stop`, signals are the request: that needs the main thread. `boards` receive every number and image.
     Raises ValueError, OSError or NotFinite with a message for the user.
     """
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(_open_run(recipe, run_path, resume)) if ranks.is_main else None
-        stop = stop or stack.enter_context(StopRequest())
+        stop = stack.enter_context(StopRequest())
         recorded = recorded_inputs(run_path / "checkpoints") if resume and ranks.is_main else None
         workshop = open_workshop(recipe, ranks, recorded)
         write = functools.partial(_write_checkpointed, workshop)
@@ -60,7 +48,7 @@ def train(
         torch.manual_seed(recipe.seed ^ (ranks.rank << 20))
         state = restore(workshop, checkpoints) if resume else RunState()
         learner, total = workshop.learner, workshop.schedule.total_steps
-        reporter = stack.enter_context(Reporter(run, ranks.is_main, total, start_step=learner.step, boards=boards))
+        reporter = stack.enter_context(Reporter(run, ranks.is_main, total, start_step=learner.step))
         stack.enter_context(workshop.model.differentiable(recipe.diffusion_model.checkpoint_blocks))
         if recorded == {}:
             log.warning(
@@ -70,7 +58,7 @@ def train(
         finished = _loop(workshop, checkpoints, reporter, stop, state)
         if not (finished and ranks.is_main):
             return None
-        return (written_before(recipe, checkpoints.paths()[-1]) if was_finished else None) or _write_encoder(workshop)
+        return (written_before(recipe, checkpoints) if was_finished else None) or _write_encoder(workshop)
 
 
 def _open_run(recipe: Recipe, path: Path, resume: bool) -> RunDirectory:
@@ -82,7 +70,7 @@ def _open_run(recipe: Recipe, path: Path, resume: bool) -> RunDirectory:
     return run
 
 
-def _loop(workshop: Workshop, checkpoints: Checkpoints, reporter: Reporter, stop: Stop, state: RunState) -> bool:
+def _loop(workshop: Workshop, checkpoints: Checkpoints, reporter: Reporter, stop: StopRequest, state: RunState) -> bool:
     """Train from the learner's step to the last one; returns whether the last one was reached."""
     recipe, learner, total = workshop.recipe, workshop.learner, workshop.schedule.total_steps
     held_out, previewer = HeldOut(workshop), Previewer(workshop)
@@ -128,9 +116,9 @@ def _write_checkpointed(workshop: Workshop, path: Path, tensors: Mapping[str, Te
     write_student(path, dict(tensors), metadata_of(workshop.recipe, workshop.learner.step))
 
 
-def written_before(recipe: Recipe, checkpoint: Path) -> Path | None:
+def written_before(recipe: Recipe, checkpoints: Checkpoints) -> Path | None:
     """The encoder that a finished run has already written: the file under its name that holds the last checkpoint's weights."""
-    last = open_student(checkpoint / STUDENT).metadata.sha256
+    last = open_student(checkpoints.paths()[-1] / STUDENT).metadata.sha256
     for path in sorted(_encoders().glob(f"{recipe.output.name}*.safetensors")):
         with contextlib.suppress(StudentFileError):
             if last is not None and open_student(path).metadata.sha256 == last:
