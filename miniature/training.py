@@ -111,7 +111,7 @@ class Trainee:
         weights = {name: weight.detach().clone() for name, weight in self.module.named_parameters()}
         position = {"average": self.average, "planned_steps": self.plan.steps}
         moments = self.optimizer.state_dict()
-        return TrainerState(self.step, 0, self.step, 0, weights, moments, {}, random_states({}), recipe_sha256, position=position)
+        return TrainerState(self.step, 0, weights, moments, {}, random_states({}), recipe_sha256, position=position)
 
     def restore(self, state: TrainerState, recipe_sha256: str) -> None:
         """Continue from `state`. Raises ValueError if its plan differs, or only its length after the learning rate has begun to fall."""

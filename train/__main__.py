@@ -1,4 +1,7 @@
-"""The command: `python <pack>/train RECIPE [--set part.key=value ...] [--run DIR] [--resume] [--comfyui DIR] [-- COMFYUI FLAGS]`."""
+"""The command: `python <pack>/train RECIPE [--set part.key=value ...] [--run DIR] [--resume] [--comfyui DIR] [-- COMFYUI FLAGS]`.
+
+`python <pack>/train watch | export | card | upload RUN` is in `commands`.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +27,28 @@ def register_pack() -> None:
     spec.loader.exec_module(sys.modules["distilled_t5"])
 
 
+# The other commands. A recipe file of such a name is given as ./NAME.
+COMMANDS = {
+    "watch": "show a run's page in a browser",
+    "export": "write a checkpoint as an encoder file",
+    "card": "write a run's model card",
+    "upload": "send a run's student to Hugging Face",
+}
+
+
 def command_line() -> argparse.ArgumentParser:
     """The parser of the command's arguments."""
     parser = argparse.ArgumentParser(
-        prog="train", description="Distil a text encoder. Flags after -- are ComfyUI's (--reserve-vram, --cpu ...)."
+        prog="train",
+        description="Distil a text encoder. Flags after -- are ComfyUI's (--reserve-vram, --cpu ...).",
+        epilog="Other commands, each with --help: " + "; ".join(f"train {name} RUN: {what}" for name, what in COMMANDS.items()) + ".",
     )
     parser.add_argument("recipe", help="a recipe file, or the name of a shipped one, such as smoke")
     parser.add_argument(
         "--set", action="append", default=[], metavar="part.key=value", help="change one value of the recipe; may be repeated"
     )
     parser.add_argument("--run", metavar="DIR", help="folder of the run (default: runs/NAME-OF-RECIPE)")
-    parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint; the steps of its stages may differ")
     parser.add_argument(
         "--estimate", action="store_true", help="measure three steps of each stage and report what the run will take, without training"
     )
@@ -47,6 +61,11 @@ def main(argv: list[str]) -> int:
     from distilled_t5.runtime.command import exit_status, split_flags
 
     ours, flags = split_flags(argv)
+    if ours and ours[0] in COMMANDS:
+        from distilled_t5.train import commands
+
+        given = commands.command_line().parse_args(ours)
+        return exit_status(lambda: commands.run_command(given, flags), "trainer")
     options = command_line().parse_args(ours)
     return exit_status(lambda: run(options, flags), "trainer", lambda: memory_advice(options))
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import comfy.model_management
-import torch
 
 from ..diffusion.frozen import held_bytes
 from ..runtime.ranks import Ranks
@@ -18,10 +15,10 @@ from .objectives import OBJECTIVES
 from .recipe import Recipe
 from .report import memory_mb, reset_peak_memory
 from .teacher_chunks import chunk_of
+from .trial import timed
 from .workshop import Workshop, open_workshop
 
 MEASURED_STEPS = 3
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -65,12 +62,12 @@ def _measure(workshop: Workshop, number: int) -> StageEstimate:
     # As before each chunk of a run, the diffusion model is on the device.
     workshop.load_model()
     reset_peak_memory()
-    teacher_comes_s, _ = _timed(workshop.teacher.clip.load_model)
-    encode_s, texts = _timed(lambda: workshop.teacher.texts((batch.prompts, batch.drawn.token_length) for batch in batches))
-    model_comes_s, positions = _timed(lambda: workshop.starts(batches, texts))
+    teacher_comes_s, _ = timed(workshop.teacher.clip.load_model)
+    encode_s, texts = timed(lambda: workshop.teacher.texts((batch.prompts, batch.drawn.token_length) for batch in batches))
+    model_comes_s, positions = timed(lambda: workshop.starts(batches, texts))
     seconds = []
     for _ in range(min(MEASURED_STEPS, len(positions[0].sigmas_T) - 1)):
-        step_s, (_, positions) = _timed(
+        step_s, (_, positions) = timed(
             lambda places=positions: train_step(places, workshop.model, workshop.learner, OBJECTIVES[stage.objective])
         )
         seconds.append(step_s)
@@ -87,15 +84,6 @@ def _measure(workshop: Workshop, number: int) -> StageEstimate:
         trajectories_per_chunk=len(chunk),
         memory_mb=memory_mb(),
     )
-
-
-def _timed(work: Callable[[], Result]) -> tuple[float, Result]:
-    """Seconds until some work is finished on the GPU, and its result."""
-    begin = time.perf_counter()
-    result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin, result
 
 
 def _memory_lines(workshop: Workshop) -> list[str]:

@@ -14,6 +14,7 @@ import comfy.utils
 import torch
 from comfy.cli_args import args
 
+from ..diffusion.gradients import replaced
 from ..runtime.comfyui import check_output_folder, refuse_fast_products
 from ..runtime.disk import read_file, replace_file
 from ..runtime.errors import UserError
@@ -27,41 +28,32 @@ from .run_directory import RunDirectory
 if TYPE_CHECKING:
     from PIL import Image
 
-PREVIEW = "JPEG"
 FEWEST_PROMPTS = 2
 OTHER_NAME = "set the inputs back to what they were, or set another name, which starts a new run."
 
 
 class GraphBoard:
-    """Shows a run on its node, and passes on Cancel, which may come while it does so."""
+    """Shows a run on its node, and passes on Cancel."""
 
     def __init__(self, total_steps: int) -> None:
         self._total = total_steps
         self._bar = comfy.utils.ProgressBar(total_steps)
-        self._cancelled = False
 
     @property
     def requested(self) -> bool:
         """Whether the run should be saved and stop."""
-        return self._cancelled or comfy.model_management.processing_interrupted()
+        return comfy.model_management.processing_interrupted()
 
     def numbers(self, step: int, kind: str, values: Mapping[str, Any]) -> None:  # noqa: ARG002 (as in Board)
         """Move the bar."""
-        self._show(step)
+        self._bar.update_absolute(step, self._total)
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:  # noqa: ARG002 (as in Board)
         """Show an image on the node."""
-        self._show(step, (PREVIEW, picture, max(picture.size)))
+        self._bar.update_absolute(step, self._total, ("JPEG", picture, max(picture.size)))
 
     def close(self) -> None:
         """Nothing is open."""
-
-    def _show(self, step: int, preview: Any = None) -> None:
-        try:
-            self._bar.update_absolute(step, self._total, preview)
-        except comfy.model_management.InterruptProcessingException:
-            # ComfyUI forgets the request when it raises. The run stops, and is saved, after the step.
-            self._cancelled = True
 
 
 def distil(recipe: Recipe, run: RunDirectory) -> Path:
@@ -91,11 +83,11 @@ def distil(recipe: Recipe, run: RunDirectory) -> Path:
 def training() -> Iterator[None]:
     """Autograd in the thread that executes the graph, in which ComfyUI switches it off; what was set before is set again."""
     threads = torch.get_num_threads()
-    with torch.inference_mode(False), torch.enable_grad(), undisturbed():
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+    with torch.inference_mode(False), torch.enable_grad(), undisturbed(), contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)
+        # ComfyUI looks for Cancel in every layer, and would end a step in the middle: nothing could be saved.
+        stack.enter_context(replaced(comfy.model_management, "throw_exception_if_processing_interrupted", lambda: None))
+        yield
 
 
 def _refuse_other_inputs(run: RunDirectory, recipe: Recipe) -> None:

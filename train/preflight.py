@@ -89,6 +89,8 @@ def _packages(recipe: Recipe) -> Iterator[str]:
     missing = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         yield f"Packages of ComfyUI are missing: {', '.join(missing)}. Run with ComfyUI's Python, or {pip_install(' '.join(missing))}"
+    if recipe.report.wandb and importlib.util.find_spec("wandb") is None:
+        yield f"report.wandb = true needs the package wandb: {pip_install('wandb')}"
     kinds = {corpus.kind for stage in recipe.stages for corpus in stage.corpora}
     if "parquet" in kinds and importlib.util.find_spec("pyarrow") is None:
         yield f"Reading Parquet files needs the package pyarrow: {pip_install('pyarrow')}"

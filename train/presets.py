@@ -85,7 +85,7 @@ def check_name(name: str) -> None:
     try:
         file_stem(name)
     except ValueError as error:
-        raise UserError(f"{printable(name)!r} cannot be the name of an encoder: {error}.", 'give a name such as "my_student".') from error
+        raise UserError(f"{printable(name)!r} cannot be the name of the encoder: {error}.", 'give a name such as "my_student".') from error
 
 
 def _model_settings(wishes: Wishes) -> Iterator[str]:

@@ -179,6 +179,12 @@ class PreviewPart(Part):
     vae: OptionalPath = Field(description='a file in models/vae, or a path; "" for no previews')
 
 
+class ReportPart(Part):
+    """What a run also reports to. Does not decide the result."""
+
+    wandb: bool = Field(default=False, description="send numbers and images to Weights & Biases too (the package wandb)")
+
+
 class OutputPart(Part):
     """The trained encoder."""
 
@@ -198,8 +204,14 @@ class Recipe(Config):
     validation: ValidationPart = Field(description="the held-out loss")
     checkpoints: CheckpointsPart = Field(description="checkpoints of the run")
     preview: PreviewPart = Field(description="images while training")
+    report: ReportPart = Field(default=ReportPart(), description="what the run also reports to")
     output: OutputPart = Field(description="the trained encoder")
     stages: Annotated[tuple[Stage, ...], FROM_LIST, NOT_EMPTY] = Field(alias="stage", description="the stages of the run, in order")
+
+    @model_serializer(mode="wrap")
+    def _without_unused_report(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe that reports to nothing else has the text that it had before `report` existed."""
+        return {key: value for key, value in written(self).items() if key != "report" or self.report != ReportPart()}
 
     @model_validator(mode="after")
     def _check_stages(self) -> Recipe:
@@ -215,6 +227,14 @@ class Recipe(Config):
         return self
 
     @property
+    def sha256(self) -> str:
+        """SHA-256 of the canonical text without `report`, which does not decide the result."""
+        return super(Recipe, self._without_report()).sha256
+
+    def _without_report(self) -> Recipe:
+        return self.model_copy(update={"report": ReportPart()})
+
+    @property
     def periods(self) -> tuple[int, ...]:
         """The steps of each period over which the learning rate rises and falls: the run, or every stage."""
         steps = tuple(stage.steps for stage in self.stages)
@@ -226,8 +246,8 @@ class Recipe(Config):
         return FAMILIES[self.diffusion_model.family]
 
     def differences(self, other: Recipe) -> list[str]:
-        """What differs in `other`, one line per key: `optimizer.learning_rate: 0.0001 -> 0.0002`."""
-        mine, theirs = (dict(_leaves(recipe.model_dump(by_alias=True, exclude_none=True))) for recipe in (self, other))
+        """What differs in `other` besides `report`, one line per key: `optimizer.learning_rate: 0.0001 -> 0.0002`."""
+        mine, theirs = (dict(_leaves(recipe._without_report().model_dump(by_alias=True, exclude_none=True))) for recipe in (self, other))
         return [
             f"{path}: {mine.get(path, 'not set')} -> {theirs.get(path, 'not set')}"
             for path in mine | theirs

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -33,11 +33,8 @@ def gather_state(workshop: Workshop, state: RunState) -> TrainerState | None:
     latents = ranks.gather([position.x.cpu() for position in state.positions])
     if not ranks.is_main:
         return None
-    place = workshop.schedule.place(min(learner.step, workshop.schedule.total_steps - 1))
     return TrainerState(
         step=learner.step,
-        stage=place.stage,
-        prompt_index=place.trajectory,
         skipped_steps=learner.skipped,
         student=workshop.student.tensors(),
         optimizer=learner.optimizer.state_dict(),
@@ -50,16 +47,18 @@ def gather_state(workshop: Workshop, state: RunState) -> TrainerState | None:
     )
 
 
-def restore(workshop: Workshop, checkpoints: Checkpoints) -> RunState:
+def restore(workshop: Workshop, checkpoints: Checkpoints, earlier: Set[str] = frozenset()) -> RunState:
     """Load the newest intact checkpoint into every process.
 
+    `earlier`: digests of recipes that the run had before its stages were lengthened or shortened.
     Raises ValueError if it was saved with another recipe or another number of processes.
     """
     ranks = workshop.ranks
     state, notes = checkpoints.load_latest() if ranks.is_main else (None, [])
     for note in notes:
         log.warning(note)
-    _check_same_run(workshop, *ranks.share((state.recipe_sha256, len(state.rng)) if state else ("", 0)))
+    known = {workshop.recipe.sha256, *earlier}
+    _check_same_run(workshop, *ranks.share((state.recipe_sha256 in known, len(state.rng)) if state else (True, 0)))
     common = ranks.share({name: part for name, part in vars(state).items() if name not in OWN} if state else {})
     rng, latents = ranks.scatter(_own_parts(state, ranks.world) if state else None)
     _put_back(workshop, common)
@@ -68,8 +67,8 @@ def restore(workshop: Workshop, checkpoints: Checkpoints) -> RunState:
     return RunState(common["best"], _positions(workshop, latents))
 
 
-def _check_same_run(workshop: Workshop, recipe_sha256: str, processes: int) -> None:
-    if recipe_sha256 != workshop.recipe.sha256:
+def _check_same_run(workshop: Workshop, same_recipe: bool, processes: int) -> None:
+    if not same_recipe:
         raise ValueError(
             "The checkpoint was saved with another recipe than the run's present recipe.toml, or by another version of the trainer.\n"
             "What to do: restore recipe.toml or the earlier version of the pack, or start a new run in another folder with --run."

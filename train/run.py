@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +16,13 @@ from ..encoder.files import open_student, write_student
 from ..runtime.errors import StudentFileError
 from ..runtime.ranks import Ranks
 from ..runtime.stop import StopRequest
+from .banner import facts_of
 from .batches import Place
+from .boards import Board
+from .card import write_card
+from .checkpoint_files import STUDENT, checkpoint_paths, peek, step_of
 from .distill import StepReport, train_step
+from .lengths import change_of_lengths, differences_besides_lengths
 from .models import metadata_of
 from .objectives import OBJECTIVES
 from .optimizer import restart
@@ -25,40 +31,55 @@ from .recipe import Recipe, load_recipe
 from .report import Reporter
 from .resume import gather_state, restore
 from .run_directory import RunDirectory
-from .state import STUDENT, Checkpoints, recorded_inputs
+from .state import Checkpoints, recorded_inputs
+from .trial import trials
 from .validation import HeldOut, lower
 from .workshop import RunState, Workshop, open_workshop
 
 log = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, run_path: Path, resume: bool, ranks: Ranks) -> Path | None:
-    """Run a recipe to its end; returns the encoder's file, or None after a signal to stop (everything is saved then).
+class Stop(Protocol):
+    """Whether the loop should save and stop after this step."""
 
+    @property
+    def requested(self) -> bool: ...
+
+
+def train(
+    recipe: Recipe, run_path: Path, resume: bool, ranks: Ranks, stop: Stop | None = None, boards: Sequence[Board] = ()
+) -> Path | None:
+    """Run a recipe to its end; returns the encoder's file, or None after a request to stop (everything is saved then).
+
+    Without `stop`, signals are the request: that needs the main thread. `boards` receive every number and image.
     Raises ValueError, OSError or NotFinite with a message for the user.
     """
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(_open_run(recipe, run_path, resume)) if ranks.is_main else None
-        stop = stack.enter_context(StopRequest())
+        stop = stop or stack.enter_context(StopRequest())
         recorded = recorded_inputs(run_path / "checkpoints") if resume and ranks.is_main else None
         workshop = open_workshop(recipe, ranks, recorded)
         write = functools.partial(_write_checkpointed, workshop)
         checkpoints = Checkpoints(run_path / "checkpoints", write, recipe.checkpoints.keep_last)
         # Dropout draws from torch's global generator; each process gets a seed of its own.
         torch.manual_seed(recipe.seed ^ (ranks.rank << 20))
-        state = restore(workshop, checkpoints) if resume else RunState()
+        changes = run.recipe_changes() if run else []
+        state = restore(workshop, checkpoints, {change["recipe_sha256_before"] for change in changes}) if resume else RunState()
         learner, total = workshop.learner, workshop.schedule.total_steps
-        reporter = stack.enter_context(Reporter(run, ranks.is_main, total, start_step=learner.step))
+        reporter = stack.enter_context(Reporter(run, recipe, learner.step, boards))
         stack.enter_context(workshop.model.differentiable(recipe.diffusion_model.checkpoint_blocks))
         if recorded == {}:
             log.warning(
                 "The checkpoint was saved by an older version: prompts and model files cannot be compared with those of the run's start."
             )
+        for change in changes:
+            log.info("At step %d the recipe was changed: %s.", change["step"], ", ".join(change["changes"]))
         was_finished = learner.step >= total
         finished = _loop(workshop, checkpoints, reporter, stop, state)
         if not (finished and ranks.is_main):
             return None
-        return (written_before(recipe, checkpoints) if was_finished else None) or _write_encoder(workshop)
+        written = written_before(recipe, checkpoints.paths()[-1]) if was_finished else None
+        return written or _finish(workshop, run)
 
 
 def _open_run(recipe: Recipe, path: Path, resume: bool) -> RunDirectory:
@@ -66,14 +87,19 @@ def _open_run(recipe: Recipe, path: Path, resume: bool) -> RunDirectory:
     if not resume:
         return run.start(recipe.to_toml())
     run.resume()
-    run.refuse_other_recipe(load_recipe(str(run.recipe)).differences(recipe))
+    present = load_recipe(str(run.recipe))
+    run.refuse_other_recipe(differences_besides_lengths(present, recipe))
+    if present.sha256 != recipe.sha256:
+        saved = [checkpoint for checkpoint in checkpoint_paths(run.checkpoints) if peek(checkpoint)]
+        run.change_recipe(recipe.to_toml(), change_of_lengths(present, recipe, step_of(saved[-1]) if saved else 0))
     return run
 
 
-def _loop(workshop: Workshop, checkpoints: Checkpoints, reporter: Reporter, stop: StopRequest, state: RunState) -> bool:
+def _loop(workshop: Workshop, checkpoints: Checkpoints, reporter: Reporter, stop: Stop, state: RunState) -> bool:
     """Train from the learner's step to the last one; returns whether the last one was reached."""
     recipe, learner, total = workshop.recipe, workshop.learner, workshop.schedule.total_steps
     held_out, previewer = HeldOut(workshop), Previewer(workshop)
+    reporter.begin(facts_of(workshop, reporter.run), trials(workshop))
     while learner.step < total:
         place = workshop.schedule.place(learner.step)
         stage = recipe.stages[place.stage]
@@ -116,9 +142,9 @@ def _write_checkpointed(workshop: Workshop, path: Path, tensors: Mapping[str, Te
     write_student(path, dict(tensors), metadata_of(workshop.recipe, workshop.learner.step))
 
 
-def written_before(recipe: Recipe, checkpoints: Checkpoints) -> Path | None:
+def written_before(recipe: Recipe, checkpoint: Path) -> Path | None:
     """The encoder that a finished run has already written: the file under its name that holds the last checkpoint's weights."""
-    last = open_student(checkpoints.paths()[-1] / STUDENT).metadata.sha256
+    last = open_student(checkpoint / STUDENT).metadata.sha256
     for path in sorted(_encoders().glob(f"{recipe.output.name}*.safetensors")):
         with contextlib.suppress(StudentFileError):
             if last is not None and open_student(path).metadata.sha256 == last:
@@ -131,6 +157,12 @@ def _encoders() -> Path:
     import folder_paths
 
     return Path(folder_paths.get_folder_paths("text_encoders")[0])
+
+
+def _finish(workshop: Workshop, run: RunDirectory | None) -> Path:
+    assert run is not None, "the main process has the run directory"
+    log.info("Model card: %s", write_card(run))
+    return _write_encoder(workshop)
 
 
 def _write_encoder(workshop: Workshop) -> Path:

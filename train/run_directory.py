@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..runtime.disk import check_regular, replace_file
 from ..runtime.lock import RunError, lock
-from .state import CHECKPOINT, REPLACED
+from .checkpoint_files import CHECKPOINT, REPLACED
 
 PROMPTS = "prompts.txt"
 
 
 class RunDirectory:
-    """`runs/<name>/`: recipe.toml, metrics.jsonl, train.log, checkpoints/, samples/. One process at a time writes to it.
+    """`runs/<name>/`: recipe.toml, metrics.jsonl, train.log, page.html, checkpoints/, samples/. One process at a time writes to it.
 
     `start` or `resume` opens it and takes its lock; `close`, leaving the context, or the end of the process releases the lock.
     """
@@ -27,6 +28,8 @@ class RunDirectory:
         self.log = self.path / "train.log"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
+        self.page = self.path / "page.html"
+        self.history = self.path / "recipe-history.jsonl"
         self.prompts = self.path / PROMPTS
         self._lock: BinaryIO | None = None
 
@@ -59,11 +62,14 @@ class RunDirectory:
 
         Raises RunError if there is none, or if another process writes to it; OSError if it cannot be written.
         """
-        if not self.is_run:
-            raise RunError(
-                f"There is no run in {self.path} (no recipe.toml).", "start it without --resume, or name the right folder with --run."
-            )
+        self.existing("start it without --resume, or name the right folder with --run.")
         self._open(None)
+        return self
+
+    def existing(self, remedy: str = "name the folder of a run.") -> RunDirectory:
+        """This folder, to be read without its lock. Raises RunError with the remedy if it does not hold a run."""
+        if not self.is_run:
+            raise RunError(f"There is no run in {self.path} (no recipe.toml).", remedy)
         return self
 
     def refuse_other_recipe(self, differences: Sequence[str]) -> None:
@@ -74,6 +80,19 @@ class RunDirectory:
                 f"The run in {self.path} was started with another recipe:\n{listed}",
                 "resume it with its own recipe.toml, or start a new run in another folder with --run.",
             )
+
+    def change_recipe(self, recipe_toml: str, change: Mapping[str, Any]) -> None:
+        """Replace the recipe of a run, and note the change. Earlier notes stay."""
+        notes = b"".join(json.dumps(one).encode() + b"\n" for one in [*self.recipe_changes(), change])
+        # First the note: a kill between the two leaves a change that the next resume repeats.
+        replace_file(self.history, notes)
+        replace_file(self.recipe, recipe_toml.encode())
+
+    def recipe_changes(self) -> list[dict[str, Any]]:
+        """The changes of the run's recipe, the oldest first."""
+        if not self.history.is_file():
+            return []
+        return [json.loads(line) for line in self.history.read_text(encoding="utf-8").splitlines()]
 
     def close(self) -> None:
         """Release the lock."""
@@ -110,11 +129,13 @@ class RunDirectory:
             if self.has_checkpoints:
                 raise RunError(f"{self.path} holds a run with checkpoints.", "resume it with --resume, or name another folder with --run.")
             self.metrics.unlink(missing_ok=True)
+            self.history.unlink(missing_ok=True)
             replace_file(self.recipe, recipe_toml.encode())
         self.checkpoints.mkdir(exist_ok=True)
         self.samples.mkdir(exist_ok=True)
         check_regular(self.metrics)
         check_regular(self.log)
+        check_regular(self.page)
 
 
 def _is_ours(path: Path) -> bool:

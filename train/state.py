@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
 import logging
 import math
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,15 +19,26 @@ from torch import Tensor
 from ..runtime.disk import UNFINISHED, read_file, replace_file, sha256, sync_file, sync_folder
 from ..runtime.failure import is_out_of_memory
 from ..runtime.packing import pack, unpack
+from .checkpoint_files import (
+    BROKEN,
+    FORMAT,
+    LOST,
+    MANIFEST,
+    REPLACED,
+    STUDENT,
+    TENSORS,
+    VALUES,
+    DamagedCheckpoint,
+    best_of,
+    check_files,
+    checkpoint_paths,
+    digest_of,
+    peek,
+    read_manifest,
+)
 
-FORMAT = 1
-CHECKPOINT = re.compile(r"step-(\d{6,})$")
-# An older checkpoint of the same step, while the newer one replaces it.
-REPLACED = ".replaced"
-BROKEN = ".broken"
-STUDENT, TENSORS, VALUES, MANIFEST = "student.safetensors", "state.safetensors", "state.json", "manifest.json"
-# Errors of a file that is lost or can no longer be read from the disk.
-LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+# What older checkpoints also have, and nothing reads.
+FORMER_VALUES = ("stage", "prompt_index")
 
 StudentWriter = Callable[[Path, Mapping[str, Tensor]], object]
 log = logging.getLogger(__name__)
@@ -45,8 +53,6 @@ class TrainerState:
     """
 
     step: int
-    stage: int
-    prompt_index: int
     skipped_steps: int
     student: dict[str, Tensor]
     optimizer: dict[str, Any]
@@ -56,10 +62,6 @@ class TrainerState:
     best: float | None = None
     position: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
-
-
-class DamagedCheckpoint(ValueError):
-    """A checkpoint differs from what was written; the message names the file and the difference."""
 
 
 class NoCheckpoint(ValueError):
@@ -128,13 +130,11 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Folders of all checkpoints, the oldest first."""
-        return _paths(self.folder)
+        return checkpoint_paths(self.folder)
 
     def best(self) -> Path | None:
         """The oldest of the checkpoints with the lowest held-out loss so far: the one that reached it."""
-        manifests = {path: _peek(path) for path in self.paths()}
-        rated = [path for path, manifest in manifests.items() if manifest.get("best") is not None]
-        return min(rated, key=lambda path: manifests[path]["best"], default=None)
+        return best_of(self.paths())
 
     def tidy(self) -> None:
         """Complete or remove what a killed process left unfinished."""
@@ -156,24 +156,18 @@ class Checkpoints:
         sync_folder(self.folder)
 
     def _drop_old(self) -> None:
-        intact = [path for path in self.paths() if _peek(path)]
+        intact = [path for path in self.paths() if peek(path)]
         for path in set(intact) - {*intact[-self.keep_last :], self.best()}:
             _remove_if_possible(path)
 
 
 def recorded_inputs(folder: Path) -> dict[str, str]:
     """The digests of a run's inputs in its newest checkpoint, without reading its tensors; empty if no checkpoint has them."""
-    for path in reversed(_paths(folder)):
+    for path in reversed(checkpoint_paths(folder)):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             if (path / VALUES).is_file():
                 return dict(unpack(json.loads((path / VALUES).read_bytes())["inputs"], {}))
     return {}
-
-
-def _paths(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted((path for path in folder.iterdir() if CHECKPOINT.match(path.name)), key=_step)
 
 
 def write_checkpoint(folder: Path, state: TrainerState, write_student: StudentWriter) -> None:
@@ -189,7 +183,7 @@ def write_checkpoint(folder: Path, state: TrainerState, write_student: StudentWr
         files[name] = {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     best = state.best if state.best is not None and math.isfinite(state.best) else None
     content = {"format": FORMAT, "step": state.step, "best": best, "files": files}
-    replace_file(folder / MANIFEST, _json({"sha256": _digest(content), "content": content}).encode())
+    replace_file(folder / MANIFEST, _json({"sha256": digest_of(content), "content": content}).encode())
 
 
 def read_checkpoint(folder: Path) -> TrainerState:
@@ -198,8 +192,8 @@ def read_checkpoint(folder: Path) -> TrainerState:
     Raises DamagedCheckpoint, ValueError for another format version, OSError if it cannot be read for lack of permission.
     """
     try:
-        _check_files(folder, _manifest(folder))
-        values = json.loads(read_file(folder / VALUES))
+        check_files(folder, read_manifest(folder))
+        values = {name: value for name, value in json.loads(read_file(folder / VALUES)).items() if name not in FORMER_VALUES}
         student, tensors = (_load(folder / name) for name in (STUDENT, TENSORS))
     except OSError as error:
         if error.errno not in LOST:
@@ -215,41 +209,6 @@ def read_checkpoint(folder: Path) -> TrainerState:
 def _load(path: Path) -> dict[str, Tensor]:
     # Clones, because loaded tensors are views of the file, which will be deleted.
     return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(read_file(folder / MANIFEST))
-        content, intact = manifest["content"], manifest["sha256"] == _digest(manifest["content"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{MANIFEST} is not a valid manifest") from error
-    if not intact:
-        raise DamagedCheckpoint(f"{MANIFEST} does not have its own SHA-256")
-    if content["format"] != FORMAT:
-        raise ValueError(
-            f"{folder} was written in format {content['format']}; this version of the trainer reads format {FORMAT}.\n"
-            "What to do: resume with the version that wrote it."
-        )
-    return content
-
-
-def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    for name in (STUDENT, TENSORS, VALUES):
-        expected, size = manifest["files"][name], (folder / name).stat().st_size
-        if size != expected["size"]:
-            raise DamagedCheckpoint(f"{name}: expected {expected['size']:,} bytes, got {size:,}")
-        if sha256(folder / name) != expected["sha256"]:
-            raise DamagedCheckpoint(f"{name} does not have the SHA-256 of {MANIFEST}")
-
-
-def _peek(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files have the right sizes, else an empty one; the files are not read."""
-    try:
-        manifest = _manifest(folder)
-        complete = all((folder / name).stat().st_size == expected["size"] for name, expected in manifest["files"].items())
-    except (OSError, ValueError):
-        return {}
-    return manifest if complete else {}
 
 
 def _set_aside(folder: Path) -> Path:
@@ -273,16 +232,6 @@ def _remove_if_possible(folder: Path) -> None:
     except OSError as error:
         # Windows cannot rename a folder while ComfyUI has a file of it open; the next save tries again.
         log.warning("%s could not be removed (%s); the next save tries again.", folder, error)
-
-
-def _step(path: Path) -> int:
-    match = CHECKPOINT.match(path.name)
-    assert match, f"{path} is not a checkpoint"
-    return int(match[1])
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _json(values: Any) -> str:

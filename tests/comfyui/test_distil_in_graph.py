@@ -112,6 +112,9 @@ def test_comfyui_and_its_models_are_as_before(loaded, trained):
     weights = {name: weight.data_ptr() for name, weight in model.model.named_parameters()}
     distil(model, teacher, "leaves_no_trace", steps=2)
     assert not comfy.model_management.in_training
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        comfy.model_management.throw_exception_if_processing_interrupted()
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), random)
     assert {name: weight.data_ptr() for name, weight in model.model.named_parameters()} == weights
     assert torch.equal(drawn(model, teacher), image)
@@ -146,7 +149,7 @@ def test_other_inputs_need_another_name(loaded, trained, changed, said):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"name": "../elsewhere"}, "cannot be the name of an encoder"),
+        ({"name": "../elsewhere"}, "cannot be the name of the encoder"),
         ({"prompts": "a red heart"}, "only one prompt"),
         ({"steps": 1}, "too few for the 2 stages"),
         ({"preset": "schnell-16gb"}, "which takes guidance; the preset has none"),

@@ -158,7 +158,7 @@ def test_after_a_preview_the_diffusion_model_is_brought_back_and_the_vae_is_gone
         return load(models, *more, **named)
 
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", watched_load)
-    with RunDirectory(tmp_path / "run").start("") as run, Reporter(run, True, 1) as reporter:
+    with RunDirectory(tmp_path / "run").start("") as run, Reporter(run, load_recipe("smoke")) as reporter:
         previewer = Previewer(workshop)
         previewer.show(reporter)
         previewer.show(reporter)
@@ -181,7 +181,7 @@ def test_trouble_inside_the_student_leaves_its_dropout_on(workshop, tmp_path):
     previewer, held_out = Previewer(workshop), HeldOut(workshop)
     hook = student.final_projection.register_forward_hook(fail)
     try:
-        with RunDirectory(tmp_path / "run").start("") as run, Reporter(run, True, 1) as reporter:
+        with RunDirectory(tmp_path / "run").start("") as run, Reporter(run, load_recipe("smoke")) as reporter:
             previewer.show(reporter)
             assert reporter.failed_images == 1
         assert all(module.training for module in student.modules())

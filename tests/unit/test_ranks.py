@@ -36,6 +36,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.nn import Linear
 from distilled_t5.runtime.ranks import Ranks
+from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.report import Reporter
 from distilled_t5.train.run_directory import RunDirectory
 
@@ -77,7 +78,7 @@ with Ranks.open("cpu", timeout_s=120) as ranks:
 
     sys.addaudithook(watch)
     run = RunDirectory(folder / "run").start("recipe") if ranks.is_main else None
-    with Reporter(run, ranks.is_main, 2) as reporter:
+    with Reporter(run, load_recipe("smoke", ["stage.0.steps=1", "stage.1.steps=1", "optimizer.warmup_steps=1"])) as reporter:
         reporter.step(1, 0.5, 8)
         reporter.image("sheet", lambda: Image.new("RGB", (8, 8)))
     told["written"] = written

@@ -69,6 +69,14 @@ def test_hash_is_that_of_the_written_file_and_forgets_comments_and_order(tmp_pat
     assert load_recipe("smoke", ["seed=1"]).sha256 != recipe.sha256
 
 
+def test_where_a_run_is_reported_decides_nothing_of_it_and_leaves_its_hash(tmp_path):
+    recipe, reported = load_recipe("smoke"), load_recipe("smoke", ["report.wandb=true"])
+    assert reported.sha256 == recipe.sha256
+    assert recipe.differences(reported) == []
+    assert "wandb" not in recipe.to_toml()
+    assert recipe_of(tmp_path, reported.to_toml()).report.wandb
+
+
 def test_prompts_of_any_letters_round_trip_in_a_recipe(tmp_path):
     prompt = 'a sign: "C:\\new" \'\'\' """ # \u00fc \u732b\n\ttwo lines'
     recipe = recipe_of(tmp_path, SMOKE.replace('"a red cube left of a blue ball"', toml_value(prompt)))
@@ -82,7 +90,7 @@ def test_prompts_of_any_letters_round_trip_in_a_recipe(tmp_path):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_misspelt_key_is_refused_with_the_nearest_key(option, tmp_path):
     base = SMOKE if "layout" in option else PAPER
-    text = recipe_of(tmp_path, base, "optimizer.restart_per_stage=true").to_toml()
+    text = recipe_of(tmp_path, base, "optimizer.restart_per_stage=true", "report.wandb=true").to_toml()
     *tables, key = option.split(".")
     misspelt = key[:-1] + "_" + key[-1]
     start = {0: 0, 1: text.find(f"[{tables[0]}]") if tables else 0, 2: text.find("layout =" if "layout" in option else "corpora =")}[

@@ -42,6 +42,7 @@ KEYS = {
     "validation.": ["prompts", "every_steps", "sigma_bands"],
     "checkpoints.": ["every_steps", "keep_last"],
     "preview.": ["every_steps", "prompts", "vae"],
+    "report.": ["wandb"],
     "output.": ["name"],
     "stage.": ["name", "resolution_px", "steps", "batch", "accumulate", "objective"],
     "stage.corpora.": ["kind", "path", "column", "repeat", "limit", "mix"],

@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 from distilled_t5.runtime.logs import logging_to
 from distilled_t5.train.contact_sheet import GAP_PX, LINE_PX, PAPER, contact_sheet, image_difference
+from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.report import Reporter, cut_metrics
 from distilled_t5.train.run_directory import RunDirectory
 from PIL import Image
 
 log = logging.getLogger("distilled_t5.train.test")
+# Ten steps.
+TEN = load_recipe("smoke", ["stage.0.steps=4", "stage.1.steps=6"])
 
 
 @pytest.fixture
@@ -35,19 +38,21 @@ def square(colour: str, side: int = 8) -> Image.Image:
 
 
 def test_a_step_is_one_line_of_metrics_that_is_there_at_once(run):
-    with Reporter(run, True, 10) as reporter:
+    with Reporter(run, TEN) as reporter:
         reporter.step(1, 0.5, 4, learning_rate=1e-4)
         [row] = rows(run)
         assert row.pop("samples_per_s") > 0
         assert row.pop("ram_mb") > 1 and row.pop("gpu_peak_mb", 2) > 1
-        assert row == {"step": 1, "loss": 0.5, "learning_rate": 1e-4}
+        assert row == {"step": 1, "loss": 0.5, "learning_rate": 1e-4, "stage": 0}
 
 
 def test_bar_shows_loss_speed_and_memory_and_counts_from_the_resumed_step(run, capsys):
-    with Reporter(run, True, 10, start_step=7) as reporter:
-        reporter.step(8, 0.12345, 4)
-        reporter.step(9, 0.5, 4)
+    with Reporter(run, TEN, start_step=7) as reporter:
+        reporter.begin({}, {})
+        reporter.step(8, 0.12345, 4, stage=1)
+        reporter.step(9, 0.5, 4, stage=1)
     shown = capsys.readouterr().err.split("\r")[-1]
+    assert shown.startswith("stage 2/2 follow-the-steps: ")
     assert "9/10" in shown
     assert "loss=0.5" in shown
     assert "samples/s=" in shown
@@ -55,7 +60,7 @@ def test_bar_shows_loss_speed_and_memory_and_counts_from_the_resumed_step(run, c
 
 
 def test_numbers_that_are_not_finite_are_null(run):
-    with Reporter(run, True, 10) as reporter:
+    with Reporter(run, TEN) as reporter:
         reporter.step(1, math.nan, 4, gradient_norm=math.inf)
         reporter.held_out({"low": math.nan, "high": 1.0}, 3)
     train, held_out = rows(run)
@@ -65,7 +70,7 @@ def test_numbers_that_are_not_finite_are_null(run):
 
 
 def test_held_out_loss_is_reported_per_band_with_its_sample_count(run):
-    with Reporter(run, True, 10) as reporter:
+    with Reporter(run, TEN) as reporter:
         reporter.step(5, 0.5, 4)
         assert reporter.held_out({"0.0-0.5": 1.0, "0.5-1.0": 2.0}, 16) == 1.5
     expected = {"step": 5, "held_out_loss": 1.5, "held_out_samples": 16, "held_out_by_band": {"0.0-0.5": 1.0, "0.5-1.0": 2.0}}
@@ -73,12 +78,12 @@ def test_held_out_loss_is_reported_per_band_with_its_sample_count(run):
 
 
 def test_after_a_resume_no_step_stands_twice(run):
-    with Reporter(run, True, 10) as reporter:
+    with Reporter(run, TEN) as reporter:
         for step in range(1, 6):
             reporter.step(step, 0.5, 4)
     with run.metrics.open("a") as file:
         file.write('{"step": 6, "lo')  # a kill in the middle of a line
-    with Reporter(run, True, 10, start_step=3) as reporter:
+    with Reporter(run, TEN, start_step=3) as reporter:
         for step in range(4, 7):
             reporter.step(step, 0.25, 4)
     assert [(row["step"], row["loss"]) for row in rows(run)] == [(1, 0.5), (2, 0.5), (3, 0.5), (4, 0.25), (5, 0.25), (6, 0.25)]
@@ -99,7 +104,7 @@ def test_incomplete_lines_of_metrics_are_cut_off_and_complete_lines_are_kept(tmp
 
 
 def test_an_image_is_written_with_its_step(run):
-    with Reporter(run, True, 10, start_step=120) as reporter:
+    with Reporter(run, TEN, start_step=120) as reporter:
         path = reporter.image("contact-sheet", lambda: square("red"))
         assert path == run.samples / "step-000120-contact-sheet.jpg"
         with Image.open(path) as picture:
@@ -111,7 +116,7 @@ def test_trouble_in_a_picture_is_logged_with_its_traceback_counted_and_ends_noth
     def broken() -> Image.Image:
         raise RuntimeError("the VAE is upside down")
 
-    with Reporter(run, True, 10) as reporter:
+    with Reporter(run, TEN) as reporter:
         assert reporter.image("first", broken) is None
         assert reporter.image("second", broken) is None
         assert reporter.failed_images == 2
@@ -129,7 +134,7 @@ def test_ctrl_c_while_an_image_is_made_does_not_count_as_a_failed_image(run):
     def interrupted() -> Image.Image:
         raise KeyboardInterrupt
 
-    with Reporter(run, True, 10) as reporter, pytest.raises(KeyboardInterrupt):
+    with Reporter(run, TEN) as reporter, pytest.raises(KeyboardInterrupt):
         reporter.image("first", interrupted)
     assert reporter.failed_images == 0
 
@@ -137,7 +142,7 @@ def test_ctrl_c_while_an_image_is_made_does_not_count_as_a_failed_image(run):
 def test_the_log_holds_our_lines_and_those_of_comfyui_and_its_handlers_are_removed_at_the_end(run, capsys):
     ours, root = logging.getLogger("distilled_t5"), logging.getLogger()
     before = list(ours.handlers), list(root.handlers), ours.level, ours.propagate
-    with Reporter(run, True, 10) as reporter:
+    with Reporter(run, TEN) as reporter:
         log.info("from the trainer, \u4f60\u597d")
         root.warning("from ComfyUI")
         reporter.saved(run.checkpoints / "step-000000")
@@ -154,7 +159,7 @@ def test_a_run_that_cannot_be_reported_leaves_no_handler(run):
     run.metrics.mkdir()
     before = list(logging.getLogger().handlers)
     with pytest.raises(OSError, match="directory"):
-        Reporter(run, True, 10)
+        Reporter(run, TEN)
     assert logging.getLogger().handlers == before
 
 
@@ -170,7 +175,7 @@ def test_a_log_on_a_full_disk_is_one_notice_and_ends_nothing(capsys):
 
 
 def test_a_held_out_loss_that_is_not_finite_is_a_warning_with_its_bands(run, capsys):
-    with Reporter(run, True, 10, start_step=5) as reporter:
+    with Reporter(run, TEN, start_step=5) as reporter:
         assert math.isnan(reporter.held_out({"0.0-0.5": 1.0, "0.5-1.0": math.nan}, 16))
     shown = capsys.readouterr().err
     assert "Step 5: the held-out loss on 16 prompts is not a finite number at the noise levels 0.5-1.0" in shown
@@ -179,7 +184,7 @@ def test_a_held_out_loss_that_is_not_finite_is_a_warning_with_its_bands(run, cap
 
 
 def test_other_ranks_write_and_print_nothing_and_make_no_pictures(capsys):
-    with Reporter(None, False, 10) as reporter:
+    with Reporter(None, TEN) as reporter:
         reporter.step(1, 0.5, 4)
         assert reporter.held_out({"all": 2.0}, 4) == 2.0
         assert reporter.image("first", pytest.fail) is None
@@ -187,7 +192,7 @@ def test_other_ranks_write_and_print_nothing_and_make_no_pictures(capsys):
 
 
 def test_curves_for_tensorboard_where_it_is_installed_and_else_a_line_that_says_how_to_get_it(run):
-    with Reporter(run, True, 10) as reporter:
+    with Reporter(run, TEN) as reporter:
         reporter.step(1, 0.5, 4)
         reporter.held_out({"0.0-1.0": 1.0}, 4)
     curves = list(run.path.glob("tensorboard/events.out.tfevents.*"))
@@ -200,7 +205,7 @@ def test_curves_for_tensorboard_where_it_is_installed_and_else_a_line_that_says_
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a file that is always full")
 def test_metrics_that_cannot_be_written_are_a_clear_error(run):
     run.metrics.symlink_to("/dev/full")
-    with Reporter(run, True, 10) as reporter, pytest.raises(OSError, match=r"cannot be written: No space left on device.\nWhat to do"):
+    with Reporter(run, TEN) as reporter, pytest.raises(OSError, match=r"cannot be written: No space left on device.\nWhat to do"):
         reporter.step(1, 0.5, 4)
 
 

@@ -40,8 +40,6 @@ def some_state(step: int, best: float | None = None) -> TrainerState:
     """A state in which every number tells the step."""
     return TrainerState(
         step=step,
-        stage=step % 3,
-        prompt_index=7 * step,
         skipped_steps=step // 2,
         student={"weight": torch.full((5, 3), float(step))},
         optimizer={

@@ -1,0 +1,37 @@
+"""What a run is, in a few lines: shown when it starts, in the log, and on its page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .recipe import NO_CLIP_L, Recipe, Stage
+from .run_directory import RunDirectory
+from .workshop import Workshop
+
+
+def facts_of(workshop: Workshop, run: RunDirectory | None) -> dict[str, str]:
+    """Recipe, teacher, student, diffusion model, stages, folder and how to watch, each in a line."""
+    recipe, layout = workshop.recipe, workshop.student.layout
+    step, total = workshop.learner.step, workshop.schedule.total_steps
+    facts = {
+        "Recipe": f"{recipe.name}, {total:,} steps" + (f", continued at step {step:,}" if step else ""),
+        "Teacher": _teacher(recipe),
+        "Student": f"{layout.size_name}, {layout.parameters / 1e6:,.1f} million parameters, from {Path(recipe.student.start).name}",
+        "Diffusion model": f"{Path(recipe.diffusion_model.file).name} ({recipe.family.display_name}) on {workshop.model.device}",
+    }
+    facts |= {f"Stage {number}": _stage(stage) for number, stage in enumerate(recipe.stages, start=1)}
+    if run is not None:
+        watch = f'python "{Path(__file__).parent}" watch "{run.path}"'
+        facts |= {"Folder": str(run.path), "Watch": f"open page.html in that folder, or: {watch}"}
+    return facts
+
+
+def _teacher(recipe: Recipe) -> str:
+    clip_l = recipe.teacher.clip_l
+    pooled = "without CLIP-L" if clip_l == NO_CLIP_L else f"with {Path(clip_l).name}"
+    return f"{Path(recipe.teacher.t5).name}, {pooled}"
+
+
+def _stage(stage: Stage) -> str:
+    prompts = stage.batch * stage.accumulate
+    return f"{stage.name}: {stage.steps:,} steps of {prompts} prompts, {stage.objective} objective, {stage.resolution_px} px"

@@ -1,0 +1,156 @@
+"""RUN/README.md: the model card of a run's student, as Hugging Face shows it. Needs neither torch nor ComfyUI."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..runtime.disk import read_file, replace_file
+from ..runtime.errors import UserError
+from ..runtime.optional import needed
+from .checkpoint_files import step_of
+from .curves import Curves
+from .export import chosen_checkpoint
+from .licences import UNKNOWN, licence_of, origins
+from .page import samples_of
+from .recipe import NO_CLIP_L, Recipe, load_recipe
+from .run_directory import RunDirectory
+
+CARD = "README.md"
+PACK = "https://github.com/distilled-t5/distilled-t5"
+PAPER = "https://arxiv.org/abs/2503.19897"
+TAGS = ["text-encoder", "t5", "distillation", "comfyui", "diffusion-single-file"]
+# Corpora that are data sets of Hugging Face, by the stem of their file.
+DATASETS = {"laion-aesthetics-6.5": "ChristophSchuhmann/improved_aesthetics_6.5plus"}
+
+
+def write_card(run: RunDirectory, evaluation: Path | None = None) -> Path:
+    """Write the card of a run; returns its file.
+
+    `evaluation` is the folder of an evaluation of this student. Raises UserError if it is not one, or if there is no checkpoint yet.
+    """
+    recipe = load_recipe(str(run.recipe))
+    step = step_of(chosen_checkpoint(run, None))
+    numbers = "" if evaluation is None else _numbers_of(evaluation, recipe.output.name)
+    path = run.path / CARD
+    replace_file(path, card(run, recipe, step, numbers).encode())
+    return path
+
+
+def card(run: RunDirectory, recipe: Recipe, step: int, evaluation: str = "") -> str:
+    """The card's text: front matter, then Markdown. `evaluation`: the tables of an evaluation."""
+    family = recipe.family.display_name
+    parts = [
+        f"---\n{_front_matter(recipe)}\n---",
+        f"# {recipe.output.name}",
+        f"A distilled text encoder for {family}: it takes the place of {Path(recipe.teacher.t5).name}, and was trained by following the "
+        f"diffusion model's denoising steps ({PAPER}).",
+        "## Use",
+        f"Put `{recipe.output.name}.safetensors` into ComfyUI's `models/text_encoders` and load it with *Distilled T5 Loader* of "
+        f"[Distilled T5]({PACK}){_pooled(recipe)}.",
+        "## Training",
+        _table(_facts(recipe, step)),
+        "### Held-out loss",
+        _held_out(run),
+        *_image(run),
+        "## Evaluation",
+        evaluation or "Not evaluated yet.",
+        "## Licence",
+        _licence(recipe),
+        "## Recipe",
+        f"`recipe.toml`, SHA-256 `{recipe.sha256}`:",
+        f"```toml\n{recipe.to_toml().rstrip()}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(recipe: Recipe) -> str:
+    models, data = origins(recipe), _stems(recipe)
+    licence = licence_of(models)
+    known = licence.name == "apache-2.0"
+    return (
+        needed("huggingface_hub", "huggingface_hub", "A model card")
+        .ModelCardData(
+            license=licence.name if known else "other",
+            license_name=None if known else licence.name,
+            license_link=licence.link or None,
+            base_model=[model.repo for model in models if model.repo] or None,
+            datasets=[DATASETS[stem] for stem in data if stem in DATASETS] or None,
+            language="en",
+            pipeline_tag="text-to-image",
+            tags=[*TAGS, recipe.family.name],
+        )
+        .to_yaml()
+    )
+
+
+def _stems(recipe: Recipe) -> list[str]:
+    return list(dict.fromkeys(Path(corpus.path).stem for stage in recipe.stages for corpus in stage.corpora if corpus.path))
+
+
+def _pooled(recipe: Recipe) -> str:
+    return "" if recipe.teacher.clip_l == NO_CLIP_L else f", beside `{Path(recipe.teacher.clip_l).name}`"
+
+
+def _facts(recipe: Recipe, step: int) -> Iterator[tuple[str, str]]:
+    total = sum(stage.steps for stage in recipe.stages)
+    layout = recipe.student.student_layout(recipe.family.text_width)
+    yield "Student", f"{layout.size_name}, from {Path(recipe.student.start).name}"
+    yield "Teacher", Path(recipe.teacher.t5).name
+    yield "Diffusion model", Path(recipe.diffusion_model.file).name
+    yield "Steps", f"{step:,} of {total:,}"
+    yield "Prompt lengths", ", ".join(map(str, recipe.sampling.token_lengths)) + " tokens"
+    for number, stage in enumerate(recipe.stages, start=1):
+        data = ", ".join(Path(corpus.path).name if corpus.path else corpus.kind for corpus in stage.corpora)
+        yield (
+            f"Stage {number}",
+            f"{stage.name}: {stage.steps:,} steps of {stage.batch * stage.accumulate} prompts, {stage.objective}; {data}",
+        )
+
+
+def _table(rows: Iterator[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _held_out(run: RunDirectory) -> str:
+    curves = Curves()
+    if run.metrics.is_file():
+        with run.metrics.open("rb") as lines:
+            curves.add_lines(lines)
+    if curves.best is None:
+        return "Not measured."
+    bands = "; ".join(f"sigma {band}: {curve.points()[-1][1]:.4g}" for band, curve in curves.held_out.items() if curve.points())
+    step, best = curves.best
+    return f"The mean squared gap of the velocities on prompts never trained on. Lowest: {best:.4g} at step {step:,}. At the end: {bands}."
+
+
+def _image(run: RunDirectory) -> list[str]:
+    newest = samples_of(run.samples)[-1:]
+    return [f"![Teacher, student and their difference at step {one['step']}](samples/{one['file']})" for one in newest]
+
+
+def _licence(recipe: Recipe) -> str:
+    models = origins(recipe)
+    lines = [f"- {model.file}, {model.part}: {model.reason}." for model in models]
+    licence = licence_of(models)
+    result = "unknown: check the models marked so before you publish this file" if licence is UNKNOWN else licence.name
+    how = "The strictest licence of the models that this student learned from, which are known by the names of their files"
+    return "\n".join([f"**{result}**. {how}:" if lines else f"**{result}**. Made from random weights alone.", "", *lines]).rstrip()
+
+
+def _numbers_of(folder: Path, name: str) -> str:
+    """The tables of an evaluation without their title. Raises UserError if it does not show the student of this name."""
+    try:
+        results: Any = json.loads(read_file(folder / "results.json"))
+        text = read_file(folder / "table.md").decode()
+        files = [encoder["file"] for encoder in results["encoders"].values()]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{folder} does not hold an evaluation: {error}.", "give the folder that `evaluate` wrote (results.json, table.md)."
+        ) from error
+    if not any(file.startswith(name) for file in files):
+        raise UserError(f"The evaluation in {folder} shows {', '.join(files)}, not {name}.", "give an evaluation of this student.")
+    title, _, tables = text.partition("\n")
+    return f"Suite {title.removeprefix('# ')}.\n{tables.rstrip()}".replace("\n## ", "\n### ")

@@ -1,0 +1,82 @@
+"""The commands beside training: `train watch | export | card | upload`. None of them imports torch before it must."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..runtime.errors import UserError
+from .run_directory import RunDirectory
+from .watch import PORT
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of these commands."""
+    parser = argparse.ArgumentParser(prog="train")
+    commands = parser.add_subparsers(dest="command", required=True)
+    watch = commands.add_parser("watch", help="show a run's page in a browser on this machine, refreshed while it trains")
+    watch.add_argument("--port", type=int, default=PORT, help="port of 127.0.0.1 (default: %(default)s; 0: any free one)")
+    export = commands.add_parser("export", help="write a checkpoint as an encoder file, also while the run goes on")
+    export.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    export.add_argument("--out", metavar="FILE", help="file to write (default: models/text_encoders/NAME-step-N.safetensors)")
+    export.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one in whose custom_nodes this pack is)")
+    card = commands.add_parser("card", help="write the model card RUN/README.md")
+    card.add_argument("--evaluation", metavar="DIR", help="folder of an evaluation, whose numbers the card shows")
+    upload = commands.add_parser("upload", help="send encoder, card, recipe and samples to Hugging Face")
+    for command in (watch, export, card, upload):
+        command.add_argument("run", metavar="RUN", help="folder of the run")
+    upload.add_argument("repo", metavar="REPO", help="repository on Hugging Face: NAME or OWNER/NAME")
+    upload.add_argument("--private", action="store_true", help="if the repository is new, make it private")
+    upload.add_argument("--yes", action="store_true", help="send without asking")
+    return parser
+
+
+def run_command(options: argparse.Namespace, flags: list[str]) -> int:
+    """Do what the options of `command_line` ask for; the exit status."""
+    run = RunDirectory(options.run).existing()
+    if options.command == "watch":
+        return _watch(options)
+    if options.command == "export":
+        return _export(run, options, flags)
+    if options.command == "card":
+        from .card import write_card
+
+        print(f"Done: {write_card(run, Path(options.evaluation) if options.evaluation else None)}")
+        return 0
+    from .upload import upload
+
+    sent = upload(run, options.repo, options.private, options.yes)
+    print(f"Done: {sent}" if sent else "")
+    return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from .watch import open_server
+
+    with open_server(options.run, options.port) as server:
+        print(f"http://{server.server_address[0]}:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return 0
+    return 0
+
+
+def _export(run: RunDirectory, options: argparse.Namespace, flags: list[str]) -> int:
+    from .export import default_name, export
+    from .recipe import load_recipe
+
+    if options.out is None:
+        from ..runtime.comfyui import find_comfyui, start_comfyui
+
+        start_comfyui(find_comfyui(options.comfyui), flags)
+        import folder_paths
+
+        folder = Path(folder_paths.get_folder_paths("text_encoders")[0])
+        out = folder / default_name(run, load_recipe(str(run.recipe)).output.name, options.step)
+    else:
+        out = Path(options.out).expanduser()
+        if out.suffix != ".safetensors":
+            raise UserError(f"{out} has the ending {out.suffix!r}; expected .safetensors.", "give a file name with that ending.")
+    print(f"Done: {export(run, options.step, out)}")
+    return 0

@@ -1,0 +1,74 @@
+"""The curves of a run, thinned as they grow: hundreds of thousands of steps take as little memory and page as hundreds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# A curve has at most this many points; each is the mean of neighbouring steps.
+MOST_POINTS = 400
+DIGITS = 5
+
+
+@dataclass
+class Curve:
+    """Points [step, mean], of `width` neighbouring steps each. The width doubles when there are too many points."""
+
+    width: int = 1
+    _sums: dict[int, tuple[int, float, int]] = field(default_factory=dict)
+
+    def add(self, step: int, value: float | None) -> None:
+        """Add one value; None, which stands for a number that is not finite, leaves a gap."""
+        if value is None:
+            return
+        _, total, count = self._sums.get(step // self.width, (0, 0.0, 0))
+        self._sums[step // self.width] = (step, total + value, count + 1)
+        if len(self._sums) > MOST_POINTS:
+            self._halve()
+
+    def points(self) -> list[tuple[int, float]]:
+        """The last step and the mean value of each point."""
+        return [(step, float(f"{total / count:.{DIGITS}g}")) for step, total, count in self._sums.values()]
+
+    def _halve(self) -> None:
+        self.width *= 2
+        wider: dict[int, tuple[int, float, int]] = {}
+        for place, (step, total, count) in self._sums.items():
+            _, before, counted = wider.get(place // 2, (0, 0.0, 0))
+            wider[place // 2] = (step, before + total, counted + count)
+        self._sums = wider
+
+
+@dataclass
+class Curves:
+    """All curves of a run: loss by stage, held-out loss by band, learning rate, throughput; and the newest line of metrics."""
+
+    loss: dict[int, Curve] = field(default_factory=dict)
+    held_out: dict[str, Curve] = field(default_factory=dict)
+    learning_rate: Curve = field(default_factory=Curve)
+    throughput: Curve = field(default_factory=Curve)
+    newest: dict[str, Any] = field(default_factory=dict)
+    best: tuple[int, float] | None = None
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a line of metrics.jsonl, as the reporter writes it."""
+        step = row["step"]
+        if "held_out_by_band" in row:
+            for band, value in row["held_out_by_band"].items():
+                self.held_out.setdefault(band, Curve()).add(step, value)
+            mean = row.get("held_out_loss")
+            if mean is not None and (self.best is None or mean < self.best[1]):
+                self.best = (step, mean)
+            return
+        self.loss.setdefault(row.get("stage", 0), Curve()).add(step, row.get("loss"))
+        self.learning_rate.add(step, row.get("learning_rate"))
+        self.throughput.add(step, row.get("samples_per_s"))
+        self.newest = dict(row)
+
+    def add_lines(self, lines: Iterable[bytes]) -> None:
+        """Add complete lines of metrics.jsonl; a line that a kill cut off is left out."""
+        for line in lines:
+            if line.endswith(b"\n"):
+                self.add(json.loads(line))

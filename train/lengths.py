@@ -1,0 +1,52 @@
+"""Stages that are lengthened or shortened when a run is resumed; nothing else of its recipe may change."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ..runtime.lock import RunError
+from .recipe import Recipe
+
+
+def differences_besides_lengths(present: Recipe, requested: Recipe) -> list[str]:
+    """What differs between two recipes if anything besides the steps of their stages does, else nothing."""
+    if len(present.stages) == len(requested.stages):
+        steps = zip(requested.stages, present.stages, strict=True)
+        stages = tuple(asked.model_copy(update={"steps": stage.steps}) for asked, stage in steps)
+        if not present.differences(requested.model_copy(update={"stages": stages})):
+            return []
+    return present.differences(requested)
+
+
+def change_of_lengths(present: Recipe, requested: Recipe, step: int) -> dict[str, Any]:
+    """The note about the stages whose steps `requested` changes after `step` optimizer steps.
+
+    Raises RunError for a stage that is over, and for fewer steps than have been taken.
+    """
+    changes, begin = [], 0
+    for stage, asked in zip(present.stages, requested.stages, strict=True):
+        if asked.steps != stage.steps:
+            _check(stage.name, asked.steps, step - begin, stage.steps)
+            changes.append(f"{stage.name}: {stage.steps:,} -> {asked.steps:,} steps")
+        begin += stage.steps
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "step": step,
+        "changes": changes,
+        "recipe_sha256_before": present.sha256,
+        "recipe_sha256": requested.sha256,
+    }
+
+
+def _check(name: str, asked: int, taken: int, steps: int) -> None:
+    if taken > steps:
+        raise RunError(
+            f"Stage {name} is over: its length can no longer change (expected {steps:,} steps, got {asked:,}).",
+            f"give it {steps:,} steps again, and change the stage that the run is in or a later one.",
+        )
+    if asked < taken:
+        raise RunError(
+            f"{taken:,} steps of stage {name} have been taken: expected at least as many, got {asked:,}.",
+            f"give it {taken:,} steps or more; with {taken:,} the run goes on to the next stage, or ends.",
+        )

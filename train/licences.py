@@ -1,0 +1,77 @@
+"""Which licence a student has: it follows from the models that it was made from, known by the names of their files."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .recipe import NO_CLIP_L, RANDOM, STAND_IN, Recipe
+
+HUGGING_FACE = "https://huggingface.co/"
+DEV = "black-forest-labs/FLUX.1-dev"
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A licence. name: Hugging Face's, or one that it does not know, which then has a link. open: whether it allows any use."""
+
+    name: str
+    open: bool = True
+    link: str = ""
+
+
+APACHE = Licence("apache-2.0")
+FLUX_DEV = Licence("flux-1-dev-non-commercial-license", False, f"{HUGGING_FACE}{DEV}/blob/main/LICENSE.md")
+UNKNOWN = Licence("unknown", False)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model that a student was made from. part: what it did. repo: where it was published, if known."""
+
+    part: str
+    file: str
+    licence: Licence
+    repo: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Its licence, and how that is known, in a sentence."""
+        if self.licence is UNKNOWN:
+            return f"unknown: check it where you got {self.file}"
+        return f"{self.licence.name}" + (f", as published in [{self.repo}]({HUGGING_FACE}{self.repo})" if self.repo else ", with this pack")
+
+
+# The beginnings of file names as they are published, where they come from, and under which licence.
+KNOWN = (
+    (r"flux1?[-_.]?(1[-_])?dev", DEV, FLUX_DEV),
+    (r"flux1?[-_.]?(1[-_])?schnell", "black-forest-labs/FLUX.1-schnell", APACHE),
+    (r"t5xxl_|t5[-_]v1_1[-_]xxl", "google/t5-v1_1-xxl", APACHE),
+    (r"(google[-_])?(flan-t5|t5-v1_1)-(small|base|large|xl)(?![\w-])", "google/{name}", APACHE),
+    (r"miniature_", "", APACHE),
+)
+
+
+def origins(recipe: Recipe) -> list[Origin]:
+    """The models whose weights or outputs a student of this recipe learned from; random ones are left out."""
+    named = {
+        "diffusion model, whose velocities it follows": recipe.diffusion_model.file,
+        "teacher, whose text embeddings it replaces": recipe.teacher.t5,
+        "initial weights": recipe.student.start,
+    }
+    return [_origin(part, Path(file).name) for part, file in named.items() if file not in (STAND_IN, RANDOM, NO_CLIP_L)]
+
+
+def _origin(part: str, file: str) -> Origin:
+    for pattern, repo, licence in KNOWN:
+        if found := re.match(pattern, file, re.IGNORECASE):
+            return Origin(part, file, licence, repo.format(name=found[0].removeprefix("google-").removeprefix("google_")))
+    return Origin(part, file, UNKNOWN)
+
+
+def licence_of(models: list[Origin]) -> Licence:
+    """The strictest of their licences; unknown if one is."""
+    licences = [model.licence for model in models]
+    strict = [licence for licence in licences if not licence.open]
+    return UNKNOWN if UNKNOWN in licences else strict[0] if strict else APACHE

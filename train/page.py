@@ -1,0 +1,129 @@
+"""RUN/page.html: a run's curves, images, recipe and warnings on one page that needs no network and no server."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..runtime.disk import replace_file
+from .curves import Curves
+from .recipe import Recipe
+from .run_directory import RunDirectory
+
+TEMPLATE = Path(__file__).resolve().parent / "page.html"
+PLACE = ">DATA<"
+SAMPLE = re.compile(r"step-(\d{6,})-([\w-]+)\.jpg")
+# The page is written at most this often, and takes at most this share of the time.
+INTERVAL_S, SHARE = 10.0, 0.01
+LOG_BYTES, MOST_WARNINGS = 1 << 20, 30
+WARNING = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ (WARNING|ERROR|CRITICAL) (.*)$")
+UNITS = {"gpu_peak_mb": "GPU memory, peak", "ram_mb": "RAM"}
+log = logging.getLogger(__name__)
+
+
+class RunPage:
+    """The page of one run, from its files and from the metrics that are added while it trains.
+
+    facts: what is trained, in lines. state: training, stopped, finished or failed. failure: why it failed.
+    """
+
+    def __init__(self, run: RunDirectory, recipe: Recipe) -> None:
+        self.run, self.recipe = run, recipe
+        self.facts: dict[str, str] = {}
+        self.state, self.failure = "training", ""
+        self.curves = Curves()
+        self._next_s = 0.0
+        self._works = True
+        if run.metrics.is_file():
+            with run.metrics.open("rb") as lines:
+                self.curves.add_lines(lines)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to write the page again."""
+        return time.monotonic() >= self._next_s
+
+    def write(self, step: int, left_s: float | None) -> None:
+        """Replace RUN/page.html. On a full disk the page stays as it was, with one warning."""
+        begin = time.monotonic()
+        try:
+            replace_file(self.run.page, self.html(step, left_s).encode())
+        except OSError as error:
+            if self._works:
+                log.warning("%s cannot be written (%s); the run continues.", self.run.page, error)
+            self._works = False
+        now = time.monotonic()
+        self._next_s = now + max(INTERVAL_S, (now - begin) / SHARE)
+
+    def html(self, step: int, left_s: float | None) -> str:
+        """The page, after `step` steps."""
+        # No text of the run can end the element that holds the data.
+        data = json.dumps(self._data(step, left_s), ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
+        return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, f">{data}<")
+
+    def _data(self, step: int, left_s: float | None) -> dict[str, Any]:
+        curves = self.curves
+        return {
+            "name": self.recipe.name,
+            "folder": self.run.path.name,
+            "state": self.state,
+            "failure": self.failure,
+            "written": round(time.time()),
+            "interval": INTERVAL_S,
+            "step": step,
+            "left": left_s,
+            "facts": self.facts,
+            "numbers": dict(self._numbers()),
+            "stages": list(self._stages()),
+            "heldOut": {f"\u03c3 {band}": curve.points() for band, curve in curves.held_out.items()},
+            "learningRate": curves.learning_rate.points(),
+            "throughput": curves.throughput.points(),
+            "samples": samples_of(self.run.samples),
+            "recipe": self.recipe.to_toml(),
+            "history": self.run.recipe_changes(),
+            "warnings": warnings_of(self.run.log),
+        }
+
+    def _numbers(self) -> Iterator[tuple[str, str]]:
+        newest, best = self.curves.newest, self.curves.best
+        if "loss" in newest:
+            yield "loss", "not finite" if newest["loss"] is None else f"{newest['loss']:.4g}"
+        if best is not None:
+            yield "lowest held-out loss", f"{best[1]:.4g} at step {best[0]:,}"
+        if newest.get("samples_per_s"):
+            yield "throughput", f"{newest['samples_per_s']:.3g} prompts/s"
+        for name, label in UNITS.items():
+            if name in newest:
+                yield label, f"{newest[name] / 1000:.2f} GB"
+        if newest.get("skipped_steps"):
+            yield "dropped steps", f"{newest['skipped_steps']:,}"
+
+    def _stages(self) -> Iterator[dict[str, Any]]:
+        begin = 0
+        for number, stage in enumerate(self.recipe.stages):
+            curve = self.curves.loss.get(number)
+            points = curve.points() if curve else []
+            yield {"name": stage.name, "objective": stage.objective, "begin": begin, "end": begin + stage.steps, "loss": points}
+            begin += stage.steps
+
+
+def samples_of(folder: Path) -> list[dict[str, Any]]:
+    """Step, name and file of every image of a run, in the order of steps."""
+    found = [(int(match[1]), match[2], path.name) for path in folder.glob("*.jpg") if (match := SAMPLE.fullmatch(path.name))]
+    return [{"step": step, "name": name, "file": file} for step, name, file in sorted(found)]
+
+
+def warnings_of(path: Path) -> list[str]:
+    """The newest warnings and errors at the end of a run's log; equal ones once."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LOG_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    found = {match[3]: f"{match[1]} {match[3]}" for line in lines if (match := WARNING.match(line))}
+    return list(found.values())[-MOST_WARNINGS:]

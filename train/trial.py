@@ -1,0 +1,65 @@
+"""What a step of each later stage will take: one forward and backward pass of it, which changes nothing of the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from ..runtime.randomness import undisturbed
+from .objectives import OBJECTIVES
+from .recipe import Stage
+from .trajectory import gap_at
+from .workshop import Workshop
+
+# The first pass of a size allocates memory and chooses kernels; the last one is measured.
+PASSES = 2
+Result = TypeVar("Result")
+
+
+def trials(workshop: Workshop) -> dict[int, float]:
+    """Seconds of an optimizer step, by stage, of the stages that have not begun; all processes must call it.
+
+    The teacher's work is divided among the steps of a trajectory. Stages of the same cost are measured once.
+    """
+    recipe, learner = workshop.recipe, workshop.learner
+    now = workshop.schedule.place(learner.step).stage if learner.step < workshop.schedule.total_steps else len(recipe.stages)
+    measured: dict[tuple[object, ...], float] = {}
+    seconds: dict[int, float] = {}
+    for number, stage in enumerate(recipe.stages):
+        if number > now:
+            if _cost_of(stage) not in measured:
+                measured[_cost_of(stage)] = _trial(workshop, number)
+            seconds[number] = measured[_cost_of(stage)]
+    return seconds
+
+
+def _cost_of(stage: Stage) -> tuple[object, ...]:
+    return stage.objective, stage.resolution_px, stage.batch, stage.accumulate
+
+
+def _trial(workshop: Workshop, number: int) -> float:
+    learner, objective = workshop.learner, OBJECTIVES[workshop.recipe.stages[number].objective]
+    batches = workshop.schedule.batches(number, 0)
+    with undisturbed():
+        workshop.load_model()
+        encode_s, positions = timed(
+            lambda: workshop.starts(batches, workshop.teacher.texts((batch.prompts, batch.drawn.token_length) for batch in batches))
+        )
+        passes = [
+            timed(lambda: [gap_at(one, workshop.model, learner.embed, objective)[0].mean().backward() for one in positions])[0]
+            for _ in range(PASSES)
+        ]
+        learner.optimizer.zero_grad(set_to_none=True)
+    return passes[-1] + encode_s / workshop.recipe.sampling.steps
+
+
+def timed(work: Callable[[], Result]) -> tuple[float, Result]:
+    """Seconds until some work is finished on the GPU, and its result."""
+    begin = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin, result
