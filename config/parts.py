@@ -10,7 +10,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from .toml import write_toml
 
 
-def _file_stem(name: str) -> str:
+def file_stem(name: str) -> str:
+    """The name if it can be that of a file, without its extension. Raises ValueError that says what is expected."""
     plain = name.replace("-", "").replace("_", "").replace(".", "")
     if not (plain.isascii() and plain.isalnum()) or name[0] in ".-" or name.endswith((".", ".safetensors", ".toml")):
         raise ValueError("expected a file name of letters, digits, '_', '-' and '.', without folder and extension")
@@ -34,7 +35,7 @@ def _not_empty(entries: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 Text = Annotated[str, Field(min_length=1)]
-FileStem = Annotated[Text, AfterValidator(_file_stem)]
+FileStem = Annotated[Text, AfterValidator(file_stem)]
 # A path or the name of a file. In TOML, "D:\t5\new" holds a tab and a line break.
 FilePath = Annotated[Text, AfterValidator(_path)]
 OptionalPath = Annotated[str, AfterValidator(_path)]

@@ -72,7 +72,10 @@ def _load_patcher(path: Path, dtype: torch.dtype | None, family: Family) -> Any:
         raise _refused(error.problem, family) from error
     with logged_lines("unet missing: ") as missing:
         try:
-            patcher = comfy.sd.load_diffusion_model(str(path), model_options={} if dtype is None else {"dtype": dtype})
+            # As ComfyUI's own training node does: with dynamic VRAM, weights are replaced while autograd needs them.
+            patcher = comfy.sd.load_diffusion_model(
+                str(path), model_options={} if dtype is None else {"dtype": dtype}, disable_dynamic=True
+            )
         except DETECTION_ERRORS as error:
             if is_out_of_memory(error):
                 raise

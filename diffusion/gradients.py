@@ -39,9 +39,11 @@ def differentiable(model: Module, blocks: Sequence[Module], checkpoint_blocks: b
         for norm in (module for module in model.modules() if isinstance(module, LayerNorm)):
             stack.callback(norm.register_forward_pre_hook(_clone_input).remove)
         # ComfyUI's own switch for fused functions without a backward. Not all of its models look at it.
-        stack.enter_context(_replaced(comfy.model_management, "in_training", True))
+        stack.enter_context(replaced(comfy.model_management, "in_training", True))
+        # ComfyUI copies weights to the GPU asynchronously into buffers that it reuses, but autograd needs the weights later.
+        stack.enter_context(replaced(comfy.model_management, "NUM_STREAMS", 0))
         # No model offers a switch for these two: a norm that is a plain function, and rotary embeddings of compiled code.
-        stack.enter_context(_replaced(comfy.ldm.common_dit, "rms_norm", _on_clone(comfy.ldm.common_dit.rms_norm)))
+        stack.enter_context(replaced(comfy.ldm.common_dit, "rms_norm", _on_clone(comfy.ldm.common_dit.rms_norm)))
         stack.enter_context(_eager_rotary_embeddings())
         yield
 
@@ -53,12 +55,13 @@ def _eager_rotary_embeddings() -> Iterator[None]:
         if importlib.util.find_spec("comfy_kitchen") is not None:
             kitchen, eager = (importlib.import_module(name) for name in ("comfy_kitchen", "comfy_kitchen.backends.eager.rope"))
             for name in (name for name in vars(eager) if "rope" in name and not name.startswith("_") and hasattr(kitchen, name)):
-                stack.enter_context(_replaced(kitchen, name, getattr(eager, name)))
+                stack.enter_context(replaced(kitchen, name, getattr(eager, name)))
         yield
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an attribute another value while the context is open."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

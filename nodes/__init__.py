@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..runtime.model_folders import add_model_folders
 from .attention_map import DistilledT5AttentionMapImage, DistilledT5CrossAttentionMap
 from .common_text import DistilledT5CommonTextPrompt
+from .distil import DistilledT5Distil
 from .encoder_map import DistilledT5EncoderMap
 from .encoder_report import DistilledT5EncoderReport
 from .loader import DistilledT5Loader
@@ -16,7 +17,7 @@ from .replacements import register_replacements
 from .save import DistilledT5Save
 from .text_encode import DistilledT5TextEncode
 
-ENCODER_NODES: list[type[io.ComfyNode]] = [DistilledT5Loader, DistilledT5TextEncode, DistilledT5Save]
+ENCODER_NODES: list[type[io.ComfyNode]] = [DistilledT5Loader, DistilledT5TextEncode, DistilledT5Save, DistilledT5Distil]
 EVALUATION_NODES: list[type[io.ComfyNode]] = [
     DistilledT5OCRAccuracy,
     DistilledT5EncoderMap,

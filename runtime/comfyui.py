@@ -82,7 +82,7 @@ def start_comfyui(folder: Path, flags: Sequence[str], before_torch: Callable[[],
         sys.argv = before
     arguments = parsed.args
     _refuse_flags_of_main({name for name, value in vars(arguments).items() if value != parsed.parser.get_default(name)})
-    _refuse_fast_products(arguments)
+    refuse_fast_products(arguments)
     importlib.import_module("folder_paths")
     _add_model_paths(folder, arguments.extra_model_paths_config)
     before_torch()
@@ -118,7 +118,7 @@ def _as_flags(names: Iterable[str]) -> str:
     return " ".join(sorted(f"--{name.replace('_', '-')}" for name in names))
 
 
-def _refuse_fast_products(arguments: Any) -> None:
+def refuse_fast_products(arguments: Any) -> None:
     """Raise ValueError for the matrix products of `--fast` that have no gradient: training would silently have no effect."""
     without = {"fp8_matrix_mult", "cublas_ops"} & {feature.value for feature in arguments.fast or ()}
     if without:

@@ -78,7 +78,7 @@ def train(
         finished = _loop(workshop, checkpoints, reporter, stop, state)
         if not (finished and ranks.is_main):
             return None
-        written = written_before(recipe, checkpoints) if was_finished else None
+        written = written_before(recipe, checkpoints.paths()[-1]) if was_finished else None
         return written or _finish(workshop, run)
 
 
@@ -142,9 +142,9 @@ def _write_checkpointed(workshop: Workshop, path: Path, tensors: Mapping[str, Te
     write_student(path, dict(tensors), metadata_of(workshop.recipe, workshop.learner.step))
 
 
-def written_before(recipe: Recipe, checkpoints: Checkpoints) -> Path | None:
+def written_before(recipe: Recipe, checkpoint: Path) -> Path | None:
     """The encoder that a finished run has already written: the file under its name that holds the last checkpoint's weights."""
-    last = open_student(checkpoints.paths()[-1] / STUDENT).metadata.sha256
+    last = open_student(checkpoint / STUDENT).metadata.sha256
     for path in sorted(_encoders().glob(f"{recipe.output.name}*.safetensors")):
         with contextlib.suppress(StudentFileError):
             if last is not None and open_student(path).metadata.sha256 == last:

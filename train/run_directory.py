@@ -12,6 +12,8 @@ from ..runtime.disk import check_regular, replace_file
 from ..runtime.lock import RunError, lock
 from .checkpoint_files import CHECKPOINT, REPLACED
 
+PROMPTS = "prompts.txt"
+
 
 class RunDirectory:
     """`runs/<name>/`: recipe.toml, metrics.jsonl, train.log, page.html, checkpoints/, samples/. One process at a time writes to it.
@@ -28,6 +30,7 @@ class RunDirectory:
         self.samples = self.path / "samples"
         self.page = self.path / "page.html"
         self.history = self.path / "recipe-history.jsonl"
+        self.prompts = self.path / PROMPTS
         self._lock: BinaryIO | None = None
 
     @property
@@ -49,7 +52,7 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file, not a folder.", "name another folder with --run.")
-        if self.path.is_dir() and not self.is_run and any(not path.name.startswith(".") for path in self.path.iterdir()):
+        if self.path.is_dir() and not self.is_run and any(not _is_ours(path) for path in self.path.iterdir()):
             raise RunError(f"{self.path} holds files but no run (it has no recipe.toml).", "name a new folder with --run.")
         self._open(recipe_toml)
         return self
@@ -133,3 +136,8 @@ class RunDirectory:
         check_regular(self.metrics)
         check_regular(self.log)
         check_regular(self.page)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a new run may begin in a folder that holds this file: the graph's prompts, or what a killed process left."""
+    return path.name == PROMPTS or path.name.startswith(".")

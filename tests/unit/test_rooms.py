@@ -24,7 +24,7 @@ BELOW = {
     "train": GROUND - {"world"},
     "evaluate": GROUND | {"train"},
     "miniature": GROUND | {"train"},
-    "nodes": {"runtime", "prompts", "students", "families", "encoder", "evaluate"},
+    "nodes": {"runtime", "prompts", "students", "families", "encoder", "train", "evaluate"},
 }
 # Of the trainer, the evaluation uses the method and not the runner; the miniature, whose teacher and Flux are no students, only how any
 # network is trained.

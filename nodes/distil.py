@@ -1,0 +1,117 @@
+"""Distil Text Encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..encoder.served import ServingOptions, load_encoder
+from ..runtime.comfyui import model_file
+from ..runtime.errors import UserError
+from ..train.presets import Wishes, check_name, fitting_family, preset_names, recipe_of, starter_prompts
+from .loaded_files import diffusion_file, text_encoder_files
+from .model_files import FOLDER, NO_FILE
+from .show import image_of, shown
+
+if TYPE_CHECKING:
+    from ..train.recipe import Recipe
+    from ..train.run_directory import RunDirectory
+
+OF_THE_PRESET = "as in the preset"
+MOST_STEPS, MOST_SEED = 100_000_000, 2**31 - 1
+RUNS = "distilled_t5"
+PRESET = "schnell-16gb"
+
+
+class DistilledT5Distil(io.ComfyNode):
+    """Trains a student of a text encoder in the graph."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DistilledT5Distil",
+            display_name="Distil Text Encoder",
+            category="Distilled T5",
+            description=(
+                "Trains a small text encoder that makes this diffusion model draw what its large one does, and gives it when it is done. "
+                "Cancel saves, the next Run continues. The trainer is that of the command."
+            ),
+            search_aliases=["train text encoder", "distillation", "train T5", "DistillT5 training", "student teacher"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model to follow: of Load Diffusion Model, without LoRA."),
+                io.Clip.Input("teacher", tooltip="The text encoder to imitate: of DualCLIPLoader (T5-XXL) or Distilled T5 Loader."),
+                io.Combo.Input(
+                    "preset",
+                    options=preset_names(),
+                    default=PRESET,
+                    tooltip="A recipe of the pack: size of the student, resolution, batch, learning rate, steps, prompts.",
+                ),
+                io.Int.Input(
+                    "steps", default=0, min=0, max=MOST_STEPS, tooltip="Optimizer steps, all stages together. 0: as in the preset."
+                ),
+                io.String.Input(
+                    "prompts",
+                    default=starter_prompts(),
+                    multiline=True,
+                    placeholder="One prompt on each line. Empty: the preset's own prompts.",
+                    tooltip="What is trained on, one prompt on each line; thousands are better than these. Empty: the preset's own.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="my_student",
+                    tooltip="The encoder becomes models/text_encoders/NAME.safetensors, the run is in output/distilled_t5/NAME.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=MOST_SEED, tooltip="Decides every random draw: the same seed, the same student."
+                ),
+                io.Combo.Input(
+                    "preview_vae",
+                    display_name="preview VAE",
+                    options=[OF_THE_PRESET, NO_FILE, *folder_paths.get_filename_list("vae")],
+                    default=OF_THE_PRESET,
+                    advanced=True,
+                    optional=True,
+                    tooltip="The VAE of the images that are shown while the student is trained; none: no images.",
+                ),
+            ],
+            outputs=[
+                io.Clip.Output(display_name="CLIP", tooltip="The trained encoder, as Distilled T5 Loader gives it."),
+                io.String.Output(display_name="report", tooltip="The encoder's file, how far it came, and the folder of the run."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, teacher: Any, preset: str, steps: int, prompts: str, name: str, seed: int, preview_vae: str = OF_THE_PRESET
+    ) -> io.NodeOutput:
+        from ..train.in_graph import distil, newest_image, outcome
+
+        run, recipe = _run_and_recipe(model, teacher, preset, prompts, preview_vae, name=name, seed=seed, steps=steps)
+        path = distil(recipe, run)
+        clip_l = None if recipe.teacher.clip_l == NO_FILE else str(model_file(recipe.teacher.clip_l, FOLDER))
+        options = ServingOptions(recipe.family.name, embedding_folders=tuple(folder_paths.get_folder_paths("embeddings")))
+        served, sheet = load_encoder(str(path), clip_l, options), newest_image(run)
+        report = "\n".join([served.info, *outcome(run), f"run: {run.path}"])
+        shows = ui.PreviewText(report).as_dict() if sheet is None else shown(image_of(sheet), report, cls)
+        return io.NodeOutput(served.clip, report, ui=shows)
+
+
+def _run_and_recipe(model: Any, teacher: Any, preset: str, prompts: str, preview_vae: str, **chosen: Any) -> tuple[RunDirectory, Recipe]:
+    """The folder of the run, which is not made yet, and the recipe that these inputs say."""
+    from ..train.in_graph import keep_prompts
+    from ..train.run_directory import RunDirectory
+
+    if model is None or teacher is None:
+        raise UserError("There is no MODEL or no CLIP.", "connect Load Diffusion Model, and DualCLIPLoader or Distilled T5 Loader.")
+    family = fitting_family(preset, model.model)
+    (diffusion_model, dtype), (t5, clip_l) = diffusion_file(model), text_encoder_files(teacher, family)
+    vae = {OF_THE_PRESET: None, NO_FILE: ""}.get(preview_vae, preview_vae)
+    check_name(chosen["name"])
+    run = RunDirectory(Path(folder_paths.get_output_directory(), RUNS, chosen["name"]))
+    path, count = keep_prompts(run, prompts) if prompts.strip() else (None, 0)
+    wishes = Wishes(diffusion_model, dtype, t5, clip_l or NO_FILE, vae=vae, prompts=path, prompt_count=count, **chosen)
+    return run, recipe_of(preset, wishes)

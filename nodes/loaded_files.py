@@ -1,0 +1,76 @@
+"""The files behind a MODEL and a CLIP of the graph, by the names under which ComfyUI lists them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+
+from ..encoder.clip_l import in_order
+from ..families.family import Family
+from ..runtime.errors import UserError
+from ..runtime.weights import CHOICES
+
+LOADERS = {
+    "model": "connect Load Diffusion Model directly",
+    "teacher": "connect DualCLIPLoader or Distilled T5 Loader directly",
+}
+
+
+def diffusion_file(model: Any) -> tuple[str, str]:
+    """The file of a MODEL, and the number format of its weights as recipes name it.
+
+    Raises UserError for a model that other nodes have changed, or whose file is not known.
+    """
+    path, options, *_ = (*_loaded_from(model, "model"), {})
+    dtype = options.get("dtype") if isinstance(options, dict) else None
+    names = [name for name, known in CHOICES.items() if known == dtype]
+    if dtype is not None and not names:
+        raise UserError(
+            f"The model is held in {dtype}, which cannot be trained with.", f"set weight_dtype to default or {', '.join(CHOICES)}."
+        )
+    return _listed(str(path), "diffusion_models"), names[0] if names else "auto"
+
+
+def text_encoder_files(clip: Any, family: Family) -> tuple[str, str | None]:
+    """The files of a CLIP: the large text encoder, and CLIP-L if there is one.
+
+    Raises UserError for another kind of CLIP, for one that other nodes have changed, and for one whose files are not known.
+    """
+    if not hasattr(clip.cond_stage_model, family.part):
+        kind = type(clip.cond_stage_model).__name__
+        raise UserError(f"The teacher is a {kind}; expected a text encoder of {family.display_name}.", f"{LOADERS['teacher']}.")
+    paths, second, *_ = (*_loaded_from(clip.patcher, "teacher"), None)
+    # DualCLIPLoader: a list of files. Distilled T5 Loader: the student's, then that of CLIP-L or None.
+    files = list(paths) if isinstance(paths, list | tuple) else [paths, *([second] if isinstance(second, str) else [])]
+    clip_l, t5 = in_order(files[0], files[1]) if len(files) == 2 else (None, files[0])
+    return _listed(t5, "text_encoders"), None if clip_l is None else _listed(clip_l, "text_encoders")
+
+
+def _loaded_from(patcher: Any, name: str) -> tuple[Any, ...]:
+    """What ComfyUI's loader was called with: the path or paths, then others."""
+    # A CLIP has ComfyUI's own object patch: the format in which it computes.
+    objects = set(patcher.object_patches) - {"manual_cast_dtype"}
+    options = patcher.model_options.get("transformer_options", {})
+    if patcher.patches or objects or patcher.hook_patches or any(options.values()):
+        raise UserError(
+            f"The {name} was changed by other nodes (a LoRA, a sampling or attention node); it is trained with as its file has it.",
+            f"{LOADERS[name]}; to train with a LoRA, save the merged model to a file and load that.",
+        )
+    _, arguments, *_ = patcher.cached_patcher_init or (None, ())
+    paths = arguments[0] if arguments else None
+    known = [paths] if isinstance(paths, str) else paths
+    if not known or not all(isinstance(path, str) and Path(path).is_file() for path in known):
+        raise UserError(f"The file of the {name} is not known: its loader does not say it to ComfyUI.", f"{LOADERS[name]}.")
+    return arguments
+
+
+def _listed(path: str, kind: str) -> str:
+    """The name in ComfyUI's list that leads to this file, else its path."""
+    for folder in folder_paths.get_folder_paths(kind):
+        if Path(path).is_relative_to(folder):
+            name = str(Path(path).relative_to(folder))
+            if folder_paths.get_full_path(kind, name) == path:
+                return name
+    return path

@@ -1,0 +1,128 @@
+"""Recipes made of a shipped one, the preset, and what a user chooses in the graph: models, prompts, steps, seed, name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config.files import SHIPPED
+from ..config.parts import file_stem
+from ..config.toml import toml_value
+from ..families.family import Family
+from ..prompts.corpora import PACK
+from ..runtime.errors import UserError, printable
+from .recipe import Recipe, load_recipe
+
+# Shipped recipes that train nothing of use.
+NOT_PRESETS = ("smoke",)
+# Of a user's own prompts, one in so many is held out, at most as many as in the preset; and steps of warm-up, likewise.
+SHARE = 10
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the graph says: model files as recipes name them, and what replaces the preset's own values.
+
+    steps: 0 for the preset's. vae: None for the preset's, "" for no images. prompts: a file with a prompt on each line; None for the
+    preset's own prompts.
+    """
+
+    diffusion_model: str
+    dtype: str
+    t5: str
+    clip_l: str
+    name: str
+    seed: int = 0
+    steps: int = 0
+    vae: str | None = None
+    prompts: Path | None = None
+    prompt_count: int = 0
+
+
+def preset_names() -> list[str]:
+    """The shipped recipes that can be presets."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml") if path.stem not in NOT_PRESETS)
+
+
+def starter_prompts() -> str:
+    """The pack's general prompts, one on each line."""
+    return (PACK / "prompts" / "starter.txt").read_text(encoding="utf-8").strip()
+
+
+def recipe_of(preset: str, wishes: Wishes) -> Recipe:
+    """The preset with these wishes. Raises UserError for a number of steps that is too small, ConfigError for other values."""
+    recipe = load_recipe(preset)
+    settings = [*_model_settings(wishes), *_length_settings(recipe, wishes.steps), *_prompt_settings(recipe, wishes)]
+    return load_recipe(preset, settings)
+
+
+def fitting_family(preset: str, model: Any) -> Family:
+    """The family of a preset. Raises UserError with the presets that fit this loaded model if this one does not."""
+    recipe = load_recipe(preset)
+    if reason := _misfit(recipe, model):
+        fitting = [name for name in preset_names() if _misfit(load_recipe(name), model) is None]
+        raise UserError(
+            f"The preset {preset} does not fit the model, which {reason}",
+            f"set preset to {' or '.join(fitting)}." if fitting else "connect a model of a family that this pack knows.",
+        )
+    return recipe.family
+
+
+def _misfit(recipe: Recipe, model: Any) -> str | None:
+    """Why a recipe cannot train with a loaded model, after "which"; None if it can."""
+    if reason := recipe.family.refuse(model):
+        return reason
+    takes_guidance = recipe.family.takes_guidance(model)
+    if takes_guidance == bool(recipe.sampling.guidance):
+        return None
+    return "takes guidance; the preset has none." if takes_guidance else "takes no guidance; the preset has some."
+
+
+def check_name(name: str) -> None:
+    """Raise UserError for a name that cannot be that of a file."""
+    try:
+        file_stem(name)
+    except ValueError as error:
+        raise UserError(f"{printable(name)!r} cannot be the name of the encoder: {error}.", 'give a name such as "my_student".') from error
+
+
+def _model_settings(wishes: Wishes) -> Iterator[str]:
+    values = {
+        "teacher.t5": wishes.t5,
+        "teacher.clip_l": wishes.clip_l,
+        "diffusion_model.file": wishes.diffusion_model,
+        "diffusion_model.dtype": wishes.dtype,
+        "output.name": wishes.name,
+        "seed": wishes.seed,
+    }
+    if wishes.vae is not None:
+        values["preview.vae"] = wishes.vae
+    return (f"{key}={toml_value(value)}" for key, value in values.items())
+
+
+def _length_settings(recipe: Recipe, steps: int) -> Iterator[str]:
+    """Every stage, and the steps between reports, in proportion."""
+    usual = [stage.steps for stage in recipe.stages]
+    if steps in (0, sum(usual)):
+        return
+    share = steps / sum(usual)
+    stages = [max(1, round(stage * share)) for stage in usual[:-1]]
+    stages.append(steps - sum(stages))
+    if stages[-1] < 1:
+        raise UserError(f"{steps} steps are too few for the {len(usual)} stages of the preset {recipe.name}.", "set steps to 10 or more.")
+    yield from (f"stage.{number}.steps={stage}" for number, stage in enumerate(stages))
+    shortest = min(stages) if recipe.optimizer.restart_per_stage else steps
+    yield f"optimizer.warmup_steps={min(recipe.optimizer.warmup_steps, shortest // SHARE)}"
+    for part in ("validation", "checkpoints", "preview"):
+        yield f"{part}.every_steps={max(1, round(getattr(recipe, part).every_steps * min(1, share)))}"
+
+
+def _prompt_settings(recipe: Recipe, wishes: Wishes) -> Iterator[str]:
+    """The same prompts in every stage."""
+    if wishes.prompts is None:
+        return
+    corpora = toml_value([{"kind": "lines", "path": str(wishes.prompts)}])
+    yield from (f"stage.{number}.corpora={corpora}" for number in range(len(recipe.stages)))
+    yield f"validation.prompts={min(recipe.validation.prompts, max(1, wishes.prompt_count // SHARE))}"
