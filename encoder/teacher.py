@@ -17,8 +17,6 @@ from ..families import DEFAULT
 from ..families.family import Family
 from ..runtime.errors import StudentFileError, UndistilledError, listed
 from ..runtime.weights import read_header
-from ..students import KINDS
-from ..students.t5.tokens import fit
 from .clip_l import open_clip_l
 from .files import open_student
 from .served import ServingOptions, load_encoder
@@ -41,9 +39,9 @@ class Teacher:
         self.text_model = getattr(clip.cond_stage_model, family.part)
 
     def token_ids(self, prompts: Sequence[str], length: int) -> Tensor:
-        """T5 token ids [B, L]: cut to `length` with the end token last, or padded. Prompts are taken literally, without weights."""
-        tokenizer = getattr(self.clip.tokenizer, self.family.tokenizer_part or self.family.part).tokenizer
-        return torch.tensor([fit(tokenizer(prompt)["input_ids"], length) for prompt in prompts])
+        """Token ids [B, L]: cut to `length` with the end token last, or padded. Prompts are taken literally, without weights."""
+        tokenizer, kind = self.family.tokenizer(self.clip).tokenizer, self.family.kind
+        return torch.tensor([kind.fit(tokenizer(prompt)["input_ids"], length) for prompt in prompts])
 
     def texts(self, batches: Iterable[tuple[Sequence[str], int]]) -> list[TeacherText]:
         """Encode batches of prompts, each with its token length, separately: results differ in the last bits with batch composition."""
@@ -80,14 +78,14 @@ def load_teacher(path: Path, clip_l: Path | None, family: Family = DEFAULT) -> T
     if clip_l is not None:
         _check_clip_l(clip_l)
     clip_l_name = None if clip_l is None else str(clip_l)
-    large = KINDS[family.teacher[0]].named(family.teacher[1], None)
+    large = family.teacher_layout
     try:
         open_student(path)
     except UndistilledError:
         pass  # the network itself: loaded below
     except StudentFileError as error:
         raise ValueError(
-            f"{error.problem}\nThe teacher must be a complete {large.size_name} or distilled T5 in one file.\n"
+            f"{error.problem}\nThe teacher must be a complete {large.size_name} or distilled {family.kind.display_name} in one file.\n"
             "What to do: name such a .safetensors of models/text_encoders in teacher.t5."
         ) from error
     else:
@@ -111,10 +109,9 @@ def check_large(path: Path, family: Family = DEFAULT) -> None:
 
     ComfyUI only warns about missing weights, and would teach with uninitialised memory.
     """
-    name, size = family.teacher
-    layout = KINDS[name].named(size, None)
+    layout = family.teacher_layout
     shapes, _, _ = read_header(path)
-    names, _ = KINDS[name].published_names(shapes)
+    names, _ = family.kind.published_names(shapes)
     wanted = layout.tensors()
     wrong = [name for name, shape in wanted.items() if name not in names or shapes[names[name]] != shape]
     if wrong:
