@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..families import DEFAULT
 from ..families.family import Family
-from ..runtime.errors import StudentFileError, UndistilledError, listed
+from ..runtime.errors import StudentFileError, UndistilledError
 from ..runtime.weights import read_header
 from .clip_l import open_clip_l
 from .files import open_student
+from .needed_tensors import check_large_tensors
 from .served import ServingOptions, load_encoder
 
 
@@ -105,18 +106,5 @@ def _check_clip_l(path: Path) -> None:
 
 
 def check_large(path: Path, family: Family = DEFAULT) -> None:
-    """Raise ValueError unless the file holds every tensor of the network that students replace, whatever else it holds (fp8 scales).
-
-    ComfyUI only warns about missing weights, and would teach with uninitialised memory.
-    """
-    layout = family.teacher_layout
-    shapes, _, _ = read_header(path)
-    names, _ = family.kind.published_names(shapes)
-    wanted = layout.tensors()
-    wrong = [name for name, shape in wanted.items() if name not in names or shapes[names[name]] != shape]
-    if wrong:
-        raise ValueError(
-            f"{path.name} is not a complete {layout.size_name}: {len(wrong)} of {len(wanted)} tensors are missing or misshapen.\n"
-            f"{listed(wrong, 10)}\n"
-            f"What to do: name a complete {layout.size_name} (fp16, bf16 or fp8, not packed in 4 bits) in teacher.t5."
-        )
+    """Raise StudentFileError unless the file holds every tensor of the network that students replace."""
+    check_large_tensors(read_header(path)[0], path.name, family)

@@ -38,8 +38,8 @@ def load_file(path: Path, what: str, source: str) -> dict[str, Tensor]:
 
 def frozen(module: Any, device: str) -> Any:
     """The module on its device, without dropout and without gradients."""
-    # torch documents `eval()` as equal to `train(False)`. Here and in train/validation.py it is written so, because the registry's scanner
-    # takes the shorter call for Python's function of that name, which the pack does not use.
+    # torch documents Module.eval as equal to this. It is written so here and in train/validation.py because the registry's scanner takes
+    # that name for Python's function, which the pack does not use.
     return module.train(False).requires_grad_(False).to(device)
 
 

@@ -33,8 +33,10 @@ class Family:
     block_width_of: channels of a loaded model's text input and of its blocks. latent_channels, latent_dimensions, cell_px: channels of the
     latent, 2 for images or 3 for video, and pixels of an image per cell of it. least_side_px: the smallest image. default_guidance: the
     value that ComfyUI's nodes propose. takes_guidance: whether a loaded model has a guidance input. refuse: a sentence about a loaded model
-    that cannot be used, else None. training_sigmas: noise levels [T + 1] for a model, a number of steps, and latent height and width, where
-    ComfyUI's `simple` scheduler is not what the model was trained with.
+    that cannot be used, else None. patch_px: pixels of an image per image token. kept_numbers, computed_numbers: numbers per token and
+    channel that a block keeps for the backward pass, and that a block takes while it is computed; recomputed_numbers: the latter with
+    block checkpointing. The default values are upper bounds for Flux's blocks. training_sigmas: noise levels [T + 1] for a model, a
+    number of steps, and latent height and width, where ComfyUI's `simple` scheduler is not what the model was trained with.
 
     small: the class in ComfyUI's supported_models and the configuration of a small model of the family, which takes text of the family's
     width: the stand-in of recipes without model files, and the model of tests.
@@ -62,6 +64,11 @@ class Family:
     cell_px: int = 8
     least_side_px: int = 16
     default_guidance: float = 3.5
+    patch_px: int = 16
+    # Measured with torch's profiler on Flux blocks of widths 512 and 1024, forward and backward.
+    kept_numbers: int = 14
+    computed_numbers: int = 12
+    recomputed_numbers: int = 28
     training_sigmas: Callable[[Any, int, int, int], Tensor] | None = None
     companions: Mapping[str, int] = field(default_factory=dict)
     tokenizer_part: str = ""
@@ -84,6 +91,10 @@ class Family:
         """The shape of the latent of a square image, without its batch: [C, H, W], or [C, 1, H, W] where latents are videos."""
         side = side_px // self.cell_px
         return (self.latent_channels, *[1] * (self.latent_dimensions - 2), side, side)
+
+    def image_tokens(self, side_px: int) -> int:
+        """Image tokens of a square image."""
+        return (side_px // self.patch_px) ** 2
 
     def check_side(self, side_px: int) -> None:
         """Raise ValueError for images smaller than the family's models can process."""

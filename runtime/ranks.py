@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -111,6 +112,10 @@ class Ranks:
             with self._explained():
                 dist.scatter_object_list(own, values, src=0)
         return own[0]
+
+    def on_this_machine(self) -> int:
+        """How many of the processes run on this machine, by its name in the network."""
+        return self.gather(platform.node()).count(platform.node())
 
     def any_of(self, flag: bool) -> bool:
         """Whether the flag is set on any process, as for a request to stop."""

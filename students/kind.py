@@ -67,7 +67,8 @@ class StudentKind:
 
     named: the layout of a published size, with a projection of some width or without. sizes: those that a recipe can train. layout_table:
     the recipe's table for any other size, imported when called. planned: the layout of a size or such a table, with a projection of some
-    hidden width and output width. stand_in: a small layout of some output width, for a teacher without a file.
+    hidden width and output width. stand_in: a small layout of some output width, for a teacher without a file. activation_bytes: upper
+    bound of the bytes that the network keeps for the backward pass over a number of prompts of some length under bf16 autocast.
 
     In ComfyUI: module, the attribute of the text model, prefix, what published names have before the served module's own, and served, a
     function (layout, dtype, device, operations) that builds it. In training: trained, a function (layout, dropout) that builds it, and
@@ -91,6 +92,7 @@ class StudentKind:
     layout_table: Callable[[], type[Part]]
     planned: Callable[[str | Part, int, int], Layout]
     stand_in: Callable[[int], Layout]
+    activation_bytes: Callable[[Any, int, int], int]
     module: str
     prefix: str
     served: Callable[[Any, Any, Any, Any], Any]

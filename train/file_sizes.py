@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 
 from ..families.family import Family
-from ..runtime.header import Entry, read_entries
+from ..runtime.header import Entry
 from ..runtime.weights import CHOICES
-from .memory import MemoryNeed, ModelSize, memory_need
-from .recipe import Recipe
+from .memory import ModelSize
 
 # ComfyUI may hold and compute in two bytes what a file has in four.
 USUAL_BYTES = 2
@@ -23,12 +21,9 @@ TOKEN_TABLE = "shared.weight"
 TEXT_OUTPUT = "final_projection.3.weight"
 
 
-def need_in_files(recipe: Recipe, size: ModelSize, encoders: Iterable[Path], on_gpu: bool) -> MemoryNeed:
-    """What the run needs at least, by part, for a diffusion model of this size and the teacher's files. Raises StudentFileError."""
-    entries = [read_entries(path) for path in encoders]
-    width = text_width_in(entries, recipe.family)
-    teacher = sum(_held(entry) for each in entries for name, entry in each.items() if not name.startswith(NOT_ENCODER))
-    return memory_need(recipe, recipe.student.student_layout(width), size, teacher, on_gpu)
+def teacher_bytes_in(files: Iterable[Mapping[str, Entry]]) -> int:
+    """Bytes that a teacher takes at least, from the headers of its files."""
+    return sum(_held(entry) for each in files for name, entry in each.items() if not name.startswith(NOT_ENCODER))
 
 
 def text_width_in(files: Iterable[Mapping[str, Entry]], family: Family) -> int:

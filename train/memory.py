@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..config.files import SHIPPED
-from ..students.t5.layout import StudentLayout
+from ..families.family import Family
+from ..students import KINDS
 from .objectives import OBJECTIVES
-from .recipe import Recipe, Stage
+from .recipe import Recipe, Stage, load_recipe
 from .teacher_chunks import chunk_of
+
+if TYPE_CHECKING:
+    from ..students.kind import Layout
 
 GB = 1e9
 # AdamW: weight, gradient and two moments, float32. Autocast: a bf16 copy of each weight while the student computes.
 # A checkpoint: weight and moments.
 TRAINED_BYTES, AUTOCAST_BYTES, FLOAT32_BYTES, SAVED_BYTES = 16, 2, 4, 12
-# Measured with torch's profiler on Flux blocks of widths 512 and 1024 (forward and backward): numbers per token and channel that a block
-# keeps for the backward pass (with checkpointing only its inputs), and those of the block that is being computed, mostly float32.
-KEPT_WITH_CHECKPOINTS, KEPT_WITHOUT = 1, 14
-AT_WORK_WITH_CHECKPOINTS, AT_WORK_WITHOUT, AT_WORK_BYTES = 28, 12, 4
-# Measured likewise on transformers' T5 under bf16 autocast with dropout (a least-squares fit over ten shapes, within 0.1%): bytes per
-# token and channel of d_model, of attention and of the feed-forward layer, and per head and pair of tokens.
-T5_MODEL, T5_ATTENTION, T5_FEED_FORWARD, T5_PAIR, PROJECTION = 30, 14, 16, 12, 12
+# The numbers of the block that is being computed are mostly float32. With checkpointing, a block keeps only its inputs.
+AT_WORK_BYTES = 4
 # Without autocast, numbers have twice as many bytes.
 WIDER = 2
 # Memory taken by the GPU's driver and lost to fragmentation.
 GPU_BYTES = 1_000_000_000
-PATCH_PX = 16
 # What a fast desktop CPU sustains, an assumption: floating-point operations per second.
 CPU_FLOPS = 1e12
 # In forward passes of the diffusion model: teacher's and student's, the student's backward pass, and blocks that are computed again.
@@ -36,6 +35,8 @@ NOT_PRACTICAL_DAYS = 10
 STATED_GB = re.compile(r"-(\d+)gb$")
 # A card sold as 12 GB has a little less than 12 x 2^30 bytes available.
 SHOWN_BYTES_PER_GB = 0.97 * 2**30
+# Parts of the RAM beside a GPU.
+TEACHER, DIFFUSION_MODEL, CHECKPOINT = "teacher and CLIP-L", "diffusion model, while the teacher works", "a checkpoint, while it is saved"
 
 
 @dataclass(frozen=True)
@@ -101,29 +102,29 @@ class MemoryNeed:
         return min(self.total, sum(self.least_parts.values()))
 
 
-def memory_need(recipe: Recipe, layout: StudentLayout, model: ModelSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
+def memory_need(recipe: Recipe, layout: Layout, model: ModelSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
     """What a process of the run needs on its device. On a CPU that includes the teacher, which leaves a GPU while the student trains."""
     return max((_stage_need(recipe, stage, layout, model, teacher_bytes, on_gpu) for stage in recipe.stages), key=lambda need: need.total)
 
 
-def _stage_need(recipe: Recipe, stage: Stage, layout: StudentLayout, model: ModelSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
+def _stage_need(recipe: Recipe, stage: Stage, layout: Layout, model: ModelSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
     part, longest = recipe.diffusion_model, max(recipe.sampling.token_lengths)
     others = {
         "student, gradients and AdamW": layout.parameters * TRAINED_BYTES,
-        "student's activations": student_activations(layout, stage.batch, longest, recipe.optimizer.autocast == "bf16"),
+        "student's activations": _student_activations(recipe, layout, stage.batch, longest),
         "teacher's embeddings of one trajectory": stage.batch * stage.accumulate * longest * layout.output_width * 4,
     }
     if OBJECTIVES[stage.objective].needs_velocity:
-        tokens = stage.batch * ((stage.resolution_px // PATCH_PX) ** 2 + longest)
-        others |= model_activations(model, tokens, part.checkpoint_blocks)
-    others |= {"GPU driver and fragments": GPU_BYTES} if on_gpu else {"teacher and CLIP-L": teacher_bytes}
+        tokens = stage.batch * (recipe.family.image_tokens(stage.resolution_px) + longest)
+        others |= model_activations(recipe.family, model, tokens, part.checkpoint_blocks)
+    others |= {"GPU driver and fragments": GPU_BYTES} if on_gpu else {TEACHER: teacher_bytes}
     # Without checkpoints, the graph keeps every weight that was cast or brought for it; with them, those of one block at a time.
     kept = model.largest_block if part.checkpoint_blocks else model.weights
     casts = model.held_bytes < model.weights * model.compute_bytes
     return MemoryNeed(stage.name, model.held_bytes, kept * model.compute_bytes, casts, others, offload=on_gpu)
 
 
-def ram_parts(recipe: Recipe, layout: StudentLayout, model_bytes: int, teacher_bytes: int, processes: int) -> dict[str, int]:
+def ram_parts(recipe: Recipe, layout: Layout, model_bytes: int, teacher_bytes: int, processes: int) -> dict[str, int]:
     """Upper bound of the RAM of each process of a run on a GPU, in bytes by part, in the stage that needs most.
 
     Python and its libraries (about 2 GB) and the system's file cache are not included.
@@ -131,14 +132,14 @@ def ram_parts(recipe: Recipe, layout: StudentLayout, model_bytes: int, teacher_b
     text = max(recipe.sampling.token_lengths) * layout.output_width * FLOAT32_BYTES
     validated = recipe.stages[-1].batch
     return {
-        "teacher and CLIP-L": teacher_bytes,
-        "diffusion model, while the teacher works": model_bytes,
+        TEACHER: teacher_bytes,
+        DIFFUSION_MODEL: model_bytes,
         "teacher's embeddings of one chunk": max(_chunk_prompts(recipe, stage, processes) for stage in recipe.stages) * text,
         "teacher's embeddings of held-out prompts": min(
             recipe.validation.prompts, -(-recipe.validation.prompts // (validated * processes)) * validated
         )
         * text,
-        "a checkpoint, while it is saved": layout.parameters * SAVED_BYTES,
+        CHECKPOINT: layout.parameters * SAVED_BYTES,
     }
 
 
@@ -147,11 +148,10 @@ def _chunk_prompts(recipe: Recipe, stage: Stage, processes: int) -> int:
     return prompts * len(chunk_of(0, prompts, recipe.teacher.chunk_prompts, -(-stage.steps // recipe.sampling.steps)))
 
 
-def model_activations(model: ModelSize, tokens: int, checkpoint_blocks: bool) -> dict[str, int]:
+def model_activations(family: Family, model: ModelSize, tokens: int, checkpoint_blocks: bool) -> dict[str, int]:
     """Upper bound of the bytes that the diffusion model's passes take for `tokens` text and image tokens of a batch, by part."""
     channels = tokens * model.width
-    kept = KEPT_WITH_CHECKPOINTS if checkpoint_blocks else KEPT_WITHOUT
-    at_work = AT_WORK_WITH_CHECKPOINTS if checkpoint_blocks else AT_WORK_WITHOUT
+    kept, at_work = (1, family.recomputed_numbers) if checkpoint_blocks else (family.kept_numbers, family.computed_numbers)
     kind = "inputs" if checkpoint_blocks else "activations"
     return {
         f"{kind} of {model.blocks} blocks": model.blocks * channels * kept * model.compute_bytes,
@@ -159,14 +159,9 @@ def model_activations(model: ModelSize, tokens: int, checkpoint_blocks: bool) ->
     }
 
 
-def student_activations(layout: StudentLayout, batch: int, length: int, autocast: bool) -> int:
-    """Upper bound of the bytes that the student keeps for its backward pass over `batch` prompts of `length` tokens."""
-    per_token = T5_MODEL * layout.d_model + T5_ATTENTION * layout.num_heads * layout.d_kv + T5_FEED_FORWARD * layout.d_ff
-    per_layer = batch * (length * per_token + T5_PAIR * layout.num_heads * length**2)
-    projection = batch * length * PROJECTION * ((layout.hidden_width or 0) + layout.output_width)
-    # Everything outside the layers takes less than one of them.
-    kept = (layout.num_layers + 1) * per_layer + projection
-    return kept + layout.parameters * AUTOCAST_BYTES if autocast else kept * WIDER
+def _student_activations(recipe: Recipe, layout: Layout, batch: int, length: int) -> int:
+    kept = KINDS[layout.kind].activation_bytes(layout, batch, length)
+    return kept + layout.parameters * AUTOCAST_BYTES if recipe.optimizer.autocast == "bf16" else kept * WIDER
 
 
 def part_lines(parts: Mapping[str, int]) -> list[str]:
@@ -187,13 +182,33 @@ def check_memory(need: MemoryNeed, recipe: Recipe, total_bytes: int, device: str
     )
 
 
+def check_ram(parts: Mapping[str, int], total_bytes: int, processes: int) -> None:
+    """Raise ValueError if the RAM of a machine with GPUs cannot hold what its processes have there at the same time.
+
+    That is teacher and diffusion model while they are loaded, or the diffusion model and the teacher's embeddings while the teacher works.
+    """
+    loading = {name: parts[name] for name in (TEACHER, DIFFUSION_MODEL)}
+    encoding = {name: size for name, size in parts.items() if name not in (TEACHER, CHECKPOINT)}
+    least = max(loading, encoding, key=lambda at_once: sum(at_once.values()))
+    needed = processes * sum(least.values())
+    if needed <= total_bytes:
+        return
+    who = "the run needs" if processes == 1 else f"the {processes} processes on this machine need"
+    raise ValueError(
+        f"Not enough RAM beside the GPU: {who} {needed / GB:.1f} GB; this machine has {total_bytes / GB:.1f} GB.\n"
+        + "\n".join(part_lines(least))
+        + "\nWhat to do: use a machine with more RAM, or name smaller files of teacher.t5 and diffusion_model.file (fp8), or set "
+        'diffusion_model.dtype = "fp8_e4m3fn"' + (", or lower teacher.chunk_prompts." if least is encoding else ".")
+    )
+
+
 def without_gpu(recipe: Recipe, weights: int) -> str:
     """What a run on the CPU means in time, for a diffusion model of this many weights."""
     tokens = 0.0
     for stage in recipe.stages:
         if OBJECTIVES[stage.objective].needs_velocity:
             text = sum(recipe.sampling.token_lengths) / len(recipe.sampling.token_lengths)
-            tokens += stage.steps * stage.batch * stage.accumulate * ((stage.resolution_px // PATCH_PX) ** 2 + text)
+            tokens += stage.steps * stage.batch * stage.accumulate * (recipe.family.image_tokens(stage.resolution_px) + text)
     passes = PASSES + (RECOMPUTED if recipe.diffusion_model.checkpoint_blocks else 0)
     hours = 2 * weights * passes * tokens / CPU_FLOPS / 3600
     said = "No GPU is used (none was found, or --cpu was given): the run is computed on the CPU."
@@ -201,7 +216,10 @@ def without_gpu(recipe: Recipe, weights: int) -> str:
         return said
     time = f"{hours / 24:,.0f} days" if hours >= 48 else f"{hours:.0f} hours"
     said += f" It takes about {time} at an assumed {CPU_FLOPS / 1e12:g} TFLOP/s."
-    return said + (" That is not practical: use a GPU; schnell-12gb runs on 12 GB." if hours > 24 * NOT_PRACTICAL_DAYS else "")
+    if hours <= 24 * NOT_PRACTICAL_DAYS:
+        return said
+    smallest = min(_stated_gb(recipe.family).items(), default=None)
+    return f"{said} That is not practical: use a GPU{f'; {smallest[1]} runs on {smallest[0]} GB' if smallest else ''}."
 
 
 def advice(recipe: Recipe, total_bytes: int, on_gpu: bool) -> str:
@@ -212,7 +230,7 @@ def advice(recipe: Recipe, total_bytes: int, on_gpu: bool) -> str:
     if not recipe.diffusion_model.checkpoint_blocks:
         remedies.append("set diffusion_model.checkpoint_blocks = true")
     remedies.append("lower resolution_px or the longest of sampling.token_lengths, or choose a smaller student")
-    fitting = shipped_for(total_bytes, (path.stem for path in SHIPPED.glob("*.toml")))
+    fitting = shipped_for(total_bytes, recipe.family)
     if not on_gpu:
         return f"{'; '.join(remedies)}; the shipped recipe smoke runs on any machine, but {recipe.family.display_name} needs a GPU."
     return f"{'; '.join(remedies)}; " + (
@@ -220,7 +238,13 @@ def advice(recipe: Recipe, total_bytes: int, on_gpu: bool) -> str:
     )
 
 
-def shipped_for(total_bytes: int, names: Iterable[str]) -> str | None:
-    """Of recipes with a memory size in their name (`schnell-12gb`), the largest that a device of this memory can hold."""
-    stated = {int(match[1]): name for name in names if (match := STATED_GB.search(name))}
-    return max(((size, name) for size, name in stated.items() if size * SHOWN_BYTES_PER_GB <= total_bytes), default=(0, None))[1]
+def shipped_for(total_bytes: int, family: Family) -> str | None:
+    """Of the family's recipes with a memory size in their name (`schnell-12gb`), the largest that a device of this memory can hold."""
+    fitting = ((size, name) for size, name in _stated_gb(family).items() if size * SHOWN_BYTES_PER_GB <= total_bytes)
+    return max(fitting, default=(0, None))[1]
+
+
+def _stated_gb(family: Family) -> dict[int, str]:
+    """The family's shipped recipes by the memory size in their names, GB."""
+    stated = {int(match[1]): path.stem for path in SHIPPED.glob("*.toml") if (match := STATED_GB.search(path.stem))}
+    return {size: name for size, name in stated.items() if load_recipe(name).family == family}

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import comfy.model_management
+import torch
 from torch.nn import Module
 
 from ..diffusion.files import check_guidance, open_diffusion_model, use_one_thread_if_small
@@ -17,11 +18,12 @@ from ..encoder.teacher import Teacher, load_teacher
 from ..runtime.comfyui import NO_FILE, model_file
 from ..runtime.errors import StudentFileError
 from ..runtime.header import read_entries
+from ..runtime.ranks import Ranks
 from ..students.kind import Layout
 from ..students.trained import TrainedStudent
 from . import stand_ins
-from .file_sizes import need_in_files, size_in_file, text_width_in
-from .memory import MemoryNeed, ModelSize, check_memory, memory_need, without_gpu
+from .file_sizes import size_in_file, teacher_bytes_in, text_width_in
+from .memory import MemoryNeed, ModelSize, check_memory, check_ram, memory_need, ram_parts, without_gpu
 from .preflight import models_of
 from .recipe import RANDOM, STAND_IN, Recipe
 from .student_start import make_student
@@ -76,8 +78,10 @@ def _check_teaches(teacher: Teacher, recipe: Recipe, layout: Layout) -> None:
         )
 
 
-def check_before_loading(recipe: Recipe, is_main: bool) -> None:
-    """Compare the memory that the files' headers tell with that of the device; the main process says what training without a GPU means.
+def check_before_loading(recipe: Recipe, ranks: Ranks) -> None:
+    """Compare the memory that the files' headers tell with that of the device, and the RAM beside a GPU.
+
+    The main process says what training without a GPU means.
 
     Raises ValueError if the run cannot fit. A file that cannot be read so far is left to its own check, which says why.
     """
@@ -85,13 +89,20 @@ def check_before_loading(recipe: Recipe, is_main: bool) -> None:
     if "diffusion_model.file" not in files or "teacher.t5" not in files:
         return
     device = comfy.model_management.get_torch_device()
-    encoders = [path for key, path in files.items() if key.startswith("teacher.")]
+    total, ram = (comfy.model_management.get_total_memory(each) for each in (device, torch.device("cpu")))
+    here = ranks.on_this_machine()
     with contextlib.suppress(StudentFileError):
         size = size_in_file(read_entries(files["diffusion_model.file"]), recipe.diffusion_model.dtype, recipe.family)
-        if is_main and device.type == "cpu":
+        if ranks.is_main and device.type == "cpu":
             log.warning(without_gpu(recipe, size.weights))
-        need = need_in_files(recipe, size, encoders, device.type != "cpu")
-        check_memory(need, recipe, comfy.model_management.get_total_memory(device), str(device))
+        encoders = [read_entries(path) for key, path in files.items() if key.startswith("teacher.")]
+        teacher, layout = teacher_bytes_in(encoders), recipe.student.student_layout(text_width_in(encoders, recipe.family))
+        need = memory_need(recipe, layout, size, teacher, device.type != "cpu")
+        check_memory(need, recipe, total, str(device))
+        if device.type != "cpu":
+            # With more memory on the GPU than in RAM, ComfyUI loads the model there; if both models fit, it never leaves.
+            stays = total > ram and total >= need.total + teacher
+            check_ram(ram_parts(recipe, layout, 0 if stays else size.held_bytes, teacher, ranks.world), ram, here)
 
 
 def memory_need_of(recipe: Recipe, model: FrozenModel, teacher: Teacher) -> MemoryNeed:

@@ -81,9 +81,9 @@ def make_optimizer(
 
 
 def inner_weights(module: Module) -> set[int]:
-    """The ids of the weights inside a module's blocks, tables of positions excepted; its first and last layers are outside."""
-    blocks = [blocks for blocks in module.modules() if isinstance(blocks, ModuleList)]
-    layers = (layer for block in blocks for layer in block.modules() if not isinstance(layer, Embedding))
+    """The ids of the weights of layers inside a module's blocks, tables of positions excepted; its first and last layers are outside."""
+    blocks = [block for blocks in module.modules() if isinstance(blocks, ModuleList) for block in blocks]
+    layers = (layer for block in blocks for layer in block.modules() if layer is not block and not isinstance(layer, Embedding))
     return {id(weight) for layer in layers for weight in layer.parameters(recurse=False)}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..encoder.needed_tensors import check_clip_l, check_teacher_tensors
 from ..families import FAMILIES
 from ..prompts.common_text import common_words
 from ..prompts.corpora import Corpus, located
@@ -126,6 +127,7 @@ def _models(recipe: Recipe) -> Iterator[str]:
             continue
         try:
             _check_kind(path, model)
+            _check_complete(path, model, recipe)
         except StudentFileError as error:
             yield _indented(f"{model.key}: {error}{_source(model)}")
 
@@ -156,6 +158,17 @@ def _check_kind(path: Path, model: Model) -> None:
     suits = any(sign in name for sign in model.signs for name in names)
     if found is not None and (found == "a LoRA" or not suits):
         raise StudentFileError(f"{path.name} is {found}; expected {model.kind}.", f"name {model.kind} of models/{model.folder}.")
+
+
+def _check_complete(path: Path, model: Model, recipe: Recipe) -> None:
+    """Raise StudentFileError for a teacher or CLIP-L that lacks tensors."""
+    if not model.key.startswith("teacher."):
+        return
+    shapes = {name: entry.shape for name, entry in read_entries(path).items()}
+    if model.key == "teacher.clip_l":
+        check_clip_l(shapes, path.name)
+    else:
+        check_teacher_tensors(shapes, path.name, recipe.family)
 
 
 def _kind(names: Iterable[str]) -> str | None:

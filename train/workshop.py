@@ -92,7 +92,7 @@ def open_workshop(recipe: Recipe, ranks: Ranks, recorded: Mapping[str, str] | No
     preview_vae(recipe)
     inputs = inputs_of(recipe, schedule)
     refuse_other_inputs(recorded or {}, inputs)
-    check_before_loading(recipe, ranks.is_main)
+    check_before_loading(recipe, ranks)
     # Before the large models, so that a start of another size is refused within seconds.
     student = make_student_of(recipe)
     model = load_frozen_model(recipe)

@@ -11,6 +11,7 @@ from typing import Any
 import comfy.model_management
 import comfy.sd
 import pytest
+import torch
 from distilled_t5.families import FAMILIES
 from distilled_t5.families.flux_tensors import FluxLayout
 from distilled_t5.runtime.errors import UserError
@@ -25,6 +26,7 @@ from distilled_t5.train.models import load_frozen_model, size_of
 from distilled_t5.train.preflight import preflight
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.workshop import open_workshop
+from safetensors.torch import load_file, save_file
 
 # Python in which importing torch fails.
 WITHOUT_TORCH = "import runpy, sys; sys.modules['torch'] = None; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -61,8 +63,30 @@ RIGHT = {
 }
 
 
-def test_files_of_the_right_kind_are_accepted(stand_ins):
-    preflight(load_recipe("smoke", settings_for(stand_ins, **RIGHT)))
+def t5xxl_file(path: Path, **changed: tuple[int, ...]) -> Path:
+    """A T5-XXL of zeros in fp16 that takes no room on the disk, with some shapes changed; () leaves a tensor out."""
+    shapes = {name.removeprefix("encoder."): shape for name, shape in StudentLayout.named("xxl", None).tensors().items()} | changed
+    return sparse_file(path, {name: shape for name, shape in shapes.items() if shape}, "F16")
+
+
+def test_complete_files_of_the_right_kind_are_accepted(stand_ins, tmp_path):
+    settings = settings_for(stand_ins, **RIGHT)
+    for teacher in (t5xxl_file(tmp_path / "t5xxl_fp16.safetensors"), stand_ins / "models" / RIGHT["start"]):
+        preflight(load_recipe("smoke", [*settings, f"teacher.t5={teacher}"]))
+
+
+def test_encoders_that_lack_tensors_are_listed_together_from_their_headers(stand_ins, tmp_path):
+    clip_l = load_file(stand_ins / "models" / RIGHT["clip"])
+    del clip_l["text_model.final_layer_norm.bias"]
+    save_file(clip_l, tmp_path / "clip_l.safetensors")
+    incomplete = t5xxl_file(tmp_path / "t5xxl_fp16.safetensors", **{"encoder.block.7.layer.1.DenseReluDense.wo.weight": ()})
+    settings = [*settings_for(stand_ins, **RIGHT), f"teacher.t5={incomplete}", f"teacher.clip_l={tmp_path / 'clip_l.safetensors'}"]
+    with pytest.raises(UserError) as refused:
+        preflight(load_recipe("smoke", settings))
+    said = str(refused.value)
+    assert "missing or wrong: 2." in said
+    assert "teacher.t5: t5xxl_fp16.safetensors is not a complete T5-XXL: 1 of 219 tensors are missing or misshapen." in said
+    assert "teacher.clip_l: clip_l.safetensors: 1 tensors of CLIP-L are missing." in said
 
 
 def test_every_file_of_a_wrong_kind_is_listed(stand_ins):
@@ -105,22 +129,44 @@ def test_sizes_in_a_header_are_those_of_the_loaded_model_and_bytes_no_more(tmp_p
     assert 0 < told.held_bytes <= loaded.held_bytes and told.compute_bytes <= loaded.compute_bytes
 
 
-def test_full_size_models_that_cannot_fit_are_refused_before_anything_is_loaded(stand_ins, tmp_path, monkeypatch, caplog):
+@pytest.fixture
+def full_size(stand_ins, tmp_path, monkeypatch) -> list[str]:
+    """Settings of models of full size, and a diffusion model that may not be loaded."""
+
     def load(*_arguments: Any, **_options: Any) -> None:
         raise AssertionError("a diffusion model was loaded")
 
     monkeypatch.setattr(comfy.sd, "load_diffusion_model", load)
-    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *_device: 24 * 2**30)
-    large = {name.removeprefix("encoder."): shape for name, shape in StudentLayout.named("xxl", None).tensors().items()}
-    settings = [
+    return [
         f"diffusion_model.file={sparse_file(tmp_path / 'flux1-dev.safetensors', FluxLayout().tensors())}",
-        f"teacher.t5={sparse_file(tmp_path / 't5xxl_fp16.safetensors', large, 'F16')}",
+        f"teacher.t5={t5xxl_file(tmp_path / 't5xxl_fp16.safetensors')}",
         f"teacher.clip_l={stand_ins / 'models' / RIGHT['clip']}",
         "sampling.guidance=[3.5]",
     ]
+
+
+def test_full_size_models_that_cannot_fit_are_refused_before_anything_is_loaded(full_size, monkeypatch, caplog):
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *_device: 24 * 2**30)
     with pytest.raises(ValueError, match=r"Not enough memory on cpu: .* needs \d\d\.\d GB; cpu has 25\.8 GB"):
-        open_workshop(load_recipe("smoke", settings), Ranks())
+        open_workshop(load_recipe("smoke", full_size), Ranks())
     assert "No GPU is used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("gpu_gb", "ram_gb", "message"),
+    [
+        (24, 32, r"Not enough RAM beside the GPU: the run needs \d\d\.\d GB; this machine has 34\.4 GB\.\n  teacher and CLIP-L"),
+        (80, 8, "Not enough RAM beside the GPU"),
+        (24, 64, "a diffusion model was loaded"),
+        (80, 32, "a diffusion model was loaded"),  # both models stay on the GPU
+    ],
+)
+def test_ram_that_is_too_small_beside_a_gpu_is_refused_before_anything_is_loaded(full_size, monkeypatch, gpu_gb, ram_gb, message):
+    totals = {"cuda": gpu_gb * 2**30, "cpu": ram_gb * 2**30}
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cuda:0"))
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda device: totals[device.type])
+    with pytest.raises((AssertionError, ValueError), match=message):
+        open_workshop(load_recipe("smoke", full_size), Ranks())
 
 
 def test_a_small_model_on_the_cpu_gets_one_sentence(tmp_path, caplog):

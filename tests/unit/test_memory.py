@@ -6,13 +6,22 @@ import dataclasses
 import math
 
 import pytest
-from distilled_t5.config.files import SHIPPED
 from distilled_t5.families import FAMILIES
 from distilled_t5.families.flux_tensors import FluxLayout
 from distilled_t5.runtime.header import Entry
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.train.file_sizes import size_in_file, text_width_in
-from distilled_t5.train.memory import MemoryNeed, ModelSize, check_memory, memory_need, ram_parts, shipped_for, without_gpu
+from distilled_t5.train.memory import (
+    MemoryNeed,
+    ModelSize,
+    check_memory,
+    check_ram,
+    memory_need,
+    model_activations,
+    ram_parts,
+    shipped_for,
+    without_gpu,
+)
 from distilled_t5.train.recipe import Recipe, load_recipe
 
 GIB = 2**30
@@ -23,7 +32,6 @@ SCHNELL_WEIGHTS = DEV_WEIGHTS - 10_229_760
 DEV_BF16 = ModelSize(2 * DEV_WEIGHTS, DEV_WEIGHTS, DOUBLE_BLOCK, blocks=57, width=3072, compute_bytes=2)
 SCHNELL_FP8 = ModelSize(SCHNELL_WEIGHTS, SCHNELL_WEIGHTS, DOUBLE_BLOCK, blocks=57, width=3072, compute_bytes=2)
 T5_XXL_FP16 = 9_524_621_312
-NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 
 def need_of(recipe: Recipe, flow: ModelSize, on_gpu: bool = True) -> MemoryNeed:
@@ -144,7 +152,7 @@ def test_exactly_enough_memory_is_accepted_and_one_byte_less_is_refused():
 def test_the_largest_recipe_that_a_card_holds_is_named():
     # What cards of 8, 12, 16, 24 and 80 GB show.
     sizes = [8_363_704_320, 12_621_709_312, 16_892_723_200, 25_386_352_640, 85_024_112_640]
-    assert [shipped_for(size, NAMES) for size in sizes] == [None, "schnell-12gb", "schnell-16gb", "schnell-24gb", "schnell-24gb"]
+    assert [shipped_for(size, FAMILIES["flux"]) for size in sizes] == [None, "schnell-12gb", "schnell-16gb", "schnell-24gb", "schnell-24gb"]
 
 
 def test_parts_of_ram_beside_a_gpu_by_hand():
@@ -182,6 +190,7 @@ def test_training_without_a_gpu_is_said_in_days():
     days = 8 * DEV_WEIGHTS * tokens / 1e12 / 86_400
     assert f"about {days:,.0f} days at an assumed 1 TFLOP/s" in said
     assert said.startswith("No GPU is used") and "not practical" in said
+    assert said.endswith("use a GPU; schnell-12gb runs on 12 GB.")
     assert "days" not in without_gpu(load_recipe("smoke"), 100_000)
 
 
@@ -189,3 +198,26 @@ def test_the_text_width_of_a_teacher_is_that_of_its_projection_or_else_of_its_to
     table = {"shared.weight": Entry("F32", (32128, 128), 0, 0)}
     assert text_width_in([{}, table], FAMILIES["flux"]) == 128
     assert text_width_in([table | {"final_projection.3.weight": Entry("F32", (4096, 10), 0, 0)}], FAMILIES["flux"]) == 4096
+
+
+def test_another_family_gets_its_own_formulas_and_none_of_fluxs_recipes():
+    other = dataclasses.replace(FAMILIES["flux"], name="other", patch_px=32, kept_numbers=7)
+    assert shipped_for(10**12, other) is None
+    assert other.image_tokens(512) * 4 == FAMILIES["flux"].image_tokens(512)
+    flux, half = (model_activations(family, DEV_BF16, 100, checkpoint_blocks=False) for family in (FAMILIES["flux"], other))
+    assert flux["activations of 57 blocks"] == 2 * half["activations of 57 blocks"]
+
+
+def test_ram_beside_a_gpu_must_hold_both_models_and_then_one_with_the_embeddings():
+    parts = {
+        "teacher and CLIP-L": 10,
+        "diffusion model, while the teacher works": 20,
+        "embeddings": 5,
+        "a checkpoint, while it is saved": 99,
+    }
+    check_ram(parts, 30, processes=1)
+    check_ram(parts, 60, processes=2)
+    with pytest.raises(ValueError, match=r"the 2 processes on this machine need(.|\n)*teacher and CLIP-L(.|\n)*\"fp8_e4m3fn\"\.$"):
+        check_ram(parts, 59, processes=2)
+    with pytest.raises(ValueError, match=r"the run needs(.|\n)*embeddings(.|\n)*or lower teacher\.chunk_prompts\.$"):
+        check_ram(parts | {"embeddings": 11}, 30, processes=1)
