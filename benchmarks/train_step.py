@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from distilled_t5.benchmarks.support import measuring
-from distilled_t5.benchmarks.support.training_worlds import GUIDANCE, TRAJECTORY_STEPS, World, real_world, small_world
+from distilled_t5.benchmarks.support.training_worlds import GUIDANCE, TRAJECTORY_STEPS, TrainingWorld, real_world, small_world
 from distilled_t5.devtools.comfyui.in_process import start_comfyui
 from distilled_t5.devtools.docs.markdown import table
 from torch import Tensor
@@ -32,7 +32,7 @@ RATES = ("ratio", "ratio_cpu", "floor_share", "floor_share_cpu", "sample_cost_cp
 class Case:
     """A world to measure: formats of the diffusion model's weights, batches, with and without block checkpointing, timed steps."""
 
-    world: World
+    world: TrainingWorld
     weights: tuple[str, ...] = ("fp32",)
     batches: tuple[int, ...] = (1, 2, 4, 8)
     checkpointing: tuple[bool, ...] = (False, True)
@@ -67,7 +67,7 @@ def torch_checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 class Models:
     """The models of a case in this process, and a step of each order of operations."""
 
-    def __init__(self, world: World, folder: Path, weights: str, gpu: bool) -> None:
+    def __init__(self, world: TrainingWorld, folder: Path, weights: str, gpu: bool) -> None:
         self.world, self.gpu = world, gpu
         self.flow, self.teacher = world.load_flow(folder, weights), world.load_teacher(folder)
 
@@ -202,7 +202,7 @@ def product_flops_per_s(gpu: bool) -> dict[str, float]:
     return {clock: 2 * side**3 / min(getattr(time, clock) for time in times) for clock in ("wall_s", "cpu_s")}
 
 
-def compared(world: World, row: dict[str, Any], rate: dict[str, float], smallest: dict[str, Any]) -> dict[str, float]:
+def compared(world: TrainingWorld, row: dict[str, Any], rate: dict[str, float], smallest: dict[str, Any]) -> dict[str, float]:
     """The authors' time over ours, the unavoidable arithmetic over our time, our cost per sample over that of the smallest batch."""
     found = {}
     for clock, key, suffix in (("wall_s", "step_s", ""), ("cpu_s", "step_cpu_s", "_cpu")):

@@ -19,7 +19,7 @@ from ..runtime.progress import Progress, silent, waiting
 from ..runtime.weights import FLOAT_NAMES, changed, check_finite, data_sha256, dtype_name, load_tensors, read_header, reading, widest_float
 from ..students import KINDS, kind_of
 from ..students.foreign import refuse_foreign, refuse_quantised
-from ..students.t5.layout import StudentLayout
+from ..students.kind import Layout
 from .metadata import HASH_KEY, HEADER_HASH_KEY, KEY, NO_HASH, StudentMetadata, check_against_layout, described, read_metadata
 from .stream import write_stream
 
@@ -38,7 +38,7 @@ class StudentFile:
     """
 
     path: Path
-    layout: StudentLayout
+    layout: Layout
     metadata: StudentMetadata
     dtype: torch.dtype
     names: Mapping[str, str]

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 
 from ..families import DEFAULT, FAMILIES
 from ..runtime.errors import StudentFileError, printable
-from ..students.t5.layout import StudentLayout
+from ..students.kind import Layout
 
 FORMAT_VERSION = "1"
 # Beyond this the attention maps alone take gigabytes; no student was trained at such a length.
@@ -99,7 +99,7 @@ def read_metadata(header: Mapping[str, str], where: str) -> StudentMetadata:
     )
 
 
-def check_against_layout(metadata: StudentMetadata, layout: StudentLayout, where: str) -> None:
+def check_against_layout(metadata: StudentMetadata, layout: Layout, where: str) -> None:
     """Raise StudentFileError if metadata and tensors disagree, the kind is not one of the family's, or the width is not."""
     if layout.kind not in FAMILIES[metadata.family].students:
         raise _wrong(where, KEY + "family", metadata.family, f"a family that a {layout.size_name} can serve")
@@ -115,11 +115,11 @@ def check_against_layout(metadata: StudentMetadata, layout: StudentLayout, where
         )
 
 
-def _projection(layout: StudentLayout) -> str:
+def _projection(layout: Layout) -> str:
     return "mlp" if layout.has_projection else "none"
 
 
-def described(metadata: StudentMetadata, layout: StudentLayout, dtype: str) -> dict[str, str]:
+def described(metadata: StudentMetadata, layout: Layout, dtype: str) -> dict[str, str]:
     """The header to write: our keys, ModelSpec's and the other facts. The writer fills in the hashes."""
     family = FAMILIES[metadata.family]
     ours = {
@@ -132,6 +132,7 @@ def described(metadata: StudentMetadata, layout: StudentLayout, dtype: str) -> d
     }
     if layout.output_width != family.text_width:
         ours[KEY + "text_width"] = str(layout.output_width)
+    large = family.teacher_layout.size_name
     title = metadata.title or f"Distilled {layout.size_name} for {family.display_name}"
     spec = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -139,8 +140,10 @@ def described(metadata: StudentMetadata, layout: StudentLayout, dtype: str) -> d
         "modelspec.implementation": "https://github.com/comfyanonymous/ComfyUI",
         "modelspec.title": title,
         "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "modelspec.description": f"{layout.size_name} in the place of T5-XXL: {layout.parameters / 1e6:.0f} M parameters, {dtype}.",
-        "modelspec.usage_hint": "ComfyUI: Distilled T5 Loader, beside clip_l.safetensors.",
+        "modelspec.description": f"{layout.size_name} in the place of {large}: {layout.parameters / 1e6:.0f} M parameters, {dtype}.",
+        "modelspec.usage_hint": "ComfyUI: Distilled T5 Loader"
+        + "".join(f", beside {name}.safetensors" for name in family.companions)
+        + ".",
         "modelspec.tags": f"text encoder, {layout.kind}, distilled, {family.name}",
         HASH_KEY: NO_HASH,
     }

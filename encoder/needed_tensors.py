@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from ..families import DEFAULT
 from ..families.family import Family
 from ..runtime.errors import StudentFileError, listed
-from ..students import KINDS
 from ..students.foreign import refuse_quantised
 from ..students.kind import Shape
 
@@ -121,9 +120,8 @@ def check_large_tensors(shapes: Mapping[str, Shape], where: str, family: Family 
 
     ComfyUI only warns about missing weights, and would teach with uninitialised memory.
     """
-    name, size = family.teacher
-    layout = KINDS[name].named(size, None)
-    names, _ = KINDS[name].published_names(shapes)
+    layout = family.teacher_layout
+    names, _ = family.kind.published_names(shapes)
     wanted = layout.tensors()
     wrong = [name for name, shape in wanted.items() if name not in names or shapes[names[name]] != shape]
     if wrong:
@@ -136,13 +134,13 @@ def check_large_tensors(shapes: Mapping[str, Shape], where: str, family: Family 
 
 def check_teacher_tensors(shapes: Mapping[str, Shape], where: str, family: Family = DEFAULT) -> None:
     """Raise StudentFileError unless the tensors are those of the network that students replace, or of a student."""
-    kind = KINDS[family.teacher[0]]
+    kind = family.kind
     names, _ = kind.published_names(shapes)
     by_name = {name: shapes[source] for name, source in names.items()}
     try:
         kind.read_layout(by_name, where)
     except StudentFileError:
-        width = kind.named(family.teacher[1], None).d_model
+        width = family.teacher_layout.output_width
         if by_name.get(kind.table, ())[-1:] != (width,):
             refuse_quantised(by_name, where, "use the encoder file that is not quantised.")
             raise

@@ -23,11 +23,12 @@ from ..runtime.errors import StudentFileError, listed, printable
 from ..runtime.progress import Progress, silent, waiting
 from ..runtime.weights import FLOAT_NAMES, not_finite
 from ..students import KINDS
+from ..students.kind import StudentKind
 from .clip_l import open_clip_l
 from .files import StudentFile, open_student
-from .lora_log import fold_t5xxl_lora_lines
+from .lora_log import fold_lora_lines
 from .metadata import MAX_TOKENS, StudentMetadata, of_changed_weights
-from .prompt_length import TokenWeight, seen_by_t5
+from .prompt_length import TokenWeight, seen_by_encoder
 
 # What ComfyUI builds where a student or nothing goes, and what is dropped at once. Its CLIPs take a hidden layer of at least three.
 SMALL_COMPANION = {"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
@@ -37,9 +38,11 @@ TokenWeights = list[list[TokenWeight]]
 class StudentTokens:
     """What a student's text encoder does before ComfyUI's class, which follows in the method resolution order."""
 
+    kind: StudentKind
+
     def encode_token_weights(self, token_weight_pairs: TokenWeights) -> Any:
-        check_length(token_weight_pairs)
-        return super().encode_token_weights([seen_by_t5(pairs) for pairs in token_weight_pairs])  # pyright: ignore
+        check_length(token_weight_pairs, self.kind)
+        return super().encode_token_weights([seen_by_encoder(pairs, self.kind.pad) for pairs in token_weight_pairs])  # pyright: ignore
 
     def load_sd(self, sd: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         missing, unexpected = super().load_sd(sd)  # pyright: ignore
@@ -47,12 +50,12 @@ class StudentTokens:
         return missing, unexpected
 
 
-def check_length(token_weight_pairs: TokenWeights) -> None:
+def check_length(token_weight_pairs: TokenWeights, kind: StudentKind) -> None:
     """Raise ValueError for a prompt whose attention maps would not fit into any memory."""
     longest = max((len(pairs) for pairs in token_weight_pairs), default=0)
     if longest > MAX_TOKENS:
         raise ValueError(
-            f"The prompt has {longest:,} T5 tokens; a distilled T5 takes at most {MAX_TOKENS:,}.\n"
+            f"The prompt has {longest:,} {kind.display_name} tokens; a distilled {kind.display_name} takes at most {MAX_TOKENS:,}.\n"
             "What to do: shorten the prompt. Tokens far beyond the trained length have no effect on the image."
         )
 
@@ -99,7 +102,7 @@ def text_model(
     _, factory = family.text_classes()
     model = factory(device=device, dtype=dtype, model_options={**(model_options or {}), **small})
     part = model._modules.pop(family.part)
-    part.__class__ = type(f"Student{type(part).__name__}", (StudentTokens, type(part)), {})
+    part.__class__ = type(f"Student{type(part).__name__}", (StudentTokens, type(part)), {"kind": kind})
     part.transformer = kind.served(student.layout, student_dtype, device, part.operations)
     part.num_layers = part.transformer.num_layers
     part.freeze()
@@ -150,7 +153,7 @@ def load_encoder(student_path: str, clip_l_path: str | None, options: ServingOpt
     if student.layout.vocab_size < tokens:
         raise StudentFileError(
             f"{student.path.name} has {student.layout.vocab_size:,} tokens; its tokenizer produces {tokens:,}.",
-            "use a file with a complete token table (32,128 rows in every published T5).",
+            "use a file with a complete token table.",
         )
     clip_l = None if clip_l_path is None else open_clip_l(Path(clip_l_path), waiting(progress, len(student.names)))
     clip = _build(student, clip_l, options, progress)
@@ -194,7 +197,7 @@ def _build(
         model_options=model_options,
         disable_dynamic=disable_dynamic,
     )
-    fold_t5xxl_lora_lines(clip.cond_stage_model)
+    fold_lora_lines(clip.cond_stage_model, KINDS[student.layout.kind], family.teacher_layout.size_name)
     return clip
 
 

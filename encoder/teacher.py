@@ -17,8 +17,6 @@ from ..families import DEFAULT
 from ..families.family import Family
 from ..runtime.errors import StudentFileError, UndistilledError
 from ..runtime.weights import read_header
-from ..students import KINDS
-from ..students.t5.tokens import fit
 from .clip_l import open_clip_l
 from .files import open_student
 from .needed_tensors import check_large_tensors
@@ -42,9 +40,9 @@ class Teacher:
         self.text_model = getattr(clip.cond_stage_model, family.part)
 
     def token_ids(self, prompts: Sequence[str], length: int) -> Tensor:
-        """T5 token ids [B, L]: cut to `length` with the end token last, or padded. Prompts are taken literally, without weights."""
-        tokenizer = getattr(self.clip.tokenizer, self.family.tokenizer_part or self.family.part).tokenizer
-        return torch.tensor([fit(tokenizer(prompt)["input_ids"], length) for prompt in prompts])
+        """Token ids [B, L]: cut to `length` with the end token last, or padded. Prompts are taken literally, without weights."""
+        tokenizer, kind = self.family.tokenizer(self.clip).tokenizer, self.family.kind
+        return torch.tensor([kind.fit(tokenizer(prompt)["input_ids"], length) for prompt in prompts])
 
     def texts(self, batches: Iterable[tuple[Sequence[str], int]]) -> list[TeacherText]:
         """Encode batches of prompts, each with its token length, separately: results differ in the last bits with batch composition."""
@@ -81,14 +79,14 @@ def load_teacher(path: Path, clip_l: Path | None, family: Family = DEFAULT) -> T
     if clip_l is not None:
         _check_clip_l(clip_l)
     clip_l_name = None if clip_l is None else str(clip_l)
-    large = KINDS[family.teacher[0]].named(family.teacher[1], None)
+    large = family.teacher_layout
     try:
         open_student(path)
     except UndistilledError:
         pass  # the network itself: loaded below
     except StudentFileError as error:
         raise ValueError(
-            f"{error.problem}\nThe teacher must be a complete {large.size_name} or distilled T5 in one file.\n"
+            f"{error.problem}\nThe teacher must be a complete {large.size_name} or distilled {family.kind.display_name} in one file.\n"
             "What to do: name such a .safetensors of models/text_encoders in teacher.t5."
         ) from error
     else:

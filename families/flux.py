@@ -11,7 +11,7 @@ from .family import Family
 if TYPE_CHECKING:
     from torch import Tensor
 
-LATENT_CHANNELS, POOLED_WIDTH = 16, 768
+LATENT_CHANNELS, TEXT_WIDTH, POOLED_WIDTH = 16, 4096, 768
 # The resolution-dependent shift: mu is linear in the number of image tokens (black-forest-labs/flux, sampling.get_schedule).
 FEWEST_TOKENS, MOST_TOKENS = 256, 4096
 SHIFT_AT_FEWEST, SHIFT_AT_MOST = 0.5, 1.15
@@ -65,7 +65,7 @@ def training_sigmas(model: Any, steps: int, height: int, width: int) -> Tensor:
     return comfy.samplers.calculate_sigmas(sampling, "simple", steps)
 
 
-# Two blocks of one head, for text of 64 channels.
+# Two blocks of one head.
 SMALL = {
     "image_model": "flux",
     "axes_dim": [16, 56, 56],
@@ -77,7 +77,7 @@ SMALL = {
     "txt_ids_dims": [],
     "in_channels": LATENT_CHANNELS,
     "hidden_size": 128,
-    "context_in_dim": 64,
+    "context_in_dim": TEXT_WIDTH,
     "patch_size": PATCH,
     "vec_in_dim": POOLED_WIDTH,
     "depth": 1,
@@ -96,7 +96,7 @@ FLUX = Family(
     part="t5xxl",
     students=("t5",),
     teacher=("t5", "xxl"),
-    text_width=4096,
+    text_width=TEXT_WIDTH,
     token_length=256,
     companions={"clip_l": POOLED_WIDTH},
     block_lists=("double_blocks", "single_blocks"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..students.t5.tokens import END
+from ..students.t5 import T5
 
 NOISE_SHARE, MEAN_SPAN = 0.15, 3.0
 # The tokenizer's <extra_id_0>; <extra_id_1> is the number below it, and so on.
@@ -51,10 +51,13 @@ def _parts(total: int, count: int, random: np.random.RandomState) -> list[int]:
 
 
 def corrupt(tokens: Sequence[int], spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """Inputs and targets for a text without its end token: a sentinel replaces each span and precedes it in the targets. Both get END."""
+    """Inputs and targets for a text without its end token: a sentinel replaces each span and precedes it in the targets.
+
+    Both get an end token.
+    """
     inputs, targets, at = [], [], 0
     for number, (first, end) in enumerate(spans):
         inputs += [*tokens[at:first], FIRST_SENTINEL - number]
         targets += [FIRST_SENTINEL - number, *tokens[first:end]]
         at = end
-    return [*inputs, *tokens[at:], END], [*targets, END]
+    return [*inputs, *tokens[at:], T5.end], [*targets, T5.end]

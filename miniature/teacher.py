@@ -23,9 +23,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from ..encoder.files import open_student, write_student
 from ..encoder.metadata import StudentMetadata
+from ..students.t5 import T5
 from ..students.t5.layout import StudentLayout
-from ..students.t5.tokens import END, PAD, fit
-from ..students.t5.trained import DistilledT5, transformers_config
+from ..students.t5.trained import transformers_config
 from ..world.captions import TOKEN_LENGTH, draw_prompt
 from ..world.scenes import random_of
 from .corpus import draw_text
@@ -48,7 +48,7 @@ def make_model(layout: StudentLayout, seed: int) -> T5ForConditionalGeneration:
     The head is the token table, as in the original T5: transformers 5 ties them anyway, and AdamW has half as many weights to update.
     """
     values: dict[str, Any] = transformers_config(layout, dropout=0.0).to_dict()
-    values |= {"num_decoder_layers": DECODER_LAYERS, "decoder_start_token_id": PAD, "tie_word_embeddings": True}
+    values |= {"num_decoder_layers": DECODER_LAYERS, "decoder_start_token_id": T5.pad, "tie_word_embeddings": True}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return T5ForConditionalGeneration(T5Config(**values))
@@ -58,7 +58,7 @@ def example(text: str, tokenizer: Any, random: Any) -> tuple[list[int], list[int
     """Inputs with spans missing and the complete text as targets, each cut or padded to TOKEN_LENGTH tokens."""
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"][: TOKEN_LENGTH - 1]
     inputs, _ = corrupt(tokens, noise_spans(len(tokens), random))
-    return fit(inputs, TOKEN_LENGTH), fit([*tokens, END], TOKEN_LENGTH)
+    return T5.fit(inputs, TOKEN_LENGTH), T5.fit([*tokens, T5.end], TOKEN_LENGTH)
 
 
 def draw_batch(tokenizer: Any, seed: int, step: int, batch: int) -> tuple[Tensor, Tensor]:
@@ -66,13 +66,13 @@ def draw_batch(tokenizer: Any, seed: int, step: int, batch: int) -> tuple[Tensor
     numbers = range(step * batch, (step + 1) * batch)
     drawn = [example(draw_text(seed, index), tokenizer, random_of("spans", seed, index)) for index in numbers]
     inputs_BL, targets_BT = (torch.tensor(part) for part in zip(*drawn, strict=True))
-    return inputs_BL, targets_BT.masked_fill(targets_BT == PAD, IGNORED)
+    return inputs_BL, targets_BT.masked_fill(targets_BT == T5.pad, IGNORED)
 
 
 def draw_captions(tokenizer: Any, seed: int, step: int, batch: int) -> tuple[Tensor, Tensor]:
     """Token ids [B, L] of a step's captions, the same as in the Flux's training, and the answers [B, Q] to what their images show."""
     prompts = [draw_prompt(seed, index, "train") for index in range(step * batch, (step + 1) * batch)]
-    token_ids_BL = torch.tensor([fit(tokenizer(caption)["input_ids"], TOKEN_LENGTH) for _, caption in prompts])
+    token_ids_BL = torch.tensor([T5.fit(tokenizer(caption)["input_ids"], TOKEN_LENGTH) for _, caption in prompts])
     return token_ids_BL, torch.tensor([answers(scene) for scene, _ in prompts])
 
 
@@ -115,7 +115,7 @@ class Pretraining(Module):
         for head, offset in zip(self.neighbours, NEIGHBOURS, strict=True):
             ahead = max(offset, 0), max(-offset, 0)
             theirs_BL = inputs_BL[:, ahead[0] : inputs_BL.shape[1] - ahead[1]]
-            read_BL = (theirs_BL != PAD) & (inputs_BL[:, ahead[1] : inputs_BL.shape[1] - ahead[0]] != PAD)
+            read_BL = (theirs_BL != T5.pad) & (inputs_BL[:, ahead[1] : inputs_BL.shape[1] - ahead[0]] != T5.pad)
             hidden.append(head(encoded_BLM[:, ahead[1] : inputs_BL.shape[1] - ahead[0]][read_BL]))
             targets.append(theirs_BL[read_BL])
         return self._cross_entropy(torch.cat(hidden), torch.cat(targets))
@@ -159,7 +159,7 @@ class FrozenTeacher:
     def __init__(self, path: Path, tokenizer: Any, device: torch.device) -> None:
         file = open_student(path)
         self.width, self.tokenizer, self.device = file.layout.output_width, tokenizer, device
-        self.encoder = DistilledT5(file.layout, dropout=0.0).requires_grad_(False).train(False)
+        self.encoder = T5.trained(file.layout, 0.0).requires_grad_(False)
         self.encoder.load_tensors({name: tensor.float() for name, tensor in file.load().items()})
         self.encoder.to(device)
         self._cache: dict[tuple[str, ...], Tensor] = {}
@@ -173,5 +173,5 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def _embedded(self, captions: list[str]) -> Tensor:
-        token_ids_BL = torch.tensor([fit(self.tokenizer(text)["input_ids"], TOKEN_LENGTH) for text in captions])
+        token_ids_BL = torch.tensor([T5.fit(self.tokenizer(text)["input_ids"], TOKEN_LENGTH) for text in captions])
         return self.encoder(token_ids_BL.to(self.device))

@@ -9,11 +9,10 @@ from comfy_api.latest import io
 from ..encoder.conditioning import encoded
 from ..evaluate.attention import enlarged, overlaid, stretched, word_positions
 from ..evaluate.attention_recorder import AttentionRecorder, map_of, recording_model
-from ..families import FAMILIES
+from ..families import DEFAULT
 from .show import shown
 
 Attention = io.Custom("DISTILLED_T5_ATTENTION")
-FLUX = FAMILIES["flux"]
 MAX_STEPS = 10_000
 
 
@@ -38,7 +37,7 @@ class DistilledT5CrossAttentionMap(io.ComfyNode):
                 io.String.Input("word", default="", tooltip="A word of the prompt, or several in a row. Every occurrence counts."),
                 io.Float.Input(
                     "guidance",
-                    default=FLUX.default_guidance,
+                    default=DEFAULT.default_guidance,
                     min=0.0,
                     max=100.0,
                     step=0.1,
@@ -104,7 +103,7 @@ class DistilledT5AttentionMapImage(io.ComfyNode):
         latent_NCHW = samples["samples"]
         run = attention.run_of(latent_NCHW)
         map_NHW = map_of(run, step)
-        height_px, width_px = (FLUX.cell_px * cells for cells in latent_NCHW.shape[-2:]) if image is None else image.shape[1:3]
+        height_px, width_px = (DEFAULT.cell_px * cells for cells in latent_NCHW.shape[-2:]) if image is None else image.shape[1:3]
         if image is not None and len(image) != len(map_NHW):
             raise ValueError(
                 f"Expected one image per sampled latent: got {len(image)} images and {len(map_NHW)} latents.\n"

@@ -10,8 +10,9 @@ from comfy_api.latest import io, ui
 from ..encoder.clip_l import in_order
 from ..encoder.served import ServingOptions, load_encoder
 from ..families import DEFAULT, FAMILIES
+from ..runtime.comfyui import NO_FILE
 from ..runtime.weights import CHOICES
-from .model_files import FOLDER, NO_FILE, clip_l_names, dtype_of, fingerprint, path_of, text_encoder_names
+from .model_files import FOLDER, clip_l_names, dtype_of, fingerprint, path_of, text_encoder_names
 from .progress import progress_bar
 
 DTYPES = {"auto": None, **CHOICES}

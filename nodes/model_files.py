@@ -13,13 +13,13 @@ from typing import TypeVar
 import folder_paths
 
 from ..encoder.files import not_written, open_student, unused_path
+from ..runtime.comfyui import NO_FILE
 from ..runtime.disk import remove_abandoned
 from ..runtime.errors import StudentFileError, escaped, printable
 from ..runtime.weights import SAFETENSORS
 
 Choice = TypeVar("Choice")
 FOLDER = "text_encoders"
-NO_FILE = "none"
 
 
 def remove_abandoned_files() -> None:

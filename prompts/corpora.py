@@ -154,7 +154,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[object]:
 
 
 # kind of a corpus: its reader, and what messages call an item of it
-READERS: dict[str, tuple[Callable[[Path, Sequence[str]], Iterator[object]], str]] = {
+FILE_READERS: dict[str, tuple[Callable[[Path, Sequence[str]], Iterator[object]], str]] = {
     "lines": (_lines, "line"),
     "json": (_json, "item"),
     "csv": (_csv, "row"),
@@ -207,7 +207,7 @@ def read_file(path: str, kind: str, column: str = "", limit: int = 0, target: st
     named = EXTENSIONS.get(file.suffix.lower(), kind)
     if named != kind:  # read as lines, a CSV file would train on its commas
         raise PromptError(f'{file} has the extension {file.suffix}, but kind = "{kind}".', f'write kind = "{named}", or rename the file.')
-    reader, unit = READERS[kind]
+    reader, unit = FILE_READERS[kind]
     items, number, prompts = reader(file, [name for name in (column, target) if name]), 0, []
     try:
         for number, item in enumerate(items, start=1):

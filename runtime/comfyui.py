@@ -29,6 +29,8 @@ OF_THE_SERVER = (
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "0.16.3"
+# In the place of a model file: do without.
+NO_FILE = "none"
 
 
 def find_comfyui(given: str | None = None) -> Path:

@@ -10,4 +10,5 @@ KINDS: dict[str, StudentKind] = {kind.name: kind for kind in (T5,)}
 
 def kind_of(names: list[str]) -> StudentKind:
     """The kind that tensor names (published or not) belong to; the first kind for names of none, to say what is missing."""
-    return next((kind for kind in KINDS.values() if any(name.endswith(kind.signs) for name in names)), T5)
+    signed = (kind for kind in KINDS.values() if any(name.endswith(kind.signs) for name in names))
+    return next(signed, next(iter(KINDS.values())))

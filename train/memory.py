@@ -15,7 +15,7 @@ from .recipe import Recipe, Stage, load_recipe
 from .teacher_chunks import chunk_of
 
 if TYPE_CHECKING:
-    from ..students.t5.layout import StudentLayout
+    from ..students.kind import Layout
 
 GB = 1e9
 # AdamW: weight, gradient and two moments, float32. Autocast: a bf16 copy of each weight while the student computes.
@@ -102,12 +102,12 @@ class MemoryNeed:
         return min(self.total, sum(self.least_parts.values()))
 
 
-def memory_need(recipe: Recipe, layout: StudentLayout, model: ModelSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
+def memory_need(recipe: Recipe, layout: Layout, model: ModelSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
     """What a process of the run needs on its device. On a CPU that includes the teacher, which leaves a GPU while the student trains."""
     return max((_stage_need(recipe, stage, layout, model, teacher_bytes, on_gpu) for stage in recipe.stages), key=lambda need: need.total)
 
 
-def _stage_need(recipe: Recipe, stage: Stage, layout: StudentLayout, model: ModelSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
+def _stage_need(recipe: Recipe, stage: Stage, layout: Layout, model: ModelSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
     part, longest = recipe.diffusion_model, max(recipe.sampling.token_lengths)
     others = {
         "student, gradients and AdamW": layout.parameters * TRAINED_BYTES,
@@ -124,7 +124,7 @@ def _stage_need(recipe: Recipe, stage: Stage, layout: StudentLayout, model: Mode
     return MemoryNeed(stage.name, model.held_bytes, kept * model.compute_bytes, casts, others, offload=on_gpu)
 
 
-def ram_parts(recipe: Recipe, layout: StudentLayout, model_bytes: int, teacher_bytes: int, processes: int) -> dict[str, int]:
+def ram_parts(recipe: Recipe, layout: Layout, model_bytes: int, teacher_bytes: int, processes: int) -> dict[str, int]:
     """Upper bound of the RAM of each process of a run on a GPU, in bytes by part, in the stage that needs most.
 
     Python and its libraries (about 2 GB) and the system's file cache are not included.
@@ -159,7 +159,7 @@ def model_activations(family: Family, model: ModelSize, tokens: int, checkpoint_
     }
 
 
-def _student_activations(recipe: Recipe, layout: StudentLayout, batch: int, length: int) -> int:
+def _student_activations(recipe: Recipe, layout: Layout, batch: int, length: int) -> int:
     kept = KINDS[layout.kind].activation_bytes(layout, batch, length)
     return kept + layout.parameters * AUTOCAST_BYTES if recipe.optimizer.autocast == "bf16" else kept * WIDER
 

@@ -15,17 +15,17 @@ from ..diffusion.files import check_guidance, open_diffusion_model, use_one_thre
 from ..diffusion.frozen import FrozenModel, held_bytes
 from ..encoder.metadata import StudentMetadata
 from ..encoder.teacher import Teacher, load_teacher
-from ..runtime.comfyui import model_file
+from ..runtime.comfyui import NO_FILE, model_file
 from ..runtime.errors import StudentFileError
 from ..runtime.header import read_entries
 from ..runtime.ranks import Ranks
-from ..students.t5.layout import StudentLayout
-from ..students.t5.trained import DistilledT5
-from . import smoke_models
+from ..students.kind import Layout
+from ..students.trained import TrainedStudent
+from . import stand_ins
 from .file_sizes import size_in_file, teacher_bytes_in, text_width_in
 from .memory import MemoryNeed, ModelSize, check_memory, check_ram, memory_need, ram_parts, without_gpu
 from .preflight import models_of
-from .recipe import NO_CLIP_L, RANDOM, STAND_IN, Recipe
+from .recipe import RANDOM, STAND_IN, Recipe
 from .student_start import make_student
 
 # A student may be somewhat larger than its teacher, by its projection for instance; beyond this factor the two are exchanged.
@@ -36,11 +36,11 @@ log = logging.getLogger(__name__)
 def load_frozen_model(recipe: Recipe) -> FrozenModel:
     """The frozen diffusion model. Raises ValueError if the file is not of the recipe's family, or the guidance does not fit it."""
     part = recipe.diffusion_model
-    with tempfile.TemporaryDirectory() as scratch:
-        stand_in = part.file == STAND_IN
-        path = smoke_models.diffusion_model_file(Path(scratch)) if stand_in else model_file(part.file, "diffusion_models")
-        model = open_diffusion_model(path, part.dtype, recipe.family)
-    check_guidance(path.name, model, recipe.sampling.guidance)
+    if part.file == STAND_IN:
+        model = stand_ins.diffusion_model(recipe.family, part.dtype)
+    else:
+        model = open_diffusion_model(model_file(part.file, "diffusion_models"), part.dtype, recipe.family)
+    check_guidance(Path(part.file).name, model, recipe.sampling.guidance)
     use_one_thread_if_small(model)
     return model
 
@@ -48,14 +48,14 @@ def load_frozen_model(recipe: Recipe) -> FrozenModel:
 def load_teacher_of(recipe: Recipe, model: FrozenModel) -> Teacher:
     """The teacher, after a check that the run fits into the memory of the device.
 
-    Raises ValueError if the teacher is not a T5, gives text of another width than the diffusion model takes, or is smaller than the
-    student, and if there is too little memory.
+    Raises ValueError if the teacher is not of the family's kind, gives text of another width than the diffusion model takes, or is smaller
+    than the student, and if there is too little memory.
     """
     part, device = recipe.teacher, model.device
-    clip_l = None if part.clip_l == NO_CLIP_L else model_file(part.clip_l, "text_encoders")
+    clip_l = None if part.clip_l == NO_FILE else model_file(part.clip_l, "text_encoders")
     with tempfile.TemporaryDirectory() as scratch:
         stand_in = part.t5 == STAND_IN
-        t5 = smoke_models.teacher_file(Path(scratch)) if stand_in else model_file(part.t5, "text_encoders")
+        t5 = stand_ins.teacher_file(Path(scratch), recipe.family) if stand_in else model_file(part.t5, "text_encoders")
         teacher = load_teacher(t5, clip_l, recipe.family)
     check_memory(memory_need_of(recipe, model, teacher), recipe, comfy.model_management.get_total_memory(device), str(device))
     width = teacher.encode(["a"], 2).text_BLD.shape[-1]
@@ -69,7 +69,7 @@ def load_teacher_of(recipe: Recipe, model: FrozenModel) -> Teacher:
     return teacher
 
 
-def _check_teaches(teacher: Teacher, recipe: Recipe, layout: StudentLayout) -> None:
+def _check_teaches(teacher: Teacher, recipe: Recipe, layout: Layout) -> None:
     weights = sum(weight.numel() for weight in teacher.text_model.parameters())
     if weights * SMALLER_TEACHER < layout.parameters:
         raise ValueError(
@@ -128,7 +128,7 @@ def _weights(module: Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
-def make_student_of(recipe: Recipe) -> DistilledT5:
+def make_student_of(recipe: Recipe) -> TrainedStudent:
     """The student at its start, float32, on the CPU; its output is as wide as the teacher's.
 
     Raises ValueError if its first weights do not fit.
@@ -158,7 +158,7 @@ def metadata_of(recipe: Recipe, steps: int) -> StudentMetadata:
     return StudentMetadata(
         family=recipe.diffusion_model.family,
         token_length=served_length(recipe),
-        pooled="zero" if recipe.teacher.clip_l == NO_CLIP_L else "clip_l",
+        pooled="zero" if recipe.teacher.clip_l == NO_FILE else "clip_l",
         title=recipe.output.name,
         facts={
             "distilled_t5.teacher": Path(recipe.teacher.t5).name,

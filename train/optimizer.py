@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch.nn import Embedding, ModuleList
 from torch.optim import AdamW, Optimizer
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.nn import Module
 
 RATE_SHARE = "rate_share"
@@ -63,7 +63,8 @@ def make_optimizer(
     Raises ValueError if Muon is wanted and this torch does not have it.
     """
     named = dict(module.named_parameters())
-    matrices = {name: weight for name, weight in named.items() if is_inner_matrix(name, weight)}
+    inner = inner_weights(module)
+    matrices = {name: weight for name, weight in named.items() if weight.ndim == 2 and id(weight) in inner}
     if not muon_learning_rate or not matrices:
         return AdamW(named.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
     try:
@@ -79,9 +80,11 @@ def make_optimizer(
     return MuonAndAdamW(muon, AdamW(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay))
 
 
-def is_inner_matrix(name: str, weight: Tensor) -> bool:
-    """Whether Muon may update this weight: a matrix inside a block, but not a position bias; tables and ends of a model are outside."""
-    return weight.ndim == 2 and "block" in name and "relative_attention_bias" not in name
+def inner_weights(module: Module) -> set[int]:
+    """The ids of the weights of layers inside a module's blocks, tables of positions excepted; its first and last layers are outside."""
+    blocks = [block for blocks in module.modules() if isinstance(blocks, ModuleList) for block in blocks]
+    layers = (layer for block in blocks for layer in block.modules() if layer is not block and not isinstance(layer, Embedding))
+    return {id(weight) for layer in layers for weight in layer.parameters(recurse=False)}
 
 
 def restart(optimizer: Optimizer | MuonAndAdamW) -> None:

@@ -12,12 +12,12 @@ from ..families import FAMILIES
 from ..prompts.common_text import common_words
 from ..prompts.corpora import Corpus, located
 from ..prompts.mix import read_corpus
-from ..runtime.comfyui import model_file
+from ..runtime.comfyui import NO_FILE, model_file
 from ..runtime.errors import StudentFileError, UserError
 from ..runtime.header import read_entries
 from ..runtime.optional import pip_install
 from ..students.foreign import KINDS
-from .recipe import NO_CLIP_L, RANDOM, STAND_IN, Recipe
+from .recipe import RANDOM, STAND_IN, Recipe
 
 # What the trainer imports, by the package that has it; ComfyUI needs all of them too.
 PACKAGES = {
@@ -78,7 +78,7 @@ def models_of(recipe: Recipe) -> list[Model]:
         Model("student.start", recipe.student.start, text_encoders, "a T5 text encoder", T5_SIGNS),
         Model("preview.vae", recipe.preview.vae, "vae", "a VAE", _signs("a VAE")),
     ]
-    named = {"teacher.clip_l": NO_CLIP_L, "student.start": RANDOM, "preview.vae": ""}
+    named = {"teacher.clip_l": NO_FILE, "student.start": RANDOM, "preview.vae": ""}
     return [model for model in models if model.name != named.get(model.key, STAND_IN)]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -14,11 +15,17 @@ from ..config.toml import toml_value
 from ..families import FAMILIES
 from ..families.family import Family
 from ..prompts.corpora import Corpus
-from ..students.t5.layout import StudentLayout
+from ..students import KINDS
+from ..students.kind import Layout, StudentKind
 from .objectives import OBJECTIVES
 
 # Values in the place of a file.
-STAND_IN, NO_CLIP_L, RANDOM = "stand-in", "none", "random"
+STAND_IN, RANDOM = "stand-in", "random"
+# The table of any kind of student.
+if TYPE_CHECKING:
+    LayoutTable: TypeAlias = Part
+else:
+    LayoutTable = functools.reduce(operator.or_, (kind.layout_table() for kind in KINDS.values()))
 
 
 def _one_of(name: str, names: Iterable[str]) -> str:
@@ -28,6 +35,7 @@ def _one_of(name: str, names: Iterable[str]) -> str:
 
 
 ObjectiveName = Annotated[str, AfterValidator(lambda name: _one_of(name, OBJECTIVES))]
+StudentSize = Annotated[str, AfterValidator(lambda name: _one_of(name, [size for kind in KINDS.values() for size in kind.sizes]))]
 FamilyName = Annotated[str, AfterValidator(lambda name: _one_of(name, FAMILIES))]
 TokenLength = Annotated[int, Field(ge=2, le=4096)]
 Guidance = Annotated[float, Field(ge=0)]
@@ -44,7 +52,7 @@ class TeacherPart(Part):
     )
 
 
-class DiffusionModelPart(Part):
+class FrozenModelPart(Part):
     """The frozen diffusion model whose velocities are compared."""
 
     file: FilePath = Field(description='a file in models/diffusion_models, a path, or "stand-in"')
@@ -55,21 +63,10 @@ class DiffusionModelPart(Part):
     family: FamilyName = Field(description="family of the diffusion model; decides the width of the text embedding")
 
 
-class LayoutTable(Part):
-    """A T5 encoder of any size."""
-
-    d_model: Count = Field(description="width of the encoder, channels")
-    d_ff: Count = Field(description="width of the feed-forward layers, channels")
-    num_layers: Count = Field(description="blocks")
-    num_heads: Count = Field(description="attention heads")
-    d_kv: Count = Field(description="width of one attention head, channels")
-    gated: bool = Field(description="gated GELU as in T5 v1.1 (true), or ReLU as in T5 v1.0 (false)")
-
-
 class StudentPart(Part):
     """The text encoder that is trained. Exactly one of `size` and `layout` must be given."""
 
-    size: Literal["small", "base", "large", "xl"] | None = Field(default=None, description="a size of T5 v1.1")
+    size: StudentSize | None = Field(default=None, description="a size of T5 v1.1")
     layout: LayoutTable | None = Field(default=None, description="any other size")
     start: FilePath = Field(
         description="initial weights: T5 v1.1 or flan-T5 (Hugging Face folder or .safetensors) or a distilled file, in "
@@ -84,10 +81,14 @@ class StudentPart(Part):
             raise ValueError("expected either size or layout, got " + ("neither" if self.size is None else "both"))
         return self
 
-    def student_layout(self, output_width: int) -> StudentLayout:
+    @property
+    def kind(self) -> StudentKind:
+        """The kind whose size or table it has."""
+        return next(kind for kind in KINDS.values() if self.size in kind.sizes or isinstance(self.layout, kind.layout_table()))
+
+    def student_layout(self, output_width: int) -> Layout:
         """The student's layout for a diffusion model whose text input is `output_width` channels wide."""
-        encoder = StudentLayout(**self.layout.model_dump()) if self.layout else StudentLayout.named(self.size or "", None)
-        return replace(encoder, hidden_width=self.projection_width, projected_width=output_width)
+        return self.kind.planned(self.size or self.layout or "", self.projection_width, output_width)
 
 
 class OptimizerPart(Part):
@@ -100,7 +101,7 @@ class OptimizerPart(Part):
     muon_learning_rate: float = Field(
         default=0.0,
         ge=0,
-        description="peak learning rate of Muon, for the matrices in the T5's blocks, on the same schedule. 0: AdamW trains them too",
+        description="peak learning rate of Muon, for the matrices in the student's blocks, on the same schedule. 0: AdamW trains them too",
     )
     weight_decay: float = Field(ge=0, description="AdamW's decoupled weight decay, multiplied by the learning rate at each step")
     beta1: float = Field(ge=0, lt=1, description="decay per step of the running mean of gradients")
@@ -115,7 +116,7 @@ class OptimizerPart(Part):
         return {key: value for key, value in written(self).items() if key != "restart_per_stage" or value}
 
 
-class SamplingPart(Part):
+class TrajectoryPart(Part):
     """The teacher's denoising trajectories."""
 
     steps: Count = Field(description="denoising steps T of a trajectory; each is one optimizer step")
@@ -197,10 +198,10 @@ class Recipe(Config):
     name: FileStem = Field(description="name of the recipe")
     seed: int = Field(ge=0, lt=2**31, description="seed of every random draw")
     teacher: TeacherPart = Field(description="the text encoder that the student imitates")
-    diffusion_model: DiffusionModelPart = Field(description="the frozen diffusion model")
+    diffusion_model: FrozenModelPart = Field(description="the frozen diffusion model")
     student: StudentPart = Field(description="the text encoder that is trained")
     optimizer: OptimizerPart = Field(description="AdamW and its schedule")
-    sampling: SamplingPart = Field(description="the teacher's denoising trajectories")
+    sampling: TrajectoryPart = Field(description="the teacher's denoising trajectories")
     validation: ValidationPart = Field(description="the held-out loss")
     checkpoints: CheckpointsPart = Field(description="checkpoints of the run")
     preview: PreviewPart = Field(description="images while training")
@@ -220,6 +221,11 @@ class Recipe(Config):
             raise ValueError(f"expected a different name for every stage, got {', '.join(names)}")
         for stage in self.stages:
             self.family.check_side(stage.resolution_px)
+        if self.student.kind.name not in self.family.students:
+            kinds = " or ".join(KINDS[name].display_name for name in self.family.students)
+            raise ValueError(
+                f"student: expected a {kinds}, which {self.family.display_name} can use, got a {self.student.kind.display_name}"
+            )
         steps, warmup_steps = min(self.periods), self.optimizer.warmup_steps
         if warmup_steps > steps:
             whose = "shortest stage" if self.optimizer.restart_per_stage else "run"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +15,11 @@ from ..students import KINDS
 from .recipe import RANDOM
 
 if TYPE_CHECKING:
-    from ..students.t5.layout import StudentLayout
-    from ..students.t5.trained import DistilledT5
+    from ..students.kind import Layout
+    from ..students.trained import TrainedStudent
 
 
-def make_student(layout: StudentLayout, start: str, dropout: float, seed: int) -> DistilledT5:
+def make_student(layout: Layout, start: str, dropout: float, seed: int) -> TrainedStudent:
     """A student of this layout in float32.
 
     `start` is "random", a distilled file (which is used completely), or a pretrained model: a Hugging Face folder, or the file itself (its
@@ -34,23 +33,24 @@ def make_student(layout: StudentLayout, start: str, dropout: float, seed: int) -
     return student
 
 
-def _start_tensors(path: Path, layout: StudentLayout) -> dict[str, Tensor]:
+def _start_tensors(path: Path, layout: Layout) -> dict[str, Tensor]:
+    kind = KINDS[layout.kind]
     if not path.exists():
         raise ValueError(
-            f'{path} does not exist.\nWhat to do: name a Hugging Face folder of a T5, a .safetensors file, or "random" in student.start.'
+            f"{path} does not exist.\n"
+            f'What to do: name a Hugging Face folder of a {kind.display_name}, a .safetensors file, or "{RANDOM}" in student.start.'
         )
-    read_pretrained = KINDS[layout.kind].read_pretrained
     if path.is_dir():
-        return read_pretrained(path, layout)
+        return kind.read_pretrained(path, layout)
     try:
         student = open_student(path)
     except StudentFileError:
-        # An incomplete distilled T5 is not a plain T5 either, and the first message says what it lacks.
+        # An incomplete student is not a pretrained model either, and the first message says what it lacks.
         if any("final_projection." in name for name in read_header(path)[0]):
             raise
-        return read_pretrained(path, layout)
+        return kind.read_pretrained(path, layout)
     if student.layout != layout:
-        pairs = [(field.name, getattr(student.layout, field.name), getattr(layout, field.name)) for field in fields(layout)]
+        pairs = [(name, getattr(student.layout, name), ours) for name, ours in vars(layout).items()]
         differences = [f"  {name}: expected {ours}, got {theirs}" for name, theirs, ours in pairs if theirs != ours]
         raise ValueError(
             f"{path.name} is a {student.layout.size_name} whose layout is not that of the recipe's student.\n"

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..diffusion.frozen import FrozenModel, usable_bytes
 from ..encoder.teacher import Teacher, TeacherText
 from ..runtime.ranks import Ranks
-from ..students.t5.trained import DistilledT5
+from ..students.trained import TrainedStudent
 from .batches import Batch, Place, Schedule
 from .distill import Learner, linear_schedule, loss_scaler
 from .inputs import inputs_of, refuse_other_inputs
@@ -43,7 +43,7 @@ class Workshop:
     teacher: Teacher
     chunks: TeacherChunks
     need: MemoryNeed
-    student: DistilledT5
+    student: TrainedStudent
     learner: Learner
     inputs: dict[str, str]
 
@@ -103,7 +103,7 @@ def open_workshop(recipe: Recipe, ranks: Ranks, recorded: Mapping[str, str] | No
     return Workshop(recipe, ranks, schedule, model, teacher, chunks, memory_need_of(recipe, model, teacher), student, learner, inputs)
 
 
-def _learner(recipe: Recipe, ranks: Ranks, student: DistilledT5, model: FrozenModel) -> Learner:
+def _learner(recipe: Recipe, ranks: Ranks, student: TrainedStudent, model: FrozenModel) -> Learner:
     wrapped = ranks.wrap(student)
     ranks.warm_up(wrapped, torch.zeros(1, 2, dtype=torch.long))
     part = recipe.optimizer

@@ -25,7 +25,7 @@ SUBJECTS = ("a red fox", "three sailing ships", "an old sailor", "a small worksh
 
 
 @dataclass(frozen=True)
-class World:
+class TrainingWorld:
     """Sizes of diffusion model, teacher, CLIP-L and student of a run, and of its images and prompts."""
 
     flux: FluxSizes
@@ -125,13 +125,13 @@ class World:
 REAL_TEACHER, REAL_STUDENT = StudentLayout.named("xxl", output_width=None), StudentLayout.named("base")
 
 
-def real_world(text_tokens: int) -> World:
+def real_world(text_tokens: int) -> TrainingWorld:
     """Flux dev with T5-XXL, CLIP-L and T5-Base at 512 px."""
-    return World(FluxSizes(), REAL_TEACHER, ClipSizes(), REAL_STUDENT, 512, text_tokens)
+    return TrainingWorld(FluxSizes(), REAL_TEACHER, ClipSizes(), REAL_STUDENT, 512, text_tokens)
 
 
-def small_world(width: int, double: int, single: int, side_px: int = 256, text_tokens: int = 64) -> World:
+def small_world(width: int, double: int, single: int, side_px: int = 256, text_tokens: int = 64) -> TrainingWorld:
     """For a CPU: about the real ratios of image to text tokens, double to single blocks and feed-forward to width."""
     teacher = StudentLayout(d_model=384, d_ff=1024, num_layers=5, num_heads=6)
     student = StudentLayout(d_model=32, d_ff=80, num_layers=2, num_heads=1, d_kv=32, hidden_width=384, projected_width=384)
-    return World(FluxSizes(width, double, single, 384, 64), teacher, ClipSizes(64, 2), student, side_px, text_tokens)
+    return TrainingWorld(FluxSizes(width, double, single, 384, 64), teacher, ClipSizes(64, 2), student, side_px, text_tokens)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..kind import StudentKind
-from .layout import POSITION_BIAS, SHARED, StudentLayout, read_layout
-from .names import MODULE, published_names
+from .layout import NAMED_SIZES, POSITION_BIAS, SHARED, StudentLayout, read_layout
+from .names import LORA_KEYS, MODULE, published_names
 from .relatives import refuse_relatives
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+    from ...config.parts import Part
+    from ..trained import TrainedStudent
 
 
 # Measured with torch's profiler on transformers' T5 under bf16 autocast with dropout (a least-squares fit over ten shapes, within 0.1%):
@@ -36,7 +40,7 @@ def served(layout: StudentLayout, dtype: Any, device: Any, operations: Any) -> A
     return ProjectedT5(layout, dtype, device, operations)
 
 
-def trained(layout: StudentLayout, dropout: float) -> Any:
+def trained(layout: StudentLayout, dropout: float) -> TrainedStudent:
     """The module that is trained."""
     from .trained import DistilledT5
 
@@ -50,16 +54,42 @@ def read_pretrained(path: Path, layout: StudentLayout) -> dict[str, Tensor]:
     return read_pretrained(path, layout)
 
 
+def layout_table() -> type[Part]:
+    """The recipe's table."""
+    from .table import LayoutTable
+
+    return LayoutTable
+
+
+def planned(size: str | Part, hidden_width: int, output_width: int) -> StudentLayout:
+    """The layout of a recipe's student."""
+    encoder = StudentLayout.named(size, None) if isinstance(size, str) else StudentLayout(**size.model_dump())
+    return replace(encoder, hidden_width=hidden_width, projected_width=output_width)
+
+
+def stand_in(output_width: int) -> StudentLayout:
+    """A T5 of two layers."""
+    return StudentLayout(d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, hidden_width=128, projected_width=output_width)
+
+
 T5 = StudentKind(
     name=StudentLayout.kind,
+    display_name="T5",
     signs=(POSITION_BIAS.removeprefix("encoder."),),
     table=SHARED,
     tokens=32100,  # 32,000 pieces and 100 extra ids
+    end=1,
+    pad=0,
+    lora_keys=LORA_KEYS,
     small={"num_layers": 1, "d_model": 8, "d_ff": 8, "num_heads": 1, "d_kv": 8, "vocab_size": 8},
     published_names=published_names,
     refuse_relatives=refuse_relatives,
     read_layout=read_layout,
     named=StudentLayout.named,
+    sizes=tuple(size for size in NAMED_SIZES if size != "xxl"),
+    layout_table=layout_table,
+    planned=planned,
+    stand_in=stand_in,
     activation_bytes=activation_bytes,
     module=MODULE,
     prefix="encoder.",

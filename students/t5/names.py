@@ -16,6 +16,13 @@ from collections.abc import Iterable
 MODULE = "t5base"
 IN_CLIP = re.compile(rf"(text_encoders\.)?{MODULE}\.transformer\.")
 WRAPPER = "module."
+# kohya and OneTrainer (lora_te2_, lora_te3_), LyCORIS (lycoris_te2_), ComfyUI's generic names (text_encoders.t5xxl.), diffusers
+# (text_encoder_2.), PEFT (base_model.model.) and bare names (te2., t5.): all for the T5-XXL of Flux or SD3.
+LORA_KEYS = (
+    r"(base_model\.model\.)?((lora|lycoris)[._])?"
+    r"((text_encoders\.)?t5(_?xxl)?[._]"
+    r"|(te|text_encoders?)(_?\d)?[._](transformer[._])?(encoder[._](block|final_layer_norm|embed_tokens)|shared)[._])"
+)
 # A duplicate of the token table that some Hugging Face files hold.
 TOKEN_TABLE_TWIN = "encoder.encoder.embed_tokens.weight"
 # The first matching prefix counts: prefix in the prefixless dialect -> published prefix.

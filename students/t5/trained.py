@@ -1,16 +1,18 @@
-"""The T5 student as it is trained: transformers' T5 encoder with the projection. Its state dict has the published names."""
+"""The T5 student as it is trained: transformers' T5 encoder with the projection."""
 
 # B batch, L text tokens, D text width, M d_model
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Dropout, Linear, Module
+from torch.nn import Dropout, Linear
 from transformers import T5Config, T5EncoderModel
 
+from ..trained import TrainedStudent
 from .layout import SHARED, StudentLayout
 from .names import TOKEN_TABLE_TWIN
 from .projection import projection
@@ -19,29 +21,19 @@ from .projection import projection
 DROPOUT = 0.1
 
 
-class DistilledT5(Module):
-    """T5 encoder and projection: token ids [B, L] to text embeddings [B, L, D].
+class DistilledT5(TrainedStudent):
+    """T5 encoder and projection. Every token is attended to, padding too, as in Flux's text encoder."""
 
-    Every token is attended to, padding too, as in Flux's text encoder.
-    """
+    duplicates: ClassVar[Mapping[str, str]] = {TOKEN_TABLE_TWIN: SHARED}
 
     def __init__(self, layout: StudentLayout, dropout: float = DROPOUT) -> None:
-        super().__init__()
-        self.layout = layout
+        super().__init__(layout)
         self.encoder = T5EncoderModel(transformers_config(layout, dropout))
         self.final_projection = projection(layout, Linear, Dropout(dropout))
 
     def forward(self, token_ids_BL: Tensor) -> Tensor:
         hidden_BLM = self.encoder(input_ids=token_ids_BL, attention_mask=torch.ones_like(token_ids_BL)).last_hidden_state
         return self.final_projection(hidden_BLM)
-
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load all tensors, by published name. RuntimeError lists missing and unexpected ones."""
-        self.load_state_dict({**tensors, TOKEN_TABLE_TWIN: tensors[SHARED]}, strict=True)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights by published name, as `write_student` takes them."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name != TOKEN_TABLE_TWIN}
 
 
 def transformers_config(layout: StudentLayout, dropout: float = DROPOUT) -> T5Config:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilled_t5.benchmarks.support.training_worlds import World, small_world
+from distilled_t5.benchmarks.support.training_worlds import TrainingWorld, small_world
 from distilled_t5.diffusion.frozen import FrozenModel
 from distilled_t5.diffusion.gradients import blocks_of, differentiable
 from distilled_t5.families import FAMILIES
@@ -35,7 +35,7 @@ def flow(files: Path) -> FrozenModel:
     return flow
 
 
-def given(world: World = WORLD) -> dict[str, Any]:
+def given(world: TrainingWorld = WORLD) -> dict[str, Any]:
     """All that a velocity depends on but the text."""
     drawn = draw(0, 0, BATCH, FAMILIES["flux"].latent_shape(world.side_px), (2.0, 5.0), (world.text_tokens,))
     pooled_BP = torch.randn(BATCH, world.flux.pooled_width, generator=torch.Generator().manual_seed(1))

@@ -17,14 +17,15 @@ import torch
 from comfy_extras.nodes_hooks import CreateHookKeyframe, SetClipHooks, SetHookKeyframes
 from comfy_extras.nodes_model_merging import CLIPAdd, CLIPMergeSimple, CLIPSave, CLIPSubtract
 from distilled_t5.encoder.files import open_student
-from distilled_t5.encoder.lora_log import NOTICE, FoldT5xxlLines
+from distilled_t5.encoder.lora_log import FoldLoraLines
 from distilled_t5.encoder.metadata import CHANGED_KEY, StudentMetadata
-from distilled_t5.encoder.prompt_length import describe_length, is_padding, t5_tokens
+from distilled_t5.encoder.prompt_length import describe_length, own_tokens
 from distilled_t5.encoder.served import student_tensors
 from distilled_t5.evaluate.attention import word_positions
 from distilled_t5.families.flux_tensors import FluxLayout
 from distilled_t5.nodes import DistilledT5CrossAttentionMap, DistilledT5EncoderMap, DistilledT5Save, DistilledT5TextEncode
 from distilled_t5.runtime.random_weights import drawn
+from distilled_t5.students.t5 import T5
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.tests.support.small_encoders import (
     PROMPT,
@@ -76,7 +77,7 @@ def test_a_lora_reaches_clip_l_and_not_the_student_with_one_clear_line(clip, lor
     assert not torch.equal(pooled(with_lora), before_pooled)
     assert torch.equal(embedding(with_lora), before_text)
     about_t5 = [line for line in caplog.messages if "T5-XXL" in line or "encoder_block" in line]
-    assert about_t5 == [NOTICE]
+    assert about_t5 == [FoldLoraLines(T5, "T5-XXL").notice]
 
 
 def test_keys_of_a_lora_that_are_not_t5xxl_are_still_reported(clip, caplog):
@@ -98,7 +99,7 @@ def test_a_second_lora_with_other_keys_gets_a_line_of_its_own_within_millisecond
     with caplog.at_level(logging.WARNING):
         for key in [*keys, "base_model.model.text_encoder_2.shared.alpha"]:
             comfy.sd.load_lora_for_models(None, clip, {key: torch.tensor(1.0), f"{key}.x": torch.tensor(1.0)}, 1.0, 1.0)
-    assert caplog.messages == [NOTICE] * 5
+    assert caplog.messages == [FoldLoraLines(T5, "T5-XXL").notice] * 5
 
 
 def test_taking_the_lora_off_again_gives_the_first_embedding_bit_for_bit(clip, lora):
@@ -146,7 +147,7 @@ def test_map_and_count_see_the_tokens_that_the_encoder_sees(kind, folder, text_e
         assert word_positions(clip, prompt, "oil") == [place + shift for place in word_positions(clip, without, "oil")]
         count = int(describe_length(clip, clip.tokenize(without)).split()[0])
         assert describe_length(clip, clip.tokenize(prompt)).split()[0] == str(count + shift)
-        own = [not is_padding(token) for token in t5_tokens(clip, clip.tokenize(prompt))]
+        own = own_tokens(clip, clip.tokenize(prompt))
         assert own == sorted(own, reverse=True), "padding is at the end, where the encoder has it"
 
 
@@ -284,6 +285,6 @@ def test_text_encode_refuses_embeddings_that_are_not_finite(clip, part, monkeypa
 
 def test_the_filter_of_log_lines_does_not_keep_a_student_alive(folder):
     text_model = weakref.ref(serve(student_file(folder)).clip.cond_stage_model)
-    assert sum(isinstance(each, FoldT5xxlLines) for each in logging.getLogger().filters) == 1
+    assert sum(isinstance(each, FoldLoraLines) for each in logging.getLogger().filters) == 1
     gc.collect()
     assert text_model() is None

@@ -20,11 +20,11 @@ from distilled_t5.runtime.random_weights import drawn
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.tests.support.small_encoders import student_file
+from distilled_t5.tests.support.small_flux import FLUX
 from distilled_t5.tests.support.tiny_students import sparse_file
 from distilled_t5.tests.support.trainer import command, finish, start
 from distilled_t5.train.__main__ import command_line, memory_advice
 from distilled_t5.train.recipe import load_recipe
-from distilled_t5.train.smoke_models import FLUX
 from distilled_t5.train.workshop import open_workshop
 
 NARROW = StudentLayout(d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16, hidden_width=32, projected_width=512)

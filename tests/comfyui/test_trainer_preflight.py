@@ -18,13 +18,13 @@ from distilled_t5.runtime.errors import UserError
 from distilled_t5.runtime.header import read_entries
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.students.t5.layout import StudentLayout
+from distilled_t5.tests.support.small_flux import diffusion_model_file
 from distilled_t5.tests.support.tiny_students import sparse_file
 from distilled_t5.tests.support.trainer import PACK
 from distilled_t5.train.file_sizes import size_in_file
 from distilled_t5.train.models import load_frozen_model, size_of
 from distilled_t5.train.preflight import preflight
 from distilled_t5.train.recipe import load_recipe
-from distilled_t5.train.smoke_models import diffusion_model_file
 from distilled_t5.train.workshop import open_workshop
 from safetensors.torch import load_file, save_file
 

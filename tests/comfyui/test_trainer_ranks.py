@@ -15,10 +15,10 @@ import torch
 from distilled_t5.runtime.disk import UNFINISHED
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.exact import same
+from distilled_t5.tests.support.small_flux import diffusion_model_file, teacher_file
 from distilled_t5.tests.support.trainer import QUICK, TWO_PROCESSES, command, finish, metrics, start, wait_for_step
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.run import train
-from distilled_t5.train.smoke_models import diffusion_model_file, teacher_file
 from distilled_t5.train.state import REPLACED, TrainerState, read_checkpoint
 from safetensors.torch import load_file
 

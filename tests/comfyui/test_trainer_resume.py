@@ -18,13 +18,13 @@ from distilled_t5.runtime.disk import sha256
 from distilled_t5.runtime.random_weights import drawn
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.exact import same
+from distilled_t5.tests.support.small_flux import TEACHER, teacher_file
 from distilled_t5.tests.support.trainer import TWO_PROCESSES, command, finish, metrics
 from distilled_t5.train.distill import NotFinite
 from distilled_t5.train.objectives import OBJECTIVES, Objective, velocity_gap
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.resume import gather_state, restore
 from distilled_t5.train.run import train
-from distilled_t5.train.smoke_models import TEACHER, teacher_file
 from distilled_t5.train.state import MANIFEST, VALUES, Checkpoints, read_checkpoint, write_checkpoint
 from distilled_t5.train.workshop import RunState, open_workshop
 

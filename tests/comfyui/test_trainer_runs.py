@@ -16,11 +16,11 @@ from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.students.t5.trained import DistilledT5, transformers_config
 from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.small_encoders import embedding, serve, student_file
+from distilled_t5.tests.support.small_flux import FLUX
 from distilled_t5.tests.support.trainer import QUICK, command, finish, metrics, start, wait_for_step
 from distilled_t5.train.distill import NotFinite
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.run import train
-from distilled_t5.train.smoke_models import FLUX
 from distilled_t5.train.state import read_checkpoint
 from distilled_t5.train.workshop import open_workshop
 from safetensors.torch import save_file

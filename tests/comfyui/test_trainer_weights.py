@@ -11,8 +11,8 @@ import torch
 from distilled_t5.diffusion.frozen import FrozenModel
 from distilled_t5.families import FAMILIES
 from distilled_t5.runtime.random_weights import drawn
+from distilled_t5.tests.support.small_flux import FLUX
 from distilled_t5.train.models import size_of
-from distilled_t5.train.smoke_models import FLUX
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 from distilled_t5.encoder import lora_log
-from distilled_t5.encoder.lora_log import NOTICE, FoldT5xxlLines, fold_t5xxl_lora_lines
+from distilled_t5.encoder.lora_log import FoldLoraLines, fold_lora_lines
+from distilled_t5.students.t5 import T5
 from torch import nn
 
+NOTICE = FoldLoraLines(T5, "T5-XXL").notice
 T5_KEYS = [
     "lora_te2_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight",
     "lora_te3_encoder_block_23_layer_1_DenseReluDense_wi_1.lora_up.weight",
@@ -64,7 +66,7 @@ def host_log(clock: list[float]) -> Iterator[tuple[logging.Logger, list[str]]]:
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # pyright: ignore[reportAttributeAccessIssue]
     logger.addHandler(handler)
-    logger.addFilter(FoldT5xxlLines())
+    logger.addFilter(FoldLoraLines(T5, "T5-XXL"))
     yield logger, lines
     logger.handlers.clear()
 
@@ -123,15 +125,15 @@ def test_other_records_pass_untouched(host_log):
 
 
 def filters() -> list[logging.Filter]:
-    return [each for each in logging.getLogger().filters if isinstance(each, FoldT5xxlLines)]
+    return [each for each in logging.getLogger().filters if isinstance(each, FoldLoraLines)]
 
 
 def test_one_filter_is_on_the_root_logger_for_as_long_as_a_text_model_lives():
     gc.collect()
     assert not filters()
     first, second = nn.Linear(1, 1), nn.Linear(1, 1)
-    fold_t5xxl_lora_lines(first)
-    fold_t5xxl_lora_lines(second)
+    fold_lora_lines(first, T5, "T5-XXL")
+    fold_lora_lines(second, T5, "T5-XXL")
     assert len(filters()) == 1
     del first
     gc.collect()
@@ -143,7 +145,7 @@ def test_one_filter_is_on_the_root_logger_for_as_long_as_a_text_model_lives():
 
 def test_a_second_lora_with_other_keys_has_its_line_at_once(caplog):
     model = nn.Linear(1, 1)
-    fold_t5xxl_lora_lines(model)
+    fold_lora_lines(model, T5, "T5-XXL")
     with caplog.at_level(logging.WARNING):
         for keys in (T5_KEYS[:4], T5_KEYS[4:]):
             model.state_dict()  # as comfy.lora.model_lora_keys_clip does

@@ -17,8 +17,8 @@ from distilled_t5.miniature.corpus import draw_text
 from distilled_t5.miniature.corruption import FIRST_SENTINEL, corrupt, noise_spans
 from distilled_t5.miniature.teacher import IGNORED, NEIGHBOURS, Pretraining, save_teacher
 from distilled_t5.miniature.training import Plan, Trainee, train
+from distilled_t5.students.t5 import T5
 from distilled_t5.students.t5.layout import StudentLayout
-from distilled_t5.students.t5.tokens import END, PAD
 from distilled_t5.tests.support.spans import restore
 from distilled_t5.world.captions import draw_prompt, write_prompts
 from torch.nn.functional import cross_entropy
@@ -31,8 +31,8 @@ PLAN = Plan(steps=6, batch=4, warmup_steps=2, save_every=2, log_every=1)
 def test_the_corruption_of_a_text_by_hand():
     tokens = [10, 11, 12, 13, 14, 15]
     inputs, targets = corrupt(tokens, [(1, 3), (5, 6)])
-    assert inputs == [10, FIRST_SENTINEL, 13, 14, FIRST_SENTINEL - 1, END]
-    assert targets == [FIRST_SENTINEL, 11, 12, FIRST_SENTINEL - 1, 15, END]
+    assert inputs == [10, FIRST_SENTINEL, 13, 14, FIRST_SENTINEL - 1, T5.end]
+    assert targets == [FIRST_SENTINEL, 11, 12, FIRST_SENTINEL - 1, 15, T5.end]
     assert restore(inputs, targets) == tokens
 
 
@@ -73,14 +73,14 @@ def test_what_texts_say_of_a_person_is_always_the_same():
 def test_the_loss_is_that_of_transformers_own_t5_and_that_of_the_tokens_beside_each():
     model = Pretraining(TINY, seed=0)
     inputs, targets = torch.randint(2, 50, (3, 9)), torch.arange(TINY.vocab_size).repeat(3, 1)
-    inputs[0, 6:], targets[1, 5:] = PAD, IGNORED
+    inputs[0, 6:], targets[1, 5:] = T5.pad, IGNORED
     expected = model.t5(input_ids=inputs, attention_mask=torch.ones_like(inputs), labels=targets).loss
     encoded = model.t5.get_encoder()(input_ids=inputs, attention_mask=torch.ones_like(inputs)).last_hidden_state
     pairs = [
         (head(encoded[row, place]), int(inputs[row, place + offset]))
         for head, offset in zip(model.neighbours, NEIGHBOURS, strict=True)
         for row, place in itertools.product(range(3), range(9))
-        if 0 <= place + offset < 9 and inputs[row, place] != PAD and inputs[row, place + offset] != PAD
+        if 0 <= place + offset < 9 and inputs[row, place] != T5.pad and inputs[row, place + offset] != T5.pad
     ]
     known = sorted({token for _, token in pairs})
     logits = torch.stack([hidden for hidden, _ in pairs]) @ model.t5.shared.weight[known].T * TINY.d_model**-0.5

@@ -17,7 +17,7 @@ BELOW = {
     "world": set(),
     "config": {"runtime"},
     "prompts": {"runtime", "config"},
-    "students": {"runtime"},
+    "students": {"runtime", "config"},
     "families": {"runtime", "students"},
     "encoder": {"runtime", "students", "families"},
     "diffusion": {"runtime", "families"},

@@ -1,20 +1,19 @@
-"""Small random models for a first run without any model file: a Flux with one head, and a teacher of Flux's text width."""
+"""A small random Flux in a file of the published tensor names, and a small random teacher for it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import safetensors.torch
-
-from ..encoder.files import write_student
-from ..encoder.metadata import StudentMetadata
-from ..families.flux_tensors import HEAD_WIDTH, FluxLayout
-from ..runtime.random_weights import drawn
-from ..students.t5.layout import StudentLayout
+from distilled_t5.encoder.files import write_student
+from distilled_t5.encoder.metadata import StudentMetadata
+from distilled_t5.families.flux_tensors import HEAD_WIDTH, FluxLayout
+from distilled_t5.runtime.random_weights import drawn
+from distilled_t5.students.t5 import stand_in
 
 # One head, and one block of each kind.
 FLUX = FluxLayout(width=HEAD_WIDTH, double=1, single=1)
-TEACHER = StudentLayout(d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, hidden_width=128, projected_width=FLUX.text_width)
+TEACHER = stand_in(FLUX.text_width)
 
 
 def teacher_file(folder: Path) -> Path:

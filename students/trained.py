@@ -1,0 +1,34 @@
+"""A student as it is trained, whatever its kind."""
+
+# B batch, L text tokens, D text width
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn import Module
+
+from .kind import Layout
+
+
+class TrainedStudent(Module):
+    """A network with its projection: token ids [B, L] to text embeddings [B, L, D]. Its state dict has the published names.
+
+    duplicates: names in the state dict of tensors that a file holds once -> their published name.
+    """
+
+    duplicates: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load all tensors, by published name. RuntimeError lists missing and unexpected ones."""
+        self.load_state_dict({**tensors, **{twin: tensors[name] for twin, name in self.duplicates.items()}}, strict=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by published name, as `write_student` takes them."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in self.duplicates}
