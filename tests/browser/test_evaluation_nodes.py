@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from distilled_t5.devtools.docs.browser import ComfyPage
+from distilled_t5.tests.support.comfy_tab import ComfyTab
 from playwright.sync_api import expect
 
 SHOWN = """(text) => app.graph.nodes.some(node => node.type === 'PreviewAny'
@@ -18,7 +18,7 @@ SQUARE_PX = 768
         ("encoder-map", "DistilledT5EncoderMap", "T5 of width 128, 6 layers: mean distance"),
     ],
 )
-def test_a_node_shows_its_image_and_its_text(comfy: ComfyPage, nodes_2: bool, template: str, node: str, text: str) -> None:
+def test_a_node_shows_its_image_and_its_text(comfy: ComfyTab, nodes_2: bool, template: str, node: str, text: str) -> None:
     comfy.open_template(template, nodes_2=nodes_2)
     assert comfy.run() == "execution_success"
     comfy.wait_for_picture(node, SQUARE_PX)
@@ -26,13 +26,13 @@ def test_a_node_shows_its_image_and_its_text(comfy: ComfyPage, nodes_2: bool, te
     comfy.wait_for(SHOWN, text)
 
 
-def test_the_report_is_a_table(comfy: ComfyPage, nodes_2: bool) -> None:
+def test_the_report_is_a_table(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open_template("encoder-report", nodes_2=nodes_2)
     assert comfy.run() == "execution_success"
     comfy.wait_for(SHOWN, "| encoder | parameters | weights |")
 
 
-def test_a_word_that_is_not_in_the_prompt_is_an_error_with_what_to_do(comfy: ComfyPage, nodes_2: bool) -> None:
+def test_a_word_that_is_not_in_the_prompt_is_an_error_with_what_to_do(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open_template("attention-map", nodes_2=nodes_2)
     comfy.set_widgets("DistilledT5CrossAttentionMap", word="foxes")
     assert comfy.run() == "execution_error"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from distilled_t5.devtools.comfyui.server import ComfyServer
-from distilled_t5.devtools.docs.browser import ComfyPage
+from distilled_t5.tests.support.comfy_tab import ComfyTab
 from playwright.sync_api import expect
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "example_workflows"
@@ -45,7 +45,7 @@ def old_file(server: ComfyServer) -> Iterator[None]:
 
 @pytest.mark.usefixtures("old_file")
 @pytest.mark.parametrize("nodes_2", [pytest.param(False, id="canvas", marks=pytest.mark.every_version), pytest.param(True, id="nodes-2")])
-def test_the_old_loader_is_replaced_and_the_workflow_runs(comfy: ComfyPage, nodes_2: bool) -> None:
+def test_the_old_loader_is_replaced_and_the_workflow_runs(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open(nodes_2=nodes_2)
     comfy.drop("authors", json.dumps(old_workflow()))
     assert comfy.missing_nodes() == ["DualCLIPLoaderT5Base"]

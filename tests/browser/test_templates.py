@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from distilled_t5.devtools.comfyui.server import ComfyServer
-from distilled_t5.devtools.docs.browser import PACK, ComfyPage
+from distilled_t5.devtools.docs.browser import PACK
+from distilled_t5.tests.support.comfy_tab import ComfyTab
 from playwright.sync_api import expect
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "example_workflows"
@@ -28,19 +29,19 @@ def widget_values(workflow: dict[str, Any]) -> dict[int, Any]:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in ("flux-dev", "miniature") else pytest.mark.full) for name in NAMES]
 )
-def test_a_template_opens_from_the_template_browser(comfy: ComfyPage, name: str) -> None:
+def test_a_template_opens_from_the_template_browser(comfy: ComfyTab, name: str) -> None:
     comfy.open()
     comfy.load_template(name)
     assert_complete(comfy, name)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.every_version if name == "flux-dev" else ()) for name in NAMES])
-def test_a_template_opens_from_its_link_in_nodes_2(comfy: ComfyPage, name: str) -> None:
+def test_a_template_opens_from_its_link_in_nodes_2(comfy: ComfyTab, name: str) -> None:
     comfy.open_template(name, nodes_2=True)
     assert_complete(comfy, name)
 
 
-def assert_complete(comfy: ComfyPage, name: str) -> None:
+def assert_complete(comfy: ComfyTab, name: str) -> None:
     """All nodes, widgets, links and models exist."""
     assert comfy.missing_nodes() == []
     assert comfy.missing_models() == []
@@ -51,7 +52,7 @@ def assert_complete(comfy: ComfyPage, name: str) -> None:
     assert {node["id"]: node["size"] for node in shown["nodes"]} == {node["id"]: node["size"] for node in saved["nodes"]}
 
 
-def test_the_template_browser_shows_the_picture_of_each_template(comfy: ComfyPage) -> None:
+def test_the_template_browser_shows_the_picture_of_each_template(comfy: ComfyTab) -> None:
     comfy.open()
     dialog = comfy.browse_templates()
     for name in NAMES:
@@ -69,7 +70,7 @@ def test_the_links_in_the_readme_open_templates(server: ComfyServer, pack_root: 
         assert server.get_json(f"/api/workflow_templates/{server.pack.name}/{name}.json") == example(name)
 
 
-def test_the_app_opens_from_the_readmes_link_runs_and_shows_its_picture(comfy: ComfyPage, pack_root: Path) -> None:
+def test_the_app_opens_from_the_readmes_link_runs_and_shows_its_picture(comfy: ComfyTab, pack_root: Path) -> None:
     [link] = re.findall(r"\(http://127\.0\.0\.1:8188(/\?template=flux-dev-app[^)]*)\)", (pack_root / "README.md").read_text("utf-8"))
     assert "mode=linear" in link
     comfy.open(link.replace(f"source={PACK}", f"source={comfy.server.pack.name}"), nodes_2=True)
@@ -90,7 +91,7 @@ def without_the_student(server: ComfyServer, tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("without_the_student")
-def test_a_missing_model_is_named_with_its_folder_and_a_download(comfy: ComfyPage, nodes_2: bool) -> None:
+def test_a_missing_model_is_named_with_its_folder_and_a_download(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open_template("flux-dev", nodes_2=nodes_2)
     expect(comfy.page.get_by_test_id("error-overlay")).to_contain_text("distilled_t5_base.safetensors")
     panel = comfy.error_details()
@@ -99,7 +100,7 @@ def test_a_missing_model_is_named_with_its_folder_and_a_download(comfy: ComfyPag
     expect(panel.get_by_test_id("missing-model-download")).to_be_enabled()
 
 
-def test_without_the_pack_a_template_opens_and_names_the_missing_node(comfy_without_pack: ComfyPage) -> None:
+def test_without_the_pack_a_template_opens_and_names_the_missing_node(comfy_without_pack: ComfyTab) -> None:
     comfy_without_pack.open()
     comfy_without_pack.drop("flux-dev", json.dumps(example("flux-dev")))
     assert comfy_without_pack.missing_nodes() == ["DistilledT5Loader"]
