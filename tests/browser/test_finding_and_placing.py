@@ -56,6 +56,11 @@ def test_a_node_is_dragged_from_the_library(comfy: ComfyTab, nodes_2: bool) -> N
     comfy.open(nodes_2=nodes_2, empty=True)
     comfy.drag_from_library("Distilled T5 Loader", at=(900, 400))
     comfy.wait_for_node("DistilledT5Loader")
+    comfy.settle()
+    left, top, right, bottom = comfy.screen_rect("DistilledT5Loader")
+    assert left <= 900 <= right, "the node is not where it was dropped"
+    assert top <= 400 <= bottom, "the node is not where it was dropped"
+    assert {"Distilled T5 Loader", "CLIP-L file", "Distilled T5 file"} <= set(comfy.drawn_texts())
 
 
 def test_the_blueprint_becomes_a_subgraph_with_our_nodes(comfy: ComfyTab, nodes_2: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from distilled_t5.devtools.comfyui.server import ComfyServer
 from distilled_t5.tests.support.comfy_tab import ComfyTab
+from distilled_t5.tests.support.workflows import FLUX_DEV
 from playwright.sync_api import expect
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "example_workflows"
@@ -25,7 +26,7 @@ OLD = {
 
 def old_workflow() -> dict[str, Any]:
     """The Flux dev example with the authors' loader, which has no text output."""
-    workflow = json.loads((FOLDER / "flux-dev.json").read_text(encoding="utf-8"))
+    workflow = json.loads((FOLDER / f"{FLUX_DEV}.json").read_text(encoding="utf-8"))
     [loader] = [node for node in workflow["nodes"] if node["type"] == "DistilledT5Loader"]
     loader.update(OLD, outputs=loader["outputs"][:1])
     workflow["links"] = [link for link in workflow["links"] if link[1:3] != [loader["id"], 1]]

@@ -20,6 +20,7 @@ from distilled_t5.tests.support.workflows import (
     LORA,
     MINIATURE_STUDENT,
     SAVE_A_COPY,
+    TWELVE_GB,
     blueprint_inside,
     example,
 )
@@ -96,6 +97,13 @@ def test_another_prompt_gives_another_picture_and_the_same_prompt_the_same(host:
         made.append(pixels(saved_pictures(host, prompt, host.run(prompt))[0]))
     assert np.abs(made[0] - made[1]).mean() > 1
     assert np.array_equal(made[0], made[2])
+
+
+def test_a_flux_file_in_fp8_draws_the_image_of_the_same_flux_cast_to_fp8(host: ComfyServer, object_info: dict[str, Any]) -> None:
+    from_fp8_file, cast = small_prompt(TWELVE_GB, object_info), small_prompt(FLUX_DEV, object_info)
+    set_inputs(cast, "UNETLoader", weight_dtype="fp8_e4m3fn")
+    first, second = (pixels(saved_pictures(host, prompt, host.run(prompt))[0]) for prompt in (from_fp8_file, cast))
+    assert np.array_equal(first, second)
 
 
 @pytest.mark.parametrize("name", [LORA, CONTROLNET])

@@ -31,6 +31,24 @@ TITLE_POINT = """(type) => {
     const [x, y] = app.canvas.ds.convertOffsetToCanvas([node.pos[0] + 60, node.pos[1] - 15])
     return [frame.left + x, frame.top + y]
 }"""
+# What the canvas writes while it draws once; in Nodes 2.0, what the nodes on the page show.
+DRAWN_TEXTS = """(nodes2) => {
+    if (nodes2) return [...document.querySelectorAll('[data-node-id]')].flatMap(node => node.innerText.split('\\n'))
+    const texts = [], prototype = CanvasRenderingContext2D.prototype, draw = prototype.fillText
+    prototype.fillText = function (text, ...rest) { texts.push(String(text)); return draw.call(this, text, ...rest) }
+    app.canvas.draw(true, true)
+    prototype.fillText = draw
+    return texts
+}"""
+# As the template browser opens a workflow, without its dialog.
+OPEN_AS_TEMPLATE = "graph => app.loadGraphData(graph, true, true, null, {openSource: 'template'})"
+# The rectangle of the only node of a type on the screen: left, top, right, bottom.
+ON_SCREEN = """(type) => {
+    const [node] = app.graph.nodes.filter(node => node.type === type), frame = app.canvas.canvas.getBoundingClientRect()
+    const [left, top] = app.canvas.ds.convertOffsetToCanvas([node.pos[0], node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT])
+    const [right, bottom] = app.canvas.ds.convertOffsetToCanvas([node.pos[0] + node.size[0], node.pos[1] + node.size[1]])
+    return [frame.left + left, frame.top + top, frame.left + right, frame.top + bottom]
+}"""
 WATCH_RUN = """() => {
     window.runEnded = null
     for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
@@ -147,6 +165,24 @@ class ComfyTab(ComfyPage):
         self.page.get_by_text(name, exact=True).first.click()
         self.page.mouse.move(800, 500)  # the tab shows a preview while the mouse is on it
         self.wait_for_workflow(name)
+
+    def open_as_template(self, graph: dict[str, Any]) -> None:
+        """Open a workflow as the template browser does."""
+        self.page.evaluate(OPEN_AS_TEMPLATE, graph)
+        self.settle()
+
+    def zoom(self) -> float:
+        """The zoom of the canvas: 1 is 100 %."""
+        return self.page.evaluate("() => app.canvas.ds.scale")
+
+    def drawn_texts(self) -> list[str]:
+        """The texts that the nodes show at this zoom."""
+        return self.page.evaluate(DRAWN_TEXTS, self.nodes_2)
+
+    def screen_rect(self, node_type: str) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the only node of a type, in pixels of the window."""
+        left, top, right, bottom = self.page.evaluate(ON_SCREEN, node_type)
+        return left, top, right, bottom
 
     def missing_nodes(self) -> list[str]:
         """Types on the canvas that the page has not registered."""
