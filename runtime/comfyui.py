@@ -160,7 +160,7 @@ def model_file(name: str, kind: str) -> Path:
 
 @contextlib.contextmanager
 def logged_lines(beginning: str) -> Iterator[list[str]]:
-    """The warnings with this beginning that ComfyUI logs while the context is open. Its loaders report missing weights in no other way."""
+    """The warnings with this beginning that ComfyUI logs while the context is open. Its loaders report missing weights only there."""
     listener = _Listener(beginning)
     logging.getLogger().addHandler(listener)
     try:

@@ -17,6 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "assets" / "nodes"
 SCALE, COLOURS = 1.5, 64
 MARGINS_PX = (-12, -12, 12, 12)  # left, top, right, bottom
+PLACE = """([type, values]) => {
+    const node = LiteGraph.createNode(type)
+    node.pos = [120, 120]
+    app.graph.add(node)
+    for (const [name, value] of Object.entries(values)) node.widgets.find(widget => widget.name === name).value = value
+}"""
 # Values that say more than the defaults.
 SHOWN: dict[str, dict[str, Any]] = {
     "DistilledT5Loader": {"clip_name1": "clip_l.safetensors", "clip_name2": "distilled_t5_base.safetensors"},
@@ -29,8 +35,7 @@ SHOWN: dict[str, dict[str, Any]] = {
 def take(tab: ComfyPage, node_type: str) -> Path:
     """The image of a node on an empty canvas, as Nodes 2.0 shows it."""
     tab.open(nodes_2=True, empty=True)
-    tab.add(node_type, at=(120, 120))
-    tab.set_widgets(node_type, **SHOWN.get(node_type, {}))
+    tab.page.evaluate(PLACE, [node_type, SHOWN.get(node_type, {})])
     tab.settle()
     box = tab.page.locator("[data-node-id]").first.bounding_box()
     assert box is not None, "the node is on the canvas"

@@ -64,7 +64,7 @@ def drawn(model: Any, clip: Any) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def shown() -> list[tuple[int, int, Any]]:
-    """What the node's bar was told: step, steps, preview."""
+    """What the node's progress bar received: step, steps, preview."""
     return []
 
 

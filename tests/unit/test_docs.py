@@ -25,6 +25,7 @@ from distilled_t5.miniature import __main__ as miniature_command
 from distilled_t5.runtime.command import split_flags
 from distilled_t5.runtime.lock import lock
 from distilled_t5.train import __main__ as train_command
+from distilled_t5.train import commands as train_subcommands
 from distilled_t5.train.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -79,6 +80,9 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> Any:
 
 
 def check_train(arguments: list[str], _folder: Path) -> None:
+    if arguments[0] in train_command.COMMANDS:
+        train_subcommands.command_line().parse_args(arguments)
+        return
     asked = parse(train_command.command_line(), arguments)
     load_recipe(asked.recipe, asked.set)
 
@@ -159,6 +163,11 @@ def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_template_is_in_the_readme() -> None:
+    linked = set(re.findall(r"8188/\?template=([\w-]+)&source=distilled-t5", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert linked == {path.stem for path in (ROOT / "example_workflows").glob("*.json")}
 
 
 def test_every_page_of_docs_is_in_its_list() -> None:

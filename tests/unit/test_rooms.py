@@ -26,7 +26,7 @@ BELOW = {
     "miniature": GROUND | {"train"},
     "nodes": {"runtime", "prompts", "students", "families", "encoder", "train", "evaluate"},
 }
-# Of the trainer, the evaluation uses the method and not the runner; the miniature, whose teacher and Flux are no students, only how any
+# Of the trainer, the evaluation uses the method and not the runner; the miniature, whose teacher and Flux are not students, only how any
 # network is trained.
 USED = {"evaluate": {"train.trajectory", "train.objectives"}, "miniature": {"train.optimizer", "train.state"}}
 
