@@ -21,7 +21,7 @@ from .encoders import LoadedEncoder, Text, by_length, together
 from .processes import Processes
 from .questions import Question
 from .store import ImageFolder, missing_batches
-from .suite import SamplingPart
+from .suite import SuiteSamplingPart
 
 # Prompts that an encoder encodes in a row before the diffusion model runs; held in RAM, 4.2 MB each at 256 tokens of Flux.
 CHUNK_PROMPTS = 128
@@ -32,7 +32,7 @@ PNG_LEVEL = 4
 class ImageGenerator:
     """A diffusion model and its VAE: for each prompt and seed the image that stock nodes make of it alone, many at once."""
 
-    def __init__(self, model: FrozenModel, vae: Any, sampling: SamplingPart) -> None:
+    def __init__(self, model: FrozenModel, vae: Any, sampling: SuiteSamplingPart) -> None:
         self.model = model
         self.vae = vae
         self.sampling = sampling

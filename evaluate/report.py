@@ -14,6 +14,7 @@ from . import provenance
 from .context import Evaluation
 from .embeddings import joint_tsne, map_image
 from .judge_images import Verdicts
+from .metrics import PROBES
 from .page import SMALL_PX, chosen_questions, page, row
 from .probe_encoders import Measurements
 from .questions import Question
@@ -107,7 +108,7 @@ def _chosen(shown: int, asked: int) -> str:
 
 def _maps(work: Evaluation, measured: Measurements) -> dict[str, Image.Image]:
     """The t-SNE map of each student's embeddings together with the teacher's."""
-    part, vectors = work.suite.embedding, measured.vectors
+    part, vectors = work.suite.table_of(PROBES["collapse"]), measured.vectors
     if part is None or not part.map:
         return {}
     maps, teacher = {}, work.teacher.name

@@ -146,7 +146,7 @@ def _probe_table(report: Report, probe: str) -> Table:
         for encoder in report.encoders
         if any(encoder in numbers[name] for name in names)
     ]
-    return Table(PROBES[probe], names, rows)
+    return Table(PROBES[probe].about, names, rows)
 
 
 def tables(report: Report) -> list[Table]:
