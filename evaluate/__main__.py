@@ -55,8 +55,8 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
         if path is None:
             print("Stopped; the same command goes on.")
         else:
-            print((path.parent / "table.md").read_text(encoding="utf-8"))
-            print(f"Done: {path}\nOpen it in a browser; results.json and table.md are in the same folder.")
+            print((path.parent / "summary.txt").read_text(encoding="utf-8"))
+            print(f"Done: {path}\nOpen it in a browser; results.json, table.md and plots/ are in the same folder.")
     return 130 if path is None else 0
 
 

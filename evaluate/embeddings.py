@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -90,19 +90,25 @@ def joint_tsne(embeddings: Mapping[str, np.ndarray], seed: int = 0) -> dict[str,
 
 
 def map_image(points: Mapping[str, np.ndarray], title: str = "") -> Image.Image:
-    """An image of one or two encoders' points by name, each [N, 2], on one plot. Raises ValueError without matplotlib."""
+    """The map of `map_figure` as an image."""
     from PIL import Image
 
+    canvases = needed("matplotlib.backends.backend_agg", "matplotlib", "A map of embeddings")
+    canvas = canvases.FigureCanvasAgg(map_figure(points, title))
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def map_figure(points: Mapping[str, np.ndarray], title: str = "") -> Any:
+    """One or two encoders' points by name, each [N, 2], on one plot of matplotlib. Raises ValueError without matplotlib."""
     if not 1 <= len(points) <= len(COLOURS):
         raise ValueError(f"A map shows 1 to {len(COLOURS)} encoders: got {len(points)}.\nWhat to do: leave some out.")
     figures = needed("matplotlib.figure", "matplotlib", "A map of embeddings")
-    canvases = needed("matplotlib.backends.backend_agg", "matplotlib", "A map of embeddings")
     figure = figures.Figure(figsize=(MAP_PX / DPI, MAP_PX / DPI), dpi=DPI, layout="constrained")
-    canvas, axes = canvases.FigureCanvasAgg(figure), figure.add_subplot()
+    axes = figure.add_subplot()
     for (name, points_N2), colour, mark in zip(points.items(), COLOURS, MARKS, strict=False):
         label = f"{name} (n = {len(points_N2)})".replace("$", r"\$")
         axes.scatter(points_N2[:, 0], points_N2[:, 1], s=24, c=colour, marker=mark, alpha=0.7, linewidths=0, label=label)
     axes.set(xticks=[], yticks=[], title=title.replace("$", r"\$"))
     figure.legend(loc="outside lower center", ncols=1, frameon=False)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return figure
