@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,9 +89,10 @@ def share(student: Sequence[Sequence[float]], teacher: Sequence[Sequence[float]]
     value, n = float(ratio(*places)), sum(map(len, places))
     if n < BOOTSTRAP_FROM or min(map(len, places)) < 2:
         return Measured(value, n)
-    found = stats.bootstrap(
-        places, ratio, n_resamples=RESAMPLES, method="percentile", vectorized=True, batch=100, random_state=np.random.default_rng(0)
-    )
+    with warnings.catch_warnings(action="ignore", category=stats.DegenerateDataWarning):  # a teacher who is wrong in all of a resample
+        found = stats.bootstrap(
+            places, ratio, n_resamples=RESAMPLES, method="percentile", vectorized=True, batch=100, random_state=np.random.default_rng(0)
+        )
     low, high = map(float, found.confidence_interval)
     return Measured(value, n, low, high) if math.isfinite(high) and low < high else Measured(value, n)
 

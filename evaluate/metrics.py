@@ -139,7 +139,7 @@ class Record:
 
     about: for the suite's documentation and above the table of its numbers. numbers: what it gives, by the beginning of the name in
     results.json. part: the type of the suite's table with its settings, which is called `table` ("": as the record). against_teacher:
-    compares with the teacher, who has no such number.
+    compares with the teacher, who has no such number. images: a prompt takes as long as so many images, roughly, for the time left.
     """
 
     name: str
@@ -148,6 +148,7 @@ class Record:
     part: type[Part] | None = None
     table: str = ""
     against_teacher: bool = False
+    images: float = 0.05
 
     @property
     def table_name(self) -> str:
@@ -353,6 +354,7 @@ PROBE_RECORDS = (
         numbers={"sigma": plain("Mean squared difference to the velocity under the teacher's text, in this band of noise.", form=".3g")},
         part=VelocityGapPart,
         against_teacher=True,
+        images=2.0,
     ),
     Probe(
         name="latent_distance",
@@ -360,6 +362,7 @@ PROBE_RECORDS = (
         numbers={"after step": plain("Root mean square of the difference to the teacher's latent of the same seed.", form=".3g")},
         part=LatentDistancePart,
         against_teacher=True,
+        images=2.0,
     ),
 )
 METRICS = {metric.name: metric for metric in METRIC_RECORDS}

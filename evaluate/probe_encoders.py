@@ -43,7 +43,9 @@ def measure_all(work: Evaluation) -> Measurements:
         probed = Probed(work, encoder, compared, teacher_texts)
         for name, part in parts.items():
             if part is not None and not (PROBES[name].against_teacher and encoder is work.teacher):
-                for number, measured in probed.measured(PROBES[name], part).items():
+                with work.processes.piece(f"{encoder.name}: {name.replace('_', ' ')}", PROBES[name].images * part.prompts):
+                    numbers = probed.measured(PROBES[name], part)
+                for number, measured in numbers.items():
                     found.numbers.setdefault(name, {}).setdefault(number, {})[encoder.name] = measured
         if parts["collapse"] is not None:
             found.vectors[encoder.name] = probed.vectors(parts["collapse"])
@@ -78,7 +80,7 @@ class Probed:
             return pooled(text.text_1LD[:, : text.own_tokens].numpy())[0]
 
         def made(_unfinished: Unfinished) -> dict[str, Any]:
-            vectors = np.stack(self.work.processes.map(vector, self.asked(part), f"{self.encoder.name}: embeddings", "prompt"))
+            vectors = np.stack(self.work.processes.map(vector, self.asked(part), PROBES["collapse"].images * part.prompts))
             return {"shape": list(vectors.shape), "float32": base64.b64encode(vectors.tobytes()).decode()}
 
         kept = self._kept("embeddings", part, {}, made)

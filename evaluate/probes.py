@@ -20,7 +20,7 @@ from .embeddings import effective_rank, pooled_distance
 from .encoders import LoadedEncoder, Text, by_length, together
 from .generate import ImageGenerator
 from .measured import Measured, exact, jackknife, mean
-from .metrics import CostPart, EmbeddingPart, LatentDistancePart, VelocityGapPart
+from .metrics import PROBES, CostPart, EmbeddingPart, LatentDistancePart, VelocityGapPart
 from .questions import Question
 from .scores import Unfinished
 
@@ -38,11 +38,11 @@ def collapse(of: Probed, part: EmbeddingPart, _unfinished: Unfinished) -> Found:
     return {"pooled distance": jackknife(vectors_ND, pooled_distance), "effective rank": jackknife(vectors_ND, effective_rank)}
 
 
-def _by_batch(of: Probed, part: Any, work: Callable[[Pair], Any], what: str, unfinished: Unfinished) -> list[Any]:
+def _by_batch(of: Probed, part: Any, work: Callable[[Pair], Any], unfinished: Unfinished) -> list[Any]:
     """`work` of every batch of prompts, shared by the processes."""
-    batch = of.work.suite.sampling.batch
+    batch, images = of.work.suite.sampling.batch, PROBES["velocity_gap"].images * part.prompts
     pairs = _pairs(of.asked(part), of.teacher_texts(), of.texts(), batch)
-    return of.work.processes.map(work, pairs, what, unfinished=unfinished.also_decided_by(batch=batch))
+    return of.work.processes.map(work, pairs, images, unfinished.also_decided_by(batch=batch))
 
 
 def _pairs(questions: Sequence[Question], teacher: Sequence[Text], student: Sequence[Text], batch: int) -> list[Pair]:
@@ -57,7 +57,7 @@ def _pairs(questions: Sequence[Question], teacher: Sequence[Text], student: Sequ
 
 def velocity_gap(of: Probed, part: VelocityGapPart, unfinished: Unfinished) -> Found:
     """The mean squared gap of the velocities along the teacher's trajectories, by band of noise level, on the schedule of the images."""
-    per_batch = _by_batch(of, part, lambda pair: _gap_of_batch(of.work.generator, pair, part.sigma_bands), "velocity gap", unfinished)
+    per_batch = _by_batch(of, part, lambda pair: _gap_of_batch(of.work.generator, pair, part.sigma_bands), unfinished)
     names = sorted({band for batch in per_batch for band in batch}, reverse=True)
     return {f"sigma {band}": mean([value for batch in per_batch for value in batch[band]]) for band in names}
 
@@ -85,7 +85,7 @@ def _gap_of_batch(generator: ImageGenerator, pair: Pair, bands: int) -> dict[str
 
 def latent_distance(of: Probed, part: LatentDistancePart, unfinished: Unfinished) -> Found:
     """The root mean square of the difference of teacher's and student's latents after each step, as the diffusion model sees them."""
-    per_batch = _by_batch(of, part, lambda pair: _distance_of_batch(of.work.generator, pair), "latent distance", unfinished)
+    per_batch = _by_batch(of, part, lambda pair: _distance_of_batch(of.work.generator, pair), unfinished)
     per_step = zip(*(prompt for batch in per_batch for prompt in batch), strict=True)
     return {f"after step {step}": mean(values) for step, values in enumerate(per_step, start=1)}
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, create_model, model_validator
 
-from ..config.files import load_config
+from ..config.files import ConfigError, load_config
 from ..config.parts import FROM_LIST, NOT_EMPTY, Config, Count, FilePath, FileStem, Part, Text
 from ..families import DEFAULT, FAMILIES
 from .metrics import METRICS, RECORDS, Record
@@ -95,7 +95,7 @@ class _Models(Config):
     seed: int = Field(ge=0, lt=2**31, description="image k of a task is sampled from seed + k, for every encoder")
     teacher: EncoderPart = Field(description="the text encoder that the others are compared with")
     students: Annotated[tuple[FilePath, ...], FROM_LIST] = Field(
-        description="encoders compared with it, in addition to --student: distilled T5s or T5-XXL in another format"
+        description="encoders compared with it, in addition to --student: distilled T5s or T5-XXL in another format; FILE or NAME=FILE"
     )
     diffusion_model: SuiteModelPart = Field(description="the diffusion model and the VAE")
     sampling: SuiteSamplingPart = Field(description="how images are sampled")
@@ -131,9 +131,19 @@ class Suite(_Tables):
         return record.part and getattr(self, record.table_name)
 
 
-def load_suite(name_or_path: str, overrides: Sequence[str] = ()) -> Suite:
+def load_suite(name_or_path: str, overrides: Sequence[str] = (), limit: int | None = None) -> Suite:
     """The suite in that file, or the shipped one of that name, with `part.key=value` and `task.0.prompts.limit=5` settings applied.
 
-    Raises ConfigError that lists every problem: an unknown key with the nearest known one, a wrong value with what was expected.
+    `limit`: of each task at most so many prompts. Raises ConfigError that lists every problem: an unknown key with the nearest known one,
+    a wrong value with what was expected.
     """
-    return load_config(name_or_path, overrides, Suite, "suite", SHIPPED)
+    suite = load_config(name_or_path, overrides, Suite, "suite", SHIPPED)
+    if limit is None:
+        return suite
+    if limit < 1:
+        raise ConfigError(f"--limit is {limit}: expected at least 1.", "give the number of prompts to use of each task.")
+    tasks = [
+        task.model_copy(update={"prompts": task.prompts.model_copy(update={"limit": min(limit, task.prompts.limit)})})
+        for task in suite.tasks
+    ]
+    return suite.model_copy(update={"tasks": tuple(tasks)})
