@@ -175,11 +175,11 @@ def evaluate(comfyui: Path, files: Iterable[Path], count: int, out: Path) -> str
     """Run the evaluation's command, a process per core; returns it without students. A finished evaluation in `out` is done again."""
     if (out / "results.json").is_file():
         shutil.rmtree(out)
-    limits = [part for task in range(7) for part in ("--set", f"task.{task}.prompts.limit={count}")]
     given = [part for path in files for part in ("--student", path)]
-    command = [ROOT / "evaluate" / "__main__.py", "miniature", *limits, *given, "--out", out, "--comfyui", comfyui, "--", "--cpu"]
+    ours = ["miniature", "--limit", str(count), *given, "--out", out, "--comfyui", comfyui]
+    command = [ROOT / "evaluate" / "__main__.py", *ours, "--", "--cpu"]
     run_all([["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes()), *command]])
-    return " ".join(["evaluate", "miniature", *limits])
+    return f"evaluate miniature --limit {count}"
 
 
 def ship(files: Iterable[Path]) -> None:

@@ -1,6 +1,6 @@
 """miniature/results.json from an evaluation: each encoder's numbers and share of the teacher, pairs of students, the cost curve."""
 
-# E encoders, T tasks, N questions, R resamples
+# T tasks, N questions
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..evaluate.measured import share as measured_share
 from ..runtime.model_folders import SHIPPED
 from ..world.pictures import TASKS
 from .commands import ROOT
@@ -23,7 +24,6 @@ TEACHER, MIDDLE, UNTRAINED = "miniature_teacher", "miniature_student_quarter", "
 # By seed, the student that follows and the one that imitates for as many steps.
 PAIRS = {0: (MIDDLE, "quarter_naive"), 1: ("quarter_seed_1", "quarter_naive_seed_1")}
 PROBES = ("collapse", "velocity_gap")
-RESAMPLES = 2000
 # Whether each image is right (1) or not (0), [T, N].
 Verdicts = np.ndarray
 
@@ -92,38 +92,18 @@ def facts(path: Path) -> dict[str, Any]:
     }
 
 
-def resampled(*verdicts_TN: Verdicts) -> np.ndarray:
-    """Mean accuracies [E, R] of encoders with the questions of each task drawn again, the same for all of them."""
-    verdicts_ETN = np.stack(verdicts_TN)
-    _, tasks, count = verdicts_ETN.shape
-    drawn_RTN = np.random.default_rng(0).integers(count, size=(RESAMPLES, tasks, count))
-    return verdicts_ETN[:, np.arange(tasks)[:, None], drawn_RTN].mean(axis=(2, 3))
-
-
-def measured(value: float, drawn_R: np.ndarray, count: int) -> dict[str, Any]:
-    """A number with its 95 % interval; without one if all resamples are equal."""
-    low, high = np.percentile(drawn_R, (2.5, 97.5)) if np.ptp(drawn_R) else (None, None)
-    return {"value": _rounded(value), "n": count, "low": _rounded(low), "high": _rounded(high)}
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(float(value), 4)
-
-
 def share(student_TN: Verdicts, teacher_TN: Verdicts) -> dict[str, Any]:
-    """The student's mean accuracy over tasks as a share of the teacher's."""
-    student_R, teacher_R = resampled(student_TN, teacher_TN)
-    return measured(student_TN.mean() / teacher_TN.mean(), student_R / teacher_R, student_TN.shape[1])
+    """The student's mean accuracy over tasks as a share of the teacher's, as the evaluation measures it; n: images of each task."""
+    found = measured_share(student_TN.tolist(), teacher_TN.tolist()).to_json() | {"n": student_TN.shape[1]}
+    return {name: part if part is None or name == "n" else round(part, 4) for name, part in found.items()}
 
 
 def pair(seed: int, following: str, naive: str, verdicts: Mapping[str, Verdicts], work: Path) -> dict[str, Any]:
     """Shares of the teacher of two students, and their difference on the same questions; minutes of training of both."""
     one_TN, other_TN, teacher_TN = verdicts[following], verdicts[naive], verdicts[TEACHER]
-    one_R, other_R, teacher_R = resampled(one_TN, other_TN, teacher_TN)
-    one, other = (_rounded(part.mean() / teacher_TN.mean()) for part in (one_TN, other_TN))
-    difference = measured((one_TN.mean() - other_TN.mean()) / teacher_TN.mean(), (one_R - other_R) / teacher_R, one_TN.shape[1])
+    one, other = (round(part.mean() / teacher_TN.mean(), 4) for part in (one_TN, other_TN))
     minutes = [seconds and round(seconds / 60, 1) for seconds in (training_s(work, following), training_s(work, naive))]
-    return {"seed": seed, "following": one, "naive": other, "difference": difference, "minutes": minutes}
+    return {"seed": seed, "following": one, "naive": other, "difference": share(one_TN - other_TN, teacher_TN), "minutes": minutes}
 
 
 def training_s(work: Path, name: str, steps: float = math.inf) -> float | None:

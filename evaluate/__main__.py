@@ -1,4 +1,4 @@
-"""The command: `python <pack>/evaluate SUITE [--student FILE ...] [--out DIR] [--set part.key=value ...] [-- COMFYUI FLAGS]`."""
+"""The command: `python <pack>/evaluate SUITE [--student [NAME=]FILE ...] [--limit N] [--out DIR] [--set KEY=VALUE ...] [-- FLAGS]`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("suite", help="a suite file, or the name of a shipped one: miniature, quick, paper")
     parser.add_argument(
-        "--student", action="append", default=[], metavar="FILE", help="an encoder to compare with the teacher; may be repeated"
+        "--student",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="an encoder to compare with the teacher, and what to call it (default: as its file); may be repeated",
     )
+    parser.add_argument("--limit", type=int, metavar="N", help="use at most N prompts of each task")
     parser.add_argument("--out", metavar="DIR", help="folder of pictures and results (default: evaluations/NAME-OF-SUITE)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="part.key=value", help="change one value of the suite; may be repeated"
@@ -41,7 +46,7 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
     from distilled_t5.evaluate.suite import load_suite
     from distilled_t5.runtime.comfyui import find_comfyui, start_comfyui
 
-    suite = load_suite(options.suite, options.set)
+    suite = load_suite(options.suite, options.set, options.limit)
     start_comfyui(find_comfyui(options.comfyui), flags)
     import torch
     from distilled_t5.runtime.ranks import Ranks
@@ -55,8 +60,8 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
         if path is None:
             print("Stopped; the same command goes on.")
         else:
-            print((path.parent / "table.md").read_text(encoding="utf-8"))
-            print(f"Done: {path}\nOpen it in a browser; results.json and table.md are in the same folder.")
+            print((path.parent / "summary.txt").read_text(encoding="utf-8"))
+            print(f"Done: {path}\nOpen it in a browser; results.json, table.md and plots/ are in the same folder.")
     return 130 if path is None else 0
 
 

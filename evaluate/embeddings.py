@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -90,18 +90,25 @@ def joint_tsne(embeddings: Mapping[str, np.ndarray], seed: int = 0) -> dict[str,
 
 
 def map_image(points: Mapping[str, np.ndarray], title: str = "") -> Image.Image:
-    """An image of encoders' points by name, each [N, 2], on one plot; lines join the points of the same prompt.
+    """The map of `map_figure` as an image."""
+    from PIL import Image
+
+    canvases = needed("matplotlib.backends.backend_agg", "matplotlib", "A map of embeddings")
+    canvas = canvases.FigureCanvasAgg(map_figure(points, title))
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def map_figure(points: Mapping[str, np.ndarray], title: str = "") -> Any:
+    """Encoders' points by name, each [N, 2], on one plot of matplotlib; lines join the points of the same prompt.
 
     Raises ValueError for no or too many encoders, or without matplotlib.
     """
-    from PIL import Image
-
     if not 1 <= len(points) <= len(COLOURS):
         raise ValueError(f"A map shows 1 to {len(COLOURS)} encoders: got {len(points)}.\nWhat to do: leave some out.")
     figures = needed("matplotlib.figure", "matplotlib", "A map of embeddings")
-    canvases = needed("matplotlib.backends.backend_agg", "matplotlib", "A map of embeddings")
     figure = figures.Figure(figsize=(MAP_PX / DPI, MAP_PX / DPI), dpi=DPI, layout="constrained")
-    canvas, axes = canvases.FigureCanvasAgg(figure), figure.add_subplot()
+    axes = figure.add_subplot()
     if len({len(points_N2) for points_N2 in points.values()}) == 1:
         for same_K2 in zip(*points.values(), strict=True):
             axes.plot(*np.transpose(same_K2), color="#8a8f9c", linewidth=1.2, zorder=1)
@@ -111,5 +118,4 @@ def map_image(points: Mapping[str, np.ndarray], title: str = "") -> Image.Image:
     axes.set(xticks=[], yticks=[])
     axes.set_title(title.replace("$", r"\$"), fontsize=FONT_PT)
     figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=FONT_PT)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return figure

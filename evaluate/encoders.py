@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,26 +39,35 @@ class EncoderFile:
 
 
 def find_encoders(suite: Suite, students: Sequence[str]) -> list[EncoderFile]:
-    """The teacher, then the suite's students, then the given ones; each file once, each under a name of its own.
+    """The teacher, then the suite's students, then the given ones, each FILE or NAME=FILE; each file once, each under a name of its own.
 
-    Raises ValueError for a file that is not there.
+    Raises ValueError for a file that is not there, and for a name that two files were given.
     """
     clip_l = None if suite.teacher.clip_l == NO_FILE else model_file(suite.teacher.clip_l, "text_encoders")
-    paths = dict.fromkeys(model_file(name, "text_encoders") for name in (suite.teacher.t5, *suite.students, *students))
-    return [EncoderFile(name, path, _clip_l_of(path, clip_l)) for name, path in zip(_names(paths), paths, strict=True)]
+    given: dict[Path, str] = {}
+    for text in (suite.teacher.t5, *suite.students, *students):
+        name, equals, file = text.partition("=")
+        named = equals and not NOT_IN_NAMES.search(name)
+        path = model_file(file if named else text, "text_encoders")
+        given[path] = name if named else given.get(path, "")
+    return [EncoderFile(name, path, _clip_l_of(path, clip_l)) for name, path in zip(_names(given), given, strict=True)]
 
 
-def _names(paths: Iterable[Path]) -> list[str]:
-    """The files' names without ending, as names of folders; equal ones are numbered."""
-    names: list[str] = []
-    for path in paths:
+def _names(given: Mapping[Path, str]) -> list[str]:
+    """The given names, else those of the files without ending, as names of folders; equal ones of these are numbered."""
+    names = [name for name in given.values() if name]
+    lower = [name.lower() for name in names]
+    if len({*lower}) < len(lower) or any(not name.strip(".") for name in lower):
+        raise ValueError(f"Expected a different name for every encoder, got {', '.join(names)}.\nWhat to do: change a NAME in NAME=FILE.")
+    found: list[str] = []
+    for path, name in given.items():
         stem = NOT_IN_NAMES.sub("_", path.stem).strip(".") or "encoder"
-        taken, name = 1, stem
-        while name.lower() in {other.lower() for other in names}:
+        taken, unique = 1, name or stem
+        while not name and unique.lower() in {other.lower() for other in (*names, *found)}:
             taken += 1
-            name = f"{stem}-{taken}"
-        names.append(name)
-    return names
+            unique = f"{stem}-{taken}"
+        found.append(unique)
+    return found
 
 
 def _clip_l_of(path: Path, clip_l: Path | None) -> Path | None:

@@ -13,7 +13,6 @@ import comfy.sample
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..diffusion.denoise import OnStep, denoise
 from ..diffusion.frozen import FrozenModel
@@ -21,7 +20,7 @@ from .encoders import LoadedEncoder, Text, by_length, together
 from .processes import Processes
 from .questions import Question
 from .store import ImageFolder, missing_batches
-from .suite import SamplingPart
+from .suite import SuiteSamplingPart
 
 # Prompts that an encoder encodes in a row before the diffusion model runs; held in RAM, 4.2 MB each at 256 tokens of Flux.
 CHUNK_PROMPTS = 128
@@ -32,7 +31,7 @@ PNG_LEVEL = 4
 class ImageGenerator:
     """A diffusion model and its VAE: for each prompt and seed the image that stock nodes make of it alone, many at once."""
 
-    def __init__(self, model: FrozenModel, vae: Any, sampling: SamplingPart) -> None:
+    def __init__(self, model: FrozenModel, vae: Any, sampling: SuiteSamplingPart) -> None:
         self.model = model
         self.vae = vae
         self.sampling = sampling
@@ -79,20 +78,20 @@ def missing_images(
 
 
 def generate_all(
-    generator: ImageGenerator, load: Callable[[], LoadedEncoder], missing: Sequence[MissingImages], bar: tqdm, stop: Callable[[], bool]
+    generator: ImageGenerator, load: Callable[[], LoadedEncoder], missing: Sequence[MissingImages], processes: Processes
 ) -> bool:
-    """Generate the batches; whether all are done, or `stop` asked to leave. The encoder is loaded if anything is missing."""
-    if not missing or stop():
+    """Generate the batches; whether all are done, or a signal asked to leave. The encoder is loaded if anything is missing."""
+    if not missing or processes.stop():
         return not missing
     encoder = load()
     at_once = max(1, CHUNK_PROMPTS // generator.sampling.batch)
     for chunk in (missing[start : start + at_once] for start in range(0, len(missing), at_once)):
         texts = [[encoder.text(question.prompt) for question in batch.questions] for batch in chunk]
         for batch, texts_of_batch in zip(chunk, texts, strict=True):
-            if stop():
+            if processes.stop():
                 return False
             batch.folder.add(_png_files(generator, batch.questions, texts_of_batch))
-            bar.update(len(batch.questions))
+            processes.advance(len(batch.questions))
     return True
 
 

@@ -48,12 +48,13 @@ def judge_all(work: Evaluation) -> Verdicts:
             judging = Judging(work, task, metric)
             for encoder in work.students if metric.against_teacher else work.encoders:
                 work.processes.check_stop()
-                if metric.features is not None:
-                    name, measured = judging.distance_of_sets(encoder)
-                    of_sets.setdefault(name, {})[encoder.name] = measured
-                    continue
-                for number, values in judging.scores(encoder).items():
-                    of_images.setdefault(number, {})[encoder.name] = values
+                with work.processes.piece(f"{encoder.name}: {metric.name} of {task.name}", metric.images * len(judging.asked)):
+                    if metric.features is not None:
+                        name, measured = judging.distance_of_sets(encoder)
+                        of_sets.setdefault(name, {})[encoder.name] = measured
+                        continue
+                    for number, values in judging.scores(encoder).items():
+                        of_images.setdefault(number, {})[encoder.name] = values
     return found
 
 
@@ -89,8 +90,7 @@ class Judging:
     ) -> list[Any]:
         """What `work_on` makes of every question, in groups that the processes share."""
         groups = [self.asked[start : start + AT_ONCE] for start in range(0, len(self.asked), AT_ONCE)]
-        what = f"{encoder.name}: {self.metric.name} of {self.task.name}"
-        per_group = self.work.processes.map(functools.partial(work_on, encoder), groups, what, unfinished=unfinished)
+        per_group = self.work.processes.map(functools.partial(work_on, encoder), groups, self.metric.images * len(self.asked), unfinished)
         return [one for group in per_group for one in group]
 
     def _judged(self, encoder: EncoderFile, group: list[Question]) -> list[dict[str, float]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.optional import needed
-from .metrics import METRICS, Metric
+from .metrics import METRICS, PROBES, Metric
 from .provenance import fingerprint
 from .questions import Question
 from .suite import Suite, Task
@@ -19,7 +19,8 @@ from .suite import Suite, Task
 def check_judges(suite: Suite) -> None:
     """Make every judge once and drop it, so that everything missing is reported before any image is generated. Raises ValueError."""
     tries = [functools.partial(make_judge, METRICS[name], task, suite, "cpu") for task in suite.tasks for name in task.metrics]
-    if suite.embedding is not None and suite.embedding.map:
+    embedding = suite.table_of(PROBES["collapse"])
+    if embedding is not None and embedding.map:
         for module, package in (("sklearn.manifold", "scikit-learn"), ("matplotlib.figure", "matplotlib")):
             tries.append(functools.partial(needed, module, package, "The map of the embeddings"))
     problems = dict.fromkeys(problem for one in tries if (problem := _problem(one)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,10 @@ class Measured:
         """A value with the interval of a normal distribution of this standard deviation."""
         return cls(value, n, value - Z_95 * deviation, value + Z_95 * deviation)
 
+    def within(self, least: float, most: float) -> Measured:
+        """The same, its interval cut to what the number can be."""
+        return self if self.low is None or self.high is None else replace(self, low=max(self.low, least), high=min(self.high, most))
+
     def to_json(self) -> dict[str, Any]:
         """For results.json; `Measured(**content)` reads it back."""
         return dataclasses.asdict(self)
@@ -59,12 +64,37 @@ def mean(values: Sequence[float]) -> Measured:
 def mean_difference(values: Sequence[float]) -> Measured:
     """The mean of differences between two encoders on the same prompts and seeds, with Student's or the bootstrap's interval.
 
-    Where no pair differs, the interval is Wilson's bound on the share of pairs that might. Raises ValueError as `mean` does.
+    Where all differences are equal they say nothing about others, so there is no interval. Raises ValueError as `mean` does.
     """
-    if values and not any(values):
-        reach = _wilson(0, len(values))[1]
-        return Measured(0.0, len(values), -reach, reach)
-    return _mean(values)
+    measured = _mean(values)
+    return Measured(values[0], len(values)) if len(set(values)) == 1 else measured
+
+
+def share(student: Sequence[Sequence[float]], teacher: Sequence[Sequence[float]]) -> Measured:
+    """A student's scores as a share of the teacher's: of the sums of the means of all tasks, on the same prompts and seeds.
+
+    The interval is the bootstrap's, with the prompts of each task drawn again for both. There is none of fewer than ten prompts, of a task
+    with a single one, or where all resamples are equal.
+    """
+    from scipy import stats
+
+    both = [[np.asarray(values, dtype=np.float64) for values in encoder] for encoder in (student, teacher)]
+    places = [np.arange(len(values)) for values in student]
+
+    def ratio(*drawn: np.ndarray, axis: int = -1) -> Any:
+        one, other = (sum(values[at].mean(axis=axis) for values, at in zip(encoder, drawn, strict=True)) for encoder in both)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.divide(one, other)
+
+    value, n = float(ratio(*places)), sum(map(len, places))
+    if n < BOOTSTRAP_FROM or min(map(len, places)) < 2:
+        return Measured(value, n)
+    with warnings.catch_warnings(action="ignore", category=stats.DegenerateDataWarning):  # a teacher who is wrong in all of a resample
+        found = stats.bootstrap(
+            places, ratio, n_resamples=RESAMPLES, method="percentile", vectorized=True, batch=100, random_state=np.random.default_rng(0)
+        )
+    low, high = map(float, found.confidence_interval)
+    return Measured(value, n, low, high) if math.isfinite(high) and low < high else Measured(value, n)
 
 
 def _wilson(right: int, n: int) -> tuple[float, float]:

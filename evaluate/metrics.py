@@ -1,13 +1,14 @@
-"""The metrics: each is one record. A new one takes a record here and its pure function.
+"""What an evaluation measures: each metric and each probe is one record. A new one takes a record here and its pure function.
 
-A metric of images names the numbers that it gives, how they are written and compared, the table of the suite and the weights that it
-needs, and makes its judge; a mean with its interval is made of what the judge says of each image, or of their features (FID).
+A record names its numbers (what they mean, how they are written, which is better), the table of the suite that sets it, and what it needs.
+The suite's tables, its documentation, and the tables and the index of the page follow from the records.
 """
 
 # N images, H W pixels, D features
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal, Protocol
 import numpy as np
 from pydantic import Field
 
-from ..config.parts import FROM_LIST, NOT_EMPTY, FilePath, OptionalPath, Part, Text
+from ..config.parts import FROM_LIST, NOT_EMPTY, Count, FilePath, OptionalPath, Part, Text
 from . import compbench
 from .questions import Prompts, Question
 
@@ -45,6 +46,37 @@ class CompbenchPart(Part):
     depth: OptionalPath = Field(default="", description='folder of the depth estimator (3D position); "" if no task asks for it')
 
 
+class EmbeddingPart(Part):
+    """Collapse: the distances between the embeddings of different prompts."""
+
+    prompts: int = Field(ge=3, description="prompts encoded, from all tasks in turn")
+    map: bool = Field(description="draw the t-SNE map of teacher and student (needs scikit-learn and matplotlib)")
+
+
+class VelocityGapPart(Part):
+    """The mean squared difference of the two velocities, on the suite's prompts, along the teacher's trajectories."""
+
+    prompts: int = Field(ge=2, description="prompts measured, from all tasks in turn")
+    sigma_bands: Count = Field(description="bands of equal width between noise levels 0 and 1; the gap is reported for each")
+
+
+class LatentDistancePart(Part):
+    """The distance of the student's latent from the teacher's of the same seed, after each denoising step."""
+
+    prompts: int = Field(ge=2, description="prompts measured, from all tasks in turn")
+
+
+class CostPart(Part):
+    """Memory and time of each encoder."""
+
+    repeats: int = Field(ge=2, description="measurements of each")
+
+    @property
+    def prompts(self) -> int:
+        """Prompts that are encoded in turn."""
+        return self.repeats + 1
+
+
 # RGB images, uint8 [H, W, 3].
 Images = Sequence[np.ndarray]
 # Questions, an encoder's images and the teacher's, to what each image scores, by name of the number.
@@ -63,45 +95,86 @@ class FeatureNetwork(Protocol):
 
 @dataclass(frozen=True)
 class Number:
-    """How a number is written and compared: label ("": its own name), unit, factor to that unit, digits after the point; span: the width
-    of its range, by which losses of several numbers are averaged."""
+    """What a number means, and how it is written and compared.
 
+    meaning: a sentence for readers. label ("": its own name), unit, factor to that unit, form: as Python formats the value. most: the end
+    of its range, which begins at 0.
+    """
+
+    meaning: str
     label: str = ""
     unit: str = "%"
     factor: float = 100.0
-    digits: int = 1
+    form: str = ".1f"
     higher_is_better: bool = True
-    span: float = 1.0
+    most: float = 1.0
+
+    @property
+    def span(self) -> float:
+        """The width of its range, 1 where it has no end: losses of several numbers are averaged as shares of it."""
+        return self.most if math.isfinite(self.most) else 1.0
+
+    @property
+    def head(self) -> str:
+        """Label and unit, for the head of a column."""
+        return self.label + (f", {self.unit}" if self.unit else "")
 
     def written(self, value: float) -> str:
         """The value in its unit."""
-        return f"{self.factor * value:.{self.digits}f}"
+        return f"{self.factor * value:{self.form}}"
 
     def loss(self, teacher: float, student: float) -> float:
         """By how much a student is worse."""
         return teacher - student if self.higher_is_better else student - teacher
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A metric of images.
+def plain(meaning: str, label: str = "", unit: str = "", factor: float = 1.0, form: str = ".2f") -> Number:
+    """A number that is not a share, has no upper end, and is better if it is smaller."""
+    return Number(meaning, label, unit, factor, form, higher_is_better=False, most=math.inf)
 
-    about: for the suite's documentation. numbers: what it gives, by the beginning of the name in results.json. fits: whether prompts have
-    what it compares with. table: the suite's table with its settings, and weights: the fields of it that name weights. judge: made of that
-    table, the task's category and a device; it scores each image. features: for a metric of whole sets, the network instead.
-    against_teacher: compares with the teacher's image, so the teacher has no score. judge and features raise ValueError, with advice, if
-    weights or a package are missing.
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What metrics and probes have in common.
+
+    about: for the suite's documentation and above the table of its numbers. numbers: what it gives, by the beginning of the name in
+    results.json. part: the type of the suite's table with its settings, which is called `table` ("": as the record). against_teacher:
+    compares with the teacher, who has no such number. images: a prompt takes as long as so many images, roughly, for the time left.
     """
 
     name: str
     about: str
     numbers: Mapping[str, Number]
+    part: type[Part] | None = None
+    table: str = ""
+    against_teacher: bool = False
+    images: float = 0.05
+
+    @property
+    def table_name(self) -> str:
+        return self.table or self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(Record):
+    """A metric of images: the mean of what a judge says of each image, or a distance of all images' features.
+
+    fits: whether prompts have what it compares with. weights: the fields of its table that name weights. judge: made of that table, the
+    task's category and a device; it scores each image. features: for a metric of whole sets, the network instead. Both raise ValueError,
+    with advice, if weights or a package are missing.
+    """
+
     fits: Callable[[Prompts], bool] = lambda _prompts: True
-    table: str | None = None
     weights: tuple[str, ...] = ()
     judge: Callable[[Any, str, str], Judge] | None = None
     features: Callable[[Any, str], FeatureNetwork] | None = None
-    against_teacher: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(Record):
+    """What is measured of an encoder itself, by the function of this name in `probes`. by_machine: the machine decides its numbers."""
+
+    by_machine: bool = False
 
 
 def _readback(_table: None, _category: str, _device: str) -> Judge:
@@ -190,70 +263,112 @@ def _each(category: str, judge_name: str, score: Callable[[str, np.ndarray], flo
     return judge
 
 
-RECORDS = (
+METRIC_RECORDS = (
     Metric(
-        "ocr",
-        "the text that is asked for is read: common_text, or a file with a target",
-        {"ocr_character": Number("characters"), "ocr_word": Number("words"), "ocr_sentence": Number("sentences")},
-        lambda prompts: (
+        name="ocr",
+        about="the text that is asked for is read: common_text, or a file with a target",
+        numbers={
+            "ocr_character": Number("Share of the expected characters that OCR reads at their own place.", "characters"),
+            "ocr_word": Number("Share of the expected words that OCR reads as words of their own.", "words"),
+            "ocr_sentence": Number("Share of the images in which OCR reads all expected words, consecutively and in order.", "sentences"),
+        },
+        fits=lambda prompts: (
             bool(prompts.target) or prompts.kind == "common_text" or (prompts.kind == "miniature" and "word" in prompts.category)
         ),
-        table="ocr",
+        part=OcrPart,
         weights=("weights",),
         judge=_ocr,
     ),
     Metric(
-        "readback",
-        "the miniature's exact reader",
-        {"readback": Number("right")},
-        lambda prompts: prompts.kind == "miniature",
+        name="readback",
+        about="the miniature's exact reader",
+        numbers={"readback": Number("Share of the images that show all that the caption asks for.", "right")},
+        fits=lambda prompts: prompts.kind == "miniature",
         judge=_readback,
     ),
     Metric(
-        "clip_score",
-        "image and prompt",
-        {"clip_score": Number("CLIP", "", 1.0, 2, span=100.0)},
-        table="clip_score",
+        name="clip_score",
+        about="image and prompt",
+        numbers={
+            "clip_score": Number("How well image and prompt match: 100 times their cosine in CLIP.", "CLIP", "", 1.0, ".2f", most=100.0)
+        },
+        part=WeightsPart,
         weights=("weights",),
         judge=_clip_score,
     ),
     Metric(
-        "fid",
-        "against the photographs",
-        {"FID": Number("", "", 1.0, 2, higher_is_better=False)},
-        lambda prompts: bool(prompts.pictures),
-        table="fid",
+        name="fid",
+        about="against the photographs",
+        numbers={"FID": plain("Distance of the images to photographs of the same captions in Inception's features; smaller is better.")},
+        fits=lambda prompts: bool(prompts.pictures),
+        part=WeightsPart,
         weights=("weights",),
         features=_fid,
     ),
     Metric(
-        "compbench",
-        "as its category",
-        {"CompBench": Number()},
-        lambda prompts: prompts.kind == "compbench",
-        table="compbench",
+        name="compbench",
+        about="as its category",
+        numbers={"CompBench": Number("T2I-CompBench's score: whether objects have the attributes, places or numbers asked for.")},
+        fits=lambda prompts: prompts.kind == "compbench",
+        part=CompbenchPart,
         weights=("vqa", "detector", "depth"),
         judge=_compbench,
     ),
     Metric(
-        "lpips",
-        "against the teacher's image of the same seed",
-        {"lpips": Number("LPIPS", "", 1.0, 3, higher_is_better=False)},
-        table="lpips",
+        name="lpips",
+        about="against the teacher's image of the same seed",
+        numbers={"lpips": plain("Perceptual distance to the teacher's image of the same seed: 0 if they are equal.", "LPIPS", form=".3f")},
+        part=WeightsPart,
         weights=("weights",),
         judge=_lpips,
         against_teacher=True,
     ),
 )
-METRICS = {metric.name: metric for metric in RECORDS}
-NUMBERS = {name: number for metric in RECORDS for name, number in metric.numbers.items()}
-# What is measured of the encoders themselves, and the caption of its table.
-PROBES = {
-    "collapse": "Collapse: mean distance of pooled embeddings, and their effective rank",
-    "velocity_gap": "Velocity gap to the teacher by noise level",
-    "latent_distance": "Distance of the latents from the teacher's (root mean square)",
-    "cost": "Memory and time",
-}
+PROBE_RECORDS = (
+    Probe(
+        name="cost",
+        about="Memory and time",
+        numbers={
+            "weights": plain("Parameters of the encoder, CLIP-L included.", "parameters", "M", 1e-6),
+            "resident bytes": plain("Memory of the weights as ComfyUI holds them, CLIP-L included.", "memory", "MB", 1e-6, ".1f"),
+            "load s": plain("Time to load the encoder, with its file in the system's cache.", "load", "s"),
+            "encode s": plain("Time to encode a prompt, with the encoder on its device.", "encode", "ms", 1e3, ".1f"),
+            "prompt change s": plain("Wait between Run and the first step of the next image.", "prompt change", "ms", 1e3, ".1f"),
+        },
+        part=CostPart,
+        by_machine=True,
+    ),
+    Probe(
+        name="collapse",
+        about="Collapse: mean distance of pooled embeddings, and their effective rank",
+        numbers={
+            "pooled distance": plain("Mean distance of two prompts' mean embeddings: near 0 after a collapse.", form=".3g"),
+            "effective rank": plain("How many directions the prompts' mean embeddings fill: few after a collapse.", form=".3g"),
+        },
+        part=EmbeddingPart,
+        table="embedding",
+    ),
+    Probe(
+        name="velocity_gap",
+        about="Velocity gap to the teacher by noise level",
+        numbers={"sigma": plain("Mean squared difference to the velocity under the teacher's text, in this band of noise.", form=".3g")},
+        part=VelocityGapPart,
+        against_teacher=True,
+        images=2.0,
+    ),
+    Probe(
+        name="latent_distance",
+        about="Distance of the latents from the teacher's (root mean square)",
+        numbers={"after step": plain("Root mean square of the difference to the teacher's latent of the same seed.", form=".3g")},
+        part=LatentDistancePart,
+        against_teacher=True,
+        images=2.0,
+    ),
+)
+METRICS = {metric.name: metric for metric in METRIC_RECORDS}
+PROBES = {probe.name: probe for probe in PROBE_RECORDS}
+RECORDS: tuple[Record, ...] = (*METRIC_RECORDS, *PROBE_RECORDS)
+NUMBERS = {name: number for record in RECORDS for name, number in record.numbers.items()}
 
 
 def number_of(name: str) -> Number:

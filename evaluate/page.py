@@ -7,14 +7,12 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .measured import Measured
 from .metrics import number_of
 from .questions import Question
-from .results import Report, Scores, Table, tables
-
-if TYPE_CHECKING:
-    from PIL import Image
+from .results import INTERVALS, Report, Scores, Table, answer, index, spaced, tables, written_share
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
 PLACE = ">DATA<"
@@ -27,19 +25,38 @@ Lost = Mapping[str, Mapping[str, Sequence[float]]]
 FileOf = Callable[[str, Question], Path]
 
 
-def page(report: Report, rows: Sequence[dict[str, Any]], maps: Mapping[str, Image.Image], notes: Mapping[str, Any]) -> str:
-    """The page's HTML. `notes`: provenance, the origin of the numbers; chosen, which images are shown; small, whether without smoothing."""
+def page(report: Report, rows: Sequence[dict[str, Any]], maps: Mapping[str, str], notes: Mapping[str, Any]) -> str:
+    """The page's HTML. `maps`: data URIs by name. `notes`: provenance, the origin of the numbers; chosen, which images are shown; small,
+    whether without smoothing."""
     data = {
         "title": f"Distilled T5: {report.suite}",
         "encoders": report.encoders,
         **notes,
+        "answers": [{"sentence": answer(report, student), "shares": _shares(shares)} for student, shares in report.shares.items()],
+        "left_out": [spaced(task) for task in report.tasks if report.shares and all(task not in one for one in report.shares.values())],
         "tables": [_table(one) for one in tables(report)],
-        "maps": [{"name": name, "picture": data_uri(picture, None)} for name, picture in maps.items()],
+        "intervals": INTERVALS,
+        "index": index(report),
+        "maps": [{"name": name, "picture": picture} for name, picture in maps.items()],
         "rows": list(rows),
     }
     # No prompt can end the element that holds the data.
     text = json.dumps(data, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, f">{text}<")
+
+
+def _shares(shares: Mapping[str, Measured]) -> list[dict[str, Any]]:
+    """The lines of a student's chart: a task's share of the teacher in percent, and as it is written."""
+    return [
+        {
+            "task": spaced(task),
+            "value": 100 * share.value,
+            "low": None if share.low is None else 100 * share.low,
+            "high": None if share.high is None else 100 * share.high,
+            "text": written_share(share),
+        }
+        for task, share in shares.items()
+    ]
 
 
 def _table(one: Table) -> dict[str, Any]:
@@ -82,30 +99,27 @@ def row(question: Question, scores: Scores, lost: Lost, encoders: Sequence[str],
 def _scores_of(numbers: Mapping[str, Mapping[str, Sequence[float]]], encoder: str, index: int) -> str:
     """An encoder's scores of one image in words."""
     return ", ".join(
-        f"{number_of(name).label} {number_of(name).written(by_encoder[encoder][index])}"
-        for name, by_encoder in numbers.items()
+        f"{number.label} {number.written(by_encoder[encoder][index])} {number.unit}".rstrip()
+        for number, by_encoder in ((number_of(name), by_encoder) for name, by_encoder in numbers.items())
         if encoder in by_encoder
     )
 
 
 def _picture(path: Path, side_px: int) -> str:
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        return data_uri(picture.convert("RGB"), side_px)
-
-
-def data_uri(picture: Image.Image, side_px: int | None) -> str:
-    """The image as a data URI: PNG if it is small, else scaled down to `side_px` as JPEG."""
+    """An image as a data URI: PNG, or scaled down to `side_px` as JPEG if it is larger."""
     from PIL import Image
 
     content = io.BytesIO()
-    if side_px is not None and max(picture.size) > side_px:
-        picture = picture.copy()
-        picture.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
-        picture.save(content, "JPEG", quality=JPEG_QUALITY)
-        kind = "jpeg"
-    else:
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    if max(picture.size) <= side_px:
         picture.save(content, "PNG", optimize=True)
-        kind = "png"
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+        return data_uri(content.getvalue(), "png")
+    picture.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
+    picture.save(content, "JPEG", quality=JPEG_QUALITY)
+    return data_uri(content.getvalue(), "jpeg")
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """The file of an image as a data URI."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,5 +1,7 @@
 """Measures each encoder by itself and against the teacher, once; an encoder is loaded only if something is missing."""
 
+# N prompts, D text width
+
 from __future__ import annotations
 
 import base64
@@ -13,10 +15,12 @@ import numpy as np
 
 from . import probes, provenance
 from .context import Evaluation
-from .encoders import EncoderFile, LoadedEncoder, Text
+from .embeddings import pooled
+from .encoders import EncoderFile, Text
 from .measured import Measured
-from .questions import Question, in_turn, questions_sha256
-from .results import Numbers
+from .metrics import PROBES, EmbeddingPart, Probe
+from .questions import Question, in_turn
+from .results import Numbers, to_json
 from .scores import Unfinished, kept_or_made
 
 log = logging.getLogger(__name__)
@@ -29,107 +33,75 @@ class Measurements:
     numbers: Numbers = field(default_factory=dict)
     vectors: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def add(self, probe: str, encoder: str, found: Mapping[str, Measured]) -> None:
-        """Put an encoder's numbers of a probe among the others."""
-        for name, measured in found.items():
-            self.numbers.setdefault(probe, {}).setdefault(name, {})[encoder] = measured
-
 
 def measure_all(work: Evaluation) -> Measurements:
-    """Cost, collapse, velocity gap and latent distance, as far as the suite asks for them. Raises Stopped if a signal asked for it."""
-    found = Measurements()
-    paired = [part.prompts for part in (work.suite.velocity_gap, work.suite.latent_distance) if part is not None]
-    asked = in_turn(work.questions, max(paired, default=0))
-    teacher_texts = functools.cache(lambda: probes.texts_of(work.load(work.teacher), asked, work.processes))
+    """All probes that the suite asks for, of every encoder. Raises Stopped if a signal asked for it."""
+    found, parts = Measurements(), {name: work.suite.table_of(probe) for name, probe in PROBES.items()}
+    compared = max((part.prompts for name, part in parts.items() if part and PROBES[name].against_teacher), default=0)
+    teacher_texts = functools.cache(lambda: Probed(work, work.teacher, compared).texts())
     for encoder in work.encoders:
-        encoder_probes = EncoderProbes(work, encoder, found, functools.cache(functools.partial(work.load, encoder)))
-        encoder_probes.cost()
-        encoder_probes.collapse()
-        if encoder is not work.teacher:
-            encoder_probes.against_teacher(asked, teacher_texts)
+        probed = Probed(work, encoder, compared, teacher_texts)
+        for name, part in parts.items():
+            if part is not None and not (PROBES[name].against_teacher and encoder is work.teacher):
+                with work.processes.piece(f"{encoder.name}: {name.replace('_', ' ')}", PROBES[name].images * part.prompts):
+                    numbers = probed.measured(PROBES[name], part)
+                for number, measured in numbers.items():
+                    found.numbers.setdefault(name, {}).setdefault(number, {})[encoder.name] = measured
+        if parts["collapse"] is not None:
+            found.vectors[encoder.name] = probed.vectors(parts["collapse"])
     return found
 
 
-@dataclass
-class EncoderProbes:
-    """The probes of one encoder, loaded by the first that needs it."""
+class Probed:
+    """An encoder that is measured, loaded by the first probe that needs it; `compared` prompts are compared with the teacher."""
 
-    work: Evaluation
-    encoder: EncoderFile
-    found: Measurements
-    load: Callable[[], LoadedEncoder]
+    def __init__(self, work: Evaluation, encoder: EncoderFile, compared: int, teacher_texts: Callable[[], list[Text]] = list) -> None:
+        self.work, self.encoder, self.teacher_texts, self._compared = work, encoder, teacher_texts, compared
+        self._load = functools.cache(functools.partial(work.load, encoder))
+        self.texts = functools.cache(self._texts)
 
-    def cost(self) -> None:
-        """Memory and time, on the first process while the others wait."""
-        part = self.work.suite.cost
-        if part is None:
-            return
-        prompts = [question.prompt for question in in_turn(self.work.questions, part.repeats + 1)]
-        fresh = functools.partial(self.work.load, self.encoder)
+    def asked(self, part: Any) -> list[Question]:
+        """The prompts of a probe."""
+        return in_turn(self.work.questions, part.prompts)
 
-        def on_first(_unfinished: Unfinished) -> probes.Found:
-            main = self.work.processes.ranks.is_main
-            return probes.cost(fresh, self.work.generator, prompts, part.repeats) if main else {}
+    def _texts(self) -> list[Text]:
+        """The texts of the compared prompts, in RAM of every process. Raises Stopped after a signal to one of them."""
+        texts = []
+        for question in in_turn(self.work.questions, self._compared):
+            self.work.processes.check_stop()
+            texts.append(self._load().text(question.prompt))
+        return texts
 
-        asked = {"repeats": part.repeats, "prompts": prompts, "machine": provenance.machine()}
-        self._measure("cost", {**asked, **self.encoder.made_of(), **self.work.generated_by}, on_first)
+    def vectors(self, part: EmbeddingPart) -> np.ndarray:
+        """The mean embedding of each prompt's own tokens, [N, D], float32."""
 
-    def collapse(self) -> None:
-        """Pooled embeddings, how far apart they are and how many directions they fill."""
-        part = self.work.suite.embedding
-        if part is None:
-            return
-        asked = in_turn(self.work.questions, part.prompts)
-        decided_by = {"prompts": questions_sha256(asked), **self.encoder.made_of(), **provenance.computed_with()}
+        def vector(question: Question) -> np.ndarray:
+            text = self._load().text(question.prompt)
+            return pooled(text.text_1LD[:, : text.own_tokens].numpy())[0]
 
         def made(_unfinished: Unfinished) -> dict[str, Any]:
-            vectors = probes.pooled_vectors(self.load(), asked, self.work.processes)
+            vectors = np.stack(self.work.processes.map(vector, self.asked(part), PROBES["collapse"].images * part.prompts))
             return {"shape": list(vectors.shape), "float32": base64.b64encode(vectors.tobytes()).decode()}
 
-        kept = self._kept("embeddings", decided_by, made)
-        vectors = np.frombuffer(base64.b64decode(kept["float32"]), np.float32).reshape(kept["shape"])
-        self.found.vectors[self.encoder.name] = vectors
-        self._measure("collapse", decided_by, lambda _unfinished: probes.collapse(vectors))
+        kept = self._kept("embeddings", part, {}, made)
+        return np.frombuffer(base64.b64decode(kept["float32"]), np.float32).reshape(kept["shape"])
 
-    def against_teacher(self, asked: list[Question], teacher_texts: Callable[[], list[Text]]) -> None:
-        """The velocity gap and the distance of the latents."""
-        suite, generator, processes = self.work.suite, self.work.generator, self.work.processes
-        gap, distance, batch = suite.velocity_gap, suite.latent_distance, suite.sampling.batch
-        texts = functools.cache(lambda: probes.texts_of(self.load(), asked, processes))
+    def measured(self, probe: Probe, part: Any) -> dict[str, Measured]:
+        """The numbers of a probe by name, once measured."""
 
-        def pairs(prompts: int) -> list[probes.Pair]:
-            return probes.pairs(asked[:prompts], teacher_texts()[:prompts], texts()[:prompts], batch)
+        def made(unfinished: Unfinished) -> dict[str, Any]:
+            return to_json(getattr(probes, probe.name)(self, part, unfinished))
 
-        if gap is not None:
-            self._measure(
-                "velocity_gap",
-                self._decided_by(asked, gap.model_dump()),
-                lambda done: probes.velocity_gap(
-                    generator, pairs(gap.prompts), gap.sigma_bands, processes, done.also_decided_by(batch=batch)
-                ),
-            )
-        if distance is not None:
-            self._measure(
-                "latent_distance",
-                self._decided_by(asked, distance.model_dump()),
-                lambda done: probes.latent_distance(generator, pairs(distance.prompts), processes, done.also_decided_by(batch=batch)),
-            )
+        found = self._kept(probe.name, part, {"machine": provenance.machine()} if probe.by_machine else {}, made)
+        return {name: Measured(**one) for name, one in found.items()}
 
-    def _decided_by(self, asked: list[Question], part: Mapping[str, Any]) -> dict[str, Any]:
+    def _kept(self, name: str, part: Any, also: Mapping[str, Any], make: Callable[[Unfinished], dict[str, Any]]) -> dict[str, Any]:
         work = self.work
-        return {"part": part, "teacher": work.teacher.made_of(), **work.made_of(self.encoder, asked)}
+        decided_by = {**also, "part": part.model_dump(), "teacher": work.teacher.made_of(), **work.made_of(self.encoder, self.asked(part))}
 
-    def _measure(self, probe: str, decided_by: Mapping[str, Any], make: Callable[[Unfinished], probes.Found]) -> None:
         def made(unfinished: Unfinished) -> dict[str, Any]:
-            return {name: measured.to_json() for name, measured in make(unfinished).items()}
-
-        found = self._kept(probe, decided_by, made)
-        self.found.add(probe, self.encoder.name, {name: Measured(**one) for name, one in found.items()})
-
-    def _kept(self, probe: str, decided_by: Mapping[str, Any], make: Callable[[Unfinished], dict[str, Any]]) -> dict[str, Any]:
-        def made(unfinished: Unfinished) -> dict[str, Any]:
-            self.work.processes.check_stop()
-            log.info("%s: %s", self.encoder.name, probe.replace("_", " "))
+            work.processes.check_stop()
+            log.info("%s: %s", self.encoder.name, name.replace("_", " "))
             return make(unfinished)
 
-        return kept_or_made(self.work.kept, self.work.processes.ranks, f"{self.encoder.name}/{probe}", decided_by, made)
+        return kept_or_made(work.kept, work.processes.ranks, f"{self.encoder.name}/{name}", decided_by, made)

@@ -1,13 +1,14 @@
-"""What is measured of an encoder besides images: collapse, velocity gap and latent distance to the teacher, cost."""
+"""What is measured of an encoder besides images: a function for each probe's record, which gives numbers with intervals by name."""
 
 # B batch, N prompts, C H W latent, L text tokens, D text width, T steps
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,60 +16,48 @@ from ..diffusion.frozen import held_bytes
 from ..train.trajectory import Position
 from .cost import timed
 from .distances import latent_rms, velocity_gaps
-from .embeddings import effective_rank, pooled, pooled_distance
+from .embeddings import effective_rank, pooled_distance
 from .encoders import LoadedEncoder, Text, by_length, together
 from .generate import ImageGenerator
 from .measured import Measured, exact, jackknife, mean
-from .processes import Processes
+from .metrics import PROBES, CostPart, EmbeddingPart, LatentDistancePart, VelocityGapPart
 from .questions import Question
 from .scores import Unfinished
+
+if TYPE_CHECKING:
+    from .probe_encoders import Probed
 
 Found = dict[str, Measured]
 # Prompts that can go through the diffusion model together, with the teacher's and the student's texts.
 Pair = tuple[list[Question], list[Text], list[Text]]
 
 
-def pooled_vectors(encoder: LoadedEncoder, questions: Sequence[Question], processes: Processes) -> np.ndarray:
-    """The mean embedding of each prompt's own tokens, [N, D], float32."""
-
-    def vector(question: Question) -> np.ndarray:
-        text = encoder.text(question.prompt)
-        return pooled(text.text_1LD[:, : text.own_tokens].numpy())[0]
-
-    return np.stack(processes.map(vector, questions, f"{encoder.file.name}: embeddings", "prompt"))
-
-
-def collapse(vectors_ND: np.ndarray) -> Found:
+def collapse(of: Probed, part: EmbeddingPart, _unfinished: Unfinished) -> Found:
     """How far apart the prompts are, and how many directions they fill."""
-    return {
-        "pooled distance": jackknife(vectors_ND, pooled_distance),
-        "effective rank": jackknife(vectors_ND, effective_rank),
-    }
+    vectors_ND = of.vectors(part)
+    return {"pooled distance": jackknife(vectors_ND, pooled_distance), "effective rank": jackknife(vectors_ND, effective_rank)}
 
 
-def texts_of(encoder: LoadedEncoder, questions: Sequence[Question], processes: Processes) -> list[Text]:
-    """The texts of some questions, in RAM of every process. Raises Stopped after a signal to one of them."""
-    texts = []
-    for question in questions:
-        processes.check_stop()
-        texts.append(encoder.text(question.prompt))
-    return texts
+def _by_batch(of: Probed, part: Any, work: Callable[[Pair], Any], unfinished: Unfinished) -> list[Any]:
+    """`work` of every batch of prompts, shared by the processes."""
+    batch, images = of.work.suite.sampling.batch, PROBES["velocity_gap"].images * part.prompts
+    pairs = _pairs(of.asked(part), of.teacher_texts(), of.texts(), batch)
+    return of.work.processes.map(work, pairs, images, unfinished.also_decided_by(batch=batch))
 
 
-def pairs(questions: Sequence[Question], teacher: Sequence[Text], student: Sequence[Text], batch: int) -> list[Pair]:
+def _pairs(questions: Sequence[Question], teacher: Sequence[Text], student: Sequence[Text], batch: int) -> list[Pair]:
     """Batches of prompts whose texts have one length with the teacher and one with the student."""
-    groups = [places[start : start + batch] for places in by_length(teacher, student) for start in range(0, len(places), batch)]
+    alike = by_length(teacher[: len(questions)], student[: len(questions)])
+    groups = [places[start : start + batch] for places in alike for start in range(0, len(places), batch)]
     return [
         ([questions[place] for place in group], [teacher[place] for place in group], [student[place] for place in group])
         for group in groups
     ]
 
 
-def velocity_gap(
-    generator: ImageGenerator, found: Sequence[Pair], bands: int, processes: Processes, unfinished: Unfinished | None = None
-) -> Found:
+def velocity_gap(of: Probed, part: VelocityGapPart, unfinished: Unfinished) -> Found:
     """The mean squared gap of the velocities along the teacher's trajectories, by band of noise level, on the schedule of the images."""
-    per_batch = processes.map(lambda pair: _gap_of_batch(generator, pair, bands), found, "velocity gap", unfinished=unfinished)
+    per_batch = _by_batch(of, part, lambda pair: _gap_of_batch(of.work.generator, pair, part.sigma_bands), unfinished)
     names = sorted({band for batch in per_batch for band in batch}, reverse=True)
     return {f"sigma {band}": mean([value for batch in per_batch for value in batch[band]]) for band in names}
 
@@ -94,11 +83,11 @@ def _gap_of_batch(generator: ImageGenerator, pair: Pair, bands: int) -> dict[str
     return velocity_gaps(start, model, lambda _ids: student_BLD, bands)
 
 
-def latent_distance(generator: ImageGenerator, found: Sequence[Pair], processes: Processes, unfinished: Unfinished | None = None) -> Found:
+def latent_distance(of: Probed, part: LatentDistancePart, unfinished: Unfinished) -> Found:
     """The root mean square of the difference of teacher's and student's latents after each step, as the diffusion model sees them."""
-    per_batch = processes.map(lambda pair: _distance_of_batch(generator, pair), found, "latent distance", unfinished=unfinished)
-    per_prompt = [prompt for batch in per_batch for prompt in batch]
-    return {f"after step {step}": mean([prompt[step - 1] for prompt in per_prompt]) for step in range(1, generator.sampling.steps + 1)}
+    per_batch = _by_batch(of, part, lambda pair: _distance_of_batch(of.work.generator, pair), unfinished)
+    per_step = zip(*(prompt for batch in per_batch for prompt in batch), strict=True)
+    return {f"after step {step}": mean(values) for step, values in enumerate(per_step, start=1)}
 
 
 def _distance_of_batch(generator: ImageGenerator, pair: Pair) -> list[list[float]]:
@@ -116,22 +105,26 @@ def _trajectory(generator: ImageGenerator, texts: Sequence[Text], seeds: Sequenc
     return [*starts[1:], generator.model.model.process_latent_in(last).float().cpu()]
 
 
-def cost(load: Callable[[], LoadedEncoder], generator: ImageGenerator, prompts: Sequence[str], repeats: int) -> Found:
+def cost(of: Probed, part: CostPart, _unfinished: Unfinished) -> Found:
     """Resident bytes, and seconds of loading, of encoding, and of a prompt change: encoding while the diffusion model is loaded before and
-    after, which is the wait between pressing Run and the first step of the next image."""
+    after, which is the wait between pressing Run and the first step of the next image. On the first process, while the others wait."""
+    if not of.work.processes.ranks.is_main:
+        return {}
+    prompts = [question.prompt for question in of.asked(part)]
+    load = functools.partial(of.work.load, of.encoder)
     # Each encoder is released before the next one is loaded.
-    loads = [_timed_load(load)[0] for _ in range(repeats - 1)]
+    loads = [_timed_load(load)[0] for _ in range(part.repeats - 1)]
     seconds, encoder = _timed_load(load)
     loads.append(seconds)
     device = encoder.clip.patcher.load_device
 
     def change(prompt: str) -> None:
         encoder.text(prompt)
-        generator.model.load()
+        of.work.generator.model.load()
 
     encoder.text("a first prompt, which brings the encoder to its device")
-    encodes = [timed(lambda prompt=prompt: encoder.text(prompt), device)[0] for prompt in _cycled(prompts, repeats)]
-    changes = [timed(lambda prompt=prompt: change(prompt), device)[0] for prompt in _cycled(prompts, repeats + 1)]
+    encodes = [timed(lambda prompt=prompt: encoder.text(prompt), device)[0] for prompt in _cycled(prompts, part.repeats)]
+    changes = [timed(lambda prompt=prompt: change(prompt), device)[0] for prompt in _cycled(prompts, part.repeats + 1)]
     return {
         "weights": exact(sum(weight.numel() for weight in encoder.clip.cond_stage_model.parameters())),
         "resident bytes": exact(held_bytes(encoder.clip.cond_stage_model)),

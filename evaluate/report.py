@@ -1,26 +1,24 @@
-"""What an evaluation leaves in its folder: results.json, table.md, the map of the embeddings, page.html."""
+"""What an evaluation leaves in its folder: results.json, table.md, summary.txt, plots/, page.html."""
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..runtime.disk import replace_file
 from . import provenance
 from .context import Evaluation
-from .embeddings import joint_tsne, map_image
+from .embeddings import joint_tsne, map_figure
 from .judge_images import Verdicts
-from .page import SMALL_PX, chosen_questions, page, row
+from .metrics import PROBES
+from .page import SMALL_PX, chosen_questions, data_uri, page, row
+from .plots import plot_file, write_plots
 from .probe_encoders import Measurements
 from .questions import Question
-from .results import Report, losses, markdown, measured_scores, picture_losses, to_json
-
-if TYPE_CHECKING:
-    from PIL import Image
+from .results import Report, losses, markdown, measured_scores, picture_losses, shares, summary, to_json
 
 FORMAT = 1
 
@@ -29,14 +27,13 @@ def write_all(work: Evaluation, verdicts: Verdicts, measured: Measurements, seco
     """Write everything; returns the page's file."""
     teacher, names, scores = work.teacher.name, [encoder.name for encoder in work.encoders], verdicts.images
     tasks = {task: {**numbers, **verdicts.sets.get(task, {})} for task, numbers in measured_scores(scores).items()}
-    report = Report(work.suite.name, names, tasks, losses(scores, teacher), measured.numbers)
+    report = Report(work.suite.name, names, tasks, losses(scores, teacher), measured.numbers, shares(scores, teacher, names[1:]))
     origin = _origin(work, seconds)
     replace_file(work.out / "results.json", json.dumps(_results(work, report, origin), indent=1, allow_nan=False).encode())
     replace_file(work.out / "table.md", (markdown(report) + "\n" + _sentence(origin) + "\n").encode())
+    replace_file(work.out / "summary.txt", (summary(report) + "\n").encode())
     maps = _maps(work, measured)
-    (work.out / "plots").mkdir(exist_ok=True)
-    for name, image in maps.items():
-        replace_file(work.out / "plots" / f"{name}.png", _png(image))
+    write_plots(work.out / "plots", report, maps)
     lost = picture_losses(scores, teacher, names[1:])
     chosen = chosen_questions(work.questions, lost, work.suite.page.pictures)
     by_name = {encoder.name: encoder for encoder in work.encoders}
@@ -48,7 +45,8 @@ def write_all(work: Evaluation, verdicts: Verdicts, measured: Measurements, seco
     asked = sum(map(len, work.questions.values()))
     small = work.suite.sampling.resolution_px <= SMALL_PX
     notes = {"provenance": _sentence(origin), "chosen": _chosen(len(rows), asked), "small": small}
-    replace_file(work.out / "page.html", page(report, rows, maps, notes).encode())
+    pictures = {name: data_uri(plot_file(figure, "png"), "png") for name, figure in maps.items()}
+    replace_file(work.out / "page.html", page(report, rows, pictures, notes).encode())
     return work.out / "page.html"
 
 
@@ -73,6 +71,7 @@ def _results(work: Evaluation, report: Report, origin: Mapping[str, Any]) -> dic
             for task, asked in work.questions.items()
         },
         "probes": to_json(report.probes),
+        "shares": to_json(report.shares),
     }
 
 
@@ -105,19 +104,13 @@ def _chosen(shown: int, asked: int) -> str:
     return f"{shown:,} of {asked:,} prompts: half of each task are those on which a student loses most, the others are the first ones."
 
 
-def _maps(work: Evaluation, measured: Measurements) -> dict[str, Image.Image]:
-    """The t-SNE map of each student's embeddings together with the teacher's."""
-    part, vectors = work.suite.embedding, measured.vectors
+def _maps(work: Evaluation, measured: Measurements) -> dict[str, Any]:
+    """The figure of the t-SNE map of each student's embeddings together with the teacher's."""
+    part, vectors = work.suite.table_of(PROBES["collapse"]), measured.vectors
     if part is None or not part.map:
         return {}
     maps, teacher = {}, work.teacher.name
     for student in work.students:
         points = joint_tsne({name: vectors[name] for name in (teacher, student.name)}, seed=work.suite.seed)
-        maps[f"{teacher} and {student.name}"] = map_image(points, "Pooled embeddings of the same prompts")
+        maps[f"{teacher} and {student.name}"] = map_figure(points, "Pooled embeddings of the same prompts")
     return maps
-
-
-def _png(image: Image.Image) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "PNG", optimize=True)
-    return content.getvalue()

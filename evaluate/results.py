@@ -1,30 +1,47 @@
-"""What an evaluation leaves: results.json, and the same numbers as Markdown tables, the first in the form of the paper's."""
+"""The numbers of an evaluation: means, losses against the teacher, shares of it; and their tables, the first in the paper's form."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .measured import Measured, mean, mean_difference
-from .metrics import PROBES, number_of
+from .measured import BOOTSTRAP_FROM, Measured, mean, mean_difference, share
+from .metrics import NUMBERS, PROBES, number_of
 
 # Values of images by task, number and encoder, in the order of the task's questions.
 Scores = dict[str, dict[str, dict[str, list[float]]]]
 # Measured numbers by group (a task or a probe), name and encoder.
 Numbers = dict[str, dict[str, dict[str, Measured]]]
+# Shares of the teacher by student and task, ALL among the tasks.
+Shares = dict[str, dict[str, Measured]]
+ALL = "all tasks"
+# A share of a teacher that itself scores less says nothing.
+LEAST_TEACHER = 0.1
+MEANINGS = (
+    (
+        "share of the teacher",
+        "Mean score of the student divided by the teacher's, on the same prompts and seeds; over all tasks: of their sums.",
+    ),
+    ("lost", "The mean of what each image scores below the teacher's image of the same prompt and seed. Points: percent of the range."),
+)
 MOST_COLUMNS = 6
+SCORES = "Scores, with 95 % interval and number of prompts"
 INTERVALS = (
-    "95 % intervals: Wilson's for shares of right images, the bootstrap's for means (Student's of fewer than ten), "
-    "the jackknife's for collapse."
+    "95 % intervals: Wilson's for shares of right images, the bootstrap's for means (Student's of fewer than ten) and shares of the "
+    "teacher, the jackknife's for collapse. n: prompts."
 )
 
 
 def measured_scores(scores: Scores) -> Numbers:
     """The mean of every number over its images, by task, number and encoder."""
     return {
-        task: {number: {encoder: mean(values) for encoder, values in by_encoder.items()} for number, by_encoder in numbers.items()}
+        task: {
+            number: {encoder: mean(values).within(0.0, number_of(number).most) for encoder, values in by_encoder.items()}
+            for number, by_encoder in numbers.items()
+        }
         for task, numbers in scores.items()
     }
 
@@ -34,15 +51,38 @@ def losses(scores: Scores, teacher: str) -> Numbers:
     return {
         task: {
             number: {
-                encoder: mean_difference(_image_losses(number, by_encoder[teacher], values))
+                encoder: mean_difference(_image_losses(number, by_encoder[teacher], values)).within(-most, most)
                 for encoder, values in by_encoder.items()
                 if encoder != teacher
             }
             for number, by_encoder in numbers.items()
-            if teacher in by_encoder
+            if teacher in by_encoder and (most := number_of(number).most)
         }
         for task, numbers in scores.items()
     }
+
+
+def shares(scores: Scores, teacher: str, students: Sequence[str]) -> Shares:
+    """Each student's score as a share of the teacher's, by task and over all of them.
+
+    A task's score of an image is the mean over its numbers with a range, each as a share of it. Tasks of which the teacher itself scores
+    less than LEAST_TEACHER are left out.
+    """
+    found: Shares = {}
+    of_teacher = {task: scored for task, numbers in scores.items() if (scored := _ranged(numbers, teacher))}
+    of_teacher = {task: scored for task, scored in of_teacher.items() if statistics.fmean(scored) >= LEAST_TEACHER}
+    for student in students if of_teacher else ():
+        of_student = {task: _ranged(scores[task], student) for task in of_teacher}
+        by_task = {task: share([of_student[task]], [scored]) for task, scored in of_teacher.items()}
+        found[student] = {ALL: share([*of_student.values()], [*of_teacher.values()]), **by_task}
+    return {student: {task: one.within(0.0, math.inf) for task, one in by_task.items()} for student, by_task in found.items()}
+
+
+def _ranged(numbers: Mapping[str, Mapping[str, Sequence[float]]], encoder: str) -> list[float]:
+    """The mean of each image over the numbers that have a range and are better if larger."""
+    kept = [(number_of(name), by_encoder[encoder]) for name, by_encoder in numbers.items() if encoder in by_encoder]
+    ranged = [[value / number.most for value in values] for number, values in kept if number.higher_is_better]
+    return [statistics.fmean(of_image) for of_image in zip(*ranged, strict=True)]
 
 
 def _image_losses(number: str, teacher: Sequence[float], student: Sequence[float]) -> list[float]:
@@ -80,13 +120,43 @@ def to_json(numbers: Any) -> Any:
 
 @dataclass(frozen=True)
 class Report:
-    """All that tables and the page show: encoders in order, the teacher first; numbers and losses by task; probes by name."""
+    """All that tables and the page show: encoders in order, the teacher first; numbers and losses by task; probes by name; shares."""
 
     suite: str
     encoders: list[str]
     tasks: Numbers
     losses: Numbers
     probes: Numbers
+    shares: Shares
+
+
+def spaced(name: str) -> str:
+    """The name of a task or encoder as it is read."""
+    return name.replace("_", " ")
+
+
+def written_share(share: Measured) -> str:
+    """A share of the teacher with its interval, in percent."""
+    if share.low is None or share.high is None:
+        spread = f"identical on all {share.n}" if share.value == 1 and share.n >= BOOTSTRAP_FROM else f"interval not known, n = {share.n}"
+    else:
+        spread = f"{100 * share.low:.0f} to {100 * share.high:.0f}"
+    return f"{100 * share.value:.0f} % ({spread})"
+
+
+def answer(report: Report, student: str) -> str:
+    """What a student keeps of the teacher, in a sentence."""
+    of_all, *tasks = sorted(report.shares[student].items(), key=lambda one: (one[0] != ALL, one[1].value))
+    said = f"{student} keeps {written_share(of_all[1]).replace('%', '% of the teacher', 1)}"
+    least, most = (f"{100 * kept.value:.0f} %" for _, kept in (tasks[0], tasks[-1]))
+    return f"{said}." if least == most else f"{said}: least in {spaced(tasks[0][0])} ({least}), most in {spaced(tasks[-1][0])} ({most})."
+
+
+def index(report: Report) -> list[tuple[str, str]]:
+    """What the numbers of a report mean, by label."""
+    names = {name for group in (report.tasks, report.probes) for numbers in group.values() for name in numbers}
+    found = [(known, number) for known, number in NUMBERS.items() if any(name.startswith(known) for name in names)]
+    return [*MEANINGS, *((number.label or known, number.meaning) for known, number in found)]
 
 
 @dataclass(frozen=True)
@@ -106,33 +176,28 @@ class Table:
     rows: list[tuple[str, list[Cell]]]
 
 
-def _score_cell(number: str, measured: Measured | None) -> Cell:
+def _cell(name: str, measured: Measured | None, without: str = "interval not known, n = {}") -> Cell:
+    """A number as it is written; `without`: instead of an interval that is not known."""
     if measured is None:
         return Cell()
-    written = number_of(number).written
-    if measured.low is None or measured.high is None:
-        return Cell(written(measured.value), f"interval not known, n = {measured.n}")
-    return Cell(written(measured.value), f"{written(measured.low)} to {written(measured.high)}, n = {measured.n}")
-
-
-def _probe_cell(measured: Measured | None) -> Cell:
-    if measured is None:
-        return Cell()
-    if measured.low == measured.high == measured.value:
-        return Cell(f"{measured.value:,.0f}")
-    spread = "interval not known" if measured.low is None else f"{measured.low:.4g} to {measured.high:.4g}"
-    return Cell(f"{measured.value:.4g}", f"{spread}, n = {measured.n}")
-
-
-def _score_table(caption: str, found: Numbers, encoders: Sequence[str]) -> Table:
-    columns = [(task, number) for task, numbers in found.items() for number in numbers]
-    rows = [(encoder, [_score_cell(number, found[task][number].get(encoder)) for task, number in columns]) for encoder in encoders]
-    return Table(caption, [_head(task, number) for task, number in columns], rows)
-
-
-def _head(task: str, name: str) -> str:
     number = number_of(name)
-    return f"{task.replace('_', ' ')}: {number.label}" + (f" ({number.unit})" if number.unit else "")
+    if measured.low is None or measured.high is None:
+        return Cell(number.written(measured.value), without.format(measured.n))
+    if measured.low == measured.high == measured.value and measured.n == 1:
+        return Cell(number.written(measured.value))
+    return Cell(number.written(measured.value), f"{number.written(measured.low)} to {number.written(measured.high)}, n = {measured.n}")
+
+
+def _lost_cell(name: str, measured: Measured | None) -> Cell:
+    same = "identical on all {}" if measured and not measured.value else "the same on all {}"
+    return _cell(name, measured, same if measured and measured.n > 1 else "n = {}")
+
+
+def _score_table(caption: str, found: Numbers, encoders: Sequence[str], cell: Callable[[str, Measured | None], Cell], share: str) -> Table:
+    """`share`: the unit of numbers in percent."""
+    columns = [(task, number) for task, numbers in found.items() for number in numbers]
+    rows = [(encoder, [cell(number, found[task][number].get(encoder)) for task, number in columns]) for encoder in encoders]
+    return Table(caption, [f"{spaced(task)}: {number_of(number).head}".replace("%", share) for task, number in columns], rows)
 
 
 def _probe_table(report: Report, probe: str) -> Table:
@@ -142,25 +207,40 @@ def _probe_table(report: Report, probe: str) -> Table:
     if len(names) > MOST_COLUMNS:
         names = [names[round(place * (len(names) - 1) / (MOST_COLUMNS - 1))] for place in range(MOST_COLUMNS)]
     rows = [
-        (encoder, [_probe_cell(numbers[name].get(encoder)) for name in names])
+        (encoder, [_cell(name, numbers[name].get(encoder)) for name in names])
         for encoder in report.encoders
         if any(encoder in numbers[name] for name in names)
     ]
-    return Table(PROBES[probe], names, rows)
+    return Table(PROBES[probe].about, [number_of(name).head for name in names], rows)
 
 
 def tables(report: Report) -> list[Table]:
     """All tables of a report: scores, what each student loses, and a table for each probe."""
-    scores = _score_table("Scores, with 95 % interval and number of prompts", report.tasks, report.encoders)
+    scores = _score_table(SCORES, report.tasks, report.encoders, _cell, "%")
     caption = "Lost against the teacher on the same prompts and seeds (mean difference)"
-    lost = [_score_table(caption, report.losses, report.encoders[1:])] if report.encoders[1:] and report.losses else []
+    has_losses = report.encoders[1:] and report.losses
+    lost = [_score_table(caption, report.losses, report.encoders[1:], _lost_cell, "points")] if has_losses else []
     return [scores, *lost, *(_probe_table(report, probe) for probe in report.probes)]
 
 
+def summary(report: Report) -> str:
+    """For a terminal: the answers, and scores and cost with a line for each number and a column for each encoder."""
+    lines = [["", *report.encoders]]
+    for table in tables(report):
+        if len(table.rows) == len(report.encoders) and table.caption in (SCORES, PROBES["cost"].about):
+            lines += [[head, *(cells[place].value for _, cells in table.rows)] for place, head in enumerate(table.heads)]
+    if report.shares:
+        lines.append(["share of the teacher, %", "", *(f"{100 * of_student[ALL].value:.0f}" for of_student in report.shares.values())])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    return "\n".join([*(answer(report, student) for student in report.shares), "", *aligned])
+
+
 def markdown(report: Report) -> str:
-    """The report's tables: the scores as in the paper, then everything with its interval and count."""
+    """The answers, and the report's tables: the scores as in the paper, then everything with its interval and count."""
     scores, *others = tables(report)
-    parts = [f"# {report.suite}", "", _markdown_table(scores, spread=False), "", INTERVALS, ""]
+    parts = [f"# {report.suite}", "", *(f"{answer(report, student)}\n" for student in report.shares)]
+    parts += [_markdown_table(scores, spread=False), "", INTERVALS, ""]
     for one in (scores, *others):
         parts += [f"## {one.caption}", "", _markdown_table(one, spread=True), ""]
     return "\n".join(parts)

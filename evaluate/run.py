@@ -17,8 +17,9 @@ from .context import Evaluation, open_evaluation
 from .generate import generate_all, missing_images
 from .judge_images import judge_all
 from .judges import check_judges
+from .metrics import METRICS, PROBES
 from .probe_encoders import measure_all
-from .processes import Processes, Stopped
+from .processes import Processes, Stopped, progress_bar
 from .report import write_all
 from .suite import Suite
 
@@ -36,7 +37,9 @@ def evaluate(suite: Suite, students: Sequence[str], out: Path, ranks: Ranks) -> 
         if ranks.is_main:
             opened.enter_context(_own_folder(out))
         stop = opened.enter_context(StopRequest(NOTICE))
-        work = start(suite, students, out, Processes(ranks, lambda: stop.requested))
+        bar = opened.enter_context(progress_bar(ranks))
+        work = start(suite, students, out, Processes(ranks, lambda: stop.requested, bar))
+        bar.total = images_of(work)
         try:
             _generate(work)
             verdicts, measured = judge_all(work), measure_all(work)
@@ -79,7 +82,17 @@ def _generate(work: Evaluation) -> None:
     for encoder in work.encoders:
         folders = {task: work.images(encoder, task) for task in work.questions}
         missing = missing_images(folders, work.questions, work.suite.sampling.batch, work.processes)
-        with work.processes.bar(sum(len(batch.questions) for batch in missing), encoder.name, "image") as bar:
-            done = generate_all(work.generator, partial(work.load, encoder), missing, bar, work.processes.stop)
+        with work.processes.piece(f"{encoder.name}: images", sum(map(len, work.questions.values()))):
+            done = generate_all(work.generator, partial(work.load, encoder), missing, work.processes)
         if work.processes.ranks.any_of(not done):
             raise Stopped
+
+
+def images_of(work: Evaluation) -> float:
+    """The images that take this process as long as all the work."""
+    of_metrics = [(METRICS[name], len(work.questions[task.name])) for task in work.suite.tasks for name in task.metrics]
+    of_probes = [(probe, part.prompts) for probe in PROBES.values() if (part := work.suite.table_of(probe)) is not None]
+    images = float(len(work.encoders) * sum(map(len, work.questions.values())))
+    for record, prompts in (*of_metrics, *of_probes):
+        images += record.images * prompts * len(work.students if record.against_teacher else work.encoders)
+    return images / work.processes.ranks.world

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..runtime.disk import UNFINISHED, replace_file, sync_folder
+from ..runtime.disk import UNFINISHED, check_regular, replace_file, sync_folder
 from ..runtime.errors import listed, printable
 
 # What decides the images of a folder; images of other models or prompts are not mixed in.
 MADE_OF = "made_of.json"
+# The SHA-256 of every image, in the form of sha256sum: an image that was damaged or exchanged is generated again.
+SUMS = "sha256sums.txt"
 # A complete batch whose images are about to be moved to their places, one by one.
 COMPLETE = ".complete"
 IMAGE = re.compile(r"\d{5,}\.png$")
 OTHER_FOLDER = "What to do: name another folder with --out, or delete that one."
+log = logging.getLogger(__name__)
 
 
 class ImageFolder:
@@ -50,8 +55,20 @@ class ImageFolder:
         return self.path / f"{index:05d}.png"
 
     def present(self) -> set[int]:
-        """The images that are there and not damaged."""
-        return {int(path.stem) for path in self.path.iterdir() if IMAGE.match(path.name) and path.is_file() and _is_intact(path)}
+        """The images that are there as they were generated; others are logged."""
+        sums, intact = self._sums(), set[int]()
+        for path in (path for path in self.path.iterdir() if IMAGE.match(path.name) and path.is_file()):
+            if hashlib.sha256(path.read_bytes()).hexdigest() == sums.get(path.name):
+                intact.add(int(path.stem))
+            else:
+                log.warning("%s is not the image that was generated: it is generated again", path)
+        return intact
+
+    def _sums(self) -> dict[str, str]:
+        """The hash of every image by its name; of several the last, which is that of its last batch."""
+        file = self.path / SUMS
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+        return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
     def add(self, images: Mapping[int, bytes]) -> None:
         """Put the PNG files of a batch in their places: all of them or, after a kill or on a full disk, none."""
@@ -65,6 +82,12 @@ class ImageFolder:
                 file.flush()
                 os.fsync(file.fileno())
         sync_folder(aside)
+        # Every process appends its batches; the hashes come first, so that no image is without one.
+        check_regular(self.path / SUMS)
+        with (self.path / SUMS).open("ab") as file:
+            file.write("".join(f"{hashlib.sha256(png).hexdigest()}  {self.file(index).name}\n" for index, png in images.items()).encode())
+            file.flush()
+            os.fsync(file.fileno())
         aside.rename(batch)
         self._publish(batch)
 
@@ -73,18 +96,6 @@ class ImageFolder:
             image.replace(self.path / image.name)
         batch.rmdir()
         sync_folder(self.path)
-
-
-def _is_intact(path: Path) -> bool:
-    """Whether a PNG file is complete and its checksums are right."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):  # Pillow raises any of them
-        return False
-    return True
 
 
 def _check_same(record: Path, now: Mapping[str, str]) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, create_model, model_validator
 
-from ..config.files import load_config
+from ..config.files import ConfigError, load_config
 from ..config.parts import FROM_LIST, NOT_EMPTY, Config, Count, FilePath, FileStem, Part, Text
 from ..families import DEFAULT, FAMILIES
-from .metrics import METRICS, CompbenchPart, Metric, OcrPart, WeightsPart
+from .metrics import METRICS, RECORDS, Record
 from .questions import Prompts
 
 SHIPPED = Path(__file__).resolve().parent / "suites"
@@ -37,7 +37,7 @@ class EncoderPart(Part):
     clip_l: FilePath = Field(description='CLIP-L for the pooled vector: a file in models/text_encoders, a path, or "none" for zeros')
 
 
-class DiffusionModelPart(Part):
+class SuiteModelPart(Part):
     """The diffusion model and the VAE of all images."""
 
     family: Annotated[Text, AfterValidator(_known_family)] = Field(default=DEFAULT.name, description="family of the diffusion model")
@@ -48,7 +48,7 @@ class DiffusionModelPart(Part):
     vae: FilePath = Field(description="a file in models/vae, or a path")
 
 
-class SamplingPart(Part):
+class SuiteSamplingPart(Part):
     """How images are sampled: euler, scheduler simple, CFG 1, as in the example workflows."""
 
     resolution_px: int = Field(ge=16, multiple_of=16, description="side of the square images in pixels, a multiple of 16")
@@ -81,32 +81,6 @@ class Task(Part):
         return self
 
 
-class EmbeddingPart(Part):
-    """Collapse: the distances between the embeddings of different prompts."""
-
-    prompts: int = Field(ge=3, description="prompts encoded, from all tasks in turn")
-    map: bool = Field(description="draw the t-SNE map of teacher and student (needs scikit-learn and matplotlib)")
-
-
-class VelocityGapPart(Part):
-    """The mean squared difference of the two velocities, on the suite's prompts, along the teacher's trajectories."""
-
-    prompts: int = Field(ge=2, description="prompts measured, from all tasks in turn")
-    sigma_bands: Count = Field(description="bands of equal width between noise levels 0 and 1; the gap is reported for each")
-
-
-class LatentDistancePart(Part):
-    """The distance of the student's latent from the teacher's of the same seed, after each denoising step."""
-
-    prompts: int = Field(ge=2, description="prompts measured, from all tasks in turn")
-
-
-class CostPart(Part):
-    """Memory and time of each encoder."""
-
-    repeats: int = Field(ge=2, description="measurements of each")
-
-
 class PagePart(Part):
     """The page of images."""
 
@@ -114,26 +88,29 @@ class PagePart(Part):
     side_px: Count = Field(description="side in pixels to which larger images are scaled down")
 
 
-class Suite(Config):
-    """Everything that decides the images and their scores."""
+class _Models(Config):
+    """What decides the images."""
 
     name: FileStem = Field(description="name of the suite")
     seed: int = Field(ge=0, lt=2**31, description="image k of a task is sampled from seed + k, for every encoder")
     teacher: EncoderPart = Field(description="the text encoder that the others are compared with")
     students: Annotated[tuple[FilePath, ...], FROM_LIST] = Field(
-        description="encoders compared with it, in addition to --student: distilled T5s or T5-XXL in another format"
+        description="encoders compared with it, in addition to --student: distilled T5s or T5-XXL in another format; FILE or NAME=FILE"
     )
-    diffusion_model: DiffusionModelPart = Field(description="the diffusion model and the VAE")
-    sampling: SamplingPart = Field(description="how images are sampled")
-    ocr: OcrPart | None = Field(default=None, description="for the metric ocr")
-    clip_score: WeightsPart | None = Field(default=None, description="for the metric clip_score")
-    fid: WeightsPart | None = Field(default=None, description="for the metric fid")
-    lpips: WeightsPart | None = Field(default=None, description="for the metric lpips")
-    compbench: CompbenchPart | None = Field(default=None, description="for the metric compbench")
-    embedding: EmbeddingPart | None = Field(default=None, description="collapse of the embeddings")
-    velocity_gap: VelocityGapPart | None = Field(default=None, description="the velocity gap by noise level")
-    latent_distance: LatentDistancePart | None = Field(default=None, description="distance of the latents after each step")
-    cost: CostPart | None = Field(default=None, description="memory and time")
+    diffusion_model: SuiteModelPart = Field(description="the diffusion model and the VAE")
+    sampling: SuiteSamplingPart = Field(description="how images are sampled")
+
+
+# A table for each record that has settings, in their order.
+_TABLES: dict[str, Any] = {
+    record.table_name: (record.part | None, Field(default=None, description=record.about)) for record in RECORDS if record.part
+}
+_Tables = create_model("_Tables", __base__=_Models, **_TABLES)
+
+
+class Suite(_Tables):
+    """Everything that decides the images and their scores."""
+
     page: PagePart = Field(description="the page of images")
     tasks: Annotated[tuple[Task, ...], FROM_LIST, NOT_EMPTY] = Field(alias="task", description="the tasks, in order")
 
@@ -145,18 +122,28 @@ class Suite(Config):
         FAMILIES[self.diffusion_model.family].check_side(self.sampling.resolution_px)
         for task in self.tasks:
             for metric in task.metrics:
-                if METRICS[metric].table and self.table_of(METRICS[metric]) is None:
-                    raise ValueError(f"task {task.name}: metric {metric} needs the table [{METRICS[metric].table}]")
+                if METRICS[metric].part and self.table_of(METRICS[metric]) is None:
+                    raise ValueError(f"task {task.name}: metric {metric} needs the table [{METRICS[metric].table_name}]")
         return self
 
-    def table_of(self, metric: Metric) -> Any:
-        """The table with a metric's settings; None for a metric without."""
-        return metric.table and getattr(self, metric.table)
+    def table_of(self, record: Record) -> Any:
+        """The table with the settings of a metric or probe; None without."""
+        return record.part and getattr(self, record.table_name)
 
 
-def load_suite(name_or_path: str, overrides: Sequence[str] = ()) -> Suite:
+def load_suite(name_or_path: str, overrides: Sequence[str] = (), limit: int | None = None) -> Suite:
     """The suite in that file, or the shipped one of that name, with `part.key=value` and `task.0.prompts.limit=5` settings applied.
 
-    Raises ConfigError that lists every problem: an unknown key with the nearest known one, a wrong value with what was expected.
+    `limit`: of each task at most so many prompts. Raises ConfigError that lists every problem: an unknown key with the nearest known one,
+    a wrong value with what was expected.
     """
-    return load_config(name_or_path, overrides, Suite, "suite", SHIPPED)
+    suite = load_config(name_or_path, overrides, Suite, "suite", SHIPPED)
+    if limit is None:
+        return suite
+    if limit < 1:
+        raise ConfigError(f"--limit is {limit}: expected at least 1.", "give the number of prompts to use of each task.")
+    tasks = [
+        task.model_copy(update={"prompts": task.prompts.model_copy(update={"limit": min(limit, task.prompts.limit)})})
+        for task in suite.tasks
+    ]
+    return suite.model_copy(update={"tasks": tuple(tasks)})

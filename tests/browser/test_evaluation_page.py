@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from distilled_t5.evaluate.measured import Measured, exact
-from distilled_t5.evaluate.page import page, row
+from distilled_t5.evaluate.page import data_uri, page, row
 from distilled_t5.evaluate.questions import Question
-from distilled_t5.evaluate.results import Report, losses, measured_scores, picture_losses
+from distilled_t5.evaluate.results import Report, losses, measured_scores, picture_losses, shares
+from distilled_t5.tests.support.accessibility import serious_faults
 from distilled_t5.world.captions import draw_prompt
 from distilled_t5.world.pictures import CELL_PX, render
 from PIL import Image
@@ -49,8 +51,10 @@ def written_page(folder: Path) -> Path:
         "collapse": {"effective rank": {name: Measured(rank, 210, rank - 1, rank + 1) for name, rank in ranks.items()}},
         "cost": {"resident bytes": {name: exact(size) for name, size in sizes.items()}},
     }
-    report = Report("miniature", ENCODERS, measured_scores(SCORES), losses(SCORES, "teacher"), probes)
-    path, maps = folder / "page.html", {"teacher and velocity": Image.new("RGB", (64, 64), "white")}
+    kept = shares(SCORES, "teacher", ENCODERS[1:])
+    report = Report("miniature", ENCODERS, measured_scores(SCORES), losses(SCORES, "teacher"), probes, kept)
+    Image.new("RGB", (64, 64), "white").save(folder / "map.png")
+    path, maps = folder / "page.html", {"teacher and velocity": data_uri((folder / "map.png").read_bytes(), "png")}
     html = page(report, rows, maps, {"provenance": "A test's page.", "chosen": "All 12 prompts.", "small": True})
     path.write_text(html, encoding="utf-8")
     return path
@@ -86,9 +90,50 @@ def test_teacher_and_students_stand_side_by_side_and_every_picture_shows(shown):
     tops = rows_of(shown).first.locator("figure").evaluate_all("all => all.map(one => one.getBoundingClientRect().top)")
     assert len(set(tops)) == 1
     shown.evaluate("() => document.querySelectorAll('#rows img').forEach(one => { one.loading = 'eager' })")
-    shown.wait_for_function("() => [...document.querySelectorAll('img[alt*=\":\"]')].every(one => one.complete && one.naturalWidth === 96)")
+    shown.wait_for_function("() => [...document.querySelectorAll('#rows img')].every(one => one.complete && one.naturalWidth === 96)")
+
+
+def test_it_leads_with_the_answer_and_a_chart_of_shares_and_shows_images_in_the_first_screen(shown):
+    shown.set_viewport_size({"width": 1600, "height": 1000})
+    answers = shown.get_by_role("region", name="Share of the teacher")
+    expect(answers.locator("p").first).to_have_text(re.compile(r"^velocity keeps 100\s% of the teacher \("))
+    lines = answers.get_by_role("list").last.get_by_role("listitem")
+    expect(lines).to_have_text([re.compile("all tasks.*73 % "), re.compile("word.*67 % "), re.compile("position.*80 % ")])
+    dots = lines.locator(".dot").evaluate_all("dots => dots.map(dot => dot.getBoundingClientRect().left)")
+    assert dots[1] < dots[0] < dots[2]
+    assert rows_of(shown).first.locator("img").first.evaluate("image => image.getBoundingClientRect().bottom") < 1000
+
+
+def test_tables_and_the_index_of_numbers_are_folded_and_the_first_column_stays(shown):
+    expect(shown.get_by_role("table")).to_have_count(0)
+    shown.get_by_text("All numbers, in tables").click()
     expect(shown.get_by_role("table")).to_have_count(4)
     expect(shown.get_by_role("row", name="embedding").first).to_contain_text("66.7")
+    expect(shown.get_by_role("table").last).to_contain_text("memory, MB")
+    expect(shown.get_by_role("table").last).to_contain_text("10.0")
+    shown.set_viewport_size({"width": 390, "height": 844})
+    scrolled = shown.get_by_role("region", name="Scores")
+    name = scrolled.get_by_role("rowheader").first
+    before = name.bounding_box()
+    scrolled.evaluate("area => { area.scrollLeft = 60 }")
+    assert scrolled.evaluate("area => area.scrollLeft") > 0
+    assert name.bounding_box() == before
+    shown.get_by_text("What the numbers mean").click()
+    expect(shown.get_by_role("term")).to_have_text(["share of the teacher", "lost", "right", "memory", "effective rank"])
+    shown.get_by_text("Maps of the embeddings").click()
+    expect(shown.get_by_role("img", name="t-SNE map: teacher and velocity")).to_be_visible()
+
+
+@pytest.mark.parametrize("size", [(1600, 1000), (390, 844)], ids=["wide", "phone"])
+def test_axe_finds_no_serious_fault(shown, size):
+    shown.set_viewport_size({"width": size[0], "height": size[1]})
+    for folded in shown.locator("summary").all():
+        folded.click()
+    assert serious_faults(shown) == []
+    rows_of(shown).first.get_by_role("button").nth(1).click()
+    assert serious_faults(shown) == []
+    shown.evaluate("() => { document.querySelector('#large img').removeAttribute('alt') }")
+    assert any("image-alt" in fault for fault in serious_faults(shown)), "a fault is found where there is one"
 
 
 def test_it_opens_sorted_by_where_the_first_student_loses_most(shown):
@@ -126,10 +171,42 @@ def test_a_picture_is_enlarged_by_the_keyboard_and_closed_again(shown):
     shown.keyboard.press("Enter")
     dialog = shown.get_by_role("dialog")
     expect(dialog).to_be_visible()
-    expect(dialog.get_by_role("img")).to_have_attribute("alt", "teacher: " + rows_of(shown).first.locator(".prompt").inner_text())
+    expect(dialog.get_by_role("img").last).to_have_attribute("alt", "teacher: " + rows_of(shown).first.locator(".prompt").inner_text())
     shown.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
     expect(button).to_be_focused()
+
+
+def test_two_images_are_wiped_between_and_the_next_and_the_previous_prompt_follow_the_order_shown(shown):
+    rows_of(shown).first.get_by_role("button").nth(2).click()
+    dialog = shown.get_by_role("dialog")
+    left, right = dialog.locator("#left"), dialog.locator("#right")
+    prompts = rows_of(shown).locator(".prompt").all_text_contents()
+    expect(left).to_have_attribute("alt", f"teacher: {prompts[0]}")
+    expect(right).to_have_attribute("alt", f"embedding: {prompts[0]}")
+
+    def shown_share() -> float:
+        """The share of the width that the left image takes."""
+        return left.evaluate("image => 100 - Number(getComputedStyle(image).clipPath.match(/ ([0-9.]+)%/)?.[1] ?? 0)")
+
+    assert shown_share() == 50
+    dialog.get_by_role("slider").fill("20")
+    assert shown_share() == 20
+    box = dialog.locator("#wipe").bounding_box()
+    assert box is not None
+    shown.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + 50)
+    shown.mouse.down()
+    shown.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 50)
+    shown.mouse.up()
+    assert shown_share() == pytest.approx(75, abs=1)
+    dialog.get_by_role("button", name="Next").click()
+    expect(left).to_have_attribute("alt", f"teacher: {prompts[1]}")
+    expect(dialog).to_contain_text("2 of 12")
+    shown.keyboard.press("ArrowLeft")
+    shown.keyboard.press("ArrowLeft")
+    expect(left).to_have_attribute("alt", f"teacher: {prompts[-1]}")
+    dialog.get_by_label("Right").select_option("velocity")
+    expect(right).to_have_attribute("alt", f"velocity: {prompts[-1]}")
 
 
 def test_on_a_narrow_screen_nothing_is_wider_than_the_page(shown):

@@ -12,6 +12,7 @@ from distilled_t5.evaluate import compbench, ocr
 from distilled_t5.evaluate.compbench_judges import BlipVqa, TransformersDepth, TransformersDetector
 from distilled_t5.evaluate.distances import Lpips
 from distilled_t5.evaluate.judge_images import read_image
+from distilled_t5.evaluate.metrics import METRICS
 from distilled_t5.evaluate.pictures import ClipScorer, Inception, fid
 from distilled_t5.evaluate.readers import make_reader
 from distilled_t5.evaluate.suite import Suite, load_suite
@@ -106,7 +107,7 @@ def score(found: dict[str, Any], task: str, number: str, encoder: str) -> float:
 
 def compbench_score(suite: Suite, category: str, prompt: str, picture: np.ndarray) -> float:
     """The benchmark's formula on what the suite's network sees in a picture."""
-    part = suite.compbench
+    part = suite.table_of(METRICS["compbench"])
     assert part is not None
     if category in ("color", "shape", "texture"):
         return BlipVqa(Path(part.vqa)).score(picture, compbench.noun_phrases(prompt))

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from distilled_t5.evaluate.measured import Measured, exact, jackknife, mean, mean_difference
+from distilled_t5.evaluate.measured import Measured, exact, jackknife, mean, mean_difference, share
 
 
 def test_a_share_has_wilsons_interval():
@@ -51,14 +51,37 @@ def test_what_has_no_mean_is_refused(values):
 
 
 def test_differences_are_not_shares():
-    none = mean_difference([0.0] * 200)
-    # Wilson's bound of 0 of 200: 3.8415 / 203.8415.
-    assert (none.value, none.low, none.high) == (0, pytest.approx(-0.01885, abs=1e-4), pytest.approx(0.01885, abs=1e-4))
+    assert mean_difference([0.0] * 200) == Measured(0.0, 200), "identical results have no interval"
+    assert mean_difference([1.0] * 4) == Measured(1.0, 4)
     few = mean_difference([1.0] * 3 + [0.0] * 197)
     assert few.value == pytest.approx(0.015) and few.low == pytest.approx(0.0, abs=0.006)
     mixed = mean_difference([1.0] * 3 + [-1.0] + [0.0] * 196)
     assert mixed.low is not None and mixed.high is not None and mixed.low < 0 < mixed.high
     assert mean_difference([0.5, 0.7]).low == pytest.approx(0.6 - 12.706 * 0.1, abs=1e-3)
+
+
+def test_an_interval_is_cut_to_what_a_number_can_be():
+    assert mean_difference([1.0, 1.0, 1.0, 0.0]).within(-1.0, 1.0) == Measured(0.75, 4, pytest.approx(-0.0456, abs=1e-3), 1.0)  # type: ignore[arg-type]
+    assert Measured(0.5, 1).within(0.0, 1.0) == Measured(0.5, 1)
+
+
+def test_a_share_has_the_interval_of_prompts_drawn_again_for_both():
+    right, half = [1.0] * 200, [1.0, 0.0] * 100
+    assert share([right], [right]) == Measured(1.0, 200), "identical results have no interval"
+    # The ratio's standard error is that of a share of 200: sqrt(0.25 / 200).
+    found = share([half], [right])
+    assert (found.value, found.n) == (0.5, 200)
+    assert found.low == pytest.approx(0.5 - 1.96 * 0.03536, abs=0.01) and found.high == pytest.approx(0.5 + 1.96 * 0.03536, abs=0.01)
+    # Of two tasks the means are added, however many prompts each has.
+    assert share([half, right[:10]], [right, right[:10]]).value == 0.75
+    both = share([half], [half])
+    assert both.value == 1 and both.low is None, "the same prompts are drawn for both"
+
+
+def test_a_share_of_few_prompts_or_of_a_teacher_that_may_be_all_wrong_has_no_interval():
+    assert share([[1.0, 0.0]], [[1.0, 1.0]]) == Measured(0.5, 2)
+    assert share([[1.0] * 20, [1.0]], [[1.0] * 20, [1.0]]) == Measured(1.0, 21)
+    assert share([[1.0] + [0.0] * 11], [[0.0] * 11 + [1.0]]) == Measured(1.0, 12)
 
 
 def test_the_jackknife_does_not_mistake_the_order_of_tasks_for_noise():

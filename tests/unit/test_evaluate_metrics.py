@@ -82,8 +82,9 @@ def test_the_text_asked_for_is_read_by_the_suites_reader(paper):
 def test_clip_scores_are_the_scorers_own(paper):
     prompts, pictures = ["a cat", "a green bench", "x"], photographs(3)
     found = make_judge("clip_score", task_of(paper, "coco"), paper)(asked(*prompts), pictures, [])
-    assert paper.clip_score is not None
-    assert [one["clip_score"] for one in found] == pytest.approx(ClipScorer(Path(paper.clip_score.weights)).scores(pictures, prompts))
+    assert [one["clip_score"] for one in found] == pytest.approx(
+        ClipScorer(Path(paper.table_of(METRICS["clip_score"]).weights)).scores(pictures, prompts)
+    )
 
 
 def expected(category: str, part: Any, prompt: str, picture: np.ndarray) -> float:
@@ -104,7 +105,9 @@ def test_each_category_of_compbench_has_its_own_judge_and_says_who_it_is(paper, 
     prompt, pictures = prompt or "a green bench and a red bowl", photographs(2)
     found = make_judge("compbench", task_of(paper, category), paper)(asked(prompt, prompt), pictures, [])
     name = compbench.metric_name(category, "tiny-yolos")
-    assert found == [{name: pytest.approx(expected(category, paper.compbench, prompt, picture))} for picture in pictures]
+    assert found == [
+        {name: pytest.approx(expected(category, paper.table_of(METRICS["compbench"]), prompt, picture))} for picture in pictures
+    ]
     assert "not UniDet" in name or "BLIP-VQA" in name
 
 

@@ -26,6 +26,7 @@ REPORT = Report(
     {"things": {"readback": {"t": Measured(1.0, 2, 0.3, 1.0), "s": Measured(0.5, 2, 0.1, 0.9)}}},
     {"things": {"readback": {"s": Measured(0.5, 2, 0.1, 0.9)}}},
     {"cost": {"resident bytes": {"t": exact(9), "s": exact(3)}}},
+    {"s": {"all tasks": Measured(0.5, 20, 0.2, 0.8), "things": Measured(0.5, 20, 0.2, 0.8)}},
 )
 SCORES = {"things": {"readback": {"t": [1.0, 1.0], "s": [0.0, 1.0]}}}
 LOST = {"things": {"s": [1.0, 0.0]}}
@@ -52,15 +53,15 @@ def data_of(html: str) -> dict[str, Any]:
 def html(tmp_path: Path) -> str:
     asked = [Question("things", 0, EVIL, 5, target="FOX"), Question("things", 1, "a red star", 6)]
     rows = [row(question, SCORES, LOST, ["t", "s"], lambda _name, _question: picture_file(tmp_path), 96) for question in asked]
-    return page(REPORT, rows, {"t and s": Image.new("RGB", (4, 4))}, NOTES)
+    return page(REPORT, rows, {"t and s": data_uri(b"a map", "png")}, NOTES)
 
 
 def test_prompts_scores_losses_and_pictures_stand_in_the_page(html):
     data = data_of(html)
     first, second = data["rows"]
     assert (first["prompt"], first["target"], first["seed"], first["task"]) == (EVIL, "FOX", 5, "things")
-    assert (first["encoders"]["s"]["scores"], first["encoders"]["s"]["loss"], first["encoders"]["t"]["loss"]) == ("right 0.0", 1.0, 0.0)
-    assert second["encoders"]["s"]["scores"] == "right 100.0"
+    assert (first["encoders"]["s"]["scores"], first["encoders"]["s"]["loss"], first["encoders"]["t"]["loss"]) == ("right 0.0 %", 1.0, 0.0)
+    assert second["encoders"]["s"]["scores"] == "right 100.0 %"
     kind, picture = decoded(first["encoders"]["t"]["picture"])
     assert (kind, picture.size, picture.convert("RGB").getpixel((0, 0))) == ("png", (8, 8), (255, 128, 0))
     assert [table["caption"].split(":")[0] for table in data["tables"]][-1] == "Memory and time"
@@ -79,11 +80,22 @@ def test_the_page_asks_no_server_for_anything(html):
     assert "default-src 'none'" in html
 
 
-def test_large_pictures_are_scaled_down_and_small_ones_kept_to_the_pixel():
-    kind, picture = decoded(data_uri(Image.new("RGB", (200, 100), (10, 200, 30)), 64))
-    assert (kind, picture.size) == ("jpeg", (64, 32))
-    kind, picture = decoded(data_uri(Image.new("RGB", (64, 64), (10, 200, 30)), 64))
-    assert (kind, picture.size, picture.convert("RGB").getpixel((3, 3))) == ("png", (64, 64), (10, 200, 30))
+def test_large_pictures_are_scaled_down_and_small_ones_kept_to_the_pixel(tmp_path):
+    def shown(side_px: int) -> tuple[str, Image.Image]:
+        one = row(Question("things", 0, "a star", 1), {}, {}, ["t"], lambda *_: picture_file(tmp_path, side_px), 64)
+        return decoded(one["encoders"]["t"]["picture"])
+
+    kind, picture = shown(200)
+    assert (kind, picture.size) == ("jpeg", (64, 64))
+    kind, picture = shown(64)
+    assert (kind, picture.size, picture.convert("RGB").getpixel((3, 3))) == ("png", (64, 64), (255, 128, 0))
+
+
+def test_the_page_begins_with_the_answer_and_its_chart(html):
+    [answer] = data_of(html)["answers"]
+    assert answer["sentence"] == "s keeps 50 % of the teacher (20 to 80)."
+    assert answer["shares"][1] == {"task": "things", "value": 50.0, "low": 20.0, "high": 80.0, "text": "50 % (20 to 80)"}
+    assert data_of(html)["left_out"] == []
 
 
 def questions(task: str, count: int) -> list[Question]:

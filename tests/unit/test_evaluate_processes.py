@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from distilled_t5.evaluate.processes import Processes, Stopped
+from distilled_t5.evaluate.processes import Processes, Stopped, progress_bar
 from distilled_t5.evaluate.scores import Kept, Unfinished, kept_or_made
 from distilled_t5.runtime.ranks import Ranks
 
@@ -34,7 +34,7 @@ class Work:
             Ranks(),
             "student/task",
             DECIDED_BY if decided_by is None else decided_by,
-            lambda unfinished: self.processes.map(self.square, items, "squares", unfinished=unfinished),
+            lambda unfinished: self.processes.map(self.square, items, 5, unfinished),
         )
 
 
@@ -82,7 +82,7 @@ def test_unfinished_work_of_another_batch_size_is_not_used(tmp_path):
 
         def all_of(unfinished: Unfinished) -> list[float]:
             found = work.processes.map(
-                lambda batch: [work.square(one)[0] for one in batch], batches(size), "", unfinished=unfinished.also_decided_by(batch=size)
+                lambda batch: [work.square(one)[0] for one in batch], batches(size), 1, unfinished=unfinished.also_decided_by(batch=size)
             )
             return [one for batch in found for one in batch]
 
@@ -100,7 +100,7 @@ def test_work_that_is_not_kept_starts_over(tmp_path):
     for _ in range(2):
         work.done.clear()
         with pytest.raises(Stopped):
-            work.processes.map(work.square, range(5), "squares")
+            work.processes.map(work.square, range(5), 5)
         assert work.done == [0, 1]
     assert not list(tmp_path.iterdir())
 
@@ -110,6 +110,22 @@ def test_a_signal_that_comes_in_the_last_item_stops_at_the_next_look(tmp_path):
     assert len(work.run()) == 5
     with pytest.raises(Stopped):
         work.processes.check_stop()
+
+
+def test_one_bar_counts_all_pieces_and_what_needs_no_work_is_taken_off_its_total():
+    bar = progress_bar(Ranks())
+    bar.total = 30
+    processes = Processes(Ranks(), lambda: False, bar)
+    with processes.piece("teacher: images", 10):
+        processes.map(abs, range(4), 10)
+        assert (bar.n, bar.total) == (10, 30)
+    with processes.piece("teacher: kept", 15):
+        pass
+    assert (bar.n, bar.total, bar.desc) == (10, 15, "teacher: kept: ")
+    with processes.piece("student: more than planned", 5):
+        processes.map(abs, range(3), 50)
+    assert bar.n == bar.total == 15
+    assert "left for all of it" in str(bar)
 
 
 TOGETHER = (
@@ -131,7 +147,7 @@ with Ranks.open("cpu") as ranks:
         processes = Processes(ranks, lambda: ranks.rank == 1 and len(done) == signal_at)
         work = lambda number: done.append(number) or number * number / 3
         try:
-            told["found"] = kept_or_made(Kept(folder), ranks, "a/b", {}, lambda left: processes.map(work, range(9), "", unfinished=left))
+            told["found"] = kept_or_made(Kept(folder), ranks, "a/b", {}, lambda left: processes.map(work, range(9), 9, left))
             told["stopped"].append(False)
         except Stopped:
             told["stopped"].append(True)

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 from pathlib import Path
 
 import pytest
 from distilled_t5.evaluate.measured import Measured, exact
-from distilled_t5.evaluate.metrics import number_of
+from distilled_t5.evaluate.metrics import NUMBERS, PROBES, number_of
 from distilled_t5.evaluate.provenance import commit_of
-from distilled_t5.evaluate.results import Report, losses, markdown, measured_scores, picture_losses, tables, to_json
+from distilled_t5.evaluate.results import (
+    ALL,
+    Report,
+    answer,
+    index,
+    losses,
+    markdown,
+    measured_scores,
+    picture_losses,
+    shares,
+    summary,
+    tables,
+    to_json,
+)
 
 # Two tasks, a teacher and a student; `lpips` is a distance from the teacher, which has none.
 SCORES = {
@@ -57,17 +71,18 @@ def report() -> Report:
         "latent_distance": {f"after step {step}": {"s": Measured(step / 10, 5, step / 20, step / 5)} for step in range(1, 21)},
         "cost": {"resident bytes": {"t": exact(9_524_621_312), "s": exact(259_000_000)}},
     }
-    return Report("tiny", ["t", "s"], measured_scores(SCORES), losses(SCORES, "t"), probes)
+    return Report("tiny", ["t", "s"], measured_scores(SCORES), losses(SCORES, "t"), probes, shares(SCORES, "t", ["s"]))
 
 
 def test_the_first_table_is_plain_and_the_others_say_interval_and_count():
     text = markdown(report())
     lines = text.splitlines()
     assert lines[0] == "# tiny"
-    assert lines[2] == "| Encoder | things: right (%) | text: characters (%) | text: words (%) | text: LPIPS |"
-    assert lines[4:6] == ["| t | 75.0 | 75.0 | 50.0 |  |", "| s | 50.0 | 50.0 | 0.0 | 0.200 |"]
+    assert lines[2] == "s keeps 55 % of the teacher (interval not known, n = 6): least in text (40 %), most in things (67 %)."
+    assert lines[4] == "| Encoder | things: right, % | text: characters, % | text: words, % | text: LPIPS |"
+    assert lines[6:8] == ["| t | 75.0 | 75.0 | 50.0 |  |", "| s | 50.0 | 50.0 | 0.0 | 0.200 |"]
     assert "| t | 75.0 (30.1 to 95.4, n = 4) |" in text
-    assert "| s | 259,000,000 |" in text
+    assert "| s | 259.0 |" in text and "memory, MB" in text
     assert "Distance of the latents" in text
 
 
@@ -78,6 +93,58 @@ def test_of_many_steps_six_are_shown_the_first_and_the_last_among_them():
     assert table.rows[0][1][-1].value == "2" and table.rows[0][1][-1].spread == "1 to 4, n = 5"
 
 
+def test_no_loss_and_no_interval_leaves_its_range():
+    few = {"things": {"readback": {"t": [1.0, 1.0, 1.0, 1.0], "s": [0.0, 0.0, 0.0, 1.0]}}}
+    lost = losses(few, "t")["things"]["readback"]["s"]
+    assert lost.high == 1.0 and lost.value == 0.75
+    ocr = measured_scores({"text": {"ocr_character": {"t": [1.0, 0.9, 0.2]}}})["text"]["ocr_character"]["t"]
+    assert (ocr.low, ocr.high) == (0.0, 1.0)
+
+
+def test_losses_are_written_in_points_and_identical_results_as_such():
+    same = {"things": {"readback": {"t": [1.0] * 12, "s": [1.0] * 12, "r": [0.0] * 12}}}
+    found = Report("tiny", ["t", "s", "r"], measured_scores(same), losses(same, "t"), {}, shares(same, "t", ["s", "r"]))
+    table = tables(found)[1]
+    assert table.heads == ["things: right, points"]
+    assert [(cell.value, cell.spread) for _, [cell] in table.rows] == [("0.0", "identical on all 12"), ("100.0", "the same on all 12")]
+    assert answer(found, "s") == "s keeps 100 % of the teacher (identical on all 12)."
+
+
+def test_a_share_leaves_out_distances_and_tasks_at_which_the_teacher_fails():
+    scores = {
+        "words": {"ocr_word": {"t": [1.0] * 20, "s": [1.0, 0.5] * 10}, "lpips": {"s": [0.5] * 20}},
+        "coco": {"clip_score": {"t": [30.0] * 20, "s": [27.0] * 20}},
+        "new_word": {"readback": {"t": [0.0] * 19 + [1.0], "s": [1.0] * 20}},
+        "distances": {"lpips": {"s": [0.5] * 20}},
+    }
+    found = shares(scores, "t", ["s"])["s"]
+    assert {task: round(one.value, 3) for task, one in found.items()} == {ALL: round((0.75 + 0.27) / 1.3, 3), "words": 0.75, "coco": 0.9}
+    assert found["words"].low is not None and 0.6 < found["words"].low < 0.75
+    assert shares({"distances": scores["distances"]}, "t", ["s"]) == {}
+
+
+def test_the_summary_is_aligned_with_a_line_for_each_number():
+    said, _, *lines = summary(report()).splitlines()
+    assert said == answer(report(), "s")
+    assert [line.split() for line in lines if line.startswith(("text: LPIPS", "memory", "share"))] == [
+        ["text:", "LPIPS", "0.200"],
+        ["memory,", "MB", "9524.6", "259.0"],
+        ["share", "of", "the", "teacher,", "%", "55"],
+    ]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_the_index_says_what_each_number_means_once():
+    labels = [label for label, _ in index(report())]
+    assert labels == ["share of the teacher", "lost", "characters", "words", "right", "LPIPS", "memory", "after step"]
+    assert all(number.meaning.endswith(".") for number in NUMBERS.values())
+
+
+def test_every_probe_has_its_function():
+    tree = ast.parse((Path(__file__).resolve().parents[2] / "evaluate" / "probes.py").read_text(encoding="utf-8"))
+    assert set(PROBES) <= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
 def test_a_numbers_record_says_how_it_is_written_and_what_is_better():
     compbench, fid = number_of("CompBench color (BLIP-VQA, phrases by rule)"), number_of("FID (other Inception)")
     assert (compbench.label, compbench.unit, compbench.written(0.7911)) == ("CompBench color (BLIP-VQA, phrases by rule)", "%", "79.1")
@@ -86,7 +153,7 @@ def test_a_numbers_record_says_how_it_is_written_and_what_is_better():
 
 
 def test_a_cell_cannot_break_the_table():
-    odd = Report("tiny", ["a|b"], {"t": {"readback": {"a|b": Measured(1.0, 1)}}}, {}, {})
+    odd = Report("tiny", ["a|b"], {"t": {"readback": {"a|b": Measured(1.0, 1)}}}, {}, {}, {})
     assert "| a\\|b | 100.0 |" in markdown(odd)
 
 

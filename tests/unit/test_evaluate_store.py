@@ -11,6 +11,7 @@ from distilled_t5.evaluate.store import COMPLETE, MADE_OF, ImageFolder, missing_
 from distilled_t5.runtime.disk import UNFINISHED
 from PIL import Image
 
+SUMS = "sha256sums.txt"
 OURS = {"encoder": "a", "prompts and seeds": "p"}
 
 
@@ -36,7 +37,7 @@ def test_an_added_batch_is_stored_as_one_file_per_image_and_nothing_else(tmp_pat
     folder.add({0: image(0), 2: image(2)})
     folder.add({100_000: image(100000)})
     assert content(folder) == {0: image(0), 2: image(2), 100_000: image(100000)}
-    assert sorted(path.name for path in folder.path.iterdir()) == ["00000.png", "00002.png", "100000.png", MADE_OF]
+    assert sorted(path.name for path in folder.path.iterdir()) == ["00000.png", "00002.png", "100000.png", MADE_OF, SUMS]
 
 
 class Killed(BaseException):
@@ -100,15 +101,27 @@ def test_batches_do_not_depend_on_what_is_there_already():
     assert missing_batches(7, set(range(7)), 3) == []
 
 
-@pytest.mark.parametrize("damage", [lambda png: b"", lambda png: png[:-20], lambda png: png[:40], lambda png: png[:50] + b"?" + png[51:]])
-def test_a_damaged_image_is_missing_and_generated_again(tmp_path, damage):
+@pytest.mark.parametrize("damage", [lambda png: b"", lambda png: png[:-20], lambda png: png[:50] + b"?" + png[51:], lambda _png: image(0)])
+def test_a_damaged_or_exchanged_image_is_missing_and_generated_again(tmp_path, damage, caplog):
     folder = folder_of(tmp_path / "images")
     folder.add({0: image(0), 1: image(1)})
+    assert folder.present() == {0, 1} and not caplog.text
     folder.file(1).write_bytes(damage(image(1)))
     assert folder.present() == {0}
+    assert f"{folder.file(1)} is not the image that was generated: it is generated again" in caplog.text
     assert missing_batches(2, folder.present(), 2) == [[1]]
     folder.add({1: image(1)})
     assert content(folder) == {0: image(0), 1: image(1)}
+
+
+def test_the_last_hash_of_an_image_counts_and_a_damaged_line_counts_as_none(tmp_path):
+    folder = folder_of(tmp_path / "images")
+    folder.add({0: image(0), 1: image(1)})
+    folder.add({0: image(2)})
+    assert content(folder) == {0: image(2), 1: image(1)}
+    with (folder.path / SUMS).open("ab") as sums:
+        sums.write(b"12345678  00001.png\n\xff\n  \n7")
+    assert folder.present() == {0}
 
 
 def test_images_without_a_record_of_what_they_were_made_of_are_refused(tmp_path):
@@ -132,13 +145,6 @@ def test_what_is_not_a_plain_file_counts_as_missing(tmp_path):
     folder = folder_of(tmp_path / "images")
     os.mkfifo(folder.file(0))
     folder.file(1).mkdir()
-    assert folder.present() == set()
-
-
-def test_a_file_on_which_pillow_fails_in_another_way_is_missing(tmp_path, monkeypatch):
-    folder = folder_of(tmp_path / "images")
-    folder.add({0: image(0)})
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)  # DecompressionBombError is neither an OSError nor a ValueError
     assert folder.present() == set()
 
 
