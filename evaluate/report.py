@@ -55,7 +55,7 @@ def _results(work: Evaluation, report: Report, origin: Mapping[str, Any]) -> dic
         "format": FORMAT,
         "suite": {"name": work.suite.name, "sha256": work.suite.sha256},
         "made": origin,
-        "painter": work.generated_by,
+        "generated_by": work.generated_by,
         "encoders": {
             encoder.name: {
                 "file": encoder.path.name,
