@@ -360,8 +360,9 @@ for _ in range(30):
     os.waitpid(pid, 0)
     saves = 1 + len(os.read(saved_from, 100000))
     os.close(saved_from)
+    # The next run removes them as it starts.
+    unfinished = [path.name for path in (run_path / "checkpoints").iterdir() if path.name.startswith(".")]
     with RunDirectory(run_path).resume() as run:
-        unfinished = [path.name for path in run.checkpoints.iterdir() if path.name.startswith(".")]
         store = helpers.Checkpoints(run.checkpoints, helpers.write_plain, 2)
         state, notes = store.load_latest()
         expected = vars(helpers.some_state(state.step, state.best)) | {"rng": state.rng}
