@@ -53,7 +53,7 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
         path = evaluate(suite, options.student, Path(options.out or Path("evaluations", suite.name)), ranks)
     if ranks.is_main:
         if path is None:
-            print("Stopped; the same command goes on.")
+            print("Stopped; the same command continues.")
         else:
             print((path.parent / "table.md").read_text(encoding="utf-8"))
             print(f"Done: {path}\nOpen it in a browser; results.json and table.md are in the same folder.")
