@@ -58,7 +58,7 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
         path = evaluate(suite, options.student, Path(options.out or Path("evaluations", suite.name)), ranks)
     if ranks.is_main:
         if path is None:
-            print("Stopped; the same command goes on.")
+            print("Stopped; the same command continues.")
         else:
             print((path.parent / "summary.txt").read_text(encoding="utf-8"))
             print(f"Done: {path}\nOpen it in a browser; results.json, table.md and plots/ are in the same folder.")

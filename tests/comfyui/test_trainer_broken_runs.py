@@ -94,8 +94,8 @@ def test_commands_that_fail_after_comfyui_has_started_say_why(comfyui_path, tmp_
     text_encoders = stand_ins / "models" / "text_encoders"
     exchanged = [f"teacher.t5={text_encoders}/distilled_t5_base.safetensors", f"student.start={text_encoders}/t5xxl_fp16.safetensors"]
     expected = {
-        "is a T5 of width 4096, the recipe's student": asked("a", settings=[*QUICK, *exchanged]),
-        "is not a diffusion model that ComfyUI knows": asked(
+        "is a T5 of width 4096; the recipe's student": asked("a", settings=[*QUICK, *exchanged]),
+        "ae.safetensors is a VAE; expected a diffusion model.": asked(
             "b", settings=[*QUICK, f"diffusion_model.file={stand_ins}/models/vae/ae.safetensors"]
         ),
         "Not enough memory on cpu: stage follow-the-steps needs": asked("c", settings=huge),

@@ -60,13 +60,13 @@ folder = pathlib.Path(__file__).parent
 
 @pytest.fixture
 def server():
-    (folder / "started").touch()
     yield
     (folder / "cleaning up").touch()
     time.sleep({cleaning_s})
     (folder / "cleaned up").touch()
 
 def test_long(server):
+    (folder / "started").touch()
     time.sleep(60)
 """
 RUNS_TESTS = """

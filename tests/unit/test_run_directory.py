@@ -109,14 +109,17 @@ def test_differences_of_the_recipe_are_listed_and_equal_ones_pass(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])])
 def test_first_signal_is_a_request_and_the_handlers_come_back(number, capfd):
-    before = signal.getsignal(number)
-    with StopRequest() as stop:
-        assert not stop.requested
-        signal.raise_signal(number)
-        signal.raise_signal(number)  # as `timeout` does: to the process and to its group
-        assert stop.requested
-        assert stop.signal_name == number.name
-    assert signal.getsignal(number) is before
+    of_these_tests = signal.signal(number, signal.default_int_handler)  # they may run under nohup
+    try:
+        with StopRequest() as stop:
+            assert not stop.requested
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # as `timeout` does: to the process and to its group
+            assert stop.requested
+            assert stop.signal_name == number.name
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, of_these_tests)
     assert capfd.readouterr().err.count("the run is saved after this step") == 1
 
 

@@ -327,9 +327,13 @@ from distilled_t5.train.run_directory import RunDirectory, RunError
 run_path = Path(sys.argv[1])
 RunDirectory(run_path).start('name = "x"').close()
 
+def write_slowly(path, tensors):
+    helpers.write_plain(path, tensors)
+    time.sleep(0.01)  # on a fast disk, a kill would seldom come in the middle of a save
+
 def child(saved_to):
     with RunDirectory(run_path).resume() as run:
-        store = helpers.Checkpoints(run.checkpoints, helpers.write_plain, 2)
+        store = helpers.Checkpoints(run.checkpoints, write_slowly, 2)
         step = store.load_latest()[0].step if run.has_checkpoints else 0
         while True:
             step += 1
@@ -354,8 +358,9 @@ for _ in range(30):
     os.waitpid(pid, 0)
     saves = 1 + len(os.read(saved_from, 100000))
     os.close(saved_from)
+    # The next run removes them as it starts.
+    unfinished = [path.name for path in (run_path / "checkpoints").iterdir() if path.name.startswith(".")]
     with RunDirectory(run_path).resume() as run:
-        unfinished = [path.name for path in run.checkpoints.iterdir() if path.name.startswith(".")]
         store = helpers.Checkpoints(run.checkpoints, helpers.write_plain, 2)
         state, notes = store.load_latest()
         expected = vars(helpers.some_state(state.step, state.best)) | {"rng": state.rng}
