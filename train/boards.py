@@ -91,6 +91,7 @@ class WeightsAndBiases:
                 id=place.read_text(encoding="utf-8").strip(),
                 resume="allow",
                 dir=str(run.path),
+                settings=self._wandb.Settings(console="off"),  # train.log has the output
                 config=recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
             )
 

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,28 @@ def test_curves_and_images_for_tensorboard_where_it_is_installed_and_else_a_line
         found = accumulator.EventAccumulator(str(written[0])).Reload()
         assert {"train/loss", "validation/held_out_loss", "validation/held_out_by_band/0.0-1.0"} <= set(found.Tags()["scalars"])
         assert [(image.step, image.width) for image in found.Images("preview")] == [(1, 8)]
+
+
+def test_weights_and_biases_gets_numbers_and_images_without_a_network_as_one_run_after_a_resume(run, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    reported = load_recipe("smoke", ["stage.0.steps=4", "stage.1.steps=6", "report.wandb=true"])
+    for step in (0, 1):
+        with Reporter(run, reported, start_step=step) as reporter:
+            reporter.step(step + 1, 0.5, 4, gradient_norm=math.nan)
+            reporter.held_out({"0.0-1.0": 1.0}, 4)
+            reporter.image("preview", lambda: square("red"))
+    identity = (run.path / "wandb-id").read_text(encoding="utf-8")
+    kept = [path for path in (run.path / "wandb").iterdir() if path.name.startswith("offline-run")]
+    assert kept and all(path.name.endswith(identity) for path in kept)
+    first = min(kept)
+    assert len(list(first.glob("files/media/images/preview_1_*.png"))) == 1
+    names = (b"train/loss", b"validation/held_out_by_band/0.0-1.0", b"media/images/preview")
+    deadline = time.monotonic() + 120
+    while not all(name in (first / f"run-{identity}.wandb").read_bytes() for name in names):
+        assert time.monotonic() < deadline, "wandb's own process writes the file"
+        time.sleep(0.1)
+    assert "cannot be written to" not in run.log.read_text(encoding="utf-8")
 
 
 class Broken:
