@@ -17,7 +17,6 @@ from distilled_t5.runtime.randomness import random_states
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.trainer import metrics
-from distilled_t5.train.checkpoint_files import STUDENT
 from distilled_t5.train.export import export
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.run import train
@@ -216,22 +215,3 @@ def test_what_has_been_trained_and_everything_else_of_a_recipe_stay(done, tmp_pa
         train(recipe(first, second, "optimizer.restart_per_stage=true", setting), run, True, Ranks())
     assert (run / "recipe.toml").read_bytes() == before
     assert not (run / "recipe-history.jsonl").exists()
-
-
-# --- boards ---
-
-
-def test_weights_and_biases_gets_numbers_and_images_without_a_network_and_one_run_after_a_resume(stand_ins, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run, vae = tmp_path / "run", stand_ins / "models" / "vae" / "ae.safetensors"
-    asked = recipe(2, 2, "report.wandb=true", "preview.every_steps=4", f"preview.vae={vae}")
-    stopping = Notes(2)
-    assert train(asked, run, False, Ranks(), stopping, [stopping]) is None
-    identity = (run / "wandb-id").read_text(encoding="utf-8")
-    assert train(asked, run, True, Ranks()) is not None
-    kept = [path for path in (run / "wandb").iterdir() if path.is_dir() and path.name.startswith("offline-run")]
-    assert len(kept) == 2 and all(path.name.endswith(identity) for path in kept)
-    assert all(list(path.glob("*.wandb")) for path in kept)
-    assert list((run / "wandb").glob("**/media/images/preview_*.jpg")) or list((run / "wandb").glob("**/media/images/preview_*.png"))
-    assert STUDENT in {path.name for path in (run / "checkpoints" / "step-000004").iterdir()}
