@@ -64,7 +64,7 @@ def drawn(model: Any, clip: Any) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def shown() -> list[tuple[int, int, Any]]:
-    """What the node's bar was told: step, steps, preview."""
+    """What the node's bar has shown: step, steps, preview."""
     return []
 
 
@@ -160,7 +160,7 @@ def test_other_inputs_need_another_name(loaded, trained, changed, said):
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(loaded, changed, said):
     with pytest.raises(ValueError, match="What to do:") as error:
-        distil(*loaded, "refused", **changed)
+        distil(*loaded, **{"name": "refused"} | changed)
     assert said in str(error.value)
     assert not (run_folder("refused") / "recipe.toml").exists()
 
