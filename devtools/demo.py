@@ -1,6 +1,7 @@
 """`python dev.py demo`: a dozen captions of the miniature drawn with teacher and student in ComfyUI, from the same seeds.
 
-The pack is installed as a user would install it; the workflow is example_workflows/miniature.json. --train trains a small student first.
+The pack is installed as a user would install it; the workflow is example_workflows/08-Miniature-draw-on-a-CPU.json.
+--train trains a small student first.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .comfyui.workflow import set_inputs, to_api_prompt
 from .demo_sheet import pixels, verdict_sheet
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKFLOW = ROOT / "example_workflows" / "miniature.json"
+WORKFLOW = ROOT / "example_workflows" / "08-Miniature-draw-on-a-CPU.json"
 TEACHER, STUDENT = "miniature_teacher.safetensors", "miniature_student_quarter.safetensors"
 OF_EACH_TASK = 2
 TRAINED, TRAIN_STEPS = "demo_student", 1_600

@@ -84,7 +84,7 @@ OPENAI = Naming(
     widest="mlp.c_fc.weight",
 )
 NAMINGS = (OPENAI, TRANSFORMERS)
-PICK_CLIP_L = "pick clip_l.safetensors in clip_name1, or none for a pooled vector of zeros."
+PICK_CLIP_L = "pick clip_l.safetensors as the CLIP-L file (clip_name1), or none for a pooled vector of zeros."
 
 
 def naming_of(shapes: Mapping[str, Shape]) -> Naming | None:

@@ -14,7 +14,7 @@ from ..runtime.optional import needed
 if TYPE_CHECKING:
     from PIL import Image
 
-MAP_PX, DPI = 768, 96
+MAP_PX, DPI, FONT_PT = 768, 96, 16
 PERPLEXITY = 30.0  # scikit-learn's default; a smaller set allows less
 COLOURS = ("#1f6fb4", "#d9541e", "#2e8b57", "#8b4fa8")
 MARKS = ("o", "^", "s", "D")
@@ -90,7 +90,10 @@ def joint_tsne(embeddings: Mapping[str, np.ndarray], seed: int = 0) -> dict[str,
 
 
 def map_image(points: Mapping[str, np.ndarray], title: str = "") -> Image.Image:
-    """An image of one or two encoders' points by name, each [N, 2], on one plot. Raises ValueError without matplotlib."""
+    """An image of encoders' points by name, each [N, 2], on one plot; lines join the points of the same prompt.
+
+    Raises ValueError for no or too many encoders, or without matplotlib.
+    """
     from PIL import Image
 
     if not 1 <= len(points) <= len(COLOURS):
@@ -99,10 +102,14 @@ def map_image(points: Mapping[str, np.ndarray], title: str = "") -> Image.Image:
     canvases = needed("matplotlib.backends.backend_agg", "matplotlib", "A map of embeddings")
     figure = figures.Figure(figsize=(MAP_PX / DPI, MAP_PX / DPI), dpi=DPI, layout="constrained")
     canvas, axes = canvases.FigureCanvasAgg(figure), figure.add_subplot()
+    if len({len(points_N2) for points_N2 in points.values()}) == 1:
+        for same_K2 in zip(*points.values(), strict=True):
+            axes.plot(*np.transpose(same_K2), color="#8a8f9c", linewidth=1.2, zorder=1)
     for (name, points_N2), colour, mark in zip(points.items(), COLOURS, MARKS, strict=False):
         label = f"{name} (n = {len(points_N2)})".replace("$", r"\$")
-        axes.scatter(points_N2[:, 0], points_N2[:, 1], s=24, c=colour, marker=mark, alpha=0.7, linewidths=0, label=label)
-    axes.set(xticks=[], yticks=[], title=title.replace("$", r"\$"))
-    figure.legend(loc="outside lower center", ncols=1, frameon=False)
+        axes.scatter(points_N2[:, 0], points_N2[:, 1], s=64, c=colour, marker=mark, alpha=0.7, linewidths=0, label=label)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title.replace("$", r"\$"), fontsize=FONT_PT)
+    figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=FONT_PT)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

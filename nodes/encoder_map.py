@@ -12,6 +12,11 @@ from .common_text import MAX_SEED
 from .progress import progress_bar
 from .show import image_of, shown
 
+# Four subjects in six places: prompts that share either are close on a good map.
+SUBJECTS = ("a red fox", "an old watchmaker", "a yellow bicycle", "two white horses")
+PLACES = ("in the snow", "on a beach at noon", "in a city at night", "under a tree in autumn", "in the fog", "beside a lighthouse")
+PROMPTS = "\n".join(f"{subject} {place}" for subject in SUBJECTS for place in PLACES)
+
 
 class DistilledT5EncoderMap(io.ComfyNode):
     """Shows the prompts on a map for one or two encoders."""
@@ -29,10 +34,13 @@ class DistilledT5EncoderMap(io.ComfyNode):
             search_aliases=["t-SNE", "embedding map", "embedding plot", "compare encoders", "collapse"],
             is_output_node=True,
             inputs=[
-                io.Clip.Input("clip_1", tooltip="A text encoder for Flux, for instance the teacher: T5-XXL."),
-                io.Clip.Input("clip_2", optional=True, tooltip="Another one for the same plot: the student."),
+                io.Clip.Input("clip_1", display_name="encoder 1", tooltip="A text encoder for Flux, for instance the teacher: T5-XXL."),
+                io.Clip.Input("clip_2", display_name="encoder 2", optional=True, tooltip="Another one for the same plot: the student."),
                 io.String.Input(
-                    "prompts", multiline=True, tooltip="The prompts, one on each line. At least 5; some hundred make a good map."
+                    "prompts",
+                    multiline=True,
+                    default=PROMPTS,
+                    tooltip="The prompts, one on each line. At least 5; some hundred make a good map.",
                 ),
                 io.Int.Input(
                     "seed",

@@ -19,7 +19,12 @@ class DistilledT5EncoderReport(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         others = (
-            io.Clip.Input(f"clip_{number}", optional=True, tooltip="Another encoder, for a line of its own in the table.")
+            io.Clip.Input(
+                f"clip_{number}",
+                display_name=f"encoder {number}",
+                optional=True,
+                tooltip="Another encoder, for a line of its own in the table.",
+            )
             for number in (2, 3, 4)
         )
         return io.Schema(
@@ -33,7 +38,11 @@ class DistilledT5EncoderReport(io.ComfyNode):
             search_aliases=["text encoder benchmark", "T5 speed", "T5 memory", "compare encoders", "encode time"],
             is_output_node=True,
             inputs=[
-                io.Clip.Input("clip_1", tooltip="A text encoder: of a Distilled T5 Loader, of DualCLIPLoader or of any other loader."),
+                io.Clip.Input(
+                    "clip_1",
+                    display_name="encoder 1",
+                    tooltip="A text encoder: of a Distilled T5 Loader, of DualCLIPLoader or of any other loader.",
+                ),
                 *others,
                 io.String.Input(
                     "prompt", multiline=True, default=PROMPT, tooltip="What is encoded. Length matters only beyond the padding."

@@ -25,6 +25,7 @@ class DistilledT5TextEncode(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The CLIP of a Distilled T5 Loader (an ordinary Flux CLIP works too)."),
                 io.String.Input(
                     "text",
+                    display_name="prompt",
                     multiline=True,
                     dynamic_prompts=True,
                     tooltip="The prompt. (word:1.3) weighs a word, {red|green} picks one at random.",

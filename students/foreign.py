@@ -31,7 +31,7 @@ KINDS = (
     ForeignKind(
         "a CLIP text encoder",
         ("text_model.encoder.layers.0.", "transformer.resblocks.0."),
-        "if it is CLIP-L, it belongs in clip_name1; ",
+        "if it is CLIP-L, pick it as the CLIP-L file (clip_name1); ",
     ),
     ForeignKind("a CLIP vision model", ("vision_model.encoder.",)),
     ForeignKind("a VAE", ("decoder.conv_in.", "decoder.up.0.", "taesd_decoder."), "load it with Load VAE; "),

@@ -122,6 +122,11 @@ def flux_dev() -> Weights:
     return _weights(replace(FLUX, guidance=True).tensors(), seed=4)
 
 
+def flux_dev_fp8() -> Weights:
+    """The same Flux with fp8 weights."""
+    return {name: weight.to(torch.float8_e4m3fn) for name, weight in flux_dev().items()}
+
+
 def flux_schnell() -> Weights:
     """A small Flux without guidance embedding."""
     return _weights(replace(FLUX, guidance=False).tensors(), seed=5)
@@ -160,6 +165,7 @@ MODEL_FILES: dict[str, Callable[[], Weights]] = {
     "models/text_encoders/clip_l.safetensors": clip_l,
     "models/text_encoders/t5xxl_fp16.safetensors": t5xxl,
     "models/diffusion_models/flux1-dev.safetensors": flux_dev,
+    "models/diffusion_models/flux1-dev-fp8-e4m3fn.safetensors": flux_dev_fp8,
     "models/diffusion_models/flux1-schnell.safetensors": flux_schnell,
     "models/vae/ae.safetensors": vae_tensors,
     "models/loras/FLUX-dev-lora-add_details.safetensors": lora,

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from distilled_t5.devtools.comfyui.server import ComfyServer
-from distilled_t5.devtools.docs.browser import PACK, ComfyPage, chromium, find_chromium, pack_server
+from distilled_t5.devtools.docs.browser import PACK, chromium, find_chromium, pack_server
 from distilled_t5.devtools.models.random_models import ensure_all, link_into
+from distilled_t5.tests.support.comfy_tab import ComfyTab
 from filelock import FileLock
 from playwright.sync_api import BrowserContext, expect
 
@@ -62,12 +63,12 @@ def nodes_2(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def comfy(request: pytest.FixtureRequest, browser_context: BrowserContext, server: ComfyServer) -> Iterator[ComfyPage]:
+def comfy(request: pytest.FixtureRequest, browser_context: BrowserContext, server: ComfyServer) -> Iterator[ComfyTab]:
     """A tab for the test to open; afterwards its picture is kept, and an error on it fails the test."""
-    yield from recorded(ComfyPage(browser_context, server), request.node.name)
+    yield from recorded(ComfyTab(browser_context, server), request.node.name)
 
 
-def recorded(tab: ComfyPage, test_name: str) -> Iterator[ComfyPage]:
+def recorded(tab: ComfyTab, test_name: str) -> Iterator[ComfyTab]:
     """Give a tab to a test; afterwards keep a picture of it, close it, and fail if it reported errors."""
     yield tab
     name = re.sub(r"[^a-z0-9]+", "-", test_name.removeprefix("test_").lower()).strip("-")
@@ -88,6 +89,6 @@ def server_without_pack(comfyui_path: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def comfy_without_pack(
     request: pytest.FixtureRequest, browser_context: BrowserContext, server_without_pack: ComfyServer
-) -> Iterator[ComfyPage]:
+) -> Iterator[ComfyTab]:
     """A tab on the ComfyUI without the pack."""
-    yield from recorded(ComfyPage(browser_context, server_without_pack), request.node.name)
+    yield from recorded(ComfyTab(browser_context, server_without_pack), request.node.name)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 from distilled_t5.devtools.comfyui.server import ComfyServer
-from distilled_t5.devtools.docs.browser import ComfyPage
+from distilled_t5.tests.support.comfy_tab import ComfyTab
+from distilled_t5.tests.support.workflows import FLUX_DEV
 from playwright.sync_api import expect
 
 CASES = {
@@ -32,8 +33,8 @@ def broken_files(server: ComfyServer) -> Iterator[None]:
 
 @pytest.mark.usefixtures("broken_files")
 @pytest.mark.parametrize(("case", "nodes_2"), [("vae", False), ("vae", True), ("truncated", False), ("clip_l", False)])
-def test_a_wrong_file_is_explained_under_view_details(comfy: ComfyPage, case: str, nodes_2: bool) -> None:
-    comfy.open_template("flux-dev", nodes_2=nodes_2)
+def test_a_wrong_file_is_explained_under_view_details(comfy: ComfyTab, case: str, nodes_2: bool) -> None:
+    comfy.open_template(FLUX_DEV, nodes_2=nodes_2)
     comfy.set_widgets("DistilledT5Loader", clip_name2=f"{case}.safetensors")
     assert comfy.run() == "execution_error"
     expect(comfy.page.get_by_test_id("error-overlay")).to_contain_text("Distilled T5 Loader")

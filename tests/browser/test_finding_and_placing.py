@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from distilled_t5.devtools.comfyui.server import ComfyServer
-from distilled_t5.devtools.docs.browser import ComfyPage
 from distilled_t5.encoder.files import write_student
 from distilled_t5.encoder.metadata import StudentMetadata
+from distilled_t5.tests.support.comfy_tab import ComfyTab
 from distilled_t5.tests.support.tiny_students import FULL_VOCABULARY, tiny_tensors
 from playwright.sync_api import expect
 
@@ -35,7 +35,7 @@ def headings_of(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("query", ["Distilled T5", "small T5"])
-def test_the_loader_is_found_by_name_and_by_alias_and_placed(comfy: ComfyPage, nodes_2: bool, query: str) -> None:
+def test_the_loader_is_found_by_name_and_by_alias_and_placed(comfy: ComfyTab, nodes_2: bool, query: str) -> None:
     comfy.open(nodes_2=nodes_2, empty=True)
     comfy.place_from_search(query, "Distilled T5 Loader")
     comfy.wait_for_node("DistilledT5Loader")
@@ -43,7 +43,7 @@ def test_the_loader_is_found_by_name_and_by_alias_and_placed(comfy: ComfyPage, n
     assert node["widgets_values"] == ["clip_l.safetensors", "distilled_t5_base.safetensors", "flux", "default", "auto", 0]
 
 
-def test_the_loader_is_found_by_every_name_in_use(comfy: ComfyPage) -> None:
+def test_the_loader_is_found_by_every_name_in_use(comfy: ComfyTab) -> None:
     comfy.open(empty=True)
     for query in ("DistillT5", "DistilT5", "T5-Base dual clip", "DualCLIPLoaderT5Base"):
         expect(comfy.search(query).filter(has_text="Distilled T5 Loader")).to_be_visible()
@@ -52,13 +52,18 @@ def test_the_loader_is_found_by_every_name_in_use(comfy: ComfyPage) -> None:
         expect(results.filter(has=comfy.page.get_by_text(title, exact=True))).to_be_visible()
 
 
-def test_a_node_is_dragged_from_the_library(comfy: ComfyPage, nodes_2: bool) -> None:
+def test_a_node_is_dragged_from_the_library(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open(nodes_2=nodes_2, empty=True)
     comfy.drag_from_library("Distilled T5 Loader", at=(900, 400))
     comfy.wait_for_node("DistilledT5Loader")
+    comfy.settle()
+    left, top, right, bottom = comfy.screen_rect("DistilledT5Loader")
+    assert left <= 900 <= right, "the node is not where it was dropped"
+    assert top <= 400 <= bottom, "the node is not where it was dropped"
+    assert {"Distilled T5 Loader", "CLIP-L file", "Distilled T5 file"} <= set(comfy.drawn_texts())
 
 
-def test_the_blueprint_becomes_a_subgraph_with_our_nodes(comfy: ComfyPage, nodes_2: bool) -> None:
+def test_the_blueprint_becomes_a_subgraph_with_our_nodes(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open(nodes_2=nodes_2, empty=True)
     comfy.place_from_search(BLUEPRINT, BLUEPRINT)
     comfy.wait_for("() => app.graph.nodes.length === 1 && app.graph.nodes[0].isSubgraphNode()")
@@ -66,7 +71,7 @@ def test_the_blueprint_becomes_a_subgraph_with_our_nodes(comfy: ComfyPage, nodes
     assert {"DistilledT5Loader", "DistilledT5TextEncode"} <= {node["type"] for node in inner["nodes"]}
 
 
-def test_the_model_library_describes_a_file_of_this_pack(comfy: ComfyPage, server: ComfyServer) -> None:
+def test_the_model_library_describes_a_file_of_this_pack(comfy: ComfyTab, server: ComfyServer) -> None:
     path = server.base / "models" / "text_encoders" / "mine.safetensors"
     write_student(path, tiny_tensors(FULL_VOCABULARY), StudentMetadata(title="A student of foxes"))
     try:
@@ -87,7 +92,7 @@ def test_the_model_library_describes_a_file_of_this_pack(comfy: ComfyPage, serve
     ("locale", "nodes_2"),
     [("en", False), ("zh", True), pytest.param("zh", False, marks=pytest.mark.full), pytest.param("en", True, marks=pytest.mark.full)],
 )
-def test_names_and_help_pages_are_those_of_the_pack(comfy: ComfyPage, pack_root: Path, locale: str, nodes_2: bool) -> None:
+def test_names_and_help_pages_are_those_of_the_pack(comfy: ComfyTab, pack_root: Path, locale: str, nodes_2: bool) -> None:
     names = json.loads((pack_root / "locales" / locale / "nodeDefs.json").read_text(encoding="utf-8"))
     comfy.open(nodes_2=nodes_2, locale=locale, empty=True)
     for place, (node_type, english) in enumerate(NODES.items()):

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from distilled_t5.devtools.comfyui.server import ComfyServer
-from distilled_t5.devtools.docs.browser import ComfyPage
+from distilled_t5.tests.support.comfy_tab import ComfyTab
+from distilled_t5.tests.support.workflows import FLUX_DEV
 from playwright.sync_api import expect
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "example_workflows"
@@ -25,7 +26,7 @@ OLD = {
 
 def old_workflow() -> dict[str, Any]:
     """The Flux dev example with the authors' loader, which has no text output."""
-    workflow = json.loads((FOLDER / "flux-dev.json").read_text(encoding="utf-8"))
+    workflow = json.loads((FOLDER / f"{FLUX_DEV}.json").read_text(encoding="utf-8"))
     [loader] = [node for node in workflow["nodes"] if node["type"] == "DistilledT5Loader"]
     loader.update(OLD, outputs=loader["outputs"][:1])
     workflow["links"] = [link for link in workflow["links"] if link[1:3] != [loader["id"], 1]]
@@ -45,7 +46,7 @@ def old_file(server: ComfyServer) -> Iterator[None]:
 
 @pytest.mark.usefixtures("old_file")
 @pytest.mark.parametrize("nodes_2", [pytest.param(False, id="canvas", marks=pytest.mark.every_version), pytest.param(True, id="nodes-2")])
-def test_the_old_loader_is_replaced_and_the_workflow_runs(comfy: ComfyPage, nodes_2: bool) -> None:
+def test_the_old_loader_is_replaced_and_the_workflow_runs(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open(nodes_2=nodes_2)
     comfy.drop("authors", json.dumps(old_workflow()))
     assert comfy.missing_nodes() == ["DualCLIPLoaderT5Base"]

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from distilled_t5.devtools.comfyui.server import ComfyServer
-from distilled_t5.devtools.docs.browser import ComfyPage
+from distilled_t5.tests.support.comfy_tab import ComfyTab
+from distilled_t5.tests.support.workflows import FLUX_DEV, LORA, SCHNELL
 from playwright.sync_api import expect
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "example_workflows"
@@ -27,9 +28,9 @@ def content(graph: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("nodes_2", [pytest.param(False, id="canvas"), pytest.param(True, id="nodes-2", marks=pytest.mark.every_version)])
-def test_a_dropped_workflow_runs_to_its_picture(comfy: ComfyPage, server: ComfyServer, nodes_2: bool) -> None:
+def test_a_dropped_workflow_runs_to_its_picture(comfy: ComfyTab, server: ComfyServer, nodes_2: bool) -> None:
     comfy.open(nodes_2=nodes_2)
-    comfy.drop("my-fox", (FOLDER / "flux-dev.json").read_text(encoding="utf-8"))
+    comfy.drop("my-fox", (FOLDER / f"{FLUX_DEV}.json").read_text(encoding="utf-8"))
     comfy.make_small(SIDE_PX, seed=21 + nodes_2)
     assert comfy.run() == "execution_success"
     comfy.wait_for_picture("SaveImage", SIDE_PX)
@@ -44,17 +45,17 @@ def test_a_dropped_workflow_runs_to_its_picture(comfy: ComfyPage, server: ComfyS
 
 
 def test_the_text_of_what_was_loaded_stays_and_returns_after_a_reload_without_loading_again(
-    comfy: ComfyPage, server: ComfyServer, nodes_2: bool
+    comfy: ComfyTab, server: ComfyServer, nodes_2: bool
 ) -> None:
     """ComfyUI's text node is empty after F5; the server has cached its text and sends it again when Run is pressed."""
-    comfy.open_template("flux-dev", nodes_2=nodes_2)
+    comfy.open_template(FLUX_DEV, nodes_2=nodes_2)
     comfy.make_small(seed=51 + nodes_2)
     assert comfy.run() == "execution_success"
     comfy.wait_for(SHOWN, LOADED)
     comfy.select("DistilledT5Loader")  # the page notes a change when the mouse is released
     comfy.wait_for(IN_DRAFT, f"[{51 + nodes_2},")
-    comfy.load_template("flux-schnell")
-    comfy.switch_to("flux-dev")
+    comfy.load_template(SCHNELL)
+    comfy.switch_to(FLUX_DEV)
     comfy.wait_for(SHOWN, LOADED)
     comfy.reload()
     assert comfy.run() == "execution_success"
@@ -64,7 +65,7 @@ def test_the_text_of_what_was_loaded_stays_and_returns_after_a_reload_without_lo
     assert kept == set(entry["prompt"][2])
 
 
-def test_a_saved_and_loaded_workflow_is_unchanged(comfy: ComfyPage, nodes_2: bool) -> None:
+def test_a_saved_and_loaded_workflow_is_unchanged(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open(nodes_2=nodes_2)
     for path in sorted(FOLDER.glob("*.json")):
         comfy.page.evaluate("(graph) => app.loadGraphData(graph)", json.loads(path.read_text(encoding="utf-8")))
@@ -73,9 +74,9 @@ def test_a_saved_and_loaded_workflow_is_unchanged(comfy: ComfyPage, nodes_2: boo
         assert content(comfy.graph()) == content(before), path.name
 
 
-def test_a_reload_and_saving_keep_every_value(comfy: ComfyPage, server: ComfyServer, nodes_2: bool) -> None:
+def test_a_reload_and_saving_keep_every_value(comfy: ComfyTab, server: ComfyServer, nodes_2: bool) -> None:
     name = f"mine-{'new' if nodes_2 else 'old'}"
-    comfy.open_template("flux-dev-lora", nodes_2=nodes_2)
+    comfy.open_template(LORA, nodes_2=nodes_2)
     comfy.set_widgets("DistilledT5TextEncode", text="two blue cubes", guidance=2.5)
     comfy.set_widgets("DistilledT5Loader", dtype="fp16", token_length=77)
     comfy.select("DistilledT5Loader")  # the page notes a change when the mouse is released

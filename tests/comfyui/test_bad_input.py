@@ -213,7 +213,7 @@ def test_folder_with_the_name_of_a_file(models):
 
 def test_clip_l_picked_twice(models):
     sparse_file(models / "clip_l.safetensors", clip_l_shapes(), "F16")
-    assert "it belongs in clip_name1" in refusal(lambda: load("clip_l.safetensors", clip_name1="clip_l.safetensors"))
+    assert "pick it as the CLIP-L file (clip_name1)" in refusal(lambda: load("clip_l.safetensors", clip_name1="clip_l.safetensors"))
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", ""])

@@ -169,7 +169,7 @@ def clip_g(path: Path) -> Path:
 
 
 CLIP_L_FILES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
-    "student": (published_file, ("is not a CLIP-L text encoder", "clip_l.safetensors in clip_name1, or none")),
+    "student": (published_file, ("is not a CLIP-L text encoder", "clip_l.safetensors as the CLIP-L file (clip_name1), or none")),
     "CLIP-G": (clip_g, ("is a CLIP, but not CLIP-L", "It holds 1 tensors")),
     "missing tensors": (
         lambda path: clip_l_without(path, "layers.11.mlp"),
@@ -214,4 +214,4 @@ def test_a_clip_that_is_not_clip_l_is_refused_as_clip_l_and_as_a_student(folder,
     with pytest.raises(StudentFileError) as caught:
         open_student(path)
     assert "is a CLIP text encoder, not a distilled T5" in str(caught.value)
-    assert "if it is CLIP-L, it belongs in clip_name1" in str(caught.value)
+    assert "if it is CLIP-L, pick it as the CLIP-L file (clip_name1)" in str(caught.value)

@@ -18,7 +18,7 @@ from distilled_t5.miniature.autoencoder import vae_tensors
 from distilled_t5.miniature.files import FLUX_FILE, TEACHER_FILE, VAE_FILE, place
 from distilled_t5.runtime.random_weights import drawn
 from distilled_t5.students.t5.layout import StudentLayout
-from distilled_t5.tests.support.workflows import MINIATURE_STUDENT, example
+from distilled_t5.tests.support.workflows import ATTENTION_MAP, ENCODER_MAP, ENCODER_REPORT, MINIATURE_STUDENT, WRITTEN_TEXT, example
 from PIL import Image
 
 WIDTH = 128
@@ -51,11 +51,11 @@ def prompt_of(host: ComfyServer, name: str) -> dict[str, Any]:
     return to_api_prompt(example(name), host.object_info())
 
 
-def saved(host: ComfyServer, prompt: dict[str, Any], entry: dict[str, Any]) -> Image.Image:
-    [picture] = [
-        image for node_id, images in host.images_by_node(entry).items() if prompt[node_id]["class_type"] == "SaveImage" for image in images
-    ]
-    return picture
+def shown(host: ComfyServer, prompt: dict[str, Any], entry: dict[str, Any], node_type: str) -> Image.Image:
+    """The image that the node of a type shows."""
+    by_node = host.images_by_node(entry)
+    [image] = [image for node_id, images in by_node.items() if prompt[node_id]["class_type"] == node_type for image in images]
+    return image
 
 
 def said(prompt: dict[str, Any], entry: dict[str, Any]) -> str:
@@ -64,46 +64,43 @@ def said(prompt: dict[str, Any], entry: dict[str, Any]) -> str:
 
 
 def test_the_attention_map_covers_the_image_and_is_described_in_numbers(host: ComfyServer) -> None:
-    prompt = prompt_of(host, "attention-map")
+    prompt = prompt_of(host, ATTENTION_MAP)
     entry = host.run(prompt)
-    assert saved(host, prompt, entry).size == (768, 768)
+    assert shown(host, prompt, entry, "DistilledT5AttentionMapImage").size == (768, 768)
+    assert shown(host, prompt, entry, "PreviewImage").size == (768, 768)
     assert said(prompt, entry).startswith("attention to 'heart' (")
     assert "mean of 20 steps, 1 images" in said(prompt, entry)
-    [shown_on_the_node] = [outputs for node_id, outputs in entry["outputs"].items() if "AttentionMapImage" in prompt[node_id]["class_type"]]
-    assert shown_on_the_node["images"]
 
 
-def attention(host: ComfyServer, run: int, seed: int, step: int = 0, **of_the_map: str) -> np.ndarray:
-    """The map of a sampling; `run` makes ComfyUI save a cached result again."""
-    prompt = prompt_of(host, "attention-map")
+def attention(host: ComfyServer, seed: int, step: int = 0, **of_the_map: str) -> np.ndarray:
+    """The map of a sampling."""
+    prompt = prompt_of(host, ATTENTION_MAP)
     set_inputs(prompt, "KSampler", seed=seed, steps=3)
     set_inputs(prompt, "DistilledT5AttentionMapImage", step=step, opacity=1.0)
-    set_inputs(prompt, "SaveImage", filename_prefix=f"run-{run}")
     if of_the_map:
         set_inputs(prompt, "DistilledT5CrossAttentionMap", **of_the_map)
-    return np.asarray(saved(host, prompt, host.run(prompt)).convert("RGB"), dtype=np.int16)
+    return np.asarray(shown(host, prompt, host.run(prompt), "DistilledT5AttentionMapImage").convert("RGB"), dtype=np.int16)
 
 
 def test_comfyuis_cache_gives_neither_an_old_nor_an_empty_map(host: ComfyServer) -> None:
-    first = attention(host, 1, seed=1)
-    assert np.array_equal(attention(host, 2, seed=1), first), "nothing changed"
-    other_seed = attention(host, 3, seed=2)
+    first = attention(host, seed=1)
+    assert np.array_equal(attention(host, seed=1), first), "nothing changed"
+    other_seed = attention(host, seed=2)
     assert np.abs(other_seed - first).mean() > 0.5
-    of_step = attention(host, 4, seed=2, step=3)
+    of_step = attention(host, seed=2, step=3)
     assert np.abs(of_step - other_seed).mean() > 0.5
-    assert np.array_equal(attention(host, 5, seed=1), first), "back to the first seed"
-    other_word = attention(host, 6, seed=1, word="ring")
+    assert np.array_equal(attention(host, seed=1), first), "back to the first seed"
+    other_word = attention(host, seed=1, word="ring")
     assert np.abs(other_word - first).mean() > 0.5
     host.free()
-    assert np.array_equal(attention(host, 7, seed=1), first), "after all was dropped"
+    assert np.array_equal(attention(host, seed=1), first), "after all was dropped"
 
 
 def test_another_step_needs_no_new_sampling(host: ComfyServer) -> None:
-    attention(host, 8, seed=5)
-    prompt = prompt_of(host, "attention-map")
+    attention(host, seed=5)
+    prompt = prompt_of(host, ATTENTION_MAP)
     set_inputs(prompt, "KSampler", seed=5, steps=3)
     set_inputs(prompt, "DistilledT5AttentionMapImage", step=2, opacity=1.0)
-    set_inputs(prompt, "SaveImage", filename_prefix="run-9")
     messages = dict(host.run(prompt)["status"]["messages"])
     kept = {prompt[node_id]["class_type"] for node_id in messages["execution_cached"]["nodes"]}
     assert {"KSampler", "DistilledT5CrossAttentionMap"} <= kept
@@ -111,42 +108,50 @@ def test_another_step_needs_no_new_sampling(host: ComfyServer) -> None:
 
 
 def test_two_samplers_on_one_model_get_separate_maps(host: ComfyServer) -> None:
-    alone = [attention(host, 20 + seed, seed) for seed in (1, 2)]
-    prompt = prompt_of(host, "attention-map")
+    alone = [attention(host, seed) for seed in (1, 2)]
+    prompt = prompt_of(host, ATTENTION_MAP)
     set_inputs(prompt, "KSampler", seed=1, steps=3)
     set_inputs(prompt, "DistilledT5AttentionMapImage", opacity=1.0)
     ids = {prompt[node_id]["class_type"]: node_id for node_id in prompt}
-    sampler, drawer, saver = ids["KSampler"], ids["DistilledT5AttentionMapImage"], ids["SaveImage"]
+    sampler, drawer = ids["KSampler"], ids["DistilledT5AttentionMapImage"]
     prompt["s2"] = {"class_type": "KSampler", "inputs": {**prompt[sampler]["inputs"], "seed": 2}, "_meta": {"title": "second"}}
     drawn_again = {**prompt[drawer]["inputs"], "samples": ["s2", 0]}
     prompt["d2"] = {"class_type": "DistilledT5AttentionMapImage", "inputs": drawn_again, "_meta": {"title": "second"}}
-    prompt["p2"] = {"class_type": "SaveImage", "inputs": {"images": ["d2", 0], "filename_prefix": "second"}, "_meta": {"title": "second"}}
-    prompt[saver]["inputs"]["filename_prefix"] = "first"
     pictures = host.images_by_node(host.run(prompt))
-    for node_id, expected in zip((saver, "p2"), alone, strict=True):
+    for node_id, expected in zip((drawer, "d2"), alone, strict=True):
         assert np.array_equal(np.asarray(pictures[node_id][0].convert("RGB"), dtype=np.int16), expected)
 
 
 def test_a_word_that_is_not_in_the_prompt_is_an_error_with_what_to_do(host: ComfyServer) -> None:
     with pytest.raises(PromptFailed, match=r"The word 'foxes' is not in the prompt(?s:.*)What to do: give a word") as failure:
-        attention(host, 30, seed=1, word="foxes")
-    prompt = prompt_of(host, "attention-map")
+        attention(host, seed=1, word="foxes")
+    prompt = prompt_of(host, ATTENTION_MAP)
     assert prompt[failure.value.node_id]["class_type"] == "DistilledT5CrossAttentionMap"
 
 
 def test_the_report_has_a_line_for_each_encoder(host: ComfyServer) -> None:
-    prompt = prompt_of(host, "encoder-report")
+    prompt = prompt_of(host, ENCODER_REPORT)
     entry = host.run(prompt)
-    lines = [line for line in said(prompt, entry).splitlines() if line.startswith("| T5")]
+    [report] = [output["text"] for node_id, output in entry["outputs"].items() if "EncoderReport" in prompt[node_id]["class_type"]]
+    lines = [line for line in "".join(report).splitlines() if line.startswith("| T5")]
     assert [line.split(" | ")[0] for line in lines] == ["| T5 of width 128, 1 layers", "| T5 of width 32, 1 layers"]
-    assert saved(host, prompt, entry).width > 500
+    assert shown(host, prompt, entry, "DistilledT5EncoderReport").width > 500
 
 
 def test_the_map_has_both_encoders(host: ComfyServer) -> None:
-    prompt = prompt_of(host, "encoder-map")
+    prompt = prompt_of(host, ENCODER_MAP)
     entry = host.run(prompt)
-    assert saved(host, prompt, entry).size == (768, 768)
+    assert shown(host, prompt, entry, "DistilledT5EncoderMap").size == (768, 768)
     assert said(prompt, entry).count("of 60 prompts") == 2
+
+
+def test_the_text_in_the_image_is_read_back_and_the_node_for_flux_waits_unconnected(host: ComfyServer) -> None:
+    prompt = prompt_of(host, WRITTEN_TEXT)
+    set_inputs(prompt, "DistilledT5OCRAccuracy", reader="tesseract")
+    entry = host.run(prompt)
+    assert shown(host, prompt, entry, "DistilledT5OCRAccuracy").size == (768, 768)
+    assert said(prompt, entry).startswith("expected: cat")
+    assert {prompt[node_id]["class_type"] for node_id in entry["outputs"]} == {"DistilledT5OCRAccuracy", "PreviewAny"}
 
 
 def test_the_prompt_for_a_text_asks_for_that_text(host: ComfyServer) -> None:

@@ -19,6 +19,7 @@ from distilled_t5.devtools.demo_sheet import pixels
 from distilled_t5.miniature.files import LORA_FILE
 from distilled_t5.miniature.lora import repainted
 from distilled_t5.runtime.model_folders import SHIPPED
+from distilled_t5.tests.support.workflows import MINIATURE
 from distilled_t5.world.captions import caption
 from distilled_t5.world.pictures import CELL_PX, TASKS, Scene, render
 from distilled_t5.world.questions import questions
@@ -36,8 +37,8 @@ Question = tuple[Scene, str]
 
 @pytest.fixture(scope="module")
 def prompt(server: ComfyServer) -> dict[str, Any]:
-    """example_workflows/miniature.json as an API prompt."""
-    workflow = json.loads((ROOT / "example_workflows" / "miniature.json").read_text(encoding="utf-8"))
+    """The miniature's example workflow as an API prompt."""
+    workflow = json.loads((ROOT / "example_workflows" / f"{MINIATURE}.json").read_text(encoding="utf-8"))
     return to_api_prompt(workflow, server.object_info())
 
 

@@ -19,6 +19,7 @@ from distilled_t5.encoder.files import open_student
 from distilled_t5.students.t5.trained import DistilledT5
 from distilled_t5.tests.support.small_encoders import serve
 from distilled_t5.tests.support.trainer import command, finish, metrics
+from distilled_t5.tests.support.workflows import FLUX_DEV
 from distilled_t5.train.state import read_checkpoint
 
 NAME = "distilled_t5_smoke.safetensors"
@@ -53,7 +54,7 @@ def encoders(host: ComfyServer) -> list[str]:
 @pytest.fixture
 def prompt(host: ComfyServer, run: Path) -> dict[str, Any]:
     """The shipped workflow for Flux dev with the file that was trained, small enough for a CPU, and what its encoder gives as text."""
-    workflow = json.loads((host.pack / "example_workflows" / "flux-dev.json").read_text(encoding="utf-8"))
+    workflow = json.loads((host.pack / "example_workflows" / f"{FLUX_DEV}.json").read_text(encoding="utf-8"))
     prompt = to_api_prompt(workflow, host.object_info())
     set_inputs(prompt, "DistilledT5Loader", clip_name1="none", clip_name2=NAME, dtype="fp32")
     set_inputs(prompt, "CLIPTextEncode", text=PROMPT)

@@ -12,7 +12,18 @@ from distilled_t5.devtools.comfyui.server import ComfyServer
 from distilled_t5.devtools.comfyui.workflow import NOTE_TYPES, input_names, set_inputs, to_api_prompt
 from distilled_t5.devtools.models.random_models import link_into
 from distilled_t5.miniature.files import FLUX_FILE
-from distilled_t5.tests.support.workflows import EXAMPLE_NAMES, MINIATURE_STUDENT, blueprint_inside, example
+from distilled_t5.tests.support.workflows import (
+    AGAINST_T5XXL,
+    CONTROLNET,
+    EXAMPLE_NAMES,
+    FLUX_DEV,
+    LORA,
+    MINIATURE_STUDENT,
+    SAVE_A_COPY,
+    TWELVE_GB,
+    blueprint_inside,
+    example,
+)
 from PIL import Image
 
 SIDE_PX = 128
@@ -58,7 +69,7 @@ def texts(entry: dict[str, Any], prompt: dict[str, Any]) -> dict[str, str]:
     return {prompt[node_id]["_meta"]["title"]: "".join(output["text"]) for node_id, output in entry["outputs"].items() if "text" in output}
 
 
-@pytest.mark.parametrize("name", sorted(set(EXAMPLE_NAMES) - {"save-a-copy", "t5xxl-vs-distilled"} - ON_THE_MINIATURE))
+@pytest.mark.parametrize("name", sorted(set(EXAMPLE_NAMES) - {SAVE_A_COPY, AGAINST_T5XXL} - ON_THE_MINIATURE))
 def test_runs_and_gives_one_image_of_the_requested_size(name: str, host: ComfyServer, object_info: dict[str, Any]) -> None:
     prompt = small_prompt(name, object_info)
     pictures = saved_pictures(host, prompt, host.run(prompt))
@@ -68,10 +79,12 @@ def test_runs_and_gives_one_image_of_the_requested_size(name: str, host: ComfySe
 
 @pytest.mark.full
 def test_t5xxl_and_the_distilled_t5_give_two_different_pictures(host: ComfyServer, object_info: dict[str, Any]) -> None:
-    prompt = small_prompt("t5xxl-vs-distilled", object_info)
-    pictures = saved_pictures(host, prompt, host.run(prompt, timeout_s=600))
+    prompt = small_prompt(AGAINST_T5XXL, object_info)
+    [both] = saved_pictures(host, prompt, host.run(prompt, timeout_s=600))
     host.free()  # the big encoder
-    assert [picture.size for picture in pictures] == [(SIDE_PX, SIDE_PX)] * 2
+    gap_px = both.width - 2 * SIDE_PX
+    assert (gap_px, both.height) == (24, SIDE_PX)
+    pictures = [both.crop((left, 0, left + SIDE_PX, SIDE_PX)) for left in (0, SIDE_PX + gap_px)]
     assert all(pixels(picture).std() > 10 for picture in pictures)
     assert np.abs(pixels(pictures[0]) - pixels(pictures[1])).mean() > 1
 
@@ -79,17 +92,24 @@ def test_t5xxl_and_the_distilled_t5_give_two_different_pictures(host: ComfyServe
 def test_another_prompt_gives_another_picture_and_the_same_prompt_the_same(host: ComfyServer, object_info: dict[str, Any]) -> None:
     made = []
     for text in ("a red fox", "two blue cubes on a table", "a red fox"):
-        prompt = small_prompt("flux-dev", object_info)
+        prompt = small_prompt(FLUX_DEV, object_info)
         set_inputs(prompt, "CLIPTextEncode", text=text)
         made.append(pixels(saved_pictures(host, prompt, host.run(prompt))[0]))
     assert np.abs(made[0] - made[1]).mean() > 1
     assert np.array_equal(made[0], made[2])
 
 
-@pytest.mark.parametrize("name", ["flux-dev-lora", "flux-dev-controlnet"])
+def test_a_flux_file_in_fp8_draws_the_image_of_the_same_flux_cast_to_fp8(host: ComfyServer, object_info: dict[str, Any]) -> None:
+    from_fp8_file, cast = small_prompt(TWELVE_GB, object_info), small_prompt(FLUX_DEV, object_info)
+    set_inputs(cast, "UNETLoader", weight_dtype="fp8_e4m3fn")
+    first, second = (pixels(saved_pictures(host, prompt, host.run(prompt))[0]) for prompt in (from_fp8_file, cast))
+    assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("name", [LORA, CONTROLNET])
 def test_lora_and_controlnet_reach_the_picture(name: str, host: ComfyServer, object_info: dict[str, Any]) -> None:
     with_it, without = small_prompt(name, object_info), small_prompt(name, object_info)
-    if name == "flux-dev-lora":
+    if name == LORA:
         set_inputs(without, "LoraLoader", strength_model=0.0, strength_clip=0.0)
     else:
         set_inputs(without, "ControlNetApplyAdvanced", strength=0.0)
@@ -98,7 +118,7 @@ def test_lora_and_controlnet_reach_the_picture(name: str, host: ComfyServer, obj
 
 
 def test_save_a_copy_writes_a_file_that_the_loader_then_lists(host: ComfyServer, object_info: dict[str, Any]) -> None:
-    prompt = small_prompt("save-a-copy", object_info)
+    prompt = small_prompt(SAVE_A_COPY, object_info)
     set_inputs(prompt, "DistilledT5Save", filename="copy_of_a_workflow_test")
     set_inputs(prompt, "DistilledT5Loader", token_length=256)  # a new value: ComfyUI reports a cached result under its old id
     shown = texts(host.run(prompt), prompt)
@@ -129,14 +149,14 @@ def test_names_its_inputs_and_outputs_as_comfyui_does(name: str, object_info: di
 
 
 def test_an_unknown_node_type_is_named(object_info: dict[str, Any]) -> None:
-    workflow = example("flux-dev")
+    workflow = example(FLUX_DEV)
     workflow["nodes"][1]["type"] = "NoSuchLoader"
     with pytest.raises(ValueError, match="NoSuchLoader"):
         to_api_prompt(workflow, object_info)
 
 
 def test_setting_an_input_that_does_not_exist_names_those_that_do(object_info: dict[str, Any]) -> None:
-    prompt = to_api_prompt(example("flux-dev"), object_info)
+    prompt = to_api_prompt(example(FLUX_DEV), object_info)
     with pytest.raises(ValueError, match="steps"):
         set_inputs(prompt, "KSampler", step=2)
     with pytest.raises(ValueError, match="KSampler"):

@@ -9,6 +9,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "example_workflows"
 EXAMPLE_NAMES = sorted(path.stem for path in EXAMPLES.glob("*.json"))
+FLUX_DEV, TWELVE_GB, SCHNELL, FORM = "01-Flux-dev-start-here", "02-Flux-dev-on-12-GB", "03-Flux-schnell-4-steps", "04-Flux-dev-as-a-form"
+LORA, CONTROLNET, AGAINST_T5XXL = "05-Flux-dev-with-a-LoRA", "06-Flux-dev-with-a-ControlNet", "07-T5-XXL-against-distilled-T5"
+MINIATURE, TEACHER_AND_STUDENT = "08-Miniature-draw-on-a-CPU", "09-Miniature-teacher-and-student"
+ATTENTION_MAP, WRITTEN_TEXT = "11-Where-Flux-looks-at-a-word", "12-Check-written-text"
+ENCODER_MAP, ENCODER_REPORT, SAVE_A_COPY = "13-Compare-two-encoders", "14-What-encoders-cost", "15-Save-a-copy"
 BLUEPRINT_NAME = "Flux text with Distilled T5"
 # Fields of a link, as a subgraph stores them by name and a workflow stores them by position.
 LINK_FIELDS = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")

@@ -10,10 +10,30 @@ from typing import Any
 import pytest
 from distilled_t5 import __version__
 from distilled_t5.devtools.comfyui.workflow import NOTE_TYPES
-from distilled_t5.tests.support.workflows import EXAMPLE_NAMES, EXAMPLES, PACK_NODES, ROOT, blueprint, blueprint_inside, example
+from distilled_t5.tests.support.workflows import (
+    AGAINST_T5XXL,
+    CONTROLNET,
+    EXAMPLE_NAMES,
+    EXAMPLES,
+    FLUX_DEV,
+    FORM,
+    LORA,
+    PACK_NODES,
+    ROOT,
+    SCHNELL,
+    TWELVE_GB,
+    blueprint,
+    blueprint_inside,
+    example,
+)
 from PIL import Image
 
 TITLE_PX = 30
+# The page fits the nodes, with this margin, into this share of the canvas, which fills the window.
+FIT_MARGIN_PX, FIT_SHARE = 10, 0.75
+SMALLEST_ZOOM = 0.65
+SHOW_THEIR_IMAGE = {"DistilledT5AttentionMapImage", "DistilledT5OCRAccuracy", "DistilledT5EncoderMap", "DistilledT5EncoderReport"}
+SHOW_IMAGES = {"SaveImage", "PreviewImage"}
 OLDEST_COMFYUI = "0.16.3"
 LOADERS = {"UNETLoader", "VAELoader", "DualCLIPLoader", "LoraLoader", "ControlNetLoader", "DistilledT5Loader"}
 FOLDERS = {"text_encoders", "diffusion_models", "vae", "loras", "controlnet"}
@@ -61,7 +81,7 @@ def test_each_node_of_the_pack_is_in_an_example() -> None:
 
 
 def test_the_examples_for_flux_exist() -> None:
-    assert {"flux-dev", "flux-schnell", "flux-dev-lora", "flux-dev-controlnet", "t5xxl-vs-distilled"} <= set(EXAMPLE_NAMES)
+    assert {FLUX_DEV, TWELVE_GB, SCHNELL, FORM, LORA, CONTROLNET, AGAINST_T5XXL} <= set(EXAMPLE_NAMES)
 
 
 @each_example
@@ -87,6 +107,32 @@ def test_an_example_has_a_version_a_uuid_a_note_and_a_square_picture(name: str) 
     assert note_of(name).startswith("## ")
     with Image.open(EXAMPLES / f"{name}.jpg") as picture:
         assert picture.width == picture.height
+
+
+def test_names_are_numbered_in_the_order_of_the_template_browser_and_can_be_in_a_link() -> None:
+    numbers = [int(name[:2]) for name in EXAMPLE_NAMES]
+    assert sorted(set(numbers)) == numbers
+    assert [name for name in EXAMPLE_NAMES if not re.fullmatch(r"[0-9]{2}-[A-Z][A-Za-z0-9-]+", name)] == []
+
+
+@each_example
+@pytest.mark.parametrize("window_px", [(1600, 1000), (1440, 900)])
+def test_an_example_opens_at_a_zoom_at_which_text_can_be_read(name: str, window_px: tuple[int, int]) -> None:
+    rects = [node_rect(node) for node in example(name)["nodes"]]
+    zooms = []
+    for axis in (0, 1):
+        first, last = min(rect[axis] for rect in rects), max(rect[axis] + rect[axis + 2] for rect in rects)
+        zooms.append(FIT_SHARE * window_px[axis] / (last - first + 2 * FIT_MARGIN_PX))
+    assert min(zooms) >= SMALLEST_ZOOM
+
+
+@each_example
+def test_no_image_is_shown_twice(name: str) -> None:
+    workflow = example(name)
+    types = {node["id"]: node["type"] for node in workflow["nodes"]}
+    shown = [(origin, slot) for _, origin, slot, target, _, _ in workflow["links"] if types[target] in SHOW_IMAGES]
+    assert len(set(shown)) == len(shown)
+    assert not {types[origin] for origin, _ in shown} & SHOW_THEIR_IMAGE
 
 
 def test_ids_differ() -> None:
@@ -129,7 +175,7 @@ def test_all_examples_agree_where_a_model_file_comes_from() -> None:
     assert not {file: found for file, found in places.items() if len(found) > 1}
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLE_NAMES if "flux1-dev.safetensors" in named_models(name)])
+@pytest.mark.parametrize("name", [name for name in EXAMPLE_NAMES if any(file.startswith("flux1-dev") for file in named_models(name))])
 def test_the_note_of_an_example_with_flux_dev_says_that_its_licence_is_non_commercial(name: str) -> None:
     assert "non-commercial" in note_of(name)
 
@@ -164,7 +210,7 @@ def inside(one: Rect, other: Rect) -> bool:
 
 
 def test_the_app_shows_inputs_that_exist_and_the_picture() -> None:
-    workflow = example("flux-dev-app")
+    workflow = example(FORM)
     nodes = {str(node["id"]): node for node in workflow["nodes"]}
     assert workflow["extra"]["linearMode"] is True
     for node_id, widget in workflow["extra"]["linearData"]["inputs"]:
@@ -193,4 +239,4 @@ def test_the_blueprint_shows_widgets_that_exist_inside_and_names_its_model_files
     models = {
         model["name"]: (model["url"], model["directory"]) for node in inner["nodes"] for model in node["properties"].get("models", [])
     }
-    assert models == {name: named_models("flux-dev")[name] for name in ("clip_l.safetensors", "distilled_t5_base.safetensors")}
+    assert models == {name: named_models(FLUX_DEV)[name] for name in ("clip_l.safetensors", "distilled_t5_base.safetensors")}
