@@ -39,9 +39,8 @@ def pytest_configure() -> None:
         interrupt_at_the_end_of(parent_pid)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_keyboard_interrupt() -> None:
-    """From here on fixtures are taken down: before WorkersCleanUp, which waits for the workers, is called."""
+    """From here on fixtures are taken down."""
     from distilled_t5.devtools.comfyui.ending import end_begins
 
     end_begins()
