@@ -16,8 +16,7 @@ from distilled_t5.runtime.lock import RunError
 from distilled_t5.runtime.randomness import random_states
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.exact import same
-from distilled_t5.tests.support.trainer import metrics
-from distilled_t5.train.checkpoint_files import STUDENT
+from distilled_t5.tests.support.trainer import PACK, finish, metrics
 from distilled_t5.train.export import export
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.run import train
@@ -103,6 +102,14 @@ def test_the_finished_run_has_a_card_and_its_export_is_the_encoder_but_for_the_d
         key: value for key, value in theirs.metadata.facts.items() if key not in dates
     }
     assert ours.metadata.sha256 == theirs.metadata.sha256
+
+
+def test_without_a_file_name_the_export_goes_where_comfyui_lists_it(done, comfyui_path, tmp_path):
+    ours = [str(PACK / "train"), "export", str(done), "--step", "4", "--comfyui", str(comfyui_path)]
+    said = finish([*ours, "--", "--base-directory", str(tmp_path), "--cpu"], tmp_path)
+    path = tmp_path / "models" / "text_encoders" / "distilled_t5_smoke-step-000004.safetensors"
+    assert f"Done: {path}" in said
+    assert open_student(path).metadata.facts["distilled_t5.steps"] == "4"
 
 
 def test_measuring_a_step_of_the_later_stages_changes_nothing_of_the_run():
@@ -216,22 +223,3 @@ def test_what_has_been_trained_and_everything_else_of_a_recipe_stay(done, tmp_pa
         train(recipe(first, second, "optimizer.restart_per_stage=true", setting), run, True, Ranks())
     assert (run / "recipe.toml").read_bytes() == before
     assert not (run / "recipe-history.jsonl").exists()
-
-
-# --- boards ---
-
-
-def test_weights_and_biases_gets_numbers_and_images_without_a_network_and_one_run_after_a_resume(stand_ins, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run, vae = tmp_path / "run", stand_ins / "models" / "vae" / "ae.safetensors"
-    asked = recipe(2, 2, "report.wandb=true", "preview.every_steps=4", f"preview.vae={vae}")
-    stopping = Notes(2)
-    assert train(asked, run, False, Ranks(), stopping, [stopping]) is None
-    identity = (run / "wandb-id").read_text(encoding="utf-8")
-    assert train(asked, run, True, Ranks()) is not None
-    kept = [path for path in (run / "wandb").iterdir() if path.is_dir() and path.name.startswith("offline-run")]
-    assert len(kept) == 2 and all(path.name.endswith(identity) for path in kept)
-    assert all(list(path.glob("*.wandb")) for path in kept)
-    assert list((run / "wandb").glob("**/media/images/preview_*.jpg")) or list((run / "wandb").glob("**/media/images/preview_*.png"))
-    assert STUDENT in {path.name for path in (run / "checkpoints" / "step-000004").iterdir()}
