@@ -66,7 +66,13 @@ class DistilledT5Distil(io.ComfyNode):
                     tooltip="The encoder becomes models/text_encoders/NAME.safetensors, the run is in output/distilled_t5/NAME.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=MOST_SEED, tooltip="Decides every random draw: the same seed, the same student."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MOST_SEED,
+                    # Another seed after each run would be another run.
+                    control_after_generate=False,
+                    tooltip="Decides every random draw: the same seed, the same student.",
                 ),
                 io.Combo.Input(
                     "preview_vae",

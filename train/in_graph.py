@@ -17,7 +17,7 @@ from comfy.cli_args import args
 from ..diffusion.gradients import replaced
 from ..runtime.comfyui import check_output_folder, refuse_fast_products
 from ..runtime.disk import read_file, replace_file
-from ..runtime.errors import UserError
+from ..runtime.errors import StudentFileError, UserError
 from ..runtime.randomness import undisturbed
 from ..runtime.ranks import Ranks
 from .preflight import preflight
@@ -100,7 +100,9 @@ def _refuse_other_inputs(run: RunDirectory, recipe: Recipe) -> None:
 def _finished(run: RunDirectory, recipe: Recipe) -> Path | None:
     """The encoder of a run that has reached its last step, unless its file is gone."""
     last = run.checkpoints / f"step-{sum(stage.steps for stage in recipe.stages):06d}"
-    return written_before(recipe, last) if last.is_dir() else None
+    with contextlib.suppress(StudentFileError):  # the trainer sets a damaged checkpoint aside
+        return written_before(recipe, last) if last.is_dir() else None
+    return None
 
 
 def keep_prompts(run: RunDirectory, text: str) -> tuple[Path, int]:

@@ -45,20 +45,21 @@ class Card:
 
 CARDS = {
     "01-Flux-dev-start-here": Card("Flux dev: start here", "A small text encoder in the place of T5-XXL", "0.26 GB"),
-    "02-Flux-dev-on-12-GB": Card("Flux dev on a 12 GB card", "fp8 weights and the distilled T5", "12 GB"),
+    "02-Flux-dev-on-12-GB": Card("Flux dev on 12 GB", "fp8 weights and the distilled T5", "12 GB"),
     "03-Flux-schnell-4-steps": Card("Flux schnell", "Four steps, no guidance, Apache-2.0", "4 steps"),
     "04-Flux-dev-as-a-form": Card("Flux dev as a form", "Prompt, size and seed, without a graph", "Prompt…"),
-    "05-Flux-dev-with-a-LoRA": Card("Flux dev with a LoRA", "Any LoRA for Flux works as usual", "+ LoRA"),
-    "06-Flux-dev-with-a-ControlNet": Card("Flux dev with a ControlNet", "A new image with the edges of yours", "Edges"),
-    "07-T5-XXL-against-distilled-T5": Card("T5-XXL against distilled T5", "One prompt, one seed, side by side", "9.5 : 0.26"),
-    "08-Miniature-draw-on-a-CPU": Card(
-        "Miniature: draw on a CPU", "A small Flux in this pack: seconds, no download", nodes=("Save Image",)
-    ),
+    "05-Flux-dev-with-a-LoRA": Card("Flux with a LoRA", "Any LoRA for Flux works as usual", "+ LoRA"),
+    "06-Flux-dev-with-a-ControlNet": Card("Flux with a ControlNet", "A new image with the edges of yours", "Edges"),
+    "07-T5-XXL-against-distilled-T5": Card("Against T5-XXL", "One prompt, one seed, side by side", "9.5 : 0.26"),
+    "08-Miniature-draw-on-a-CPU": Card("Draw on a CPU", "The miniature, a small Flux in this pack", nodes=("Save Image",)),
     "09-Miniature-teacher-and-student": Card(
         "Teacher and student", "Same prompt, same seed, a quarter of the weights", nodes=("Left: teacher. Right: student.",)
     ),
+    "10-Miniature-distil-an-encoder": Card(
+        "Distil an encoder", "Train a student here, in minutes on a CPU", nodes=("Distil Text Encoder",)
+    ),
     "11-Where-Flux-looks-at-a-word": Card(
-        "Where Flux looks at a word", "The image, and its attention map", nodes=("The image", "Where Flux looks")
+        "Where Flux looks", "The image, and its attention to a word", nodes=("The image", "Where Flux looks")
     ),
     "12-Check-written-text": Card("Check written text", "OCR reads the image back and counts", nodes=("Distilled T5 OCR Accuracy",)),
     "13-Compare-two-encoders": Card(
