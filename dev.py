@@ -21,6 +21,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent
@@ -78,13 +79,13 @@ def explain(doing: str, output: str) -> str:
 
 def run_quietly(command: list[str], doing: str) -> None:
     """Run a command and show of its output what it downloads, and the end if it fails; Trouble if it is missing or fails."""
-    lines, pipe = [], {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    lines = []
     try:
-        with subprocess.Popen(command, cwd=ROOT, env=environment(), encoding="utf-8", errors="replace", **pipe) as running:
+        with subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=DEVNULL, stdout=PIPE, stderr=STDOUT) as running:
             for line in running.stdout or ():
-                lines.append(line)
-                if line.startswith("Downloading "):
-                    say(f"  {line.strip()}")
+                lines.append(line.decode(errors="replace"))
+                if line.startswith(b"Downloading "):
+                    say(f"  {lines[-1].strip()}")
     except OSError as error:
         raise Trouble(f"{doing} failed: {command[0]} could not be started ({error.strerror}).") from error
     if running.returncode:
