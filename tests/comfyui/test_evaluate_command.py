@@ -238,7 +238,7 @@ def test_encoders_are_found_once_each_under_names_of_their_own(whole, tmp_path):
         ("my_best_v2_", "my best (v2)"),
     ]
     for wrong in ([f"a={twin}", f"A={odd}"], [f"..={twin}"]):
-        with pytest.raises(ValueError, match="Expected a different name for every encoder, got (.|\n)*What to do: "):
+        with pytest.raises(ValueError, match=r"Expected a different name for every encoder, got (.|\n)*What to do: "):
             find_encoders(suite, wrong)
     assert fingerprint(twin) == fingerprint(odd) != fingerprint(encoders / "student.safetensors")
 
