@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .recipe import NO_CLIP_L, Recipe, Stage
+from ..runtime.comfyui import NO_FILE
+from .recipe import Recipe, Stage
 from .run_directory import RunDirectory
 from .workshop import Workshop
 
@@ -28,7 +29,7 @@ def facts_of(workshop: Workshop, run: RunDirectory | None) -> dict[str, str]:
 
 def _teacher(recipe: Recipe) -> str:
     clip_l = recipe.teacher.clip_l
-    pooled = "without CLIP-L" if clip_l == NO_CLIP_L else f"with {Path(clip_l).name}"
+    pooled = "without CLIP-L" if clip_l == NO_FILE else f"with {Path(clip_l).name}"
     return f"{Path(recipe.teacher.t5).name}, {pooled}"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..runtime.comfyui import NO_FILE
 from ..runtime.disk import read_file, replace_file
 from ..runtime.errors import UserError
 from ..runtime.optional import needed
@@ -15,7 +16,7 @@ from .curves import Curves
 from .export import chosen_checkpoint
 from .licences import UNKNOWN, licence_of, origins
 from .page import samples_of
-from .recipe import NO_CLIP_L, Recipe, load_recipe
+from .recipe import Recipe, load_recipe
 from .run_directory import RunDirectory
 
 CARD = "README.md"
@@ -91,7 +92,7 @@ def _stems(recipe: Recipe) -> list[str]:
 
 
 def _pooled(recipe: Recipe) -> str:
-    return "" if recipe.teacher.clip_l == NO_CLIP_L else f", beside `{Path(recipe.teacher.clip_l).name}`"
+    return "" if recipe.teacher.clip_l == NO_FILE else f", beside `{Path(recipe.teacher.clip_l).name}`"
 
 
 def _facts(recipe: Recipe, step: int) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .recipe import NO_CLIP_L, RANDOM, STAND_IN, Recipe
+from ..runtime.comfyui import NO_FILE
+from .recipe import RANDOM, STAND_IN, Recipe
 
 HUGGING_FACE = "https://huggingface.co/"
 DEV = "black-forest-labs/FLUX.1-dev"
@@ -60,7 +61,7 @@ def origins(recipe: Recipe) -> list[Origin]:
         "teacher, whose text embeddings it replaces": recipe.teacher.t5,
         "initial weights": recipe.student.start,
     }
-    return [_origin(part, Path(file).name) for part, file in named.items() if file not in (STAND_IN, RANDOM, NO_CLIP_L)]
+    return [_origin(part, Path(file).name) for part, file in named.items() if file not in (STAND_IN, RANDOM, NO_FILE)]
 
 
 def _origin(part: str, file: str) -> Origin:

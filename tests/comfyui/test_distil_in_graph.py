@@ -12,6 +12,7 @@ import pytest
 import torch
 from comfy.cli_args import PerformanceFeature, args
 from distilled_t5.devtools.comfyui.server import ComfyServer
+from distilled_t5.devtools.comfyui.workflow import set_inputs, to_api_prompt
 from distilled_t5.encoder.files import open_student
 from distilled_t5.nodes.distil import DistilledT5Distil
 from distilled_t5.nodes.loader import DistilledT5Loader
@@ -19,6 +20,7 @@ from distilled_t5.runtime.model_folders import add_model_folders
 from distilled_t5.tests.support.small_encoders import PROMPT, embedding
 from distilled_t5.tests.support.trainer import command, finish, metrics
 from distilled_t5.tests.support.watch import Watched
+from distilled_t5.tests.support.workflows import example
 from PIL import Image
 
 import nodes
@@ -64,7 +66,7 @@ def drawn(model: Any, clip: Any) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def shown() -> list[tuple[int, int, Any]]:
-    """What the node's progress bar received: step, steps, preview."""
+    """What the node's bar has shown: step, steps, preview."""
     return []
 
 
@@ -160,7 +162,7 @@ def test_other_inputs_need_another_name(loaded, trained, changed, said):
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(loaded, changed, said):
     with pytest.raises(ValueError, match="What to do:") as error:
-        distil(*loaded, "refused", **changed)
+        distil(*loaded, **{"name": "refused"} | changed)
     assert said in str(error.value)
     assert not (run_folder("refused") / "recipe.toml").exists()
 
@@ -212,3 +214,13 @@ def test_cancel_saves_and_the_next_run_continues_to_the_same_student(trained, se
     encoder = server.base / "models" / "text_encoders" / "cancelled.safetensors"
     assert open_student(encoder).metadata.sha256 == checksum("trained")
     assert "Error" not in server.log() and "memory leak" not in server.log().lower()
+
+
+def test_the_template_trains_a_student_and_draws_with_it(server: ComfyServer):
+    prompt = to_api_prompt(example("10-Miniature-distil-an-encoder"), server.object_info())
+    set_inputs(prompt, "DistilledT5Distil", steps=STEPS)
+    set_inputs(prompt, "KSampler", steps=2)
+    entry = server.run(prompt)
+    images = {prompt[node]["class_type"]: images for node, images in server.images_by_node(entry).items()}
+    assert [image.size for image in images["PreviewImage"]] == [((96 + 4 + 96) * 8, 96 * 8)]
+    assert len(images["DistilledT5Distil"]) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -81,7 +82,8 @@ def test_the_command_leaves_pictures_results_table_and_page(whole):
         # Noise shows nothing: Wilson's upper bound of 0 of n is z2 / (n + z2).
         assert scores["teacher"]["high"] == pytest.approx(3.8415 / (count + 3.8415), abs=1e-4)
     assert len(found["made"]["commit"]) == 40 and found["made"]["machine"]["cores"] > 0
-    assert "Done: " in whole.said and "| teacher | 0.0 | 0.0 |" in whole.said
+    assert "Done: " in whole.said and "left for all of it" in whole.said
+    assert re.search(r"objects: right, % +0\.0 +0\.0 +0\.0$", whole.said, re.MULTILINE), whole.said
     assert "<title>" in (whole.out / "page.html").read_text(encoding="utf-8")
     assert "velocity gap" in (whole.out / "evaluate.log").read_text(encoding="utf-8")
 
@@ -170,12 +172,18 @@ def test_two_processes_do_what_one_does(whole, comfyui_path, tmp_path):
     assert ours == theirs
 
 
-def test_a_finished_evaluation_takes_one_more_student_and_keeps_all_else(whole, comfyui_path, tmp_path):
+def test_a_finished_evaluation_takes_one_more_student_draws_an_exchanged_image_again_and_keeps_all_else(whole, comfyui_path, tmp_path):
     before = made_at(whole.out)
-    fourth = tmp_path / "fourth.safetensors"
+    exchanged, other = (whole.out / "pictures" / "student" / "words" / f"0000{index}.png" for index in (1, 2))
+    generated = read_image(exchanged)
+    exchanged.write_bytes(other.read_bytes())
+    del before["student/words/00001.png"]
+    fourth = tmp_path / "a.safetensors"
     fourth.write_bytes((whole.base / "models" / "text_encoders" / "other.safetensors").read_bytes())
-    arguments = command(comfyui_path, whole.base, whole.out, "--student", "other.safetensors", "--student", str(fourth))
+    arguments = command(comfyui_path, whole.base, whole.out, "--student", "other.safetensors", "--student", f"fourth={fourth}")
     finish(arguments, tmp_path)
+    assert np.abs(read_image(exchanged).astype(int) - generated).max() <= 3
+    assert "00001.png is not the image that was generated" in (whole.out / "evaluate.log").read_text(encoding="utf-8")
     found = results(whole.out)
     assert list(found["encoders"]) == [*ENCODERS, "fourth"]
     assert {name: made_at(whole.out)[name] for name in before} == before
@@ -223,6 +231,15 @@ def test_encoders_are_found_once_each_under_names_of_their_own(whole, tmp_path):
     found = find_encoders(suite, [str(encoders / "student.safetensors"), str(twin), str(odd)])
     assert [one.name for one in found] == ["teacher", "student", "student-2", "my_best_v2_"]
     assert [one.clip_l for one in found] == [None] * 4
+    named = find_encoders(suite, [f"student={twin}", f"best={encoders / 'student.safetensors'}", str(odd)])
+    assert [(one.name, one.path.stem) for one in named[1:]] == [
+        ("best", "student"),
+        ("student", "student"),
+        ("my_best_v2_", "my best (v2)"),
+    ]
+    for wrong in ([f"a={twin}", f"A={odd}"], [f"..={twin}"]):
+        with pytest.raises(ValueError, match=r"Expected a different name for every encoder, got (.|\n)*What to do: "):
+            find_encoders(suite, wrong)
     assert fingerprint(twin) == fingerprint(odd) != fingerprint(encoders / "student.safetensors")
 
 

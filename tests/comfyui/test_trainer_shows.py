@@ -16,7 +16,7 @@ from distilled_t5.runtime.lock import RunError
 from distilled_t5.runtime.randomness import random_states
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.exact import same
-from distilled_t5.tests.support.trainer import metrics
+from distilled_t5.tests.support.trainer import PACK, finish, metrics
 from distilled_t5.train.export import export
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.run import train
@@ -102,6 +102,14 @@ def test_the_finished_run_has_a_card_and_its_export_is_the_encoder_but_for_the_d
         key: value for key, value in theirs.metadata.facts.items() if key not in dates
     }
     assert ours.metadata.sha256 == theirs.metadata.sha256
+
+
+def test_without_a_file_name_the_export_goes_where_comfyui_lists_it(done, comfyui_path, tmp_path):
+    ours = [str(PACK / "train"), "export", str(done), "--step", "4", "--comfyui", str(comfyui_path)]
+    said = finish([*ours, "--", "--base-directory", str(tmp_path), "--cpu"], tmp_path)
+    path = tmp_path / "models" / "text_encoders" / "distilled_t5_smoke-step-000004.safetensors"
+    assert f"Done: {path}" in said
+    assert open_student(path).metadata.facts["distilled_t5.steps"] == "4"
 
 
 def test_measuring_a_step_of_the_later_stages_changes_nothing_of_the_run():

@@ -76,7 +76,7 @@ def test_every_package_is_pinned_and_no_index_is_named(dev: ModuleType) -> None:
 def test_ci_runs_the_readmes_test_command_and_nothing_else() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
-    assert "python dev.py test\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "`python dev.py test`" in (ROOT / "README.md").read_text(encoding="utf-8")
     commands = [line.strip() for line in script.splitlines() if "dev.py" in line]
     assert commands == ["exec python dev.py test", "exec python3 dev.py test"]
 

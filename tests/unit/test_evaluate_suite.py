@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from distilled_t5.config.files import ConfigError, options
+from distilled_t5.evaluate.metrics import METRICS, PROBES, RECORDS
 from distilled_t5.evaluate.suite import SHIPPED, Suite, Task, load_suite
 from distilled_t5.prompts.corpora import COMPBENCH_CATEGORIES
 from distilled_t5.world.scenes import NEW_IN_TASK
@@ -101,6 +102,21 @@ def test_a_suite_round_trips_exactly(name, tmp_path):
     assert again == suite
     assert again.sha256 == suite.sha256
     assert load_suite(name, ["seed=7"]).sha256 != suite.sha256
+
+
+def test_a_limit_cuts_every_task_and_lengthens_none():
+    suite = load_suite("miniature", ["task.1.prompts.limit=3"], 5)
+    assert [task.prompts.limit for task in suite.tasks] == [5, 3, 5, 5, 5, 5, 5]
+    assert load_suite("miniature") != suite
+    with pytest.raises(ConfigError, match=r"--limit is 0: expected at least 1\.(.|\n)*What to do: "):
+        load_suite("miniature", [], 0)
+
+
+def test_every_record_with_settings_has_its_table_in_the_suite():
+    fields = set(Suite.model_fields)
+    assert {record.table_name for record in RECORDS if record.part} < fields
+    assert load_suite("miniature").table_of(METRICS["readback"]) is None
+    assert load_suite("miniature").table_of(PROBES["collapse"]).prompts == 210
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path):
