@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import math
+import secrets
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -82,7 +83,7 @@ class WeightsAndBiases:
         self._wandb = needed("wandb", "wandb", "report.wandb = true")
         place = run.path / "wandb-id"
         if not place.is_file():
-            replace_file(place, self._wandb.util.generate_id().encode())
+            replace_file(place, secrets.token_hex(4).encode())
         with self._failing():
             self._run = self._wandb.init(
                 project=PROJECT,
@@ -90,6 +91,7 @@ class WeightsAndBiases:
                 id=place.read_text(encoding="utf-8").strip(),
                 resume="allow",
                 dir=str(run.path),
+                settings=self._wandb.Settings(console="off"),  # train.log has the output
                 config=recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from ..runtime.errors import UserError
@@ -45,8 +46,8 @@ def run_command(options: argparse.Namespace, flags: list[str]) -> int:
         return 0
     from .upload import upload
 
-    sent = upload(run, options.repo, options.private, options.yes)
-    print(f"Done: {sent}" if sent else "")
+    if sent := upload(run, options.repo, options.private, options.yes):
+        print(f"Done: {sent}")
     return 0
 
 
@@ -55,10 +56,8 @@ def _watch(options: argparse.Namespace) -> int:
 
     with open_server(options.run, options.port) as server:
         print(f"http://{server.server_address[0]}:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
-        except KeyboardInterrupt:
-            return 0
     return 0
 
 

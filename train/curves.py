@@ -68,7 +68,16 @@ class Curves:
         self.newest = dict(row)
 
     def add_lines(self, lines: Iterable[bytes]) -> None:
-        """Add complete lines of metrics.jsonl; a line that a kill cut off is left out."""
+        """Add the complete lines of metrics.jsonl."""
         for line in lines:
-            if line.endswith(b"\n"):
-                self.add(json.loads(line))
+            if (row := row_of(line)) is not None:
+                self.add(row)
+
+
+def row_of(line: bytes) -> dict[str, Any] | None:
+    """The values of a line of metrics.jsonl; None if a kill cut it off."""
+    try:
+        values = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and type(values.get("step")) is int else None

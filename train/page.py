@@ -37,6 +37,8 @@ class RunPage:
         self.facts: dict[str, str] = {}
         self.state, self.failure = "training", ""
         self.curves = Curves()
+        # Read once: the pack may be updated while a long run trains.
+        self._template = TEMPLATE.read_text(encoding="utf-8")
         self._next_s = 0.0
         self._works = True
         if run.metrics.is_file():
@@ -64,7 +66,7 @@ class RunPage:
         """The page, after `step` steps."""
         # No text of the run can end the element that holds the data.
         data = json.dumps(self._data(step, left_s), ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
-        return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, f">{data}<")
+        return self._template.replace(PLACE, f">{data}<")
 
     def _data(self, step: int, left_s: float | None) -> dict[str, Any]:
         curves = self.curves
@@ -79,6 +81,7 @@ class RunPage:
             "left": left_s,
             "facts": self.facts,
             "numbers": dict(self._numbers()),
+            "trajectory": self.recipe.sampling.steps,
             "stages": list(self._stages()),
             "heldOut": {f"\u03c3 {band}": curve.points() for band, curve in curves.held_out.items()},
             "learningRate": curves.learning_rate.points(),

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..runtime.disk import replace_file
 from ..runtime.logs import FILE_INTERVAL_S, TERMINAL_INTERVAL_S, logging_to
 from .boards import Board, Boards, open_boards
+from .curves import row_of
 from .page import RunPage
 from .recipe import Recipe
 from .run_directory import RunDirectory
@@ -222,7 +223,7 @@ def cut_metrics(path: Path, last_step: int) -> int:
     if not path.is_file():
         return 0
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if (step := _step_of(line)) is not None and step <= last_step]
+    kept = [line for line in lines if (row := row_of(line)) is not None and row["step"] <= last_step]
     if len(kept) < len(lines):
         replace_file(path, b"".join(kept))
     return len(lines) - len(kept)
@@ -240,16 +241,6 @@ def reset_peak_memory() -> None:
     """Restart the measurement of peak GPU memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
-
-
-def _step_of(line: bytes) -> int | None:
-    """The step of a complete line of metrics."""
-    try:
-        values = json.loads(line) if line.endswith(b"\n") else None
-    except (ValueError, RecursionError):
-        return None
-    step = values.get("step") if isinstance(values, dict) else None
-    return step if type(step) is int else None
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -160,9 +160,14 @@ def _encoders() -> Path:
 
 
 def _finish(workshop: Workshop, run: RunDirectory | None) -> Path:
+    """Write the encoder, then the model card, without which a run is finished too."""
     assert run is not None, "the main process has the run directory"
-    log.info("Model card: %s", write_card(run))
-    return _write_encoder(workshop)
+    path = _write_encoder(workshop)
+    try:
+        log.info("Model card: %s", write_card(run))
+    except (OSError, ValueError) as error:
+        log.warning("The model card could not be written; `train card` does that later. %s", error)
+    return path
 
 
 def _write_encoder(workshop: Workshop) -> Path:

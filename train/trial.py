@@ -11,6 +11,7 @@ import torch
 from ..runtime.randomness import undisturbed
 from .objectives import OBJECTIVES
 from .recipe import Stage
+from .report import reset_peak_memory
 from .trajectory import gap_at
 from .workshop import Workshop
 
@@ -33,6 +34,7 @@ def trials(workshop: Workshop) -> dict[int, float]:
             if _cost_of(stage) not in measured:
                 measured[_cost_of(stage)] = _trial(workshop, number)
             seconds[number] = measured[_cost_of(stage)]
+    reset_peak_memory()
     return seconds
 
 

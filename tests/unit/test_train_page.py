@@ -95,6 +95,12 @@ def test_numbers_that_are_not_finite_leave_a_gap_and_never_count_as_the_lowest()
     assert curves.best is None
 
 
+def test_lines_of_metrics_that_are_not_complete_are_left_out():
+    curves = Curves()
+    curves.add_lines([b"\x00\x00\n", b"[1]\n", b'{"loss": 2}\n', b'{"step": 1, "loss": 0.5, "stage": 0}\n', b'{"step": 2, "lo'])
+    assert curves.loss[0].points() == [(1, 0.5)]
+
+
 def test_nothing_of_a_run_ends_the_script_or_becomes_markup(tmp_path):
     recipe = load_recipe("smoke", ['preview.prompts=["</script><script>alert(1)</script>"]'])
     with RunDirectory(tmp_path / "run").start(recipe.to_toml()) as run:

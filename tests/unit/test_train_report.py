@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -191,15 +192,70 @@ def test_other_ranks_write_and_print_nothing_and_make_no_pictures(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_curves_for_tensorboard_where_it_is_installed_and_else_a_line_that_says_how_to_get_it(run):
+def test_curves_and_images_for_tensorboard_where_it_is_installed_and_else_a_line_that_says_how_to_get_it(run):
     with Reporter(run, TEN) as reporter:
-        reporter.step(1, 0.5, 4)
+        reporter.step(1, 0.5, 4, gradient_norm=math.nan)
         reporter.held_out({"0.0-1.0": 1.0}, 4)
-    curves = list(run.path.glob("tensorboard/events.out.tfevents.*"))
+        reporter.image("preview", lambda: square("red"))
+    written = list(run.path.glob("tensorboard/events.out.tfevents.*"))
     installed = importlib.util.find_spec("tensorboard") is not None
-    assert len(curves) == installed
+    assert len(written) == installed
     assert ("pip install tensorboard" in run.log.read_text()) is not installed
     assert installed or "torch.utils.tensorboard.writer" not in sys.modules
+    if installed:
+        accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+        found = accumulator.EventAccumulator(str(written[0])).Reload()
+        assert {"train/loss", "validation/held_out_loss", "validation/held_out_by_band/0.0-1.0"} <= set(found.Tags()["scalars"])
+        assert [(image.step, image.width) for image in found.Images("preview")] == [(1, 8)]
+
+
+def test_weights_and_biases_gets_numbers_and_images_without_a_network_as_one_run_after_a_resume(run, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    reported = load_recipe("smoke", ["stage.0.steps=4", "stage.1.steps=6", "report.wandb=true"])
+    for step in (0, 1):
+        with Reporter(run, reported, start_step=step) as reporter:
+            reporter.step(step + 1, 0.5, 4, gradient_norm=math.nan)
+            reporter.held_out({"0.0-1.0": 1.0}, 4)
+            reporter.image("preview", lambda: square("red"))
+    identity = (run.path / "wandb-id").read_text(encoding="utf-8")
+    kept = [path for path in (run.path / "wandb").iterdir() if path.name.startswith("offline-run")]
+    assert kept and all(path.name.endswith(identity) for path in kept)
+    first = min(kept)
+    assert len(list(first.glob("files/media/images/preview_1_*.png"))) == 1
+    names = (b"train/loss", b"validation/held_out_by_band/0.0-1.0", b"media/images/preview")
+    deadline = time.monotonic() + 120
+    while not all(name in (first / f"run-{identity}.wandb").read_bytes() for name in names):
+        assert time.monotonic() < deadline, "wandb's own process writes the file"
+        time.sleep(0.1)
+    assert "cannot be written to" not in run.log.read_text(encoding="utf-8")
+
+
+class Broken:
+    """A board whose disk is full from the first image on."""
+
+    def __init__(self) -> None:
+        self.numbers_seen = 0
+
+    def numbers(self, *_arguments: object) -> None:
+        self.numbers_seen += 1
+
+    def image(self, *_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def close(self) -> None:
+        pytest.fail("it was closed already")
+
+
+def test_a_board_that_fails_is_left_out_and_the_image_is_kept(run, capsys):
+    board = Broken()
+    with Reporter(run, TEN, boards=[board]) as reporter:
+        reporter.step(1, 0.5, 4)
+        assert reporter.image("preview", lambda: square("red")) is not None
+        reporter.step(2, 0.5, 4)
+        assert reporter.failed_images == 0
+    assert board.numbers_seen == 1
+    assert "Broken cannot be written to ([Errno 28] No space left on device); the run continues without it." in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a file that is always full")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from distilled_t5.runtime.disk import UNFINISHED
 from distilled_t5.runtime.randomness import random_states, restore_random_states
 from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.tiny_students import tiny_tensors
-from distilled_t5.train.state import CheckpointNotSaved, Checkpoints, NoCheckpoint, TrainerState, read_checkpoint
+from distilled_t5.train.state import CheckpointNotSaved, Checkpoints, NoCheckpoint, TrainerState, read_checkpoint, write_checkpoint
 from torch import Tensor
 from torch.nn import Dropout, Linear, Module, Sequential
 from torch.optim import AdamW, Optimizer
@@ -52,6 +53,15 @@ def some_state(step: int, best: float | None = None) -> TrainerState:
         best=best,
         position={"latent": torch.full((2,), float(step))},
     )
+
+
+def test_a_checkpoint_of_an_older_version_with_values_that_nothing_reads_now_is_loaded(tmp_path):
+    older = SimpleNamespace(**vars(some_state(4)), stage=1, prompt_index=28)
+    write_checkpoint(tmp_path, older, write_plain)
+    assert '"prompt_index": 28' in (tmp_path / "state.json").read_text(encoding="utf-8")
+    expected = some_state(4)
+    loaded = read_checkpoint(tmp_path)
+    assert same(vars(loaded) | {"rng": 0}, vars(expected) | {"rng": 0})
 
 
 def checkpoints(folder: Path, keep_last: int = 3) -> Checkpoints:
