@@ -198,6 +198,7 @@ def _frozen(schema: Any) -> dict[str, Any]:
     """All that is set in a schema but texts, files and the accelerators of this machine."""
     inputs = [_set(each) | {"type": each.io_type} for each in schema.inputs]
     for each in inputs:
+        each.pop("display_name", None)
         if each["id"] in FILE_LISTS:
             del each["options"]
         if each["id"] == "prompts":
