@@ -28,7 +28,7 @@ import nodes
 FLUX, TEACHER, VAE = "miniature_flux.safetensors", "miniature_teacher.safetensors", "miniature_vae.safetensors"
 STEPS = 4
 PROMPTS = "\n".join(f"a {colour} {thing}" for colour in ("red", "green", "blue", "pink") for thing in ("heart", "ring", "tree", "cross"))
-INPUTS = {"preset": "miniature-fortieth", "steps": STEPS, "prompts": PROMPTS, "seed": 7, "preview_vae": "none"}
+INPUTS: dict[str, Any] = {"preset": "miniature-fortieth", "steps": STEPS, "prompts": PROMPTS, "seed": 7, "preview_vae": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,9 @@ def loaded() -> tuple[Any, Any]:
 
 def distil(model: Any, teacher: Any, name: str, **changed: Any) -> tuple[Any, str]:
     """Execute the node as ComfyUI does; its CLIP and its report."""
+    inputs: dict[str, Any] = {**INPUTS, "name": name, **changed}
     with torch.inference_mode():
-        return DistilledT5Distil.execute(model, teacher, **INPUTS | {"name": name} | changed).args
+        return DistilledT5Distil.execute(model, teacher, **inputs).args
 
 
 def run_folder(name: str) -> Path:
