@@ -13,7 +13,9 @@ import torch
 from comfy.cli_args import PerformanceFeature, args
 from distilled_t5.devtools.comfyui.server import ComfyServer
 from distilled_t5.devtools.comfyui.workflow import set_inputs, to_api_prompt
+from distilled_t5.diffusion.frozen import FrozenModel
 from distilled_t5.encoder.files import open_student
+from distilled_t5.families import FAMILIES
 from distilled_t5.nodes.distil import DistilledT5Distil
 from distilled_t5.nodes.loader import DistilledT5Loader
 from distilled_t5.runtime.model_folders import add_model_folders
@@ -225,3 +227,10 @@ def test_the_template_trains_a_student_and_draws_with_it(server: ComfyServer):
     images = {prompt[node]["class_type"]: images for node, images in server.images_by_node(entry).items()}
     assert [image.size for image in images["PreviewImage"]] == [((96 + 4 + 96) * 8, 96 * 8)]
     assert len(images["DistilledT5Distil"]) == 1
+
+
+def test_weights_are_not_copied_asynchronously_while_gradients_are_computed(loaded, monkeypatch):
+    monkeypatch.setattr(comfy.model_management, "NUM_STREAMS", 2)
+    with FrozenModel(loaded[0], FAMILIES["flux"]).differentiable(checkpoint_blocks=False):
+        assert comfy.model_management.get_offload_stream(torch.device("cuda")) is None
+    assert comfy.model_management.NUM_STREAMS == 2
