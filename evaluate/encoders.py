@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,16 @@ NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]+")
 
 @dataclass(frozen=True)
 class EncoderFile:
-    """An encoder of the table: its name there, its file, the CLIP-L beside it (None: pooled vectors are zeros)."""
+    """An encoder of the table: its name there, its file, the companions beside it (without, pooled vectors are zeros)."""
 
     name: str
     path: Path
-    clip_l: Path | None
+    companions: Mapping[str, Path] = field(default_factory=dict)
 
     def made_of(self) -> dict[str, str]:
         """What distinguishes it from every other encoder."""
-        return {"encoder": fingerprint(self.path), "clip_l": NO_FILE if self.clip_l is None else fingerprint(self.clip_l)}
+        beside = {"clip_l": NO_FILE} | {name: fingerprint(path) for name, path in self.companions.items()}
+        return {"encoder": fingerprint(self.path), **beside}
 
 
 def find_encoders(suite: Suite, students: Sequence[str]) -> list[EncoderFile]:
@@ -43,9 +44,9 @@ def find_encoders(suite: Suite, students: Sequence[str]) -> list[EncoderFile]:
 
     Raises ValueError for a file that is not there.
     """
-    clip_l = None if suite.teacher.clip_l == NO_FILE else model_file(suite.teacher.clip_l, "text_encoders")
+    companions = {name: model_file(file, "text_encoders") for name, file in suite.teacher.companions.items()}
     paths = dict.fromkeys(model_file(name, "text_encoders") for name in (suite.teacher.t5, *suite.students, *students))
-    return [EncoderFile(name, path, _clip_l_of(path, clip_l)) for name, path in zip(_names(paths), paths, strict=True)]
+    return [EncoderFile(name, path, _companions_of(path, companions)) for name, path in zip(_names(paths), paths, strict=True)]
 
 
 def _names(paths: Iterable[Path]) -> list[str]:
@@ -61,12 +62,13 @@ def _names(paths: Iterable[Path]) -> list[str]:
     return names
 
 
-def _clip_l_of(path: Path, clip_l: Path | None) -> Path | None:
-    """The CLIP-L beside an encoder: none if it was trained with zeros for the pooled vector."""
+def _companions_of(path: Path, given: Mapping[str, Path]) -> Mapping[str, Path]:
+    """The companions beside an encoder: those of a student's training."""
     try:
-        return None if open_student(path).metadata.pooled == "zero" else clip_l
+        trained_with = open_student(path).metadata.pooled.split("+")
     except StudentFileError:  # a T5-XXL, or a file that `check_encoders` refuses
-        return clip_l
+        return given
+    return {name: file for name, file in given.items() if name in trained_with}
 
 
 def check_encoders(encoders: Sequence[EncoderFile], width: int, model: str, family: Family) -> None:
@@ -115,7 +117,7 @@ class LoadedEncoder:
     @classmethod
     def load(cls, file: EncoderFile, family: Family) -> LoadedEncoder:
         """The encoder of a file. Raises ValueError for one that is neither a T5-XXL nor a distilled T5, or incomplete."""
-        return cls(file, load_teacher(file.path, file.clip_l, family))
+        return cls(file, load_teacher(file.path, file.companions, family))
 
     @torch.no_grad()
     def text(self, prompt: str) -> Text:

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from ..config.files import load_config
 from ..config.parts import FROM_LIST, NOT_EMPTY, Config, Count, FilePath, FileStem, Part, Text
 from ..families import DEFAULT, FAMILIES
+from ..runtime.comfyui import NO_FILE
 from .metrics import METRICS, CompbenchPart, Metric, OcrPart, WeightsPart
 from .questions import Prompts
 
@@ -35,6 +36,12 @@ class EncoderPart(Part):
 
     t5: FilePath = Field(description="T5-XXL (bf16, fp16, fp8) or a distilled T5: a file in models/text_encoders, or a path")
     clip_l: FilePath = Field(description='CLIP-L for the pooled vector: a file in models/text_encoders, a path, or "none" for zeros')
+    clip_g: FilePath = Field(default=NO_FILE, description='CLIP-G, where the family has one: a file, as clip_l, or "none"')
+
+    @property
+    def companions(self) -> dict[str, str]:
+        """The files of the companions that are given, by attribute of ComfyUI's text model."""
+        return {name: file for name, file in (("clip_l", self.clip_l), ("clip_g", self.clip_g)) if file != NO_FILE}
 
 
 class DiffusionModelPart(Part):

@@ -19,6 +19,7 @@ from .contact_sheet import contact_sheet, image_difference
 from .models import preview_vae, served_length
 from .recipe import Recipe
 from .report import Reporter
+from .teacher_chunks import texts_of
 from .trajectory import draw
 from .validation import without_dropout
 from .workshop import Workshop
@@ -78,7 +79,7 @@ class Previewer:
         """The teacher's latents [1, C, ...] of all prompts, then the student's, on the CPU."""
         workshop, batches = self.workshop, preview_batches(self.workshop.recipe)
         if self._texts is None:
-            self._texts = workshop.teacher.texts((batch.prompts, batch.drawn.token_length) for batch in batches)
+            self._texts = texts_of(workshop.teacher, batches)
         starts = workshop.starts(batches, self._texts)
         with without_dropout(workshop.student):
             students = [workshop.embed(start.token_ids_BL).float() for start in starts]

@@ -172,14 +172,14 @@ def t5_alone_file(t5_alone: Family, tmp_path: Path) -> Path:
 
 
 def test_a_family_without_companions_teaches(t5_alone: Family, t5_alone_file: Path):
-    teacher = load_teacher(t5_alone_file, None, t5_alone)
+    teacher = load_teacher(t5_alone_file, {}, t5_alone)
     text = teacher.encode([PROMPT, "a cat"], 16)
     assert text.token_ids_BL.shape == (2, 16) and text.text_BLD.shape == (2, 16, t5_alone.text_width)
     assert text.pooled_BP.shape == (2, 0)
 
 
 def test_a_family_without_companions_is_evaluated(t5_alone: Family, t5_alone_file: Path):
-    encoder = LoadedEncoder.load(EncoderFile("student", t5_alone_file, None), t5_alone)
+    encoder = LoadedEncoder.load(EncoderFile("student", t5_alone_file), t5_alone)
     text = encoder.text(PROMPT)
     assert text.text_1LD.shape[-1] == t5_alone.text_width and text.pooled_1P.shape == (1, 0)
     assert encoder_name(encoder.clip) == layout_for(t5_alone).size_name
