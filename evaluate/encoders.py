@@ -100,34 +100,49 @@ def _problem(path: Path, width: int, model: str, family: Family) -> str | None:
 
 @dataclass(frozen=True)
 class Text:
-    """An encoded prompt, on the CPU: embeddings [1, L, D], pooled vector [1, P], and how many of L are the prompt's own tokens."""
+    """An encoded prompt, on the CPU: embeddings [1, L, D], pooled vector [1, P], and how many of L are the prompt's own tokens.
+
+    before: how many rows of companions stand before them. negative: the encoded negative prompt, with classifier-free guidance.
+    """
 
     text_1LD: Tensor
     pooled_1P: Tensor
     own_tokens: int
+    before: int = 0
+    negative: Text | None = None
+
+    @property
+    def own_1LD(self) -> Tensor:
+        """The rows of the prompt's own tokens."""
+        return self.text_1LD[:, self.before : self.before + self.own_tokens]
 
 
 class LoadedEncoder:
     """An encoder in ComfyUI, as its loader node gives it (DualCLIPLoader, Distilled T5 Loader)."""
 
-    def __init__(self, file: EncoderFile, teacher: Teacher) -> None:
+    def __init__(self, file: EncoderFile, teacher: Teacher, negative: str | None = None) -> None:
         self.file = file
         self.clip: Any = teacher.clip
+        self._negative: Text | None = None
+        if negative is not None:
+            self._negative = self.text(negative)
 
     @classmethod
-    def load(cls, file: EncoderFile, family: Family) -> LoadedEncoder:
-        """The encoder of a file. Raises ValueError for one that is neither a T5-XXL nor a distilled T5, or incomplete."""
-        return cls(file, load_teacher(file.path, file.companions, family))
+    def load(cls, file: EncoderFile, family: Family, negative: str | None = None) -> LoadedEncoder:
+        """The encoder of a file, with a negative prompt for all others, if there is one.
+
+        Raises ValueError for a file that is neither the large encoder nor a student, or incomplete.
+        """
+        return cls(file, load_teacher(file.path, file.companions, family), negative)
 
     @torch.no_grad()
     def text(self, prompt: str) -> Text:
         """A single prompt as CLIP Text Encode encodes it, taken literally, without weights."""
         tokens = self.clip.tokenize(literal(prompt))
         [(text_1LD, extras)] = self.clip.encode_from_tokens_scheduled(tokens)
-        pooled_1P = extras.get("pooled_output")
-        return Text(
-            text_1LD.float().cpu(), torch.zeros(1, 0) if pooled_1P is None else pooled_1P.float().cpu(), sum(own_tokens(self.clip, tokens))
-        )
+        own, pooled_1P = own_tokens(self.clip, tokens), extras.get("pooled_output")
+        pooled_1P = torch.zeros(1, 0) if pooled_1P is None else pooled_1P.float().cpu()
+        return Text(text_1LD.float().cpu(), pooled_1P, sum(own), text_1LD.shape[1] - len(own), self._negative)
 
 
 def together(texts: Sequence[Text]) -> tuple[Tensor, Tensor]:

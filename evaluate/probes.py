@@ -33,7 +33,7 @@ def pooled_vectors(encoder: LoadedEncoder, questions: Sequence[Question], proces
 
     def vector(question: Question) -> np.ndarray:
         text = encoder.text(question.prompt)
-        return pooled(text.text_1LD[:, : text.own_tokens].numpy())[0]
+        return pooled(text.own_1LD.numpy())[0]
 
     return np.stack(processes.map(vector, questions, f"{encoder.file.name}: embeddings", "prompt"))
 
@@ -89,6 +89,8 @@ def _gap_of_batch(generator: ImageGenerator, pair: Pair, bands: int) -> dict[str
         extras=generator.extras(pooled_BP),
         guidance_B=None,
         token_ids_BL=torch.zeros(len(questions), 0, dtype=torch.long),
+        cfg_B=torch.full((len(questions),), generator.sampling.cfg),
+        unconditional=generator.negative(teacher),
     )
     student_BLD = together(student)[0].to(model.device)
     return velocity_gaps(start, model, lambda _ids: student_BLD, bands)
@@ -112,7 +114,7 @@ def _distance_of_batch(generator: ImageGenerator, pair: Pair) -> list[list[float
 def _trajectory(generator: ImageGenerator, texts: Sequence[Text], seeds: Sequence[int]) -> list[Tensor]:
     """The latents [B, C, H, W] after each of T steps, float32 on the CPU."""
     starts: list[Tensor] = []
-    last = generator.latents(*together(texts), seeds, lambda _step, x: starts.append(x.float().cpu().clone()))
+    last = generator.latents(texts, seeds, lambda _step, x: starts.append(x.float().cpu().clone()))
     return [*starts[1:], generator.model.model.process_latent_in(last).float().cpu()]
 
 

@@ -56,16 +56,24 @@ class DiffusionModelPart(Part):
 
 
 class SamplingPart(Part):
-    """How images are sampled: euler, scheduler simple, CFG 1, as in the example workflows."""
+    """How images are sampled: euler, scheduler simple, as in the example workflows."""
 
     resolution_px: int = Field(ge=16, multiple_of=16, description="side of the square images in pixels, a multiple of 16")
     steps: Count = Field(description="denoising steps")
     guidance: float | None = Field(default=None, ge=0, description="Flux's guidance; left out for models without guidance (schnell)")
     batch: Count = Field(description="images in one forward pass of the diffusion model on one GPU: decides the memory needed")
+    cfg: float = Field(default=1.0, ge=1, description="weight of classifier-free guidance; 1: none")
+    negative: str = Field(default="", description="negative prompt, used with a cfg beyond 1")
+
+    @property
+    def negative_prompt(self) -> str | None:
+        """The negative prompt; None without classifier-free guidance."""
+        return self.negative if self.cfg > 1 else None
 
     def __str__(self) -> str:
         guided = "without guidance" if self.guidance is None else f"guidance {self.guidance:g}"
-        return f"euler simple, {self.steps} steps, {guided}, {self.resolution_px} px"
+        cfg = "" if self.cfg == 1 else f"CFG {self.cfg:g} with negative prompt {self.negative!r}, "
+        return f"euler simple, {self.steps} steps, {guided}, {cfg}{self.resolution_px} px"
 
 
 class Task(Part):

@@ -75,10 +75,10 @@ class DistilledT5Loader(io.ComfyNode):
         clip_name1: str,
         clip_name2: str,
         type: str,
-        clip_name3: str = NO_FILE,
         device: str = "default",
         dtype: str = "auto",
         token_length: int = 0,
+        clip_name3: str = NO_FILE,
     ) -> io.NodeOutput:
         given = {"clip_l": clip_name1, "clip_g": clip_name3}
         paths = {name: None if file == NO_FILE else path_of(file) for name, file in given.items()}
@@ -119,15 +119,8 @@ def torch_device(name: str) -> torch.device | None:
 
 
 def _advanced_inputs() -> list[io.Input]:
-    """What DualCLIPLoader does not have, or hides as well."""
+    """What DualCLIPLoader does not have, or hides as well. New ones come last: saved workflows hold values by position."""
     return [
-        io.Combo.Input(
-            "clip_name3",
-            options=[NO_FILE, *text_encoder_names()],
-            default=NO_FILE,
-            optional=True,
-            tooltip="The CLIP-G file (clip_g.safetensors), for diffusion models with one (SD3). 'none': its pooled vector is zeros.",
-        ),
         io.Combo.Input(
             "device",
             options=["default", "cpu", *accelerators()],
@@ -152,5 +145,13 @@ def _advanced_inputs() -> list[io.Input]:
             advanced=True,
             optional=True,
             tooltip="Tokens to which prompts are padded. 0: as trained (best). Padding affects the image: other lengths change it.",
+        ),
+        io.Combo.Input(
+            "clip_name3",
+            options=[NO_FILE, *text_encoder_names()],
+            default=NO_FILE,
+            advanced=True,
+            optional=True,
+            tooltip="The CLIP-G file (clip_g.safetensors), for diffusion models with one (SD3). 'none': its pooled vector is zeros.",
         ),
     ]

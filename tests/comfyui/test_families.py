@@ -28,7 +28,7 @@ from distilled_t5.tests.support.small_models import SmallModel
 from distilled_t5.train.recipe import load_recipe
 from torch import Tensor
 
-STEPS, BATCH, TOKENS = 4, 2, 12
+STEPS, BATCH, TOKENS, SIGMA = 4, 2, 12, 0.7
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 WITH_T5 = {name: family for name, family in FAMILIES.items() if "t5" in family.students}
 with_t5 = pytest.mark.parametrize("family", WITH_T5.values(), ids=WITH_T5)
@@ -58,7 +58,7 @@ def conditioning(family: Family, model: FrozenModel) -> tuple[Tensor, Tensor, di
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(BATCH, *family.latent_shape(side_px(family)), generator=generator)
     text_BLD = torch.randn(BATCH, TOKENS, model.text_width, generator=generator)
-    extras = {"pooled_output": torch.randn(BATCH, family.pooled_width, generator=generator)} if family.companions else {}
+    extras = {"pooled_output": torch.randn(BATCH, family.pooled_width, generator=generator) if family.companions else None}
     return noise, text_BLD, extras
 
 
@@ -77,7 +77,9 @@ def test_comfyui_knows_the_clip_type_and_every_kind_of_student(family: Family):
 @with_t5
 def test_a_served_student_is_comfyuis_own_text_model_with_the_trained_embeddings(family: Family, tmp_path: Path):
     layout = layout_for(family)
-    clip = serve(student_file(tmp_path, layout, family=family.name, token_length=family.token_length), family=family.name).clip
+    clip = serve(
+        student_file(tmp_path, layout, family=family.name, token_length=family.token_length, pooled="zero"), family=family.name
+    ).clip
     tokenizer, factory = family.text_classes()
     stock: Any = factory
     assert type(clip.tokenizer) is tokenizer
@@ -127,7 +129,7 @@ def test_the_denoising_loop_equals_comfyuis_sampler_bit_for_bit(family: Family):
 def test_the_gradient_with_respect_to_the_text_equals_the_numeric_one(family: Family, checkpoint_blocks: bool):
     model = frozen(family)
     noise, text_BLD, extras = conditioning(family, model)
-    sigma_B = torch.full((BATCH,), 0.7)
+    sigma_B = torch.full((BATCH,), SIGMA)
     leaf = text_BLD.clone().requires_grad_(True)
     with model.differentiable(checkpoint_blocks):
         model.velocity(noise, sigma_B, leaf, extras).square().sum().backward()
@@ -168,7 +170,7 @@ def t5_alone(monkeypatch: pytest.MonkeyPatch) -> Family:
 
 @pytest.fixture
 def t5_alone_file(t5_alone: Family, tmp_path: Path) -> Path:
-    return student_file(tmp_path, layout_for(t5_alone), family=t5_alone.name, token_length=16)
+    return student_file(tmp_path, layout_for(t5_alone), family=t5_alone.name, token_length=16, pooled="zero")
 
 
 def test_a_family_without_companions_teaches(t5_alone: Family, t5_alone_file: Path):
