@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .family import Family
 from .flux import FLUX
+from .sd3 import SD3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3)}
 # The family of encoder files without metadata (the authors'), and of nodes whose type is not set.
 DEFAULT = FLUX
