@@ -148,9 +148,9 @@ def preview_vae(recipe: Recipe) -> Path | None:
 
 
 def served_length(recipe: Recipe) -> int:
-    """The padded length at which the student is served: ComfyUI's own if it was trained at it, else its longest."""
+    """The padded length at which the student is served: ComfyUI's own if it was trained at it or without padding, else its longest."""
     lengths, usual = recipe.sampling.token_lengths, recipe.family.token_length
-    return usual if usual in lengths else max(lengths)
+    return usual if usual in lengths or not recipe.family.padded else max(lengths)
 
 
 def metadata_of(recipe: Recipe, steps: int) -> StudentMetadata:

@@ -37,6 +37,8 @@ SOURCES = {
     "flux1-dev.safetensors": f"{HUGGING_FACE}black-forest-labs/FLUX.1-dev (accept its licence there first)",
     "flux1-schnell.safetensors": SCHNELL,
     "ae.safetensors": SCHNELL,
+    "sd3.5_medium.safetensors": f"{HUGGING_FACE}stabilityai/stable-diffusion-3.5-medium (accept its licence there first)",
+    "clip_g.safetensors": f"{HUGGING_FACE}Comfy-Org/stable-diffusion-3.5-fp8, folder text_encoders",
     **dict.fromkeys(["clip_l.safetensors", "t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"], TEXT_ENCODERS),
     "distilled_t5_base.safetensors": f"model.safetensors of {HUGGING_FACE}LifuWang/DistillT5, saved under this name",
     **{f"flan-t5-{size}": FLAN_T5.format(f"{HUGGING_FACE}google/flan-t5-{size}") for size in ("small", "base", "large", "xl")},

@@ -98,6 +98,10 @@ class Position:
         places = torch.tensor([place for group in groups for place in group], device=self.x.device)
         return torch.cat(found)[places.argsort()]
 
+    def whole(self, text_BLD: Tensor) -> Tensor:
+        """The text [1, K + L, D] of a single sample, with the rows that the student does not make."""
+        return text_BLD if self.rows is None else self.rows.text(text_BLD, [0])
+
     @property
     def _sigma_B(self) -> Tensor:
         return self.sigmas_T[self.step].to(self.x).expand(len(self.x))

@@ -116,6 +116,20 @@ def _other_config(family: Family) -> dict[str, Any]:
     return {"image_model": "ltxv", "caption_channels": 64, "in_channels": 128, **blocks}
 
 
+@pytest.fixture(scope="module")
+def every_model() -> dict[str, Any]:
+    """A small model of each family."""
+    return {name: small(family).patcher().model for name, family in FAMILIES.items()}
+
+
+@every_family
+def test_a_model_of_another_registered_family_is_refused_by_its_name(family: Family, every_model: dict[str, Any]):
+    for name, model in every_model.items():
+        reason = family.refuse(model)
+        assert (reason is None) == (name == family.name), (name, reason)
+        assert reason is None or family.display_name.partition(".")[0] in reason
+
+
 @every_family
 def test_the_denoising_loop_equals_comfyuis_sampler_bit_for_bit(family: Family):
     model = frozen(family)

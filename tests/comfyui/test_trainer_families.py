@@ -15,6 +15,7 @@ from distilled_t5.train.batches import Place
 from distilled_t5.train.distill import train_step
 from distilled_t5.train.models import metadata_of
 from distilled_t5.train.objectives import OBJECTIVES
+from distilled_t5.train.optimizer import restart
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.workshop import Workshop, open_workshop
 
@@ -34,7 +35,7 @@ def recipe_of(family: Family) -> Recipe:
         "teacher.chunk_prompts=4",
         "validation.prompts=2",
         "optimizer.warmup_steps=0",
-        "optimizer.learning_rate=3e-3",
+        "optimizer.learning_rate=2e-4",
         *(f"stage.{stage}.resolution_px={side}" for stage in (0, 1)),
     ]
     return load_recipe("smoke", settings)
@@ -50,6 +51,7 @@ def test_both_objectives_lower_their_loss_and_the_served_student_gives_the_train
     with model.differentiable(True):
         for name in ("embedding", "velocity"):
             positions, losses = workshop.starts_at(FIRST), []
+            restart(workshop.learner.optimizer)
             for _ in range(STEPS):
                 report, moved = train_step(positions, model, workshop.learner, OBJECTIVES[name])
                 losses.append(report.loss)
