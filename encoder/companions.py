@@ -17,7 +17,7 @@ from .needed_tensors import CLIPS, check_companion, naming_of
 def in_order(companions: Mapping[str, str | None], student: str) -> tuple[dict[str, str], str]:
     """The paths of companions by what they are, and the student's path, of paths given in any order, as ComfyUI's own loaders take them.
 
-    A file that is no companion stays under the name that it was given, where None means no file.
+    A file that is not a companion stays under the name that it was given. None means that there is no file.
     """
     given = {name: path for name, path in companions.items() if path is not None}
     if _companion_in(student) is not None:

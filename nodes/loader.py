@@ -30,7 +30,8 @@ class DistilledT5Loader(io.ComfyNode):
             display_name="Distilled T5 Loader",
             category="Distilled T5",
             description=(
-                "Loads a distilled T5 (T5-Base: 0.26 GB) in the place of T5-XXL (9.5 GB) for Flux. Use it in place of DualCLIPLoader: "
+                "Loads a distilled T5 (T5-Base: 0.26 GB) in the place of T5-XXL (9.5 GB) for Flux, Stable Diffusion 3, PixArt and Chroma. "
+                "Use it in place of DualCLIPLoader: "
                 "the CLIP it gives works with every text encode, LoRA, ControlNet and guidance node."
             ),
             search_aliases=[
@@ -62,7 +63,7 @@ class DistilledT5Loader(io.ComfyNode):
                 *_advanced_inputs(),
             ],
             outputs=[
-                io.Clip.Output(display_name="CLIP", tooltip="An ordinary Flux CLIP: CLIP-L (or zeros) and the distilled T5."),
+                io.Clip.Output(display_name="CLIP", tooltip="An ordinary CLIP of this type: CLIP-L and CLIP-G as it has them (or zeros), and the distilled T5."),
                 io.String.Output(
                     display_name="info", tooltip="What was loaded: size, parameters, memory, number format, device, token length."
                 ),

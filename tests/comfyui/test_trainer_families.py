@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import comfy.sample
 import pytest
 import torch
 from distilled_t5.encoder.files import write_student
@@ -16,7 +17,9 @@ from distilled_t5.train.distill import train_step
 from distilled_t5.train.models import metadata_of
 from distilled_t5.train.objectives import OBJECTIVES
 from distilled_t5.train.optimizer import restart
+from distilled_t5.train.preview import Previewer, preview_batches
 from distilled_t5.train.recipe import Recipe, load_recipe
+from distilled_t5.train.validation import HeldOut
 from distilled_t5.train.workshop import Workshop, open_workshop
 
 NEW = {name: family for name, family in FAMILIES.items() if name != "flux"}
@@ -83,6 +86,24 @@ def test_a_run_that_is_opened_again_starts_its_trajectories_with_the_same_bits(w
         assert (one.rows is None) == (other.rows is None)
         if one.rows is not None and other.rows is not None:
             assert one.rows.own == other.rows.own
+
+
+def test_the_held_out_loss_is_finite_and_the_teachers_preview_is_the_stock_samplers_image(workshop: Workshop):
+    recipe, model = workshop.recipe, workshop.model
+    gaps, count = HeldOut(workshop).loss()
+    assert count == recipe.validation.prompts and all(0 < gap < float("inf") for gap in gaps.values())
+
+    teacher, student = Previewer(workshop)._latents()
+    clip, [batch] = workshop.teacher.clip, preview_batches(recipe)
+    positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for prompt in (batch.prompts[0], ""))
+    noise, steps = batch.drawn.noise, recipe.sampling.steps
+    assert batch.drawn.cfg_B is not None
+    cfg = float(batch.drawn.cfg_B)
+    expected = comfy.sample.sample(
+        model.patcher, noise, steps, cfg, "euler", "simple", positive, negative, torch.zeros_like(noise), disable_pbar=True, seed=0
+    )
+    torch.testing.assert_close(teacher, expected.cpu(), rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert student.isfinite().all() and not torch.equal(student, teacher)
 
 
 def test_prompts_are_encoded_alike_in_any_batch(workshop: Workshop):
