@@ -71,7 +71,7 @@ class Encoder:
         if not self.stock:
             from distilled_t5.encoder.served import ServingOptions, load_encoder
 
-            return load_encoder(str(path), str(clip_l), ServingOptions()).clip
+            return load_encoder(str(path), {"clip_l": str(clip_l)}, ServingOptions()).clip
         import comfy.sd
 
         options: dict[str, Any] = {"t5xxl_model_config": {"num_layers": self.layers}} if self.layers else {}

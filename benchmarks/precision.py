@@ -60,7 +60,7 @@ def serve(path: Path, dtype: torch.dtype) -> Any:
     """The encoder as the loader node makes it, without CLIP-L."""
     from distilled_t5.encoder.served import ServingOptions, load_encoder
 
-    return load_encoder(str(path), None, ServingOptions(dtype=dtype)).clip
+    return load_encoder(str(path), {}, ServingOptions(dtype=dtype)).clip
 
 
 def embed_as_trained(layout: StudentLayout, tensors: dict[str, Tensor], clip: Any, prompts: tuple[str, ...]) -> Tensor:

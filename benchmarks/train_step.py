@@ -125,7 +125,7 @@ class Models:
         """Token ids [B, L], embeddings [B, L, D] and pooled vectors [B, P] by loaded encoders, on the device of the diffusion model."""
         prompts, teacher, device = self.world.prompts(batch), self.teacher, self.flow.device
         clip_l = teacher.clip.cond_stage_model.clip_l
-        token_ids_BL = teacher.token_ids(prompts, self.world.text_tokens)
+        token_ids_BL = torch.tensor(teacher.token_ids(prompts, self.world.text_tokens))
         text_BLD = teacher.text_model.encode(token_ids_BL.tolist())[0].float().to(device)
         chunks = [teacher.clip.tokenizer.clip_l.tokenize_with_weights(prompt) for prompt in prompts]
         pooled_BP = torch.cat([clip_l.encode_token_weights(chunk)[1].float() for chunk in chunks]).to(device)

@@ -6,12 +6,14 @@ ComfyUI's Model Library shows. A file without `distilled_t5.format_version` is r
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 
 from ..families import DEFAULT, FAMILIES
+from ..families.family import Family
 from ..runtime.errors import StudentFileError, printable
 from ..students.kind import Layout
 
@@ -28,7 +30,7 @@ HEADER_HASH_KEY = KEY + "header_sha256"
 NO_HASH = "0x" + "0" * 64
 
 PROJECTIONS = ("mlp", "none")
-POOLED = ("clip_l", "zero")
+ZERO = "zero"
 MOST_WIDTH = 1 << 20
 
 
@@ -36,7 +38,8 @@ MOST_WIDTH = 1 << 20
 class StudentMetadata:
     """The checked metadata of one file.
 
-    token_length: tokens to which prompts were padded in training. pooled: the source of the pooled vector in training.
+    token_length: tokens to which prompts were padded in training. pooled: the companions that gave the pooled vector in training, joined by
+    +, or zero.
     text_width: set when it is not the family's (a miniature). described: whether the file has metadata of ours. facts: every other string
     of the header, kept when the encoder is saved again. sha256, header_sha256: the expected hashes of data and header, where known.
     """
@@ -91,12 +94,19 @@ def read_metadata(header: Mapping[str, str], where: str) -> StudentMetadata:
         common,
         family=family.name,
         token_length=_integer(header, KEY + "token_length", family.token_length, MAX_TOKENS, where),
-        pooled=_choice(header, KEY + "pooled", POOLED, where),
+        pooled=_choice(header, KEY + "pooled", _pooled(family), where),
         projection=_choice(header, KEY + "projection", PROJECTIONS, where),
         text_width=width if KEY + "text_width" in header else None,
         header_sha256=_digest(header, HEADER_HASH_KEY, where),
         described=True,
     )
+
+
+def _pooled(family: Family) -> tuple[str, ...]:
+    """What can be the pooled vector of a family, all of its companions first."""
+    names = list(family.companions)
+    subsets = [part for count in range(len(names), 0, -1) for part in itertools.combinations(names, count)]
+    return (*map("+".join, subsets), ZERO)
 
 
 def check_against_layout(metadata: StudentMetadata, layout: Layout, where: str) -> None:
@@ -132,7 +142,8 @@ def described(metadata: StudentMetadata, layout: Layout, dtype: str) -> dict[str
     }
     if layout.output_width != family.text_width:
         ours[KEY + "text_width"] = str(layout.output_width)
-    large = family.teacher_layout.size_name
+    large, files = family.teacher_layout.size_name, " and ".join(f"{name}.safetensors" for name in family.companions)
+    beside = f", beside {files}" if files else ""
     title = metadata.title or f"Distilled {layout.size_name} for {family.display_name}"
     spec = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -141,9 +152,7 @@ def described(metadata: StudentMetadata, layout: Layout, dtype: str) -> dict[str
         "modelspec.title": title,
         "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.description": f"{layout.size_name} in the place of {large}: {layout.parameters / 1e6:.0f} M parameters, {dtype}.",
-        "modelspec.usage_hint": "ComfyUI: Distilled T5 Loader"
-        + "".join(f", beside {name}.safetensors" for name in family.companions)
-        + ".",
+        "modelspec.usage_hint": f"ComfyUI: Distilled T5 Loader{beside}.",
         "modelspec.tags": f"text encoder, {layout.kind}, distilled, {family.name}",
         HASH_KEY: NO_HASH,
     }

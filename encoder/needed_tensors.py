@@ -11,106 +11,131 @@ from ..runtime.errors import StudentFileError, listed
 from ..students.foreign import refuse_quantised
 from ..students.kind import Shape
 
-# Sizes of the text half of OpenAI's CLIP ViT-L/14, as in ComfyUI's configuration of CLIP-L.
-WIDTH, LAYERS, FEED_FORWARD = 768, 12, 3072
 TOKENS = 49408
 
 
-def _linear(name: str, rows: int, columns: int) -> dict[str, Shape]:
-    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+@dataclass(frozen=True)
+class Clip:
+    """The text half of a published CLIP: what people call it, the input of Distilled T5 Loader, and its sizes as ComfyUI has them."""
+
+    display_name: str
+    widget: str
+    width: int
+    layers: int
+    feed_forward: int
 
 
-def _norm(name: str) -> dict[str, Shape]:
-    return {f"{name}.weight": (WIDTH,), f"{name}.bias": (WIDTH,)}
+# The companions of large encoders, by attribute of ComfyUI's text model.
+CLIPS = {"clip_l": Clip("CLIP-L", "clip_name1", 768, 12, 3072), "clip_g": Clip("CLIP-G", "clip_name3", 1280, 32, 5120)}
 
 
 @dataclass(frozen=True)
 class Naming:
-    """How a kind of CLIP-L file names its tensors.
+    """How a kind of file names the tensors of a CLIP.
 
     layer: the prefix of a layer's number. parts: the tensors of each layer. others: those that occur once. positions: the table whose
-    number of rows varies: 77 in CLIP-L, 248 in long CLIP. widest: the part of a layer whose shape identifies CLIP-L.
+    number of rows varies: 77 in CLIP-L, 248 in long CLIP. widest: the part of a layer whose shape identifies the CLIP. converted: whether
+    ComfyUI converts the names.
     """
 
+    clip: Clip
     layer: str
     parts: Mapping[str, Shape]
     others: Mapping[str, Shape]
     positions: str
     widest: str
+    converted: bool
 
     def fits(self, shapes: Mapping[str, Shape]) -> bool:
-        """Whether the first layer is CLIP-L's and there are not more layers than it has."""
-        first, beyond = (f"{self.layer}{number}.{self.widest}" for number in (0, LAYERS))
-        return shapes.get(first) == (FEED_FORWARD, WIDTH) and beyond not in shapes
+        """Whether the first layer is this CLIP's and there are not more layers than it has."""
+        first, beyond = (f"{self.layer}{number}.{self.widest}" for number in (0, self.clip.layers))
+        return shapes.get(first) == (self.clip.feed_forward, self.clip.width) and beyond not in shapes
 
     def needed(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         """Every tensor that ComfyUI needs, the positions with as many rows as the file's; the projection if the file has one."""
-        layers = {f"{self.layer}{number}.{part}": shape for number in range(LAYERS) for part, shape in self.parts.items()}
-        projections = {name: (WIDTH, WIDTH) for name in ("text_projection", "text_projection.weight") if name in shapes}
-        return {**self.others, **layers, **projections, self.positions: (*shapes.get(self.positions, ())[:1], WIDTH)}
+        width = self.clip.width
+        layers = {f"{self.layer}{number}.{part}": shape for number in range(self.clip.layers) for part, shape in self.parts.items()}
+        projections = {name: (width, width) for name in ("text_projection", "text_projection.weight") if name in shapes}
+        return {**self.others, **layers, **projections, self.positions: (*shapes.get(self.positions, ())[:1], width)}
 
 
-TRANSFORMERS = Naming(
-    layer="text_model.encoder.layers.",
-    parts={
-        **{name: shape for part in ["q", "k", "v", "out"] for name, shape in _linear(f"self_attn.{part}_proj", WIDTH, WIDTH).items()},
-        **_linear("mlp.fc1", FEED_FORWARD, WIDTH),
-        **_linear("mlp.fc2", WIDTH, FEED_FORWARD),
-        **_norm("layer_norm1"),
-        **_norm("layer_norm2"),
-    },
-    others={"text_model.embeddings.token_embedding.weight": (TOKENS, WIDTH), **_norm("text_model.final_layer_norm")},
-    positions="text_model.embeddings.position_embedding.weight",
-    widest="mlp.fc1.weight",
-)
-# OpenAI's own files and OpenCLIP's; ComfyUI converts them.
-OPENAI = Naming(
-    layer="transformer.resblocks.",
-    parts={
-        "attn.in_proj_weight": (3 * WIDTH, WIDTH),
-        "attn.in_proj_bias": (3 * WIDTH,),
-        **_linear("attn.out_proj", WIDTH, WIDTH),
-        **_linear("mlp.c_fc", FEED_FORWARD, WIDTH),
-        **_linear("mlp.c_proj", WIDTH, FEED_FORWARD),
-        **_norm("ln_1"),
-        **_norm("ln_2"),
-    },
-    others={"token_embedding.weight": (TOKENS, WIDTH), **_norm("ln_final")},
-    positions="positional_embedding",
-    widest="mlp.c_fc.weight",
-)
-NAMINGS = (OPENAI, TRANSFORMERS)
-PICK_CLIP_L = "pick clip_l.safetensors as the CLIP-L file (clip_name1), or none for a pooled vector of zeros."
+def _namings(clip: Clip) -> tuple[Naming, Naming]:
+    """The names in files of OpenAI and OpenCLIP, and those of transformers."""
+    width, inner = clip.width, clip.feed_forward
+
+    def linear(name: str, rows: int, columns: int) -> dict[str, Shape]:
+        return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+    def norm(name: str) -> dict[str, Shape]:
+        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+    attention = [linear(f"self_attn.{part}_proj", width, width) for part in ("q", "k", "v", "out")]
+    mlp = linear("mlp.fc1", inner, width) | linear("mlp.fc2", width, inner)
+    transformers = Naming(
+        clip,
+        layer="text_model.encoder.layers.",
+        parts={name: shape for part in (*attention, mlp, norm("layer_norm1"), norm("layer_norm2")) for name, shape in part.items()},
+        others={"text_model.embeddings.token_embedding.weight": (TOKENS, width), **norm("text_model.final_layer_norm")},
+        positions="text_model.embeddings.position_embedding.weight",
+        widest="mlp.fc1.weight",
+        converted=False,
+    )
+    openai = Naming(
+        clip,
+        layer="transformer.resblocks.",
+        parts={
+            "attn.in_proj_weight": (3 * width, width),
+            "attn.in_proj_bias": (3 * width,),
+            **linear("attn.out_proj", width, width),
+            **linear("mlp.c_fc", inner, width),
+            **linear("mlp.c_proj", width, inner),
+            **norm("ln_1"),
+            **norm("ln_2"),
+        },
+        others={"token_embedding.weight": (TOKENS, width), **norm("ln_final")},
+        positions="positional_embedding",
+        widest="mlp.c_fc.weight",
+        converted=True,
+    )
+    return openai, transformers
 
 
-def naming_of(shapes: Mapping[str, Shape]) -> Naming | None:
-    """The naming of tensors of these shapes if they are a CLIP-L text encoder's, else None."""
-    return next((naming for naming in NAMINGS if naming.fits(shapes)), None)
+NAMINGS = {name: _namings(clip) for name, clip in CLIPS.items()}
 
 
-def check_clip_l(shapes: Mapping[str, Shape], where: str) -> Naming:
-    """The naming of a CLIP-L's tensors. Raises StudentFileError for another kind of file, a quantised one, and an incomplete one."""
-    naming = naming_of(shapes)
+def naming_of(shapes: Mapping[str, Shape], name: str) -> Naming | None:
+    """The naming of tensors of these shapes if they are those of a CLIP (`clip_l` or `clip_g`), else None."""
+    return next((naming for naming in NAMINGS[name] if naming.fits(shapes)), None)
+
+
+def check_companion(shapes: Mapping[str, Shape], where: str, name: str) -> Naming:
+    """The naming of a CLIP's tensors. Raises StudentFileError for another kind of file, a quantised one, and an incomplete one."""
+    naming, clip = naming_of(shapes, name), CLIPS[name].display_name
     if naming is None:
-        raise _not_clip_l(shapes, where)
-    refuse_quantised(shapes, where, PICK_CLIP_L)
+        raise _other_file(shapes, where, name)
+    refuse_quantised(shapes, where, _pick(name))
     needed = naming.needed(shapes)
     missing = [name for name in needed if name not in shapes]
     if missing:
-        raise StudentFileError(f"{where}: {len(missing)} tensors of CLIP-L are missing.", "download it again.", listed(missing))
+        raise StudentFileError(f"{where}: {len(missing)} tensors of {clip} are missing.", "download it again.", listed(missing))
     wrong = [f"{name}: expected {list(shape)}, got {list(shapes[name])}" for name, shape in needed.items() if shapes[name] != shape]
     if wrong:
-        raise StudentFileError(f"{where}: {len(wrong)} tensors of CLIP-L have a wrong shape.", "download it again.", listed(wrong))
+        raise StudentFileError(f"{where}: {len(wrong)} tensors of {clip} have a wrong shape.", "download it again.", listed(wrong))
     return naming
 
 
-def _not_clip_l(shapes: Mapping[str, Shape], where: str) -> StudentFileError:
-    problem = f"{where} is not a CLIP-L text encoder."
-    if any(f"{naming.layer}0." in name for naming in NAMINGS for name in shapes):
-        problem = f"{where} is a CLIP, but not CLIP-L: it has another size or other tensor names."
+def _pick(name: str) -> str:
+    return f"pick {name}.safetensors in {CLIPS[name].widget}, or none for a pooled vector of zeros."
+
+
+def _other_file(shapes: Mapping[str, Shape], where: str, name: str) -> StudentFileError:
+    clip = CLIPS[name].display_name
+    problem = f"{where} is not a {clip} text encoder."
+    if any(f"{naming.layer}0." in tensor for naming in NAMINGS[name] for tensor in shapes):
+        problem = f"{where} is a CLIP, but not {clip}: it has another size or other tensor names."
     return StudentFileError(
         problem,
-        PICK_CLIP_L,
+        _pick(name),
         f"It holds {len(shapes)} tensors, the first being:\n{listed(sorted(shapes)[:5])}",
     )
 

@@ -72,7 +72,7 @@ def describe_length(clip: Any, tokens: Mapping[str, Sequence[Sequence[tuple]]]) 
     """One line about a tokenized prompt. Raises ValueError for a CLIP with neither a student nor a large encoder."""
     count, kind = sum(own_tokens(clip, tokens)), family_of(clip, tokens).kind.display_name
     metadata = getattr(clip.cond_stage_model, "metadata", None)
-    if metadata is None:
+    if metadata is None or not FAMILIES[metadata.family].padded:
         return f"{count} {kind} tokens"
     trained = metadata.token_length
     if count <= trained:

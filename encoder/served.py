@@ -19,15 +19,17 @@ from comfy.text_encoders import long_clipl
 from torch import Tensor, nn
 
 from ..families import DEFAULT, FAMILIES
+from ..families.family import Family
 from ..runtime.errors import StudentFileError, listed, printable
 from ..runtime.progress import Progress, silent, waiting
 from ..runtime.weights import FLOAT_NAMES, not_finite
 from ..students import KINDS
 from ..students.kind import StudentKind
-from .clip_l import open_clip_l
+from .companions import open_companion
 from .files import StudentFile, open_student
 from .lora_log import fold_lora_lines
 from .metadata import MAX_TOKENS, StudentMetadata, of_changed_weights
+from .needed_tensors import CLIPS
 from .prompt_length import TokenWeight, seen_by_encoder
 
 # What ComfyUI builds where a student or nothing goes, and what is dropped at once. Its CLIPs take a hidden layer of at least three.
@@ -61,7 +63,7 @@ def check_length(token_weight_pairs: TokenWeights, kind: StudentKind) -> None:
 
 
 class NoCompanion(nn.Module):
-    """In the place of CLIP-L where no file was given: embeddings and a pooled vector of zeros, no weights."""
+    """In the place of a companion where no file was given: embeddings and a pooled vector of zeros, no weights."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -85,20 +87,20 @@ def text_model(
     student: StudentFile,
     token_length: int,
     student_dtype: torch.dtype,
-    has_companions: bool,
+    companions: frozenset[str],
     device: Any = "cpu",
     dtype: torch.dtype | None = None,
     model_options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """ComfyUI's text model of the student's family with the student in the place of the large encoder.
+    """ComfyUI's text model of the student's family with the student in the place of the large encoder, and the companions that are given.
 
     The student is registered as `module` of its kind and answers under the family's name too, without being registered twice. It keeps the
     class that ComfyUI has for the large encoder, so that masks and padding are the family's.
     """
     family, kind = FAMILIES[student.metadata.family], KINDS[student.layout.kind]
+    absent = {name: width for name, width in family.companions.items() if name not in companions}
     small = {f"{family.part}_model_config": dict(kind.small)}
-    if not has_companions:
-        small |= {f"{name}_model_config": SMALL_COMPANION for name in family.companions}
+    small |= {f"{name}_model_config": SMALL_COMPANION for name in absent}
     _, factory = family.text_classes()
     model = factory(device=device, dtype=dtype, model_options={**(model_options or {}), **small})
     part = model._modules.pop(family.part)
@@ -108,10 +110,9 @@ def text_model(
     part.freeze()
     model.add_module(kind.module, part)
     vars(model)[family.part] = part
-    if not has_companions:
-        for name, width in family.companions.items():
-            setattr(model, name, NoCompanion(width))
-    model.dtypes = {student_dtype} | ({dtype} if has_companions else set())
+    for name, width in absent.items():
+        setattr(model, name, None if family.companions_optional else NoCompanion(width))
+    model.dtypes = {student_dtype} | ({dtype} if companions else set())
     model.layout, model.metadata, model.token_length = student.layout, student.metadata, token_length
     return model
 
@@ -136,48 +137,54 @@ class ServingOptions:
     embedding_folders: tuple[str, ...] = ()
 
 
-def load_encoder(student_path: str, clip_l_path: str | None, options: ServingOptions, progress: Progress = silent) -> ServedEncoder:
-    """Load a student, with CLIP-L or without, as an ordinary ComfyUI CLIP.
+def load_encoder(student_path: str, companions: Mapping[str, str], options: ServingOptions, progress: Progress = silent) -> ServedEncoder:
+    """Load a student, with the companions of these names and paths, as an ordinary ComfyUI CLIP.
 
-    Raises StudentFileError for a file that is not a complete student of this family, or not CLIP-L; then nothing is loaded.
+    Raises StudentFileError for a file that is not a complete student of this family, or not that companion; then nothing is loaded.
     """
-    student = open_student(student_path)
-    if student.metadata.family != options.family:
-        raise StudentFileError(
-            f"{student.path.name} was distilled for {FAMILIES[student.metadata.family].display_name}; the type is {options.family}.",
-            f"set type to {student.metadata.family}, or pick another file.",
-        )
-    if clip_l_path is not None and not FAMILIES[options.family].companions:
-        raise StudentFileError(f"{FAMILIES[options.family].display_name} has no CLIP-L.", "choose none for the CLIP-L file.")
+    student, family = open_student(student_path), FAMILIES[options.family]
+    check_family(student, family)
+    for name in companions:
+        if name not in family.companions:
+            clip = CLIPS[name].display_name
+            raise StudentFileError(f"{family.display_name} has no {clip}.", f"choose none for the {clip} file.")
     tokens = KINDS[student.layout.kind].tokens
     if student.layout.vocab_size < tokens:
         raise StudentFileError(
             f"{student.path.name} has {student.layout.vocab_size:,} tokens; its tokenizer produces {tokens:,}.",
             "use a file with a complete token table.",
         )
-    clip_l = None if clip_l_path is None else open_clip_l(Path(clip_l_path), waiting(progress, len(student.names)))
-    clip = _build(student, clip_l, options, progress)
+    tensors = {name: open_companion(name, Path(path), waiting(progress, len(student.names))) for name, path in companions.items()}
+    clip = _build(student, tensors, options, progress)
     # With dynamic VRAM, ComfyUI calls this for a second, fully loaded copy of the model.
-    clip.patcher.cached_patcher_init = (_load_patcher, (student_path, clip_l_path, options))
-    return ServedEncoder(clip, describe(clip, student.path.name, None if clip_l_path is None else Path(clip_l_path).name))
+    clip.patcher.cached_patcher_init = (_load_patcher, (student_path, dict(companions), options))
+    return ServedEncoder(clip, describe(clip, student.path.name, {name: Path(path).name for name, path in companions.items()}))
 
 
-def _load_patcher(student_path: str, clip_l_path: str | None, options: ServingOptions, disable_dynamic: bool = False) -> Any:
-    clip_l = None if clip_l_path is None else open_clip_l(Path(clip_l_path))
-    return _build(open_student(student_path), clip_l, options, silent, disable_dynamic).patcher
+def check_family(student: StudentFile, family: Family) -> None:
+    """Raise StudentFileError for a student that was distilled for another family."""
+    if student.metadata.family != family.name:
+        raise StudentFileError(
+            f"{student.path.name} was distilled for {FAMILIES[student.metadata.family].display_name}; the type is {family.name}.",
+            f"set type to {student.metadata.family}, or pick another file.",
+        )
+
+
+def _load_patcher(student_path: str, companions: Mapping[str, str], options: ServingOptions, disable_dynamic: bool = False) -> Any:
+    tensors = {name: open_companion(name, Path(path)) for name, path in companions.items()}
+    return _build(open_student(student_path), tensors, options, silent, disable_dynamic).patcher
 
 
 def _build(
     student: StudentFile,
-    clip_l: dict[str, Tensor] | None,
+    companions: Mapping[str, dict[str, Tensor]],
     options: ServingOptions,
     progress: Progress,
     disable_dynamic: bool = False,
 ) -> comfy.sd.CLIP:
     family = FAMILIES[options.family]
     dtype = options.dtype or usual_dtype(student.dtype, options.device)
-    tensors = served_tensors(student, dtype, progress)
-    state_dicts = [tensors] if clip_l is None else [clip_l, tensors]
+    state_dicts = [*companions.values(), served_tensors(student, dtype, progress)]
     token_length = options.token_length or student.metadata.token_length
     tokenizer_data: dict[str, Any] = {f"{family.part}_min_length": token_length}
     model_options: dict[str, Any] = {}
@@ -185,9 +192,9 @@ def _build(
         model_options["load_device"] = options.device
         if options.device.type == "cpu":
             model_options["offload_device"] = options.device
-    if clip_l is not None:
-        tokenizer_data, model_options = long_clipl.model_options_long_clip(clip_l, tokenizer_data, model_options)
-    build = functools.partial(text_model, student, token_length, dtype, clip_l is not None)
+    for tensors in companions.values():
+        tokenizer_data, model_options = long_clipl.model_options_long_clip(tensors, tokenizer_data, model_options)
+    build = functools.partial(text_model, student, token_length, dtype, frozenset(companions))
     clip = comfy.sd.CLIP(
         SimpleNamespace(params={}, tokenizer=family.text_classes()[0], clip=build),
         embedding_directory=list(options.embedding_folders),
@@ -302,18 +309,22 @@ def _published(model: Any, weights: Mapping[str, Any], progress: Progress) -> It
         yield published, weights[prefix + name].to("cpu").detach()
 
 
-def describe(clip: Any, student_name: str, clip_l_name: str | None) -> str:
-    """What was loaded: size, parameters, resident megabytes, dtype, device, token length, pooled vector."""
+def describe(clip: Any, student_name: str, companions: Mapping[str, str]) -> str:
+    """What was loaded: size, parameters, resident megabytes, dtype, device, token length, companions with the names of their files."""
     model = student_of(clip)
     family = FAMILIES[model.metadata.family]
     weights = list(getattr(model, family.part).parameters())
     resident_mb = sum(weight.numel() * weight.element_size() for weight in weights) / 1e6
     memory = f"{resident_mb:.0f} MB as {FLOAT_NAMES[max(weights, key=torch.numel).dtype]}"
-    pooled = f"CLIP-L from {printable(clip_l_name)}" if clip_l_name else "no CLIP-L: pooled vector of zeros"
+    padding = f"prompts are padded to {model.token_length} tokens" if model.token_length > 1 else "prompts are not padded"
+    parts = [f"text width {model.layout.output_width} ({family.display_name})"]
+    for name in family.companions:
+        known = CLIPS[name].display_name
+        parts.append(f"{known} from {printable(companions[name])}" if name in companions else f"no {known}: pooled vector of zeros")
     lines = [
         f"{model.layout.size_name} from {printable(student_name)}: {model.layout.parameters / 1e6:.1f} M parameters, {memory}",
-        f"runs on {clip.patcher.load_device}, rests on {clip.patcher.offload_device}; prompts are padded to {model.token_length} tokens",
-        f"text width {model.layout.output_width} ({family.display_name}); {pooled}",
+        f"runs on {clip.patcher.load_device}, rests on {clip.patcher.offload_device}; {padding}",
+        "; ".join(parts),
     ]
     if model.token_length != model.metadata.token_length:
         lines.append(f"note: trained at {model.metadata.token_length} tokens, used at {model.token_length} (padding changes the image)")

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,36 @@ from torch import Tensor
 from ..families import DEFAULT
 from ..families.family import Family
 from ..runtime.errors import StudentFileError, UndistilledError
+from ..runtime.grouping import alike
 from ..runtime.weights import read_header
-from .clip_l import open_clip_l
+from .companions import open_companion
 from .files import open_student
-from .needed_tensors import check_large_tensors
+from .needed_tensors import CLIPS, check_large_tensors
+from .rows import Rows
 from .served import ServingOptions, load_encoder
 
 
 @dataclass(frozen=True)
 class TeacherText:
-    """The teacher's encoding of a batch of prompts, on the CPU: token ids [B, L], embeddings [B, L, D], pooled vectors [B, P]."""
+    """The teacher's encoding of a batch of prompts, on the CPU: token ids [B, L], embeddings [B, L, D], pooled vectors [B, P].
+
+    rows: what of them is the text of each prompt, where it is not all of it. empty: the same of the empty prompt, for CFG.
+    """
 
     token_ids_BL: Tensor
     text_BLD: Tensor
     pooled_BP: Tensor
+    rows: Rows | None = None
+    empty: TeacherText | None = None
+
+    def extras(self, device: torch.device) -> dict[str, Any]:
+        """What stands beside the text in a conditioning entry, on a device."""
+        return {"pooled_output": self.pooled_BP.to(device) if self.pooled_BP.shape[-1] else None}
+
+    @property
+    def whole(self) -> Tensor:
+        """The text [1, K + L, D] of a single prompt, with the companions' rows."""
+        return self.text_BLD if self.rows is None else self.rows.text(self.text_BLD, [0])
 
 
 class Teacher:
@@ -38,32 +54,65 @@ class Teacher:
     def __init__(self, clip: Any, family: Family = DEFAULT) -> None:
         self.clip, self.family = clip, family
         self.text_model = getattr(clip.cond_stage_model, family.part)
+        self._empty: dict[int, TeacherText] = {}
 
-    def token_ids(self, prompts: Sequence[str], length: int) -> Tensor:
-        """Token ids [B, L]: cut to `length` with the end token last, or padded. Prompts are taken literally, without weights."""
+    def token_ids(self, prompts: Sequence[str], length: int) -> list[list[int]]:
+        """Token ids of each prompt: cut to `length` with the end token last, or padded to it where the family pads.
+
+        Prompts are taken literally, without weights.
+        """
         tokenizer, kind = self.family.tokenizer(self.clip).tokenizer, self.family.kind
-        return torch.tensor([kind.fit(tokenizer(prompt)["input_ids"], length) for prompt in prompts])
-
-    def texts(self, batches: Iterable[tuple[Sequence[str], int]]) -> list[TeacherText]:
-        """Encode batches of prompts, each with its token length, separately: results differ in the last bits with batch composition."""
-        return [self.encode(prompts, length) for prompts, length in batches]
+        found = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        return [kind.fit(ids, length if self.family.padded else min(length, len(ids))) for ids in found]
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], length: int) -> TeacherText:
-        """Encode prompts together at one padded length."""
-        token_ids_BL = self.token_ids(prompts, length)
+    def encode(self, prompts: Sequence[str], length: int, with_empty: bool = False) -> TeacherText:
+        """Encode prompts together at one length. Results differ in the last bits with the composition of a batch."""
+        token_ids = self.token_ids(prompts, length)
         self.clip.load_model()
         model = self.clip.cond_stage_model
         model.reset_clip_options()
         model.set_clip_options({"execution_device": self.clip.patcher.load_device})
-        text_BLD = self.text_model.encode(token_ids_BL.tolist())[0].float().cpu()
-        pooled = [self._pooled(name, prompts) for name in self.family.companions]
-        return TeacherText(token_ids_BL, text_BLD, torch.cat([torch.zeros(len(prompts), 0), *pooled], dim=-1))
+        longest = max(map(len, token_ids))
+        text_BLD = self._encoded(token_ids, longest)
+        companions = [self._companions(prompt) for prompt in prompts]
+        pooled_BP = torch.stack([pooled_P for pooled_P, _ in companions])
+        rows = None
+        if not self.family.padded or self.family.rows_before is not None:
+            rows = Rows(tuple(map(len, token_ids)), tuple(before_KD for _, before_KD in companions))
+        ids_BL = torch.tensor([self.family.kind.fit(ids, longest) for ids in token_ids])
+        return TeacherText(ids_BL, text_BLD, pooled_BP, rows, self._empty_at(length) if with_empty else None)
 
-    def _pooled(self, companion: str, prompts: Sequence[str]) -> Tensor:
-        encoder, tokenizer = getattr(self.clip.cond_stage_model, companion), getattr(self.clip.tokenizer, companion)
-        tokens = [tokenizer.tokenize_with_weights(literal(prompt)) for prompt in prompts]
-        return torch.cat([encoder.encode_token_weights(chunks)[1].float().cpu() for chunks in tokens])
+    def _empty_at(self, length: int) -> TeacherText:
+        if length not in self._empty:
+            self._empty[length] = self.encode([""], length)
+        return self._empty[length]
+
+    def _encoded(self, token_ids: Sequence[list[int]], longest: int) -> Tensor:
+        """The large encoder's rows [B, L, D], those of equal length together; zeros beyond a prompt's own."""
+        groups = alike(map(len, token_ids))
+        found = [self.text_model.encode([token_ids[place] for place in group])[0].float().cpu() for group in groups]
+        if len(groups) == 1:
+            return found[0]
+        text_BLD = torch.zeros(len(token_ids), longest, found[0].shape[-1])
+        for group, rows_GLD in zip(groups, found, strict=True):
+            text_BLD[group, : rows_GLD.shape[1]] = rows_GLD
+        return text_BLD
+
+    def _companions(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """The pooled vector [P] of a prompt, zeros for companions that are absent, and the rows [K, D] that they put before the text."""
+        rows: dict[str, Tensor] = {}
+        pooled = [torch.zeros(0)]
+        for name, width in self.family.companions.items():
+            encoder = getattr(self.clip.cond_stage_model, name)
+            pooled.append(torch.zeros(width))
+            if encoder is not None:
+                chunks = getattr(self.clip.tokenizer, name).tokenize_with_weights(literal(prompt))
+                rows[name], pooled_1P = encoder.encode_token_weights(chunks)[:2]
+                pooled[-1] = pooled_1P[0].float().cpu()
+        before = self.family.rows_before
+        none = torch.zeros(0, self.family.text_width)
+        return torch.cat(pooled), none if before is None or not rows else before(rows)[0].float().cpu()
 
 
 def literal(prompt: str) -> str:
@@ -71,15 +120,14 @@ def literal(prompt: str) -> str:
     return prompt.replace("(", "\\(").replace(")", "\\)")
 
 
-def load_teacher(path: Path, clip_l: Path | None, family: Family = DEFAULT) -> Teacher:
-    """The network that students of the family replace (in any form that ComfyUI loads), or an encoder file, with CLIP-L or without.
+def load_teacher(path: Path, companions: Mapping[str, Path], family: Family = DEFAULT) -> Teacher:
+    """The network that students of the family replace (in any form that ComfyUI loads), or an encoder file, with some of the companions.
 
     Raises ValueError for a file that is neither, or incomplete.
     """
-    if clip_l is not None:
-        _check_clip_l(clip_l)
-    clip_l_name = None if clip_l is None else str(clip_l)
-    large = family.teacher_layout
+    for name, file in companions.items():
+        _check_companion(name, file)
+    large, others = family.teacher_layout, {name: str(file) for name, file in companions.items()}
     try:
         open_student(path)
     except UndistilledError:
@@ -90,19 +138,21 @@ def load_teacher(path: Path, clip_l: Path | None, family: Family = DEFAULT) -> T
             "What to do: name such a .safetensors of models/text_encoders in teacher.t5."
         ) from error
     else:
-        return Teacher(load_encoder(str(path), clip_l_name, ServingOptions(family.name)).clip, family)
-    if family.companions and clip_l_name is None:
-        raise ValueError(f"A {large.size_name} teacher is loaded with CLIP-L.\nWhat to do: name a CLIP-L file in teacher.clip_l.")
+        return Teacher(load_encoder(str(path), others, ServingOptions(family.name)).clip, family)
+    missing = [name for name in family.companions if name not in companions]
+    if missing and not family.companions_optional:
+        clip = CLIPS[missing[0]].display_name
+        raise ValueError(f"A {large.size_name} teacher is loaded with {clip}.\nWhat to do: name a {clip} file in teacher.{missing[0]}.")
     check_large(path, family)
-    files = [name for name in (clip_l_name, str(path)) if name is not None]
-    return Teacher(comfy.sd.load_clip(files, clip_type=comfy.sd.CLIPType[family.clip_type]), family)
+    return Teacher(comfy.sd.load_clip([*others.values(), str(path)], clip_type=comfy.sd.CLIPType[family.clip_type]), family)
 
 
-def _check_clip_l(path: Path) -> None:
+def _check_companion(name: str, path: Path) -> None:
     try:
-        open_clip_l(path)
+        open_companion(name, path)
     except StudentFileError as error:
-        raise ValueError(f'{error.problem}\nWhat to do: name a complete CLIP-L file in teacher.clip_l, or "none" for zeros.') from error
+        clip = CLIPS[name].display_name
+        raise ValueError(f'{error.problem}\nWhat to do: name a complete {clip} file in teacher.{name}, or "none" for zeros.') from error
 
 
 def check_large(path: Path, family: Family = DEFAULT) -> None:

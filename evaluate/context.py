@@ -56,7 +56,7 @@ class Evaluation:
 
     def load(self, encoder: EncoderFile) -> LoadedEncoder:
         """The encoder in ComfyUI."""
-        return LoadedEncoder.load(encoder, self.generator.model.family)
+        return LoadedEncoder.load(encoder, self.generator.model.family, self.suite.sampling.negative_prompt)
 
     def made_of(self, encoder: EncoderFile, questions: Sequence[Question]) -> dict[str, str]:
         """Everything that decides an encoder's images for these questions."""

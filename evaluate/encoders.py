@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,16 @@ NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]+")
 
 @dataclass(frozen=True)
 class EncoderFile:
-    """An encoder of the table: its name there, its file, the CLIP-L beside it (None: pooled vectors are zeros)."""
+    """An encoder of the table: its name there, its file, the companions beside it (without, pooled vectors are zeros)."""
 
     name: str
     path: Path
-    clip_l: Path | None
+    companions: Mapping[str, Path] = field(default_factory=dict)
 
     def made_of(self) -> dict[str, str]:
         """What distinguishes it from every other encoder."""
-        return {"encoder": fingerprint(self.path), "clip_l": NO_FILE if self.clip_l is None else fingerprint(self.clip_l)}
+        beside = {"clip_l": NO_FILE} | {name: fingerprint(path) for name, path in self.companions.items()}
+        return {"encoder": fingerprint(self.path), **beside}
 
 
 def find_encoders(suite: Suite, students: Sequence[str]) -> list[EncoderFile]:
@@ -43,14 +44,14 @@ def find_encoders(suite: Suite, students: Sequence[str]) -> list[EncoderFile]:
 
     Raises ValueError for a file that is not there, and for a name that two files were given.
     """
-    clip_l = None if suite.teacher.clip_l == NO_FILE else model_file(suite.teacher.clip_l, "text_encoders")
+    companions = {name: model_file(file, "text_encoders") for name, file in suite.teacher.companions.items()}
     given: dict[Path, str] = {}
     for text in (suite.teacher.t5, *suite.students, *students):
         name, equals, file = text.partition("=")
         named = equals and not NOT_IN_NAMES.search(name)
         path = model_file(file if named else text, "text_encoders")
         given[path] = name if named else given.get(path, "")
-    return [EncoderFile(name, path, _clip_l_of(path, clip_l)) for name, path in zip(_names(given), given, strict=True)]
+    return [EncoderFile(name, path, _companions_of(path, companions)) for name, path in zip(_names(given), given, strict=True)]
 
 
 def _names(given: Mapping[Path, str]) -> list[str]:
@@ -70,12 +71,13 @@ def _names(given: Mapping[Path, str]) -> list[str]:
     return found
 
 
-def _clip_l_of(path: Path, clip_l: Path | None) -> Path | None:
-    """The CLIP-L beside an encoder: none if it was trained with zeros for the pooled vector."""
+def _companions_of(path: Path, given: Mapping[str, Path]) -> Mapping[str, Path]:
+    """The companions beside an encoder: those of a student's training."""
     try:
-        return None if open_student(path).metadata.pooled == "zero" else clip_l
+        trained_with = open_student(path).metadata.pooled.split("+")
     except StudentFileError:  # a T5-XXL, or a file that `check_encoders` refuses
-        return clip_l
+        return given
+    return {name: file for name, file in given.items() if name in trained_with}
 
 
 def check_encoders(encoders: Sequence[EncoderFile], width: int, model: str, family: Family) -> None:
@@ -107,34 +109,49 @@ def _problem(path: Path, width: int, model: str, family: Family) -> str | None:
 
 @dataclass(frozen=True)
 class Text:
-    """An encoded prompt, on the CPU: embeddings [1, L, D], pooled vector [1, P], and how many of L are the prompt's own tokens."""
+    """An encoded prompt, on the CPU: embeddings [1, L, D], pooled vector [1, P], and how many of L are the prompt's own tokens.
+
+    before: how many rows of companions stand before them. negative: the encoded negative prompt, with classifier-free guidance.
+    """
 
     text_1LD: Tensor
     pooled_1P: Tensor
     own_tokens: int
+    before: int = 0
+    negative: Text | None = None
+
+    @property
+    def own_1LD(self) -> Tensor:
+        """The rows of the prompt's own tokens."""
+        return self.text_1LD[:, self.before : self.before + self.own_tokens]
 
 
 class LoadedEncoder:
     """An encoder in ComfyUI, as its loader node gives it (DualCLIPLoader, Distilled T5 Loader)."""
 
-    def __init__(self, file: EncoderFile, teacher: Teacher) -> None:
+    def __init__(self, file: EncoderFile, teacher: Teacher, negative: str | None = None) -> None:
         self.file = file
         self.clip: Any = teacher.clip
+        self._negative: Text | None = None
+        if negative is not None:
+            self._negative = self.text(negative)
 
     @classmethod
-    def load(cls, file: EncoderFile, family: Family) -> LoadedEncoder:
-        """The encoder of a file. Raises ValueError for one that is neither a T5-XXL nor a distilled T5, or incomplete."""
-        return cls(file, load_teacher(file.path, file.clip_l, family))
+    def load(cls, file: EncoderFile, family: Family, negative: str | None = None) -> LoadedEncoder:
+        """The encoder of a file, with a negative prompt for all others, if there is one.
+
+        Raises ValueError for a file that is neither the large encoder nor a student, or incomplete.
+        """
+        return cls(file, load_teacher(file.path, file.companions, family), negative)
 
     @torch.no_grad()
     def text(self, prompt: str) -> Text:
         """A single prompt as CLIP Text Encode encodes it, taken literally, without weights."""
         tokens = self.clip.tokenize(literal(prompt))
         [(text_1LD, extras)] = self.clip.encode_from_tokens_scheduled(tokens)
-        pooled_1P = extras.get("pooled_output")
-        return Text(
-            text_1LD.float().cpu(), torch.zeros(1, 0) if pooled_1P is None else pooled_1P.float().cpu(), sum(own_tokens(self.clip, tokens))
-        )
+        own, pooled_1P = own_tokens(self.clip, tokens), extras.get("pooled_output")
+        pooled_1P = torch.zeros(1, 0) if pooled_1P is None else pooled_1P.float().cpu()
+        return Text(text_1LD.float().cpu(), pooled_1P, sum(own), text_1LD.shape[1] - len(own), self._negative)
 
 
 def together(texts: Sequence[Text]) -> tuple[Tensor, Tensor]:

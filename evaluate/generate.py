@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.denoise import OnStep, denoise
+from ..diffusion.denoise import Entry, OnStep, denoise
 from ..diffusion.frozen import FrozenModel
 from .encoders import LoadedEncoder, Text, by_length, together
 from .processes import Processes
@@ -37,20 +37,27 @@ class ImageGenerator:
         self.sampling = sampling
 
     @torch.no_grad()
-    def images(self, text_BLD: Tensor, pooled_BP: Tensor, seeds: Sequence[int]) -> np.ndarray:
-        """Images [B, H, W, 3] from 0 to 1 of encoded prompts."""
-        return self.vae.decode(self.latents(text_BLD, pooled_BP, seeds)).float().cpu().numpy()
+    def images(self, texts: Sequence[Text], seeds: Sequence[int]) -> np.ndarray:
+        """Images [B, H, W, 3] from 0 to 1 of encoded prompts of one length."""
+        return self.vae.decode(self.latents(texts, seeds)).float().cpu().numpy()
 
-    def latents(self, text_BLD: Tensor, pooled_BP: Tensor, seeds: Sequence[int], on_step: OnStep | None = None) -> Tensor:
+    def latents(self, texts: Sequence[Text], seeds: Sequence[int], on_step: OnStep | None = None) -> Tensor:
         """Latents [B, C, H, W] at the end of the sampling."""
+        text_BLD, pooled_BP = together(texts)
         noise = self.noise(seeds)
         self.model.load_for_sampling(noise.shape)
         sigmas_T = self.model.sigmas(self.sampling.steps)
-        return denoise(self.model, noise, sigmas_T, text_BLD.to(self.model.device), self.extras(pooled_BP), on_step=on_step)
+        entry, cfg, negative = (text_BLD.to(self.model.device), self.extras(pooled_BP)), self.sampling.cfg, self.negative(texts)
+        return denoise(self.model, noise, sigmas_T, *entry, on_step=on_step, cfg=cfg, negative=negative)
+
+    def negative(self, texts: Sequence[Text]) -> Entry | None:
+        """The entry of the negative prompt that belongs to some texts; None without classifier-free guidance."""
+        text = texts[0].negative
+        return None if text is None else (text.text_1LD.to(self.model.device), self.extras(text.pooled_1P))
 
     def extras(self, pooled_BP: Tensor) -> dict[str, Any]:
         """What stands beside the text in a conditioning entry."""
-        extras: dict[str, Any] = {"pooled_output": pooled_BP.to(self.model.device)}
+        extras: dict[str, Any] = {"pooled_output": pooled_BP.to(self.model.device) if pooled_BP.shape[-1] else None}
         return extras if self.sampling.guidance is None else {**extras, "guidance": self.sampling.guidance}
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
@@ -100,7 +107,7 @@ def _png_files(generator: ImageGenerator, questions: Sequence[Question], texts: 
     files: dict[int, bytes] = {}
     for places in by_length(texts):
         group = [questions[place] for place in places]
-        images = generator.images(*together([texts[place] for place in places]), [question.seed for question in group])
+        images = generator.images([texts[place] for place in places], [question.seed for question in group])
         files |= {question.index: png(image, question) for question, image in zip(group, images, strict=True)}
     return files
 

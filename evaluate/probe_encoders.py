@@ -77,7 +77,7 @@ class Probed:
 
         def vector(question: Question) -> np.ndarray:
             text = self._load().text(question.prompt)
-            return pooled(text.text_1LD[:, : text.own_tokens].numpy())[0]
+            return pooled(text.own_1LD.numpy())[0]
 
         def made(_unfinished: Unfinished) -> dict[str, Any]:
             vectors = np.stack(self.work.processes.map(vector, self.asked(part), PROBES["collapse"].images * part.prompts))

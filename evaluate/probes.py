@@ -78,6 +78,8 @@ def _gap_of_batch(generator: ImageGenerator, pair: Pair, bands: int) -> dict[str
         extras=generator.extras(pooled_BP),
         guidance_B=None,
         token_ids_BL=torch.zeros(len(questions), 0, dtype=torch.long),
+        cfg_B=torch.full((len(questions),), generator.sampling.cfg),
+        unconditional=generator.negative(teacher),
     )
     student_BLD = together(student)[0].to(model.device)
     return velocity_gaps(start, model, lambda _ids: student_BLD, bands)
@@ -101,7 +103,7 @@ def _distance_of_batch(generator: ImageGenerator, pair: Pair) -> list[list[float
 def _trajectory(generator: ImageGenerator, texts: Sequence[Text], seeds: Sequence[int]) -> list[Tensor]:
     """The latents [B, C, H, W] after each of T steps, float32 on the CPU."""
     starts: list[Tensor] = []
-    last = generator.latents(*together(texts), seeds, lambda _step, x: starts.append(x.float().cpu().clone()))
+    last = generator.latents(texts, seeds, lambda _step, x: starts.append(x.float().cpu().clone()))
     return [*starts[1:], generator.model.model.process_latent_in(last).float().cpu()]
 
 

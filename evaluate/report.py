@@ -61,7 +61,8 @@ def _results(work: Evaluation, report: Report, origin: Mapping[str, Any]) -> dic
                 "file": encoder.path.name,
                 "role": "teacher" if encoder is work.teacher else "student",
                 "bytes": encoder.path.stat().st_size,
-                "clip_l": None if encoder.clip_l is None else encoder.clip_l.name,
+                "clip_l": None,
+                **{name: path.name for name, path in encoder.companions.items()},
                 "fingerprint": encoder.made_of()["encoder"],
             }
             for encoder in work.encoders

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, create_model, model_validator
 from ..config.files import ConfigError, load_config
 from ..config.parts import FROM_LIST, NOT_EMPTY, Config, Count, FilePath, FileStem, Part, Text
 from ..families import DEFAULT, FAMILIES
+from ..runtime.comfyui import NO_FILE
 from .metrics import METRICS, RECORDS, Record
 from .questions import Prompts
 
@@ -35,6 +36,12 @@ class EncoderPart(Part):
 
     t5: FilePath = Field(description="T5-XXL (bf16, fp16, fp8) or a distilled T5: a file in models/text_encoders, or a path")
     clip_l: FilePath = Field(description='CLIP-L for the pooled vector: a file in models/text_encoders, a path, or "none" for zeros')
+    clip_g: FilePath = Field(default=NO_FILE, description='CLIP-G, where the family has one: a file, as clip_l, or "none"')
+
+    @property
+    def companions(self) -> dict[str, str]:
+        """The files of the companions that are given, by attribute of ComfyUI's text model."""
+        return {name: file for name, file in (("clip_l", self.clip_l), ("clip_g", self.clip_g)) if file != NO_FILE}
 
 
 class SuiteModelPart(Part):
@@ -49,16 +56,24 @@ class SuiteModelPart(Part):
 
 
 class SuiteSamplingPart(Part):
-    """How images are sampled: euler, scheduler simple, CFG 1, as in the example workflows."""
+    """How images are sampled: euler, scheduler simple, as in the example workflows."""
 
     resolution_px: int = Field(ge=16, multiple_of=16, description="side of the square images in pixels, a multiple of 16")
     steps: Count = Field(description="denoising steps")
     guidance: float | None = Field(default=None, ge=0, description="Flux's guidance; left out for models without guidance (schnell)")
     batch: Count = Field(description="images in one forward pass of the diffusion model on one GPU: decides the memory needed")
+    cfg: float = Field(default=1.0, ge=1, description="weight of classifier-free guidance; 1: none")
+    negative: str = Field(default="", description="negative prompt, used with a cfg beyond 1")
+
+    @property
+    def negative_prompt(self) -> str | None:
+        """The negative prompt; None without classifier-free guidance."""
+        return self.negative if self.cfg > 1 else None
 
     def __str__(self) -> str:
         guided = "without guidance" if self.guidance is None else f"guidance {self.guidance:g}"
-        return f"euler simple, {self.steps} steps, {guided}, {self.resolution_px} px"
+        cfg = "" if self.cfg == 1 else f"CFG {self.cfg:g} with negative prompt {self.negative!r}, "
+        return f"euler simple, {self.steps} steps, {guided}, {cfg}{self.resolution_px} px"
 
 
 class Task(Part):

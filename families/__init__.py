@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from .chroma import CHROMA
 from .family import Family
 from .flux import FLUX
+from .pixart import PIXART_ALPHA, PIXART_SIGMA
+from .sd3 import SD3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3, PIXART_ALPHA, PIXART_SIGMA, CHROMA)}
 # The family of encoder files without metadata (the authors'), and of nodes whose type is not set.
 DEFAULT = FLUX

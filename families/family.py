@@ -25,8 +25,11 @@ class Family:
     Text side. clip_type: ComfyUI's CLIPType. text_classes: ComfyUI's tokenizer class and a factory of its text model, imported when called.
     part: the attribute of the text model that a student replaces, which is also the key of its tokens. students: kinds of student that can.
     teacher: kind and named size of the network that is replaced. text_width: channels. token_length: the length to which ComfyUI pads
-    prompts. tokenizer_part: the attribute of the tokenizer, where it is not `part`. companions: the other encoders of the text model, by
-    attribute, with the width of their pooled vectors, which concatenated are the model's; CLIP-L or none, for now.
+    prompts. padded: whether they are padded in training; not where ComfyUI does not pad, or masks padding in encoder and diffusion model.
+    tokenizer_part: the attribute of the tokenizer, where it is not `part`. companions: the other encoders of the text model, by attribute,
+    with the width of their pooled vectors, which concatenated are the model's. companions_optional: whether ComfyUI's text model does
+    without absent ones, or is given zeros in their place. rows_before: the rows [1, K, D] that stand before the encoder's in the text, made
+    of the rows of the companions that are there; most_rows_before: how many those are for prompts of usual length.
 
     Diffusion side. block_lists: attributes of the diffusion model that hold its blocks. last_layers: attributes of a block whose last
     linear layer contributes to nothing but the block's output, so that `block_checkpoint` need not recompute it. text_width_of,
@@ -70,8 +73,12 @@ class Family:
     computed_numbers: int = 12
     recomputed_numbers: int = 28
     training_sigmas: Callable[[Any, int, int, int], Tensor] | None = None
-    companions: Mapping[str, int] = field(default_factory=dict)
+    padded: bool = True
     tokenizer_part: str = ""
+    companions: Mapping[str, int] = field(default_factory=dict)
+    companions_optional: bool = False
+    rows_before: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    most_rows_before: int = 0
 
     @property
     def kind(self) -> StudentKind:

@@ -159,7 +159,7 @@ class FrozenTeacher:
     def __init__(self, path: Path, tokenizer: Any, device: torch.device) -> None:
         file = open_student(path)
         self.width, self.tokenizer, self.device = file.layout.output_width, tokenizer, device
-        self.encoder = T5.trained(file.layout, 0.0).requires_grad_(False)
+        self.encoder = T5.trained(file.layout, 0.0, True).requires_grad_(False)
         self.encoder.load_tensors({name: tensor.float() for name, tensor in file.load().items()})
         self.encoder.to(device)
         self._cache: dict[tuple[str, ...], Tensor] = {}

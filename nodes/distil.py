@@ -98,9 +98,9 @@ class DistilledT5Distil(io.ComfyNode):
 
         run, recipe = _run_and_recipe(model, teacher, preset, prompts, preview_vae, name=name, seed=seed, steps=steps)
         path = distil(recipe, run)
-        clip_l = None if recipe.teacher.clip_l == NO_FILE else str(model_file(recipe.teacher.clip_l, FOLDER))
+        companions = {name: str(model_file(file, FOLDER)) for name, file in recipe.teacher.companions.items()}
         options = ServingOptions(recipe.family.name, embedding_folders=tuple(folder_paths.get_folder_paths("embeddings")))
-        served, sheet = load_encoder(str(path), clip_l, options), newest_image(run)
+        served, sheet = load_encoder(str(path), companions, options), newest_image(run)
         report = "\n".join([served.info, *outcome(run), f"run: {run.path}"])
         shows = ui.PreviewText(report).as_dict() if sheet is None else shown(image_of(sheet), report, cls)
         return io.NodeOutput(served.clip, report, ui=shows)

@@ -7,7 +7,7 @@ from typing import Any
 
 import folder_paths
 
-from ..encoder.clip_l import in_order
+from ..encoder.companions import in_order
 from ..families.family import Family
 from ..runtime.errors import UserError
 from ..runtime.weights import CHOICES
@@ -42,9 +42,12 @@ def text_encoder_files(clip: Any, family: Family) -> tuple[str, str | None]:
         kind = type(clip.cond_stage_model).__name__
         raise UserError(f"The teacher is a {kind}; expected a text encoder of {family.display_name}.", f"{LOADERS['teacher']}.")
     paths, second, *_ = (*_loaded_from(clip.patcher, "teacher"), None)
-    # DualCLIPLoader: a list of files. Distilled T5 Loader: the student's, then that of CLIP-L or None.
-    files = list(paths) if isinstance(paths, list | tuple) else [paths, *([second] if isinstance(second, str) else [])]
-    clip_l, t5 = in_order(files[0], files[1]) if len(files) == 2 else (None, files[0])
+    # DualCLIPLoader: a list of files. Distilled T5 Loader: the student's, then those of its companions by name.
+    several = isinstance(paths, list | tuple)
+    *first, t5 = paths if several else (paths,)
+    others = {f"file {number}": path for number, path in enumerate(first)} if several else dict(second or {})
+    companions, t5 = in_order(others, t5)
+    clip_l = companions.get("clip_l")
     return _listed(t5, "text_encoders"), None if clip_l is None else _listed(clip_l, "text_encoders")
 
 

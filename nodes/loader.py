@@ -7,7 +7,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..encoder.clip_l import in_order
+from ..encoder.companions import in_order
 from ..encoder.served import ServingOptions, load_encoder
 from ..families import DEFAULT, FAMILIES
 from ..runtime.comfyui import NO_FILE
@@ -30,7 +30,8 @@ class DistilledT5Loader(io.ComfyNode):
             display_name="Distilled T5 Loader",
             category="Distilled T5",
             description=(
-                "Loads a distilled T5 (T5-Base: 0.26 GB) in the place of T5-XXL (9.5 GB) for Flux. Use it in place of DualCLIPLoader: "
+                "Loads a distilled T5 (T5-Base: 0.26 GB) in the place of T5-XXL (9.5 GB) for Flux, Stable Diffusion 3, PixArt and Chroma. "
+                "Use it in place of DualCLIPLoader: "
                 "the CLIP it gives works with every text encode, LoRA, ControlNet and guidance node."
             ),
             search_aliases=[
@@ -64,7 +65,10 @@ class DistilledT5Loader(io.ComfyNode):
                 *_advanced_inputs(),
             ],
             outputs=[
-                io.Clip.Output(display_name="CLIP", tooltip="An ordinary Flux CLIP: CLIP-L (or zeros) and the distilled T5."),
+                io.Clip.Output(
+                    display_name="CLIP",
+                    tooltip="An ordinary CLIP of this type: the distilled T5, with CLIP-L and CLIP-G where the type has them.",
+                ),
                 io.String.Output(
                     display_name="info", tooltip="What was loaded: size, parameters, memory, number format, device, token length."
                 ),
@@ -73,9 +77,18 @@ class DistilledT5Loader(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clip_name1: str, clip_name2: str, type: str, device: str = "default", dtype: str = "auto", token_length: int = 0
+        cls,
+        clip_name1: str,
+        clip_name2: str,
+        type: str,
+        device: str = "default",
+        dtype: str = "auto",
+        token_length: int = 0,
+        clip_name3: str = NO_FILE,
     ) -> io.NodeOutput:
-        clip_l_path, t5_path = in_order(None if clip_name1 == NO_FILE else path_of(clip_name1), path_of(clip_name2))
+        given = {"clip_l": clip_name1, "clip_g": clip_name3}
+        paths = {name: None if file == NO_FILE else path_of(file) for name, file in given.items()}
+        companions, t5_path = in_order(paths, path_of(clip_name2))
         options = ServingOptions(
             family=type,
             dtype=dtype_of(dtype, DTYPES),
@@ -83,12 +96,12 @@ class DistilledT5Loader(io.ComfyNode):
             device=torch_device(device),
             embedding_folders=tuple(folder_paths.get_folder_paths("embeddings")),
         )
-        served = load_encoder(t5_path, clip_l_path, options, progress_bar())
+        served = load_encoder(t5_path, companions, options, progress_bar())
         return io.NodeOutput(served.clip, served.info, ui=ui.PreviewText(served.info))
 
     @classmethod
-    def fingerprint_inputs(cls, clip_name1: str | None, clip_name2: str | None, **_settings: object) -> str:
-        return f"{FOLDER}/{fingerprint(clip_name1)}/{fingerprint(clip_name2)}"
+    def fingerprint_inputs(cls, clip_name1: str | None, clip_name2: str | None, clip_name3: str = NO_FILE, **_settings: object) -> str:
+        return "/".join([FOLDER, *map(fingerprint, (clip_name1, clip_name2, clip_name3))])
 
 
 def accelerators() -> list[str]:
@@ -112,7 +125,7 @@ def torch_device(name: str) -> torch.device | None:
 
 
 def _advanced_inputs() -> list[io.Input]:
-    """What DualCLIPLoader does not have, or hides as well."""
+    """What DualCLIPLoader does not have, or hides as well. New ones come last: saved workflows hold values by position."""
     return [
         io.Combo.Input(
             "device",
@@ -139,5 +152,13 @@ def _advanced_inputs() -> list[io.Input]:
             advanced=True,
             optional=True,
             tooltip="Tokens to which prompts are padded. 0: as trained (best). Padding affects the image: other lengths change it.",
+        ),
+        io.Combo.Input(
+            "clip_name3",
+            options=[NO_FILE, *text_encoder_names()],
+            default=NO_FILE,
+            advanced=True,
+            optional=True,
+            tooltip="The CLIP-G file (clip_g.safetensors), for diffusion models with one (SD3). 'none': its pooled vector is zeros.",
         ),
     ]

@@ -71,8 +71,8 @@ class StudentKind:
     bound of the bytes that the network keeps for the backward pass over a number of prompts of some length under bf16 autocast.
 
     In ComfyUI: module, the attribute of the text model, prefix, what published names have before the served module's own, and served, a
-    function (layout, dtype, device, operations) that builds it. In training: trained, a function (layout, dropout) that builds it, and
-    read_pretrained, the tensors of a published model of this layout. These three import ComfyUI or transformers when they are called.
+    function (layout, dtype, device, operations) that builds it. In training: trained, a function (layout, dropout, padded) that builds it,
+    and read_pretrained, the tensors of a published model of this layout. These three import ComfyUI or transformers when they are called.
     """
 
     name: str
@@ -96,7 +96,7 @@ class StudentKind:
     module: str
     prefix: str
     served: Callable[[Any, Any, Any, Any], Any]
-    trained: Callable[[Any, float], TrainedStudent]
+    trained: Callable[[Any, float, bool], TrainedStudent]
     read_pretrained: Callable[[Path, Any], dict[str, Tensor]]
 
     def fit(self, token_ids: list[int], length: int) -> list[int]:

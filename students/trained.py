@@ -16,14 +16,15 @@ from .kind import Layout
 class TrainedStudent(Module):
     """A network with its projection: token ids [B, L] to text embeddings [B, L, D]. Its state dict has the published names.
 
-    duplicates: names in the state dict of tensors that a file holds once -> their published name.
+    duplicates: names in the state dict of tensors that a file holds once -> their published name. padded: whether padding is attended to,
+    as in Flux's text encoder; where it is not, a prompt's rows do not depend on the length to which its batch is padded.
     """
 
     duplicates: ClassVar[Mapping[str, str]] = {}
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, padded: bool = True) -> None:
         super().__init__()
-        self.layout = layout
+        self.layout, self.padded = layout, padded
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Load all tensors, by published name. RuntimeError lists missing and unexpected ones."""

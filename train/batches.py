@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..prompts.corpora import Prompt
 from ..prompts.mix import PromptMix, hold_out, read_corpus
+from ..prompts.negatives import some_replaced
 from .recipe import Recipe, Stage
 from .trajectory import Draw, draw
 
@@ -76,7 +77,12 @@ class Schedule:
         """The batches of this process on one trajectory: every `ranks`-th of all of them."""
         part = self.recipe.stages[stage]
         numbers = [trajectory * part.accumulate + number for number in range(self.rank, part.accumulate, self.ranks)]
-        return [self._batch(self.mixes[stage].batch(number, part.batch), part, stage * STAGE_SPAN + number) for number in numbers]
+        return [self._training_batch(stage, number) for number in numbers]
+
+    def _training_batch(self, stage: int, number: int) -> Batch:
+        recipe, index = self.recipe, stage * STAGE_SPAN + number
+        batch = self._batch(self.mixes[stage].batch(number, recipe.stages[stage].batch), recipe.stages[stage], index)
+        return replace(batch, prompts=some_replaced(batch.prompts, recipe.sampling.negatives, recipe.seed, index))
 
     def held_out_batches(self) -> list[Batch]:
         """This process's share of the held-out prompts, at the last stage's size, always with the same noise."""
@@ -87,7 +93,7 @@ class Schedule:
 
     def _batch(self, prompts: Sequence[Prompt], stage: Stage, number: int) -> Batch:
         sampling, shape = self.recipe.sampling, self.recipe.family.latent_shape(stage.resolution_px)
-        drawn = draw(self.recipe.seed, number, len(prompts), shape, sampling.guidance, sampling.token_lengths)
+        drawn = draw(self.recipe.seed, number, len(prompts), shape, sampling.guidance, sampling.token_lengths, sampling.cfg)
         return Batch(tuple(prompt.text for prompt in prompts), drawn)
 
 

@@ -14,7 +14,7 @@ from .memory import GB, SAVED_BYTES, part_lines, ram_parts
 from .objectives import OBJECTIVES
 from .recipe import Recipe
 from .report import memory_mb, reset_peak_memory
-from .teacher_chunks import chunk_of
+from .teacher_chunks import chunk_of, texts_of
 from .trial import timed
 from .workshop import Workshop, open_workshop
 
@@ -63,7 +63,7 @@ def _measure(workshop: Workshop, number: int) -> StageEstimate:
     workshop.load_model()
     reset_peak_memory()
     teacher_comes_s, _ = timed(workshop.teacher.clip.load_model)
-    encode_s, texts = timed(lambda: workshop.teacher.texts((batch.prompts, batch.drawn.token_length) for batch in batches))
+    encode_s, texts = timed(lambda: texts_of(workshop.teacher, batches))
     model_comes_s, positions = timed(lambda: workshop.starts(batches, texts))
     seconds = []
     for _ in range(min(MEASURED_STEPS, len(positions[0].sigmas_T) - 1)):

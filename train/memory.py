@@ -29,8 +29,9 @@ WIDER = 2
 GPU_BYTES = 1_000_000_000
 # What a fast desktop CPU sustains, an assumption: floating-point operations per second.
 CPU_FLOPS = 1e12
-# In forward passes of the diffusion model: teacher's and student's, the student's backward pass, and blocks that are computed again.
-PASSES, RECOMPUTED = 3, 1
+# In forward passes of the diffusion model: teacher's and student's, the student's backward pass, blocks that are computed again, and the
+# teacher's for the empty prompt.
+PASSES, RECOMPUTED, UNCONDITIONAL = 3, 1, 1
 NOT_PRACTICAL_DAYS = 10
 STATED_GB = re.compile(r"-(\d+)gb$")
 # A card sold as 12 GB has a little less than 12 x 2^30 bytes available.
@@ -109,13 +110,14 @@ def memory_need(recipe: Recipe, layout: Layout, model: ModelSize, teacher_bytes:
 
 def _stage_need(recipe: Recipe, stage: Stage, layout: Layout, model: ModelSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
     part, longest = recipe.diffusion_model, max(recipe.sampling.token_lengths)
+    rows = longest + recipe.family.most_rows_before
     others = {
         "student, gradients and AdamW": layout.parameters * TRAINED_BYTES,
         "student's activations": _student_activations(recipe, layout, stage.batch, longest),
-        "teacher's embeddings of one trajectory": stage.batch * stage.accumulate * longest * layout.output_width * 4,
+        "teacher's embeddings of one trajectory": stage.batch * stage.accumulate * rows * layout.output_width * 4,
     }
     if OBJECTIVES[stage.objective].needs_velocity:
-        tokens = stage.batch * (recipe.family.image_tokens(stage.resolution_px) + longest)
+        tokens = stage.batch * (recipe.family.image_tokens(stage.resolution_px) + rows)
         others |= model_activations(recipe.family, model, tokens, part.checkpoint_blocks)
     others |= {"GPU driver and fragments": GPU_BYTES} if on_gpu else {TEACHER: teacher_bytes}
     # Without checkpoints, the graph keeps every weight that was cast or brought for it; with them, those of one block at a time.
@@ -129,7 +131,7 @@ def ram_parts(recipe: Recipe, layout: Layout, model_bytes: int, teacher_bytes: i
 
     Python and its libraries (about 2 GB) and the system's file cache are not included.
     """
-    text = max(recipe.sampling.token_lengths) * layout.output_width * FLOAT32_BYTES
+    text = (max(recipe.sampling.token_lengths) + recipe.family.most_rows_before) * layout.output_width * FLOAT32_BYTES
     validated = recipe.stages[-1].batch
     return {
         TEACHER: teacher_bytes,
@@ -209,7 +211,7 @@ def without_gpu(recipe: Recipe, weights: int) -> str:
         if OBJECTIVES[stage.objective].needs_velocity:
             text = sum(recipe.sampling.token_lengths) / len(recipe.sampling.token_lengths)
             tokens += stage.steps * stage.batch * stage.accumulate * (recipe.family.image_tokens(stage.resolution_px) + text)
-    passes = PASSES + (RECOMPUTED if recipe.diffusion_model.checkpoint_blocks else 0)
+    passes = PASSES + (RECOMPUTED if recipe.diffusion_model.checkpoint_blocks else 0) + (UNCONDITIONAL if recipe.sampling.cfg else 0)
     hours = 2 * weights * passes * tokens / CPU_FLOPS / 3600
     said = "No GPU is used (none was found, or --cpu was given): the run is computed on the CPU."
     if hours < 1:

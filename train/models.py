@@ -15,7 +15,7 @@ from ..diffusion.files import check_guidance, open_diffusion_model, use_one_thre
 from ..diffusion.frozen import FrozenModel, held_bytes
 from ..encoder.metadata import StudentMetadata
 from ..encoder.teacher import Teacher, load_teacher
-from ..runtime.comfyui import NO_FILE, model_file
+from ..runtime.comfyui import model_file
 from ..runtime.errors import StudentFileError
 from ..runtime.header import read_entries
 from ..runtime.ranks import Ranks
@@ -52,11 +52,11 @@ def load_teacher_of(recipe: Recipe, model: FrozenModel) -> Teacher:
     than the student, and if there is too little memory.
     """
     part, device = recipe.teacher, model.device
-    clip_l = None if part.clip_l == NO_FILE else model_file(part.clip_l, "text_encoders")
+    companions = {name: model_file(file, "text_encoders") for name, file in part.companions.items()}
     with tempfile.TemporaryDirectory() as scratch:
         stand_in = part.t5 == STAND_IN
         t5 = stand_ins.teacher_file(Path(scratch), recipe.family) if stand_in else model_file(part.t5, "text_encoders")
-        teacher = load_teacher(t5, clip_l, recipe.family)
+        teacher = load_teacher(t5, companions, recipe.family)
     check_memory(memory_need_of(recipe, model, teacher), recipe, comfy.model_management.get_total_memory(device), str(device))
     width = teacher.encode(["a"], 2).text_BLD.shape[-1]
     if width != model.text_width:
@@ -139,7 +139,7 @@ def make_student_of(recipe: Recipe) -> TrainedStudent:
     if teacher != STAND_IN:
         with contextlib.suppress(StudentFileError):  # the teacher's own check says why
             width = text_width_in([read_entries(model_file(teacher, "text_encoders"))], recipe.family)
-    return make_student(part.student_layout(width), start, part.dropout, recipe.seed)
+    return make_student(part.student_layout(width), start, part.dropout, recipe.seed, recipe.family.padded)
 
 
 def preview_vae(recipe: Recipe) -> Path | None:
@@ -148,9 +148,9 @@ def preview_vae(recipe: Recipe) -> Path | None:
 
 
 def served_length(recipe: Recipe) -> int:
-    """The padded length at which the student is served: ComfyUI's own if it was trained at it, else its longest."""
+    """The padded length at which the student is served: ComfyUI's own if it was trained at it or without padding, else its longest."""
     lengths, usual = recipe.sampling.token_lengths, recipe.family.token_length
-    return usual if usual in lengths else max(lengths)
+    return usual if usual in lengths or not recipe.family.padded else max(lengths)
 
 
 def metadata_of(recipe: Recipe, steps: int) -> StudentMetadata:
@@ -158,7 +158,7 @@ def metadata_of(recipe: Recipe, steps: int) -> StudentMetadata:
     return StudentMetadata(
         family=recipe.diffusion_model.family,
         token_length=served_length(recipe),
-        pooled="zero" if recipe.teacher.clip_l == NO_FILE else "clip_l",
+        pooled="+".join(recipe.teacher.companions) or "zero",
         title=recipe.output.name,
         facts={
             "distilled_t5.teacher": Path(recipe.teacher.t5).name,

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gap:
-    """Student and teacher at one step: text embeddings [B, L, D], and velocities [B, C, ...] for objectives that need them."""
+    """Student and teacher at one step: text embeddings [B, L, D], and velocities [B, C, ...] for objectives that need them.
+
+    own: how many rows of each text are its prompt's; None: all of them.
+    """
 
     student_text_BLD: Tensor
     teacher_text_BLD: Tensor
     student_velocity: Tensor | None = None
     teacher_velocity: Tensor | None = None
+    own: Sequence[int] | None = None
 
 
 def velocity_gap(gap: Gap) -> Tensor:
@@ -30,7 +34,12 @@ def velocity_gap(gap: Gap) -> Tensor:
 
 def embedding_gap(gap: Gap) -> Tensor:
     """Per-sample mean squared gap of the two text embeddings, float32 [B]: the naive baseline, Eq. 4 of arXiv:2503.19897."""
-    return _mean_squares(gap.student_text_BLD, gap.teacher_text_BLD)
+    from torch import cat  # imported when called: recipes are read before torch is imported
+
+    if gap.own is None:
+        return _mean_squares(gap.student_text_BLD, gap.teacher_text_BLD)
+    texts = zip(gap.student_text_BLD, gap.teacher_text_BLD, gap.own, strict=True)
+    return cat([_mean_squares(student_LD[None, :own], teacher_LD[None, :own]) for student_LD, teacher_LD, own in texts])
 
 
 def _mean_squares(student: Tensor, teacher: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..encoder.needed_tensors import check_clip_l, check_teacher_tensors
+from ..encoder.needed_tensors import check_companion, check_teacher_tensors
 from ..families import FAMILIES
 from ..prompts.common_text import common_words
 from ..prompts.corpora import Corpus, located
@@ -37,6 +37,8 @@ SOURCES = {
     "flux1-dev.safetensors": f"{HUGGING_FACE}black-forest-labs/FLUX.1-dev (accept its licence there first)",
     "flux1-schnell.safetensors": SCHNELL,
     "ae.safetensors": SCHNELL,
+    "sd3.5_medium.safetensors": f"{HUGGING_FACE}stabilityai/stable-diffusion-3.5-medium (accept its licence there first)",
+    "clip_g.safetensors": f"{HUGGING_FACE}Comfy-Org/stable-diffusion-3.5-fp8, folder text_encoders",
     **dict.fromkeys(["clip_l.safetensors", "t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"], TEXT_ENCODERS),
     "distilled_t5_base.safetensors": f"model.safetensors of {HUGGING_FACE}LifuWang/DistillT5, saved under this name",
     **{f"flan-t5-{size}": FLAN_T5.format(f"{HUGGING_FACE}google/flan-t5-{size}") for size in ("small", "base", "large", "xl")},
@@ -75,10 +77,11 @@ def models_of(recipe: Recipe) -> list[Model]:
         Model("diffusion_model.file", recipe.diffusion_model.file, "diffusion_models", "a diffusion model", DIFFUSION_SIGNS),
         Model("teacher.t5", teacher.t5, text_encoders, "a T5 text encoder", T5_SIGNS),
         Model("teacher.clip_l", teacher.clip_l, text_encoders, "a CLIP text encoder", _signs("a CLIP text encoder")),
+        Model("teacher.clip_g", teacher.clip_g, text_encoders, "a CLIP text encoder", _signs("a CLIP text encoder")),
         Model("student.start", recipe.student.start, text_encoders, "a T5 text encoder", T5_SIGNS),
         Model("preview.vae", recipe.preview.vae, "vae", "a VAE", _signs("a VAE")),
     ]
-    named = {"teacher.clip_l": NO_FILE, "student.start": RANDOM, "preview.vae": ""}
+    named = {"teacher.clip_l": NO_FILE, "teacher.clip_g": NO_FILE, "student.start": RANDOM, "preview.vae": ""}
     return [model for model in models if model.name != named.get(model.key, STAND_IN)]
 
 
@@ -167,8 +170,9 @@ def _check_complete(path: Path, model: Model, recipe: Recipe) -> None:
     if not model.key.startswith("teacher."):
         return
     shapes = {name: entry.shape for name, entry in read_entries(path).items()}
-    if model.key == "teacher.clip_l":
-        check_clip_l(shapes, path.name)
+    part = model.key.removeprefix("teacher.")
+    if part in recipe.family.companions:
+        check_companion(shapes, path.name, part)
     else:
         check_teacher_tensors(shapes, path.name, recipe.family)
 

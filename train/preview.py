@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,8 @@ from .contact_sheet import contact_sheet, image_difference
 from .models import preview_vae, served_length
 from .recipe import Recipe
 from .report import Reporter
-from .trajectory import draw
+from .teacher_chunks import texts_of
+from .trajectory import Position, draw
 from .validation import without_dropout
 from .workshop import Workshop
 
@@ -31,12 +33,16 @@ PREVIEW_BASE = 1 << 30
 
 
 def preview_batches(recipe: Recipe) -> list[Batch]:
-    """A batch for each prompt, at the last stage's size, the token length at which the student is served, and the usual guidance."""
-    family, lengths = recipe.family, (served_length(recipe),)
-    guidance = usual_guidance(recipe.sampling.guidance, family.default_guidance)
+    """A batch for each prompt, at the last stage's size, the token length at which the student is served, the usual guidance and CFG.
+
+    Where prompts are not padded, the longest length is only where they are cut.
+    """
+    family, sampling = recipe.family, recipe.sampling
+    lengths = (served_length(recipe) if family.padded else max(sampling.token_lengths),)
+    guidance, cfg = usual_guidance(sampling.guidance, family.default_guidance), sorted(sampling.cfg)[len(sampling.cfg) // 2 :][:1]
     shape = family.latent_shape(recipe.stages[-1].resolution_px)
     return [
-        Batch((prompt,), draw(recipe.seed, PREVIEW_BASE + index, 1, shape, guidance, lengths))
+        Batch((prompt,), draw(recipe.seed, PREVIEW_BASE + index, 1, shape, guidance, lengths, cfg))
         for index, prompt in enumerate(recipe.preview.prompts)
     ]
 
@@ -78,16 +84,25 @@ class Previewer:
         """The teacher's latents [1, C, ...] of all prompts, then the student's, on the CPU."""
         workshop, batches = self.workshop, preview_batches(self.workshop.recipe)
         if self._texts is None:
-            self._texts = workshop.teacher.texts((batch.prompts, batch.drawn.token_length) for batch in batches)
+            self._texts = texts_of(workshop.teacher, batches)
         starts = workshop.starts(batches, self._texts)
         with without_dropout(workshop.student):
-            students = [workshop.embed(start.token_ids_BL).float() for start in starts]
-        texts = [*(start.text_BLD for start in starts), *students]
+            students = [self._by_student(start, text) for start, text in zip(starts, self._texts, strict=True)]
         noises = [batch.drawn.noise for batch in batches]
-        return [
-            denoise(workshop.model, noise, start.sigmas_T, text_BLD, start.extras, start.guidance_B).cpu()
-            for noise, start, text_BLD in zip(noises * 2, starts * 2, texts, strict=True)
-        ]
+        return [self._latent(noise, start) for noise, start in zip(noises * 2, [*starts, *students], strict=True)]
+
+    def _by_student(self, start: Position, text: TeacherText) -> Position:
+        """The start with the student's text, and its own text of the empty prompt."""
+        embed, unconditional = self.workshop.embed, start.unconditional
+        if text.empty is not None and unconditional is not None:
+            empty = replace(text.empty, text_BLD=embed(text.empty.token_ids_BL).float().cpu())
+            unconditional = (empty.whole.to(start.x), unconditional[1])
+        return replace(start, text_BLD=embed(start.token_ids_BL).float(), unconditional=unconditional)
+
+    def _latent(self, noise: Tensor, start: Position) -> Tensor:
+        text_BLD, cfg = start.whole(start.text_BLD), 1.0 if start.cfg_B is None else float(start.cfg_B)
+        entry = (text_BLD, start.extras, start.guidance_B)
+        return denoise(self.workshop.model, noise, start.sigmas_T, *entry, cfg=cfg, negative=start.unconditional).cpu()
 
     def _decoded(self, latents: Sequence[Tensor]) -> list[Image.Image]:
         """Decode latents one by one. The VAE is loaded only here: it takes no memory while the student is trained."""

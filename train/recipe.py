@@ -15,6 +15,7 @@ from ..config.toml import toml_value
 from ..families import FAMILIES
 from ..families.family import Family
 from ..prompts.corpora import Corpus
+from ..runtime.comfyui import NO_FILE
 from ..students import KINDS
 from ..students.kind import Layout, StudentKind
 from .objectives import OBJECTIVES
@@ -39,17 +40,29 @@ StudentSize = Annotated[str, AfterValidator(lambda name: _one_of(name, [size for
 FamilyName = Annotated[str, AfterValidator(lambda name: _one_of(name, FAMILIES))]
 TokenLength = Annotated[int, Field(ge=2, le=4096)]
 Guidance = Annotated[float, Field(ge=0)]
+Cfg = Annotated[float, Field(ge=1)]
 
 
 class TeacherPart(Part):
     """The text encoder that the student imitates."""
 
     t5: FilePath = Field(description='T5-XXL or a distilled T5: a file in models/text_encoders, a path, or "stand-in"')
-    clip_l: FilePath = Field(description='CLIP-L for the pooled vector: a file in models/text_encoders, a path, or "none" for zeros')
+    clip_l: FilePath = Field(description='CLIP-L: a file in models/text_encoders, a path, or "none"')
+    clip_g: FilePath = Field(default=NO_FILE, description='CLIP-G, where the family has one: a file, as clip_l, or "none"')
     chunk_prompts: Count = Field(
         description="prompts that the teacher encodes at a time, rounded down to complete trajectories, at least one; each process keeps "
         "their embeddings in RAM: tokens x text width x 4 bytes per prompt, 4.2 MB at 256 tokens, 8.4 MB at 512"
     )
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without the key has the digest that it had before the key existed."""
+        return {key: value for key, value in written(self).items() if key != "clip_g" or value != NO_FILE}
+
+    @property
+    def companions(self) -> dict[str, str]:
+        """The files of the companions that are given, by attribute of ComfyUI's text model."""
+        return {name: file for name, file in (("clip_l", self.clip_l), ("clip_g", self.clip_g)) if file != NO_FILE}
 
 
 class FrozenModelPart(Part):
@@ -124,8 +137,20 @@ class TrajectoryPart(Part):
         description="guidance values, one drawn per sample; empty for models without guidance (schnell)"
     )
     token_lengths: Annotated[tuple[TokenLength, ...], FROM_LIST, NOT_EMPTY] = Field(
-        description="padded prompt lengths in tokens, one drawn per batch"
+        description="prompt lengths in tokens, one drawn per batch: prompts are padded to it, or only cut where the family does not pad"
     )
+    cfg: Annotated[tuple[Cfg, ...], FROM_LIST] = Field(
+        default=(),
+        description="weights of classifier-free guidance of the teacher's trajectories, one drawn per sample; empty: 1, without guidance",
+    )
+    negatives: float = Field(
+        default=0.0, ge=0, lt=1, description="fraction of training prompts replaced by empty and negative prompts; 0.1 with CFG"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without the keys has the digest that it had before they existed."""
+        return {key: value for key, value in written(self).items() if key not in ("cfg", "negatives") or value}
 
 
 class Stage(Part):
@@ -226,6 +251,9 @@ class Recipe(Config):
             raise ValueError(
                 f"student: expected a {kinds}, which {self.family.display_name} can use, got a {self.student.kind.display_name}"
             )
+        for name in self.teacher.companions:
+            if name not in self.family.companions:
+                raise ValueError(f'teacher.{name}: expected "{NO_FILE}", as {self.family.display_name} takes none')
         steps, warmup_steps = min(self.periods), self.optimizer.warmup_steps
         if warmup_steps > steps:
             whose = "shortest stage" if self.optimizer.restart_per_stage else "run"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .batches import Schedule
+from .batches import Batch, Schedule
 
 if TYPE_CHECKING:  # it needs ComfyUI, which `chunk_of` does not
     from ..encoder.teacher import Teacher, TeacherText
@@ -18,6 +19,11 @@ def chunk_of(trajectory: int, prompts: int, chunk_prompts: int, trajectories: in
     size = max(1, chunk_prompts // prompts)
     first = trajectory - trajectory % size
     return range(first, min(first + size, trajectories))
+
+
+def texts_of(teacher: Teacher, batches: Sequence[Batch]) -> list[TeacherText]:
+    """The teacher's texts of some batches, each encoded separately, with the empty prompt where their trajectories are guided."""
+    return [teacher.encode(batch.prompts, batch.drawn.token_length, with_empty=batch.drawn.cfg_B is not None) for batch in batches]
 
 
 class TeacherChunks:
@@ -46,4 +52,4 @@ class TeacherChunks:
         chunk = chunk_of(trajectory, prompts, self.chunk_prompts, trajectories)
         for number in range(trajectory, chunk.stop):
             batches = self.schedule.batches(stage, number)
-            self._held[stage, number] = self.teacher.texts((batch.prompts, batch.drawn.token_length) for batch in batches)
+            self._held[stage, number] = texts_of(self.teacher, batches)

@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..diffusion.denoise import euler_step
+from ..diffusion.denoise import Entry, euler_step, for_batch, guided
+from ..encoder.rows import Rows
 from .objectives import OBJECTIVES, Gap, Objective
 
 Choice = TypeVar("Choice", int, float)
@@ -28,21 +29,31 @@ class VelocityModel(Protocol):
 
 @dataclass(frozen=True)
 class Draw:
-    """The random choices of one trajectory: noise [B, C, ...], guidance [B] (None for guidance-free models), token length."""
+    """The random choices of one trajectory: noise [B, C, ...], guidance [B] or None, token length, CFG [B] or None."""
 
     noise: Tensor
     guidance_B: Tensor | None
     token_length: int
+    cfg_B: Tensor | None = None
 
 
-def draw(seed: int, index: int, batch: int, latent_shape: Sequence[int], guidance: Sequence[float], lengths: Sequence[int]) -> Draw:
+def draw(
+    seed: int,
+    index: int,
+    batch: int,
+    latent_shape: Sequence[int],
+    guidance: Sequence[float],
+    lengths: Sequence[int],
+    cfg: Sequence[float] = (),
+) -> Draw:
     """Draw batch `index`: a pure function of its arguments, so that a resumed run and another number of GPUs draw the same."""
     # Hashed, because torch's CPU generator keeps only the low 32 bits of a seed.
     digest = hashlib.blake2b(f"draw {seed} {index}".encode(), digest_size=4).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
     noise = torch.randn(batch, *latent_shape, generator=generator)
     scales = torch.tensor([_one_of(guidance, generator) for _ in range(batch)]) if guidance else None
-    return Draw(noise, scales, _one_of(lengths, generator))
+    length = _one_of(lengths, generator)
+    return Draw(noise, scales, length, torch.tensor([_one_of(cfg, generator) for _ in range(batch)]) if cfg else None)
 
 
 def _one_of(choices: Sequence[Choice], generator: torch.Generator) -> Choice:
@@ -53,7 +64,9 @@ def _one_of(choices: Sequence[Choice], generator: torch.Generator) -> Choice:
 class Position:
     """Where a batch is on the teacher's trajectory: step index, latent [B, C, ...], and all that the velocity depends on.
 
-    text_BLD and extras are the teacher's conditioning entry; token_ids_BL is what the student encodes.
+    text_BLD and extras are the teacher's conditioning entry; token_ids_BL is what the student encodes. rows: what of text_BLD, or of the
+    student's, is the text of each sample, where it is not all of it. cfg_B and unconditional: CFG by sample, and the teacher's entry of the
+    empty prompt, where the teacher's trajectory is guided.
     """
 
     step: int
@@ -63,6 +76,9 @@ class Position:
     extras: Mapping[str, Any]
     guidance_B: Tensor | None
     token_ids_BL: Tensor
+    rows: Rows | None = None
+    cfg_B: Tensor | None = None
+    unconditional: Entry | None = None
 
     @property
     def done(self) -> bool:
@@ -75,24 +91,54 @@ class Position:
 
     def velocity(self, model: VelocityModel, text_BLD: Tensor) -> Tensor:
         """The velocity here, with a text embedding in place of the teacher's."""
-        sigma_B = self.sigmas_T[self.step].to(self.x).expand(len(self.x))
-        return model.velocity(self.x, sigma_B, text_BLD, self.extras, self.guidance_B)
+        if self.rows is None:
+            return model.velocity(self.x, self._sigma_B, text_BLD, self.extras, self.guidance_B)
+        groups = self.rows.groups
+        found = [self._of(group).velocity(model, self.rows.text(text_BLD, group)) for group in groups]
+        places = torch.tensor([place for group in groups for place in group], device=self.x.device)
+        return torch.cat(found)[places.argsort()]
+
+    def whole(self, text_BLD: Tensor) -> Tensor:
+        """The text [1, K + L, D] of a single sample, with the rows that the student does not make."""
+        return text_BLD if self.rows is None else self.rows.text(text_BLD, [0])
+
+    @property
+    def _sigma_B(self) -> Tensor:
+        return self.sigmas_T[self.step].to(self.x).expand(len(self.x))
+
+    def _of(self, group: Sequence[int]) -> Position:
+        """The position of some samples, whose texts have one length."""
+        places = list(group)
+        extras = {name: value[places] if isinstance(value, Tensor) else value for name, value in self.extras.items()}
+        guidance_B = None if self.guidance_B is None else self.guidance_B[places]
+        return replace(self, x=self.x[places], extras=extras, guidance_B=guidance_B, rows=None)
+
+    def guided(self, model: VelocityModel, conditional: Tensor) -> Tensor:
+        """What the teacher's trajectory follows: its velocity for the prompts, guided away from that for the empty prompt."""
+        if self.cfg_B is None or self.unconditional is None:
+            return conditional
+        entry = for_batch(self.unconditional, len(self.x))
+        return guided(conditional, model.velocity(self.x, self._sigma_B, *entry, self.guidance_B), self.cfg_B.to(self.x))
 
 
 def gap_at(
     position: Position, model: VelocityModel, student: Callable[[Tensor], Tensor], objective: Objective
 ) -> tuple[Tensor, Tensor | None]:
-    """Per-sample loss [B] with gradients to the student, and the teacher's velocity (None if the objective needs none).
+    """Per-sample loss [B] with gradients to the student, and the velocity that the teacher follows (None if the objective needs none).
 
-    The diffusion model gets the teacher's and the student's embedding at the same latent, noise level and guidance.
+    The diffusion model gets the teacher's and the student's embedding at the same latent, noise level and guidance. With classifier-free
+    guidance of weight w on both sides and the teacher's unconditional velocity on both, the loss would be w^2 times this one: so CFG only
+    decides where the teacher's trajectory goes.
     """
     student_text_BLD = student(position.token_ids_BL)
+    own = None if position.rows is None else position.rows.own
     if not objective.needs_velocity:
-        return objective.loss(Gap(student_text_BLD, position.text_BLD)), None
+        return objective.loss(Gap(student_text_BLD, position.text_BLD, own=own)), None
     with torch.no_grad():
         teacher_velocity = position.velocity(model, position.text_BLD)
+        followed = position.guided(model, teacher_velocity)
     student_velocity = position.velocity(model, student_text_BLD)
-    return objective.loss(Gap(student_text_BLD, position.text_BLD, student_velocity, teacher_velocity)), teacher_velocity
+    return objective.loss(Gap(student_text_BLD, position.text_BLD, student_velocity, teacher_velocity, own)), followed
 
 
 def advance(position: Position, teacher_velocity: Tensor | None) -> Position:

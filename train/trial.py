@@ -12,6 +12,7 @@ from ..runtime.randomness import undisturbed
 from .objectives import OBJECTIVES
 from .recipe import Stage
 from .report import reset_peak_memory
+from .teacher_chunks import texts_of
 from .trajectory import gap_at
 from .workshop import Workshop
 
@@ -47,9 +48,7 @@ def _trial(workshop: Workshop, number: int) -> float:
     batches = workshop.schedule.batches(number, 0)
     with undisturbed():
         workshop.load_model()
-        encode_s, positions = timed(
-            lambda: workshop.starts(batches, workshop.teacher.texts((batch.prompts, batch.drawn.token_length) for batch in batches))
-        )
+        encode_s, positions = timed(lambda: workshop.starts(batches, texts_of(workshop.teacher, batches)))
         passes = [
             timed(lambda: [gap_at(one, workshop.model, learner.embed, objective)[0].mean().backward() for one in positions])[0]
             for _ in range(PASSES)

@@ -10,6 +10,7 @@ import torch
 from torch.nn import Module
 
 from ..encoder.teacher import TeacherText
+from .teacher_chunks import texts_of
 from .trajectory import gaps_by_band
 from .workshop import Workshop
 
@@ -41,7 +42,7 @@ class HeldOut:
         workshop, bands = self.workshop, self.workshop.recipe.validation.sigma_bands
         batches = workshop.schedule.held_out_batches()
         if self._texts is None:
-            self._texts = workshop.teacher.texts((batch.prompts, batch.drawn.token_length) for batch in batches)
+            self._texts = texts_of(workshop.teacher, batches)
         sums: dict[str, tuple[float, int]] = {}
         with without_dropout(workshop.student):
             for batch, text in zip(batches, self._texts, strict=True):

@@ -49,16 +49,19 @@ class Workshop:
 
     def position(self, batch: Batch, text: TeacherText) -> Position:
         """The start of a batch's trajectory, on the diffusion model's device."""
-        device, drawn = self.model.device, batch.drawn
+        device, drawn, empty = self.model.device, batch.drawn, text.empty
         sigmas_T = self.model.training_sigmas(self.recipe.sampling.steps, *drawn.noise.shape[-2:])
         return Position(
             step=0,
             x=self.model.noisy(drawn.noise.to(device), sigmas_T),
             sigmas_T=sigmas_T,
             text_BLD=text.text_BLD.to(device),
-            extras={"pooled_output": text.pooled_BP.to(device)},
+            extras=text.extras(device),
             guidance_B=None if drawn.guidance_B is None else drawn.guidance_B.to(device),
             token_ids_BL=text.token_ids_BL.to(device),
+            rows=None if text.rows is None else text.rows.to(device),
+            cfg_B=drawn.cfg_B,
+            unconditional=None if empty is None else (empty.whole.to(device), empty.extras(device)),
         )
 
     def embed(self, token_ids_BL: Tensor) -> Tensor:

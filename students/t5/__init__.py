@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..kind import StudentKind
-from .layout import NAMED_SIZES, POSITION_BIAS, SHARED, StudentLayout, read_layout
+from .layout import END, NAMED_SIZES, PAD, POSITION_BIAS, SHARED, StudentLayout, read_layout
 from .names import LORA_KEYS, MODULE, published_names
 from .relatives import refuse_relatives
 
@@ -40,11 +40,11 @@ def served(layout: StudentLayout, dtype: Any, device: Any, operations: Any) -> A
     return ProjectedT5(layout, dtype, device, operations)
 
 
-def trained(layout: StudentLayout, dropout: float) -> TrainedStudent:
+def trained(layout: StudentLayout, dropout: float, padded: bool = True) -> TrainedStudent:
     """The module that is trained."""
     from .trained import DistilledT5
 
-    return DistilledT5(layout, dropout)
+    return DistilledT5(layout, dropout, padded)
 
 
 def read_pretrained(path: Path, layout: StudentLayout) -> dict[str, Tensor]:
@@ -78,8 +78,8 @@ T5 = StudentKind(
     signs=(POSITION_BIAS.removeprefix("encoder."),),
     table=SHARED,
     tokens=32100,  # 32,000 pieces and 100 extra ids
-    end=1,
-    pad=0,
+    end=END,
+    pad=PAD,
     lora_keys=LORA_KEYS,
     small={"num_layers": 1, "d_model": 8, "d_ff": 8, "num_heads": 1, "d_kv": 8, "vocab_size": 8},
     published_names=published_names,

@@ -19,6 +19,7 @@ from ..kind import Shape
 # Fixed in ComfyUI's T5 and in every T5 ever published.
 RELATIVE_POSITION_BUCKETS = 32
 T5_VOCABULARY = 32128
+END, PAD = 1, 0
 
 SHARED = "encoder.shared.weight"
 FINAL_NORM = "encoder.encoder.final_layer_norm.weight"

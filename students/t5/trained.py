@@ -13,7 +13,7 @@ from torch.nn import Dropout, Linear
 from transformers import T5Config, T5EncoderModel
 
 from ..trained import TrainedStudent
-from .layout import SHARED, StudentLayout
+from .layout import PAD, SHARED, StudentLayout
 from .names import TOKEN_TABLE_TWIN
 from .projection import projection
 
@@ -22,17 +22,18 @@ DROPOUT = 0.1
 
 
 class DistilledT5(TrainedStudent):
-    """T5 encoder and projection. Every token is attended to, padding too, as in Flux's text encoder."""
+    """T5 encoder and projection."""
 
     duplicates: ClassVar[Mapping[str, str]] = {TOKEN_TABLE_TWIN: SHARED}
 
-    def __init__(self, layout: StudentLayout, dropout: float = DROPOUT) -> None:
-        super().__init__(layout)
+    def __init__(self, layout: StudentLayout, dropout: float = DROPOUT, padded: bool = True) -> None:
+        super().__init__(layout, padded)
         self.encoder = T5EncoderModel(transformers_config(layout, dropout))
         self.final_projection = projection(layout, Linear, Dropout(dropout))
 
     def forward(self, token_ids_BL: Tensor) -> Tensor:
-        hidden_BLM = self.encoder(input_ids=token_ids_BL, attention_mask=torch.ones_like(token_ids_BL)).last_hidden_state
+        mask_BL = torch.ones_like(token_ids_BL) if self.padded else (token_ids_BL != PAD).long()
+        hidden_BLM = self.encoder(input_ids=token_ids_BL, attention_mask=mask_BL).last_hidden_state
         return self.final_projection(hidden_BLM)
 
 

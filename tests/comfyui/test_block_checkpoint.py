@@ -135,7 +135,7 @@ def test_an_error_while_computing_again_leaves_the_model_as_it_was(flow):
 def test_operations_are_counted_as_torch_counts_them(flow, files):
     teacher, counted = WORLD.load_teacher(files), WORLD.forward_flops()
     prompts = WORLD.prompts(BATCH)
-    ids = teacher.token_ids(prompts, WORLD.text_tokens)
+    ids = torch.tensor(teacher.token_ids(prompts, WORLD.text_tokens))
     learner = WORLD.learner(flow.device, None)
     with torch.no_grad():
         found = {

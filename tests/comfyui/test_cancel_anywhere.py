@@ -65,7 +65,7 @@ def test_cancel_stops_every_part_of_loading_and_progress_never_decreases(student
         of_clip_l = len(file.keys())
 
     def load(listener: Listener) -> None:
-        load_encoder(str(student), str(clip_l), ServingOptions(dtype=torch.float32), listener)
+        load_encoder(str(student), {"clip_l": str(clip_l)}, ServingOptions(dtype=torch.float32), listener)
 
     heard = heard_in(load)
     shares = [done / total for done, total in heard]
@@ -79,7 +79,7 @@ def test_cancel_stops_every_part_of_loading_and_progress_never_decreases(student
 
 
 def test_cancel_stops_every_part_of_reading_the_weights_from_a_clip(student):
-    clip = load_encoder(str(student), None, ServingOptions()).clip
+    clip = load_encoder(str(student), {}, ServingOptions()).clip
 
     def take(listener: Listener) -> None:
         student_tensors(clip, torch.float32, listener)
@@ -100,7 +100,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_cancel_while_the_file_is_half_written_leaves_nothing(models, student, monkeypatch):
-    clip = load_encoder(str(student), None, ServingOptions()).clip
+    clip = load_encoder(str(student), {}, ServingOptions()).clip
     half_written: list[int] = []
 
     def press_cancel_when_it_is_there(*_arguments: Any, **_more: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from comfy_extras.nodes_flux import CLIPTextEncodeFlux
 from distilled_t5.devtools.models.random_models import clip_l_shapes
-from distilled_t5.encoder.clip_l import in_order, open_clip_l
+from distilled_t5.encoder.companions import in_order, open_companion
 from distilled_t5.encoder.files import open_student
 from distilled_t5.runtime.errors import StudentFileError
 from distilled_t5.tests.support.small_encoders import PROMPT, serve, stock_flux_clip, student_file
@@ -126,12 +126,12 @@ def test_quantised_clip_l_is_refused_and_not_used_without_its_scales(clip_l, fol
 def test_openai_layout_may_be_named_second_too(clip_l, folder):
     path, student = folder / "openai.safetensors", student_file(folder)
     save_file(openai_layout(clip_l), path)
-    assert in_order(str(student), str(path)) == (str(path), str(student))
+    assert in_order({"clip_l": str(student)}, str(path)) == ({"clip_l": str(path)}, str(student))
 
 
 def refusal(path: Path) -> str:
     with pytest.raises(StudentFileError) as caught:
-        open_clip_l(path)
+        open_companion("clip_l", path)
     return str(caught.value)
 
 

@@ -230,7 +230,7 @@ def test_encoders_are_found_once_each_under_names_of_their_own(whole, tmp_path):
     suite = suite_of(whole, f"teacher.t5={encoders / 'teacher.safetensors'}", f'students=["{encoders / "student.safetensors"}"]')
     found = find_encoders(suite, [str(encoders / "student.safetensors"), str(twin), str(odd)])
     assert [one.name for one in found] == ["teacher", "student", "student-2", "my_best_v2_"]
-    assert [one.clip_l for one in found] == [None] * 4
+    assert [one.companions for one in found] == [{}] * 4
     named = find_encoders(suite, [f"student={twin}", f"best={encoders / 'student.safetensors'}", str(odd)])
     assert [(one.name, one.path.stem) for one in named[1:]] == [
         ("best", "student"),
@@ -245,7 +245,7 @@ def test_encoders_are_found_once_each_under_names_of_their_own(whole, tmp_path):
 
 def test_a_text_is_what_clip_text_encode_gives_and_brackets_are_only_brackets(whole):
     path = whole.base / "models" / "text_encoders" / "student.safetensors"
-    encoder = LoadedEncoder.load(EncoderFile("student", path, None), FAMILIES["flux"])
+    encoder = LoadedEncoder.load(EncoderFile("student", path), FAMILIES["flux"])
     [(expected, extras)] = encode(encoder.clip, "a red star")
     text = encoder.text("a red star")
     assert (text.text_1LD == expected).all() and (text.pooled_1P == extras["pooled_output"]).all()
@@ -256,7 +256,7 @@ def test_a_text_is_what_clip_text_encode_gives_and_brackets_are_only_brackets(wh
 
 def test_a_stock_clip_of_t5xxl_gives_what_clip_text_encode_gives(stand_ins):
     clip_l = stand_ins / "models" / "text_encoders" / "clip_l.safetensors"
-    encoder = LoadedEncoder(EncoderFile("t5xxl", clip_l, clip_l), Teacher(stock_flux_clip(clip_l)))
+    encoder = LoadedEncoder(EncoderFile("t5xxl", clip_l, {"clip_l": clip_l}), Teacher(stock_flux_clip(clip_l)))
     [(expected, extras)] = encode(encoder.clip, "a red star")
     text = encoder.text("a red star")
     assert text.text_1LD.shape == (1, 256, 4096)
@@ -268,7 +268,7 @@ def test_every_encoder_that_does_not_fit_is_named_before_anything_is_generated(w
     good = whole.base / "models" / "text_encoders" / "student.safetensors"
     (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:-100])
     (tmp_path / "t5.gguf").write_bytes(b"GGUF")
-    files = [EncoderFile(path.stem, path, None) for path in (good, tmp_path / "cut.safetensors", tmp_path / "t5.gguf")]
+    files = [EncoderFile(path.stem, path) for path in (good, tmp_path / "cut.safetensors", tmp_path / "t5.gguf")]
     with pytest.raises(ValueError, match=r"Not all encoders can be compared:\n(.|\n)*What to do: ") as caught:
         check_encoders(files, 4096, "flux", FAMILIES["flux"])
     told = str(caught.value)

@@ -28,7 +28,7 @@ from distilled_t5.tests.support.small_models import SmallModel
 from distilled_t5.train.recipe import load_recipe
 from torch import Tensor
 
-STEPS, BATCH, TOKENS = 4, 2, 12
+STEPS, BATCH, TOKENS, SIGMA = 4, 2, 12, 0.7
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 WITH_T5 = {name: family for name, family in FAMILIES.items() if "t5" in family.students}
 with_t5 = pytest.mark.parametrize("family", WITH_T5.values(), ids=WITH_T5)
@@ -58,7 +58,7 @@ def conditioning(family: Family, model: FrozenModel) -> tuple[Tensor, Tensor, di
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(BATCH, *family.latent_shape(side_px(family)), generator=generator)
     text_BLD = torch.randn(BATCH, TOKENS, model.text_width, generator=generator)
-    extras = {"pooled_output": torch.randn(BATCH, family.pooled_width, generator=generator)} if family.companions else {}
+    extras = {"pooled_output": torch.randn(BATCH, family.pooled_width, generator=generator) if family.companions else None}
     return noise, text_BLD, extras
 
 
@@ -77,7 +77,9 @@ def test_comfyui_knows_the_clip_type_and_every_kind_of_student(family: Family):
 @with_t5
 def test_a_served_student_is_comfyuis_own_text_model_with_the_trained_embeddings(family: Family, tmp_path: Path):
     layout = layout_for(family)
-    clip = serve(student_file(tmp_path, layout, family=family.name, token_length=family.token_length), family=family.name).clip
+    clip = serve(
+        student_file(tmp_path, layout, family=family.name, token_length=family.token_length, pooled="zero"), family=family.name
+    ).clip
     tokenizer, factory = family.text_classes()
     stock: Any = factory
     assert type(clip.tokenizer) is tokenizer
@@ -114,6 +116,20 @@ def _other_config(family: Family) -> dict[str, Any]:
     return {"image_model": "ltxv", "caption_channels": 64, "in_channels": 128, **blocks}
 
 
+@pytest.fixture(scope="module")
+def every_model() -> dict[str, Any]:
+    """A small model of each family."""
+    return {name: small(family).patcher().model for name, family in FAMILIES.items()}
+
+
+@every_family
+def test_a_model_of_another_registered_family_is_refused_by_its_name(family: Family, every_model: dict[str, Any]):
+    for name, model in every_model.items():
+        reason = family.refuse(model)
+        assert (reason is None) == (name == family.name), (name, reason)
+        assert reason is None or family.display_name.partition(".")[0] in reason
+
+
 @every_family
 def test_the_denoising_loop_equals_comfyuis_sampler_bit_for_bit(family: Family):
     model = frozen(family)
@@ -127,7 +143,7 @@ def test_the_denoising_loop_equals_comfyuis_sampler_bit_for_bit(family: Family):
 def test_the_gradient_with_respect_to_the_text_equals_the_numeric_one(family: Family, checkpoint_blocks: bool):
     model = frozen(family)
     noise, text_BLD, extras = conditioning(family, model)
-    sigma_B = torch.full((BATCH,), 0.7)
+    sigma_B = torch.full((BATCH,), SIGMA)
     leaf = text_BLD.clone().requires_grad_(True)
     with model.differentiable(checkpoint_blocks):
         model.velocity(noise, sigma_B, leaf, extras).square().sum().backward()
@@ -168,18 +184,18 @@ def t5_alone(monkeypatch: pytest.MonkeyPatch) -> Family:
 
 @pytest.fixture
 def t5_alone_file(t5_alone: Family, tmp_path: Path) -> Path:
-    return student_file(tmp_path, layout_for(t5_alone), family=t5_alone.name, token_length=16)
+    return student_file(tmp_path, layout_for(t5_alone), family=t5_alone.name, token_length=16, pooled="zero")
 
 
 def test_a_family_without_companions_teaches(t5_alone: Family, t5_alone_file: Path):
-    teacher = load_teacher(t5_alone_file, None, t5_alone)
+    teacher = load_teacher(t5_alone_file, {}, t5_alone)
     text = teacher.encode([PROMPT, "a cat"], 16)
     assert text.token_ids_BL.shape == (2, 16) and text.text_BLD.shape == (2, 16, t5_alone.text_width)
     assert text.pooled_BP.shape == (2, 0)
 
 
 def test_a_family_without_companions_is_evaluated(t5_alone: Family, t5_alone_file: Path):
-    encoder = LoadedEncoder.load(EncoderFile("student", t5_alone_file, None), t5_alone)
+    encoder = LoadedEncoder.load(EncoderFile("student", t5_alone_file), t5_alone)
     text = encoder.text(PROMPT)
     assert text.text_1LD.shape[-1] == t5_alone.text_width and text.pooled_1P.shape == (1, 0)
     assert encoder_name(encoder.clip) == layout_for(t5_alone).size_name

@@ -54,12 +54,12 @@ def test_loading_stops_when_the_user_cancels(base):
         show(done, total)
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        load_encoder(str(base), None, ServingOptions(), cancel_half_way)
+        load_encoder(str(base), {}, ServingOptions(), cancel_half_way)
     assert 0 < max(seen) < len(open_student(base).names)
 
 
 def test_resident_memory_of_T5_base_in_bf16_is_a_quarter_of_a_gigabyte(base):
-    served = load_encoder(str(base), None, ServingOptions())
+    served = load_encoder(str(base), {}, ServingOptions())
     resident = sum(weight.numel() * weight.element_size() for weight in served.clip.cond_stage_model.parameters())
     assert resident <= 0.27e9
     assert "259 MB as bf16" in served.info

@@ -41,7 +41,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def served(path: Path) -> dict[str, torch.Tensor]:
     """What the loader puts into the graph, read back from there."""
-    clip = load_encoder(str(path), None, ServingOptions(dtype=torch.bfloat16)).clip
+    clip = load_encoder(str(path), {}, ServingOptions(dtype=torch.bfloat16)).clip
     return {name: tensor.detach().cpu() for name, tensor in student_tensors(clip).items()}
 
 

@@ -20,7 +20,7 @@ from distilled_t5.tests.support.small_encoders import PROMPT, TINY, embedding, p
 from safetensors.torch import load_file, save_file
 
 SNAPSHOT = Path(__file__).parent / "schemas.json"
-FILE_LISTS = ("clip_name1", "clip_name2", "preset", "preview_vae")
+FILE_LISTS = ("clip_name1", "clip_name2", "clip_name3", "preset", "preview_vae")
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(teacher_file: Path) -> Teacher:
-    return load_teacher(teacher_file, None)
+    return load_teacher(teacher_file, {})
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +392,7 @@ def test_draws_are_a_pure_function_of_seed_and_index():
 
 
 def test_prompts_are_literal_and_cut_with_the_end_token_last(teacher):
-    ids = teacher.token_ids(["a (cat:1.3)", "word " * 50], LENGTH)
+    ids = torch.tensor(teacher.token_ids(["a (cat:1.3)", "word " * 50], LENGTH))
     assert ids.shape == (2, LENGTH)
     assert ids[1, -1] == 1 and (ids[1] != 0).all()
     pieces = teacher.clip.tokenizer.t5xxl.tokenizer("a (cat:1.3)")["input_ids"]

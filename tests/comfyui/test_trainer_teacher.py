@@ -123,7 +123,7 @@ def test_after_a_resume_every_batch_is_encoded_with_the_same_composition(encoded
     assert calls[1] == calls[0][2:]
     assert len({length for _, length in calls[0]}) == 2
     for text, batch in zip(texts[-1], workshop.schedule.batches(1, 4), strict=True):
-        assert torch.equal(text.token_ids_BL, workshop.teacher.token_ids(batch.prompts, batch.drawn.token_length))
+        assert torch.equal(text.token_ids_BL, torch.tensor(workshop.teacher.token_ids(batch.prompts, batch.drawn.token_length)))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def teacher(request: pytest.FixtureRequest, stand_ins: Path, tmp_path_factory: p
     clip_l = stand_ins / "models" / "text_encoders" / "clip_l.safetensors"
     if request.param == "T5-XXL":
         return Teacher(stock_flux_clip(clip_l))
-    return load_teacher(student_file(tmp_path_factory.mktemp("teacher")), clip_l)
+    return load_teacher(student_file(tmp_path_factory.mktemp("teacher")), {"clip_l": clip_l})
 
 
 @pytest.mark.parametrize("prompt", PLAIN.values(), ids=PLAIN)

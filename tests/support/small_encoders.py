@@ -44,7 +44,7 @@ def student_file(folder: Path, layout: StudentLayout = TINY, name: str = "tiny.s
 def serve(path: Path, clip_l: Path | None = None, **options: Any) -> ServedEncoder:
     """The file as a CLIP, fp32 unless told otherwise."""
     options.setdefault("dtype", torch.float32)
-    return load_encoder(str(path), None if clip_l is None else str(clip_l), ServingOptions(**options))
+    return load_encoder(str(path), {} if clip_l is None else {"clip_l": str(clip_l)}, ServingOptions(**options))
 
 
 def stock_flux_clip(clip_l: Path) -> Any:

@@ -33,7 +33,7 @@ class SmallModel:
         config = getattr(comfy.supported_models, self.kind)(dict(self.config))
         config.set_inference_dtype(torch.float32, None)
         model = config.get_model({}, "")
-        _randomize(model.diffusion_model)
+        randomize(model.diffusion_model)
         cpu = torch.device("cpu")
         return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
@@ -46,9 +46,12 @@ class SmallModel:
         return latent, torch.full((batch,), self.sigma), text_BLD, {**self.extras, **mask}
 
 
-def _randomize(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module) -> None:
+    """Give every weight a random value, always the same, that keeps activations near 1."""
     generator = torch.Generator().manual_seed(1)
-    for name, weight in model.named_parameters():
+    # Tables of positions are in files too, and not set before.
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in model.state_dict()]
+    for name, weight in [*model.named_parameters(), *buffers]:
         values = torch.randn(weight.shape, generator=generator)
         if weight.ndim > 1:
             values *= math.prod(weight.shape[1:]) ** -0.5

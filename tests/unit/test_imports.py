@@ -16,7 +16,7 @@ TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
 # What runs inside ComfyUI, and what trains by transformers; every other module of these rooms needs torch and safetensors alone.
 ROOMS = ("students", "families", "encoder")
-IN_COMFYUI = {"encoder.clip_l", "encoder.served", "encoder.teacher", "students.t5.served"}
+IN_COMFYUI = {"encoder.companions", "encoder.served", "encoder.teacher", "students.t5.served"}
 BY_TRANSFORMERS = {"students.t5.trained", "students.t5.pretrained"}
 BY_PYDANTIC = {"students.t5.table"}
 HEAVY = {

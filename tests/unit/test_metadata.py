@@ -106,7 +106,7 @@ def test_output_width_of_another_diffusion_model_is_not_called_wrong_metadata(tm
 @pytest.mark.parametrize(
     ("value_of", "expected"),
     [
-        ({"distilled_t5.family": "sd3"}, "one of flux"),
+        ({"distilled_t5.family": "sdxl"}, "one of flux"),
         ({"distilled_t5.family": ""}, "one of flux"),
         *(
             ({"distilled_t5.token_length": value}, f"from 1 to {MAX_TOKENS}")

@@ -23,7 +23,7 @@ MINIATURE = ["half", "quarter", "tenth", "fortieth"]
 DEV = [name for name in NAMES if name.startswith("flux-dev")]
 KEYS = {
     "": ["name", "seed"],
-    "teacher.": ["t5", "clip_l", "chunk_prompts"],
+    "teacher.": ["t5", "clip_l", "clip_g", "chunk_prompts"],
     "diffusion_model.": ["file", "dtype", "checkpoint_blocks", "family"],
     "student.": ["size", "start", "projection_width", "dropout"],
     "student.layout.": ["d_model", "d_ff", "num_layers", "num_heads", "d_kv", "gated"],
@@ -38,7 +38,7 @@ KEYS = {
         "max_gradient_norm",
         "autocast",
     ],
-    "sampling.": ["steps", "guidance", "token_lengths"],
+    "sampling.": ["steps", "guidance", "token_lengths", "cfg", "negatives"],
     "validation.": ["prompts", "every_steps", "sigma_bands"],
     "checkpoints.": ["every_steps", "keep_last"],
     "preview.": ["every_steps", "prompts", "vae"],
@@ -80,6 +80,7 @@ def test_shipped_recipes_are_those_promised():
         "schnell-24gb",
         "schnell-16gb",
         "schnell-12gb",
+        "sd35-medium-24gb",
         "smoke",
         *(f"miniature-{size}" for size in MINIATURE),
     ]

@@ -1,0 +1,76 @@
+"""PixArt-alpha and PixArt-Sigma, which predict noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from .family import Family
+
+LATENT_CHANNELS, TEXT_WIDTH = 4, 4096
+
+
+def text_classes() -> tuple[Any, Any]:
+    """ComfyUI's tokenizer class of PixArt, and the factory of its text model: T5-XXL alone, prompts not padded."""
+    from comfy.text_encoders.pixart_t5 import PixArtTokenizer, pixart_te
+
+    return PixArtTokenizer, pixart_te()
+
+
+def refuse_all_but(image_model: str, display_name: str) -> Callable[[Any], str | None]:
+    """Why a loaded diffusion model cannot be used as one of the two, or None, as a function of the model."""
+
+    def refuse(model: Any) -> str | None:
+        found = model.model_config.unet_config.get("image_model")
+        if found == image_model:
+            return None
+        other = {"pixart_alpha": "PixArt-alpha", "pixart_sigma": "PixArt-Sigma"}.get(str(found), type(model).__name__)
+        return f"is a {other}, not a {display_name}."
+
+    return refuse
+
+
+# One block of four heads.
+SMALL = {
+    "image_model": "pixart_alpha",
+    "num_heads": 4,
+    "patch_size": 2,
+    "hidden_size": 144,
+    "in_channels": LATENT_CHANNELS,
+    "depth": 1,
+    "model_max_length": 120,
+    "micro_condition": True,
+}
+
+PIXART_ALPHA = Family(
+    name="pixart_alpha",
+    display_name="PixArt-alpha",
+    modelspec="pixart-alpha",
+    clip_type="PIXART",
+    text_classes=text_classes,
+    part="t5xxl",
+    tokenizer_part="clip_t5xxl",
+    students=("t5",),
+    teacher=("t5", "xxl"),
+    text_width=TEXT_WIDTH,
+    token_length=1,
+    padded=False,
+    block_lists=("blocks",),
+    last_layers=(),
+    latent_channels=LATENT_CHANNELS,
+    least_side_px=272,
+    text_width_of=lambda model: model.diffusion_model.y_embedder.y_proj.fc1.in_features,
+    block_width_of=lambda model: model.diffusion_model.hidden_size,
+    takes_guidance=lambda _model: False,
+    refuse=refuse_all_but("pixart_alpha", "PixArt-alpha"),
+    small=("PixArtAlpha", SMALL),
+)
+PIXART_SIGMA = replace(
+    PIXART_ALPHA,
+    name="pixart_sigma",
+    display_name="PixArt-Sigma",
+    modelspec="pixart-sigma",
+    refuse=refuse_all_but("pixart_sigma", "PixArt-Sigma"),
+    small=("PixArtSigma", SMALL | {"image_model": "pixart_sigma", "model_max_length": 300, "micro_condition": False}),
+)

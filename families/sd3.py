@@ -1,0 +1,88 @@
+"""Stable Diffusion 3 and 3.5: medium and large."""
+
+# K rows of the companions, D text width
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .family import Family
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LATENT_CHANNELS, TEXT_WIDTH = 16, 4096
+COMPANIONS = {"clip_l": 768, "clip_g": 1280}
+POOLED_WIDTH, CLIP_ROWS = sum(COMPANIONS.values()), 77
+
+
+def text_classes() -> tuple[Any, Any]:
+    """ComfyUI's tokenizer class of SD3, and the factory of its text model: CLIP-L, CLIP-G and T5-XXL."""
+    from comfy.text_encoders.sd3_clip import SD3Tokenizer, sd3_clip
+
+    return SD3Tokenizer, sd3_clip()
+
+
+def rows_before(rows: Mapping[str, Tensor]) -> Tensor:
+    """The rows [1, K, D] before T5's: CLIP-L's and CLIP-G's side by side, zeros for an absent one and in the other channels."""
+    import torch
+
+    count = min(found.shape[1] for found in rows.values())
+    parts = [rows[name][:, :count] if name in rows else torch.zeros(1, count, width) for name, width in COMPANIONS.items()]
+    device = next(iter(rows.values())).device
+    return torch.nn.functional.pad(torch.cat([part.to(device) for part in parts], dim=-1), (0, TEXT_WIDTH - POOLED_WIDTH))
+
+
+def refuse(model: Any) -> str | None:
+    """Why a loaded diffusion model cannot be used as an SD3, or None."""
+    if not hasattr(model.diffusion_model, "joint_blocks"):
+        return f"is a {type(model).__name__}, not a Stable Diffusion 3."
+    config = model.model_config.unet_config
+    if config.get("adm_in_channels") != POOLED_WIDTH:
+        return f"takes pooled text of width {config.get('adm_in_channels')}, expected {POOLED_WIDTH}, CLIP-L's and CLIP-G's."
+    if config["in_channels"] != LATENT_CHANNELS:
+        return f"takes {config['in_channels']} channels, expected the {LATENT_CHANNELS} of a latent: it also takes an image."
+    return None
+
+
+# Two blocks, the first with the second attention of SD3.5 medium; images of up to 512 pixels.
+SMALL = {
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "patch_size": 2,
+    "depth": 2,
+    "input_size": None,
+    "adm_in_channels": POOLED_WIDTH,
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": TEXT_WIDTH, "out_features": 128}},
+    "num_patches": 1024,
+    "pos_embed_max_size": 32,
+    "pos_embed_scaling_factor": None,
+    "qk_norm": "rms",
+    "x_block_self_attn_layers": [0],
+}
+
+SD3 = Family(
+    name="sd3",
+    display_name="Stable Diffusion 3",
+    modelspec="stable-diffusion-3",
+    clip_type="SD3",
+    text_classes=text_classes,
+    part="t5xxl",
+    students=("t5",),
+    teacher=("t5", "xxl"),
+    text_width=TEXT_WIDTH,
+    token_length=77,
+    companions=COMPANIONS,
+    companions_optional=True,
+    rows_before=rows_before,
+    most_rows_before=CLIP_ROWS,
+    block_lists=("joint_blocks",),
+    last_layers=(),
+    latent_channels=LATENT_CHANNELS,
+    text_width_of=lambda model: model.diffusion_model.context_embedder.in_features,
+    block_width_of=lambda model: model.diffusion_model.hidden_size,
+    takes_guidance=lambda _model: False,
+    refuse=refuse,
+    small=("SD3", SMALL),
+)

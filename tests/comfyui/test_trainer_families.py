@@ -1,0 +1,117 @@
+"""Every registered family trains a student along guided trajectories, and ComfyUI serves what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.sample
+import pytest
+import torch
+from distilled_t5.encoder.files import write_student
+from distilled_t5.families import FAMILIES
+from distilled_t5.families.family import Family
+from distilled_t5.runtime.ranks import Ranks
+from distilled_t5.tests.support.small_encoders import serve
+from distilled_t5.train.batches import Place
+from distilled_t5.train.distill import train_step
+from distilled_t5.train.models import metadata_of
+from distilled_t5.train.objectives import OBJECTIVES
+from distilled_t5.train.optimizer import restart
+from distilled_t5.train.preview import Previewer, preview_batches
+from distilled_t5.train.recipe import Recipe, load_recipe
+from distilled_t5.train.validation import HeldOut
+from distilled_t5.train.workshop import Workshop, open_workshop
+
+NEW = {name: family for name, family in FAMILIES.items() if name != "flux"}
+PROMPTS = ["a red cube left of a blue ball", "", "low quality"]
+FIRST, STEPS = Place(stage=1, trajectory=0, step=0), 6
+
+
+def recipe_of(family: Family) -> Recipe:
+    side = max(64, family.least_side_px)
+    settings = [
+        f"diffusion_model.family={family.name}",
+        "sampling.guidance=[]",
+        "sampling.cfg=[4.5, 7.0]",
+        "sampling.negatives=0.3",
+        f"sampling.token_lengths=[{max(16, family.token_length)}]",
+        "teacher.chunk_prompts=4",
+        "validation.prompts=2",
+        "optimizer.warmup_steps=0",
+        "optimizer.learning_rate=2e-4",
+        *(f"stage.{stage}.resolution_px={side}" for stage in (0, 1)),
+    ]
+    return load_recipe("smoke", settings)
+
+
+@pytest.fixture(scope="module", params=NEW.values(), ids=NEW)
+def workshop(request: pytest.FixtureRequest) -> Workshop:
+    return open_workshop(recipe_of(request.param), Ranks())
+
+
+def test_both_objectives_lower_their_loss_and_the_served_student_gives_the_trained_embeddings(workshop: Workshop, tmp_path: Path):
+    family, model = workshop.recipe.family, workshop.model
+    with model.differentiable(True):
+        for name in ("embedding", "velocity"):
+            positions, losses = workshop.starts_at(FIRST), []
+            restart(workshop.learner.optimizer)
+            for _ in range(STEPS):
+                report, moved = train_step(positions, model, workshop.learner, OBJECTIVES[name])
+                losses.append(report.loss)
+                assert not report.dropped
+            assert losses[-1] < losses[0], (name, losses)
+            if name == "velocity":
+                assert all(not torch.equal(before.x, after.x) for before, after in zip(positions, moved, strict=True))
+                assert all(position.unconditional is not None and position.cfg_B is not None for position in positions)
+
+    path = write_student(tmp_path / "student.safetensors", workshop.student.tensors(), metadata_of(workshop.recipe, STEPS))
+    clip = serve(path, family=family.name).clip
+    workshop.student.train(False)
+    for prompt in PROMPTS:
+        tokens = clip.tokenize(prompt)
+        [(served_BLD, _)] = clip.encode_from_tokens_scheduled(tokens)
+        ids_BL = torch.tensor([[token for token, *_ in tokens[family.part][0]]])
+        with torch.no_grad():
+            torch.testing.assert_close(served_BLD, workshop.embed(ids_BL), rtol=0, atol=1e-5)
+
+
+def test_a_run_that_is_opened_again_starts_its_trajectories_with_the_same_bits(workshop: Workshop):
+    again = open_workshop(workshop.recipe, Ranks())
+    for one, other in zip(workshop.starts_at(FIRST), again.starts_at(FIRST), strict=True):
+        assert (
+            torch.equal(one.x, other.x) and torch.equal(one.text_BLD, other.text_BLD) and torch.equal(one.token_ids_BL, other.token_ids_BL)
+        )
+        assert one.unconditional is not None and other.unconditional is not None and one.cfg_B is not None and other.cfg_B is not None
+        assert torch.equal(one.unconditional[0], other.unconditional[0]) and torch.equal(one.cfg_B, other.cfg_B)
+        assert (one.rows is None) == (other.rows is None)
+        if one.rows is not None and other.rows is not None:
+            assert one.rows.own == other.rows.own
+
+
+def test_the_held_out_loss_is_finite_and_the_teachers_preview_is_the_stock_samplers_image(workshop: Workshop):
+    recipe, model = workshop.recipe, workshop.model
+    gaps, count = HeldOut(workshop).loss()
+    assert count == recipe.validation.prompts and all(0 < gap < float("inf") for gap in gaps.values())
+
+    teacher, student = Previewer(workshop)._latents()
+    clip, [batch] = workshop.teacher.clip, preview_batches(recipe)
+    positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for prompt in (batch.prompts[0], ""))
+    noise, steps = batch.drawn.noise, recipe.sampling.steps
+    assert batch.drawn.cfg_B is not None
+    cfg = float(batch.drawn.cfg_B)
+    expected = comfy.sample.sample(
+        model.patcher, noise, steps, cfg, "euler", "simple", positive, negative, torch.zeros_like(noise), disable_pbar=True, seed=0
+    )
+    torch.testing.assert_close(teacher, expected.cpu(), rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert student.isfinite().all() and not torch.equal(student, teacher)
+
+
+def test_prompts_are_encoded_alike_in_any_batch(workshop: Workshop):
+    ids = workshop.teacher.token_ids(PROMPTS, 16)
+    longest = max(map(len, ids))
+    kind = workshop.recipe.family.kind
+    workshop.student.train(False)
+    with torch.no_grad():
+        together = workshop.embed(torch.tensor([kind.fit(each, longest) for each in ids]))
+        for place, each in enumerate(ids):
+            torch.testing.assert_close(together[place, : len(each)], workshop.embed(torch.tensor([each]))[0], rtol=0, atol=1e-5)
