@@ -70,7 +70,7 @@ def _browser_widgets(name: str, spec: list[Any]) -> int:
     """How many widgets the browser adds after this one: "control after generate" of a seed, the upload button of an image."""
     options = _options(spec)
     is_seed = spec[0] == "INT" and name in SEED_NAMES
-    return int(bool(options.get("control_after_generate") or is_seed)) + int(bool(options.get("image_upload")))
+    return int(bool(options.get("control_after_generate", is_seed))) + int(bool(options.get("image_upload")))
 
 
 def _api_node(node: Json, node_info: Json, links: dict[int, list[Any]], nodes: dict[int, Json]) -> Json:

@@ -55,9 +55,7 @@ CARDS = {
     "09-Miniature-teacher-and-student": Card(
         "Teacher and student", "Same prompt, same seed, a quarter of the weights", nodes=("Left: teacher. Right: student.",)
     ),
-    "10-Miniature-distil-an-encoder": Card(
-        "Distil an encoder", "Train a student, in minutes on a CPU", nodes=("Distil Text Encoder",)
-    ),
+    "10-Miniature-distil-an-encoder": Card("Distil an encoder", "Train a student, in minutes on a CPU", nodes=("Distil Text Encoder",)),
     "11-Where-Flux-looks-at-a-word": Card(
         "Where Flux looks", "The image, and its attention to a word", nodes=("The image", "Where Flux looks")
     ),
