@@ -93,7 +93,7 @@ class Probed:
             return to_json(getattr(probes, probe.name)(self, part, unfinished))
 
         found = self._kept(probe.name, part, {"machine": provenance.machine()} if probe.by_machine else {}, made)
-        return {name: Measured(**one) for name, one in found.items()}
+        return {name: Measured(**one).within(0.0, np.inf) for name, one in found.items()}
 
     def _kept(self, name: str, part: Any, also: Mapping[str, Any], make: Callable[[Unfinished], dict[str, Any]]) -> dict[str, Any]:
         work = self.work
