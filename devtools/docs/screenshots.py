@@ -64,7 +64,7 @@ CARDS = {
         "Compare two encoders", "Short lines: both see a prompt alike", nodes=("Distilled T5 Text Encoder Map",)
     ),
     "14-What-encoders-cost": Card("What encoders cost", "Memory and time, on your own machine", "MB, ms"),
-    "15-Save-a-copy": Card("Save a copy", "An encoder file in another number format", "bf16→fp8"),
+    "15-Save-a-copy": Card("Save a copy", "An encoder file in another number format", "bf16\u2192fp8"),
 }
 
 # Only the graph: no tabs, no sidebar, no menus, no note.
