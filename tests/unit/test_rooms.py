@@ -26,8 +26,8 @@ BELOW = {
     "miniature": GROUND | {"train"},
     "nodes": {"runtime", "prompts", "students", "families", "encoder", "train", "evaluate"},
 }
-# Of the trainer, the evaluation uses the method and not the runner; the miniature, whose teacher and Flux are not students, only how any
-# network is trained.
+# Of the trainer, the evaluation uses the method and not the runner. The miniature trains a teacher and a Flux, which the `train` command
+# does not: it uses the optimizer and the checkpoints.
 USED = {"evaluate": {"train.trajectory", "train.objectives"}, "miniature": {"train.optimizer", "train.state"}}
 
 
