@@ -63,7 +63,9 @@ class DistilledT5Loader(io.ComfyNode):
                 *_advanced_inputs(),
             ],
             outputs=[
-                io.Clip.Output(display_name="CLIP", tooltip="An ordinary CLIP of this type: CLIP-L and CLIP-G as it has them (or zeros), and the distilled T5."),
+                io.Clip.Output(
+                    display_name="CLIP", tooltip="An ordinary CLIP of this type: its CLIP-L and CLIP-G (or zeros), and the distilled T5."
+                ),
                 io.String.Output(
                     display_name="info", tooltip="What was loaded: size, parameters, memory, number format, device, token length."
                 ),
