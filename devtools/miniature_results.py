@@ -9,7 +9,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -82,11 +82,12 @@ def facts(path: Path) -> dict[str, Any]:
     from dataclasses import replace
 
     from ..encoder.files import open_student
+    from ..students.t5.layout import StudentLayout
 
     file = open_student(path)
     return {
         "parameters": file.layout.parameters,
-        "parameters_without_tokens": replace(file.layout, vocab_size=0).parameters,
+        "parameters_without_tokens": replace(cast(StudentLayout, file.layout), vocab_size=0).parameters,
         "bytes": path.stat().st_size,
         "steps": int(file.metadata.facts.get("distilled_t5.steps", 0)),
     }

@@ -89,7 +89,8 @@ def share(student: Sequence[Sequence[float]], teacher: Sequence[Sequence[float]]
     value, n = float(ratio(*places)), sum(map(len, places))
     if n < BOOTSTRAP_FROM or min(map(len, places)) < 2:
         return Measured(value, n)
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # a teacher who is wrong in all of a resample
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a teacher who is wrong in all of a resample
         found = stats.bootstrap(
             places, ratio, n_resamples=RESAMPLES, method="percentile", vectorized=True, batch=100, random_state=np.random.default_rng(0)
         )

@@ -46,13 +46,11 @@ class DistilledT5Loader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "clip_name1",
-                    display_name="CLIP-L file",
                     options=clip_l_names(),
                     tooltip="The CLIP-L file (clip_l.safetensors), from models/text_encoders. 'none': its pooled vector is zeros.",
                 ),
                 io.Combo.Input(
                     "clip_name2",
-                    display_name="Distilled T5 file",
                     options=text_encoder_names(),
                     tooltip="The distilled T5 file, from models/text_encoders; distilled files come first. T5-XXL is for DualCLIPLoader.",
                 ),
@@ -66,8 +64,7 @@ class DistilledT5Loader(io.ComfyNode):
             ],
             outputs=[
                 io.Clip.Output(
-                    display_name="CLIP",
-                    tooltip="An ordinary CLIP of this type: the distilled T5, with CLIP-L and CLIP-G where the type has them.",
+                    display_name="CLIP", tooltip="An ordinary CLIP of this type: its CLIP-L and CLIP-G (or zeros), and the distilled T5."
                 ),
                 io.String.Output(
                     display_name="info", tooltip="What was loaded: size, parameters, memory, number format, device, token length."
@@ -145,7 +142,6 @@ def _advanced_inputs() -> list[io.Input]:
         ),
         io.Int.Input(
             "token_length",
-            display_name="token length",
             default=0,
             min=0,
             max=MAX_TOKEN_LENGTH,

@@ -20,7 +20,8 @@ from ..runtime.random_weights import drawn
 def teacher_file(folder: Path, family: Family) -> Path:
     """A small random encoder of the family's text width, in the distilled file format."""
     tensors = drawn(family.kind.stand_in(family.text_width).tensors(), seed=1)
-    return write_student(folder / "teacher.safetensors", tensors, StudentMetadata(family.name, pooled="zero", title="stand-in teacher"))
+    metadata = StudentMetadata(family.name, family.token_length, pooled="zero", title="stand-in teacher")
+    return write_student(folder / "teacher.safetensors", tensors, metadata)
 
 
 def diffusion_model(family: Family, dtype: str) -> FrozenModel:

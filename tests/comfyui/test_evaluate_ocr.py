@@ -11,8 +11,9 @@ import pytest
 from distilled_t5.devtools.miniature import untrained_file
 from distilled_t5.devtools.miniature_results import UNTRAINED
 from distilled_t5.evaluate import ocr
+from distilled_t5.evaluate.metrics import OcrPart
 from distilled_t5.evaluate.readers import make_reader
-from distilled_t5.evaluate.suite import OcrPart, Suite, load_suite
+from distilled_t5.evaluate.suite import Suite, load_suite
 from distilled_t5.tests.support.evaluation_world import finish
 from distilled_t5.tests.support.trainer import PACK
 from distilled_t5.world.pictures import render

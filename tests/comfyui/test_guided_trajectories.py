@@ -15,7 +15,7 @@ from distilled_t5.encoder.rows import Rows
 from distilled_t5.encoder.teacher import Teacher, literal
 from distilled_t5.evaluate.encoders import Text
 from distilled_t5.evaluate.generate import ImageGenerator
-from distilled_t5.evaluate.suite import SamplingPart
+from distilled_t5.evaluate.suite import SuiteSamplingPart
 from distilled_t5.families.sd3 import SD3
 from distilled_t5.tests.support.other_family import T5_ALONE
 from distilled_t5.tests.support.small_models import SmallModel, randomize
@@ -180,9 +180,9 @@ def test_a_teacher_that_does_not_pad_encodes_every_prompt_as_comfyui_does(tmp_pa
 
 
 def test_the_evaluations_images_with_a_negative_prompt_are_the_stock_samplers(model: FrozenModel):
-    sampling = SamplingPart(resolution_px=SIDE_PX, steps=STEPS, batch=2, cfg=5.0, negative="blurry")
+    sampling = SuiteSamplingPart(resolution_px=SIDE_PX, steps=STEPS, batch=2, cfg=5.0, negative="blurry")
     assert sampling.negative_prompt == "blurry" and "CFG 5 with negative prompt 'blurry'" in str(sampling)
-    assert SamplingPart(resolution_px=SIDE_PX, steps=STEPS, batch=2, negative="blurry").negative_prompt is None
+    assert SuiteSamplingPart(resolution_px=SIDE_PX, steps=STEPS, batch=2, negative="blurry").negative_prompt is None
     positive, negative = entry(2, 1), entry(1, 5, tokens=7)
     beside = Text(negative[0], negative[1]["pooled_output"], 7)
     texts = [Text(positive[0][[place]], positive[1]["pooled_output"][[place]], TOKENS, 0, beside) for place in range(2)]

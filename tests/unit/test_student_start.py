@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
@@ -52,8 +52,8 @@ def hidden(model: Any) -> torch.Tensor:
 
 def starts_as(folder: Path, model: Any, layout: StudentLayout = GATED) -> bool:
     """Whether a student that starts from the folder encodes as the model does, to the bit, behind a random projection."""
-    student = make_student(layout, str(folder), 0.1, seed=0).eval()
-    fresh = make_student(layout, "random", 0.1, seed=0)
+    student, fresh = (cast(DistilledT5, make_student(layout, start, 0.1, seed=0)) for start in (str(folder), "random"))
+    student.eval()
     assert same(student.final_projection.state_dict(), fresh.final_projection.state_dict())
     return torch.equal(hidden(student.encoder), hidden(model))
 
