@@ -201,8 +201,8 @@ def _frozen(schema: Any) -> dict[str, Any]:
         each.pop("display_name", None)
         if each["id"] in FILE_LISTS:
             del each["options"]
-        if each["id"] == "prompts":
-            each.pop("default", None)
+        if (schema.node_id, each["id"]) == ("DistilledT5Distil", "prompts"):
+            del each["default"]  # prompts/starter.txt
         if each["id"] == "device":
             each["options"] = [name for name in each["options"] if ":" not in name]
     outputs = [_set(each) | {"type": each.io_type} for each in schema.outputs]
