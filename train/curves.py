@@ -87,6 +87,6 @@ def row_of(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_valid(name: str, value: Any) -> bool:
-    if name == "held_out_by_band" and isinstance(value, dict):
-        return all(_is_valid(band, mean) for band, mean in value.items())
+    if name == "held_out_by_band":
+        return isinstance(value, dict) and all(_is_valid(band, mean) for band, mean in value.items())
     return value is None or (isinstance(value, int | float) and math.isfinite(value))
