@@ -209,7 +209,7 @@ def test_a_model_with_a_lora_and_one_of_an_unknown_file_are_refused(loaded):
 
 
 def changes_of_a_model(model: Any) -> Iterator[Any]:
-    """Copies of a MODEL, each changed in another way that nodes have."""
+    """Copies of a MODEL, each changed as some nodes do."""
     for change in (
         lambda one: one.set_model_unet_function_wrapper(lambda apply, arguments: apply(**arguments)),
         lambda one: one.set_model_sampler_cfg_function(lambda arguments: arguments["cond"]),

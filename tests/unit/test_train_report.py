@@ -108,7 +108,7 @@ def test_incomplete_lines_of_metrics_are_cut_off_and_complete_lines_are_kept(tmp
 @pytest.mark.parametrize(
     "damage", ['"loss": "x"', '"held_out_by_band": 1', '"held_out_by_band": {"a": []}', '"loss": NaN', '"loss": {"a": 1}']
 )
-def test_a_damaged_line_of_metrics_is_no_part_of_the_curves_and_is_removed(tmp_path, damage):
+def test_a_damaged_line_of_metrics_is_left_out_of_the_curves_and_removed(tmp_path, damage):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1, "loss": 0.5}}\n{{"step": 2, {damage}}}\n')
     curves = Curves()
