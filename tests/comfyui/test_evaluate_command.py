@@ -275,6 +275,8 @@ def test_every_encoder_that_does_not_fit_is_named_before_anything_is_generated(w
     assert "student.safetensors gives text of width 64, but flux takes 4096." in told
     assert "cut.safetensors" in told and "t5.gguf is a GGUF file, which ComfyUI itself does not load" in told
     check_encoders(files[:1], 64, "flux", FAMILIES["flux"])
+    with pytest.raises(ValueError, match=r"distilled for Flux\.1, but model is of the family Stable Diffusion 3"):
+        check_encoders(files[:1], 64, "model", FAMILIES["sd3"])
 
 
 def test_the_miniatures_suite_asks_what_the_miniatures_own_measure_asks():
