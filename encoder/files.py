@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..runtime.disk import remove_abandoned, sync_folder, unfinished
+from ..runtime.disk import publish, remove_abandoned, sync_folder, unfinished
 from ..runtime.errors import StudentFileError, escaped
 from ..runtime.progress import Progress, silent, waiting
 from ..runtime.weights import FLOAT_NAMES, changed, check_finite, data_sha256, dtype_name, load_tensors, read_header, reading, widest_float
@@ -151,7 +150,7 @@ def write_student(
         with unfinished(path) as aside:
             sha256 = write_stream(aside, sizes, tensors.__getitem__, header, progress)
             _fill_in_hashes(aside, sha256)
-            path = _publish(aside, path, overwrite)
+            path = publish(aside, path, overwrite)
             sync_folder(path.parent)
     except OSError as error:
         raise not_written(path, error) from error
@@ -166,25 +165,6 @@ def not_written(path: Path, error: OSError) -> OSError:
     )
 
 
-def _publish(aside: Path, path: Path, overwrite: bool) -> Path:
-    """Give the finished file its name; returns it. Without `overwrite`, processes that publish at the same time get different names."""
-    free = path
-    while not overwrite:
-        try:
-            os.link(aside, free)
-        except FileExistsError:  # noqa: PERF203 (repeated until a name is free)
-            free = unused_path(path)
-        except OSError:  # no hard links here (exFAT, some network shares): an empty file of that name reserves it
-            with contextlib.suppress(FileExistsError):
-                free.touch(exist_ok=False)
-                break
-            free = unused_path(path)
-        else:
-            return free
-    os.replace(aside, free)
-    return free
-
-
 def _fill_in_hashes(path: Path, data_sha256: str) -> None:
     """Write the hashes into the header, over the placeholders of the same length, and flush the file to the disk."""
     digests = {HASH_KEY: data_sha256, HEADER_HASH_KEY: header_sha256(path)}
@@ -196,11 +176,3 @@ def _fill_in_hashes(path: Path, data_sha256: str) -> None:
             file.write(digest.encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def unused_path(path: Path) -> Path:
-    """The path itself, or `name_00002.safetensors` and so on if that file exists."""
-    free, number = path, 2
-    while free.exists():
-        free, number = path.with_name(f"{path.stem}_{number:05}{path.suffix}"), number + 1
-    return free

@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import folder_paths
 
-from ..encoder.files import not_written, open_student, unused_path
+from ..encoder.files import not_written, open_student
 from ..runtime.comfyui import NO_FILE
-from ..runtime.disk import remove_abandoned
+from ..runtime.disk import remove_abandoned, unused_path
 from ..runtime.errors import StudentFileError, escaped, printable
 from ..runtime.weights import SAFETENSORS
 

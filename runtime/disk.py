@@ -104,6 +104,33 @@ def replace_file(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def publish(aside: Path, path: Path, overwrite: bool) -> Path:
+    """Give the finished file its name; returns it. Without `overwrite`, processes that publish at the same time get different names."""
+    free = path
+    while not overwrite:
+        try:
+            os.link(aside, free)
+        except FileExistsError:  # noqa: PERF203 (repeated until a name is free)
+            free = unused_path(path)
+        except OSError:  # no hard links here (exFAT, some network shares): an empty file of that name reserves it
+            with contextlib.suppress(FileExistsError):
+                free.touch(exist_ok=False)
+                break
+            free = unused_path(path)
+        else:
+            return free
+    os.replace(aside, free)
+    return free
+
+
+def unused_path(path: Path) -> Path:
+    """The path itself, or `name_00002.safetensors` and so on if that file exists."""
+    free, number = path, 2
+    while free.exists():
+        free, number = path.with_name(f"{path.stem}_{number:05}{path.suffix}"), number + 1
+    return free
+
+
 def check_regular(path: Path) -> None:
     """Raise OSError (EISDIR) if the path is a folder, a pipe or a device: opening a pipe would wait for ever. A missing file passes."""
     with contextlib.suppress(FileNotFoundError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from ..runtime.comfyui import NO_FILE
@@ -22,7 +23,7 @@ def facts_of(workshop: Workshop, run: RunDirectory | None) -> dict[str, str]:
     }
     facts |= {f"Stage {number}": _stage(stage) for number, stage in enumerate(recipe.stages, start=1)}
     if run is not None:
-        watch = f'python "{Path(__file__).parent}" watch "{run.path}"'
+        watch = f'"{sys.executable}" "{Path(__file__).parent}" watch "{run.path}"'
         facts |= {"Folder": str(run.path), "Watch": f"open page.html in that folder, or: {watch}"}
     return facts
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..runtime.disk import replace_file
-from ..runtime.optional import needed
+from ..runtime.optional import needed, pip_install
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 PROJECT = "distilled-t5"
 NO_TENSORBOARD = "TensorBoard is not installed; `pip install tensorboard` adds curves. metrics.jsonl and page.html have the same numbers."
+# What opening a board raises: the disk, the network or an account; a package that does not suit those beside it.
+BROKEN = (OSError, ImportError, AttributeError, TypeError)
 log = logging.getLogger(__name__)
 
 
@@ -38,17 +40,24 @@ class Board(Protocol):
 
 
 def open_boards(run: RunDirectory, recipe: Recipe, step: int) -> list[Board]:
-    """TensorBoard if it is installed, and Weights & Biases if the recipe says so. What follows `step` in them is replaced.
+    """TensorBoard if it is installed, and Weights & Biases if the recipe says so. One that cannot be opened is left out, with a warning.
 
+    TensorBoard replaces what follows `step`; Weights & Biases keeps the points that it has, and takes none of those steps again.
     Raises ValueError with the pip command if wandb is wanted and missing.
     """
-    boards: list[Board] = []
+    wanted: list[tuple[str, Callable[[], Board], str]] = []
     if importlib.util.find_spec("tensorboard") is None:
         log.info(NO_TENSORBOARD)
     else:
-        boards.append(TensorBoard(run, step))
+        wanted.append(("TensorBoard", lambda: TensorBoard(run, step), pip_install("--upgrade tensorboard")))
     if recipe.report.wandb:
-        boards.append(WeightsAndBiases(run, recipe))
+        wanted.append(("Weights & Biases", lambda: WeightsAndBiases(run, recipe), "`wandb login`, or set WANDB_MODE=offline"))
+    boards: list[Board] = []
+    for name, open_board, remedy in wanted:
+        try:
+            boards.append(open_board())
+        except BROKEN as error:  # noqa: PERF203 (each board may fail)
+            log.warning("%s cannot be opened (%s); the run continues without it. What to do: %s.", name, error, remedy)
     return boards
 
 

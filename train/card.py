@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ CARD = "README.md"
 PACK = "https://github.com/distilled-t5/distilled-t5"
 PAPER = "https://arxiv.org/abs/2503.19897"
 TAGS = ["text-encoder", "t5", "distillation", "comfyui", "diffusion-single-file"]
+# The last line of a card: what it describes, and its own SHA-256 without this line.
+MARK = "\n<!-- distilled_t5: step={step} recipe={recipe} text={text} -->\n"
+MARKED = re.compile(r"\n<!-- distilled_t5: step=(\d+) recipe=(\w+) text=(\w+) -->\s*")
 # Corpora that are data sets of Hugging Face, by the stem of their file.
 DATASETS = {"laion-aesthetics-6.5": "ChristophSchuhmann/improved_aesthetics_6.5plus"}
 
@@ -30,14 +35,37 @@ DATASETS = {"laion-aesthetics-6.5": "ChristophSchuhmann/improved_aesthetics_6.5p
 def write_card(run: RunDirectory, evaluation: Path | None = None) -> Path:
     """Write the card of a run; returns its file.
 
-    `evaluation` is the folder of an evaluation of this student. Raises UserError if it is not one, or if there is no checkpoint yet.
+    `evaluation` is the folder of an evaluation of this student. Raises UserError if it is not one, if there is no checkpoint yet, and for
+    a card that was changed by hand.
     """
+    path = run.path / CARD
+    if path.exists() and not _is_unchanged(read_file(path).decode(errors="replace")):
+        raise UserError(
+            f"{path} was written or changed by hand and stays as it is.", "rename it, write the card again, then copy your changes."
+        )
     recipe = load_recipe(str(run.recipe))
     step = step_of(chosen_checkpoint(run, None))
     numbers = "" if evaluation is None else _numbers_of(evaluation, recipe.output.name)
-    path = run.path / CARD
-    replace_file(path, card(run, recipe, step, numbers).encode())
+    text = card(run, recipe, step, numbers)
+    mark = MARK.format(step=step, recipe=recipe.sha256, text=sha256(text.encode()).hexdigest())
+    replace_file(path, (text + mark).encode())
     return path
+
+
+def check_card(path: Path, recipe: Recipe, step: int) -> None:
+    """Raise UserError if a card that was written by `write_card` is of another step or recipe. One of the user's own is not judged."""
+    mark = MARKED.search(read_file(path).decode(errors="replace"))
+    if mark and (int(mark[1]), mark[2]) != (step, recipe.sha256):
+        which = f"step {int(mark[1]):,}" if int(mark[1]) != step else "another recipe"
+        raise UserError(
+            f"{path.name} is out of date: expected the card of step {step:,} and the present recipe, got that of {which}.",
+            "run `train card` (with --evaluation for its numbers), then upload again.",
+        )
+
+
+def _is_unchanged(text: str) -> bool:
+    mark = MARKED.search(text)
+    return mark is not None and not text[mark.end() :] and sha256(text[: mark.start()].encode()).hexdigest() == mark[3]
 
 
 def card(run: RunDirectory, recipe: Recipe, step: int, evaluation: str = "") -> str:
@@ -61,8 +89,8 @@ def card(run: RunDirectory, recipe: Recipe, step: int, evaluation: str = "") -> 
         "## Licence",
         _licence(recipe),
         "## Recipe",
-        f"`recipe.toml`, SHA-256 `{recipe.sha256}`:",
-        f"```toml\n{recipe.to_toml().rstrip()}\n```",
+        f"`recipe.toml`, SHA-256 of the run's own, in which paths may be complete, `{recipe.sha256}`:",
+        _code(recipe.without_folders().to_toml().rstrip()),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -127,6 +155,12 @@ def _held_out(run: RunDirectory) -> str:
     return f"The mean squared gap of the velocities on prompts never trained on. Lowest: {best:.4g} at step {step:,}. At the end: {bands}."
 
 
+def _code(text: str) -> str:
+    """A block of TOML, fenced by more backticks than the text has in a row."""
+    fence = "`" * max([3, *(len(row) + 1 for row in re.findall("`+", text))])
+    return f"{fence}toml\n{text}\n{fence}"
+
+
 def _image(run: RunDirectory) -> list[str]:
     newest = samples_of(run.samples)[-1:]
     return [f"![Teacher, student and their difference at step {one['step']}](samples/{one['file']})" for one in newest]
@@ -151,7 +185,8 @@ def _numbers_of(folder: Path, name: str) -> str:
         raise UserError(
             f"{folder} does not hold an evaluation: {error}.", "give the folder that `evaluate` wrote (results.json, table.md)."
         ) from error
-    if not any(file.startswith(name) for file in files):
+    # As the run, ComfyUI's folders and `train export` name it.
+    if not any(re.fullmatch(rf"{re.escape(name)}(_\d{{5,}}|-step-\d{{6,}})*\.safetensors", file) for file in files):
         raise UserError(f"The evaluation in {folder} shows {', '.join(files)}, not {name}.", "give an evaluation of this student.")
     title, _, tables = text.partition("\n")
     return f"Suite {title.removeprefix('# ')}.\n{tables.rstrip()}".replace("\n## ", "\n### ")

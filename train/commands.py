@@ -27,7 +27,7 @@ def command_line() -> argparse.ArgumentParser:
     for command in (watch, export, card, upload):
         command.add_argument("run", metavar="RUN", help="folder of the run")
     upload.add_argument("repo", metavar="REPO", help="repository on Hugging Face: NAME or OWNER/NAME")
-    upload.add_argument("--private", action="store_true", help="if the repository is new, make it private")
+    upload.add_argument("--private", action="store_true", help="to a private repository, which is made if it does not exist")
     upload.add_argument("--yes", action="store_true", help="send without asking")
     return parser
 
@@ -62,9 +62,10 @@ def _watch(options: argparse.Namespace) -> int:
 
 
 def _export(run: RunDirectory, options: argparse.Namespace, flags: list[str]) -> int:
-    from .export import default_name, export
+    from .export import chosen_checkpoint, export
     from .recipe import load_recipe
 
+    checkpoint = chosen_checkpoint(run, options.step)
     if options.out is None:
         from ..runtime.comfyui import find_comfyui, start_comfyui
 
@@ -72,10 +73,10 @@ def _export(run: RunDirectory, options: argparse.Namespace, flags: list[str]) ->
         import folder_paths
 
         folder = Path(folder_paths.get_folder_paths("text_encoders")[0])
-        out = folder / default_name(run, load_recipe(str(run.recipe)).output.name, options.step)
+        out = folder / f"{load_recipe(str(run.recipe)).output.name}-{checkpoint.name}.safetensors"
     else:
         out = Path(options.out).expanduser()
         if out.suffix != ".safetensors":
             raise UserError(f"{out} has the ending {out.suffix!r}; expected .safetensors.", "give a file name with that ending.")
-    print(f"Done: {export(run, options.step, out)}")
+    print(f"Done: {export(checkpoint, out)}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..runtime.disk import remove_abandoned, sync_file, sync_folder, unfinished
+from ..runtime.disk import publish, remove_abandoned, sync_file, sync_folder, unfinished
 from ..runtime.errors import UserError
 from .checkpoint_files import STUDENT, DamagedCheckpoint, best_of, check_files, checkpoint_paths, peek, read_manifest, step_of
 from .run_directory import RunDirectory
@@ -24,13 +24,12 @@ def chosen_checkpoint(run: RunDirectory, step: int | None) -> Path:
     return found[0]
 
 
-def export(run: RunDirectory, step: int | None, out: Path) -> Path:
-    """Write the student of a checkpoint to a file that does not exist yet; returns it.
+def export(checkpoint: Path, out: Path) -> Path:
+    """Write the student of a checkpoint to a file that does not exist yet; returns it, with a number if another one appears meanwhile.
 
-    The bytes are those that the run wrote for that step. Raises UserError if there is no such checkpoint, if it is damaged, or if the run
-    removes it meanwhile; OSError if the file exists or cannot be written.
+    The bytes are those that the run wrote for that step. Raises UserError if the file exists, if the checkpoint is damaged, or if the run
+    removes it meanwhile; OSError if the file cannot be written.
     """
-    checkpoint = chosen_checkpoint(run, step)
     if out.exists():
         raise UserError(f"{out} exists.", "give another file with --out, or remove this one.")
     try:
@@ -41,15 +40,12 @@ def export(run: RunDirectory, step: int | None, out: Path) -> Path:
         with unfinished(out) as aside:
             shutil.copyfile(checkpoint / STUDENT, aside)
             sync_file(aside)
-            aside.replace(out)
+            out = publish(aside, out, overwrite=False)
         sync_folder(out.parent)
     except DamagedCheckpoint as damage:
-        raise UserError(f"{checkpoint.name} is damaged: {damage}.", "export another step with --step.") from damage
+        remedy = f"export another step with --step, or delete {checkpoint}: then the one before it is the newest."
+        raise UserError(f"{checkpoint.name} is damaged: {damage}.", remedy) from damage
     except FileNotFoundError as error:
-        raise UserError(f"The run removed {checkpoint.name} meanwhile.", "export again, or raise checkpoints.keep_last.") from error
+        remedy = "give the command again, or raise checkpoints.keep_last."
+        raise UserError(f"The run removed {checkpoint.name} meanwhile.", remedy) from error
     return out
-
-
-def default_name(run: RunDirectory, output_name: str, step: int | None) -> str:
-    """The name of the exported file: that of the run's encoder, and the step."""
-    return f"{output_name}-{chosen_checkpoint(run, step).name}.safetensors"

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runtime.comfyui import NO_FILE
 from .recipe import RANDOM, STAND_IN, Recipe
 
 HUGGING_FACE = "https://huggingface.co/"
@@ -44,13 +43,15 @@ class Origin:
         return f"{self.licence.name}" + (f", as published in [{self.repo}]({HUGGING_FACE}{self.repo})" if self.repo else ", with this pack")
 
 
-# The beginnings of file names as they are published, where they come from, and under which licence.
+# What names of the same weights may end in: a number format, and the kind of file. Any other word may be a merge or a fine-tune.
+ENDING = r"([-_.](bf16|fp16|fp32|fp8([-_]e4m3fn)?(_scaled)?))?(\.(safetensors|sft))?"
+# File names as they are published, in lower case; where they come from, and under which licence.
 KNOWN = (
     (r"flux1?[-_.]?(1[-_])?dev", DEV, FLUX_DEV),
     (r"flux1?[-_.]?(1[-_])?schnell", "black-forest-labs/FLUX.1-schnell", APACHE),
-    (r"t5xxl_|t5[-_]v1_1[-_]xxl", "google/t5-v1_1-xxl", APACHE),
-    (r"(google[-_])?(flan-t5|t5-v1_1)-(small|base|large|xl)(?![\w-])", "google/{name}", APACHE),
-    (r"miniature_", "", APACHE),
+    (r"t5xxl|t5[-_]v1_1[-_]xxl", "google/t5-v1_1-xxl", APACHE),
+    (r"(google[-_])?(?P<name>(flan-t5|t5-v1_1)-(small|base|large|xl))", "google/{name}", APACHE),
+    (r"miniature_(teacher|flux|student_(quarter|tenth|fortieth))", "", APACHE),
 )
 
 
@@ -61,13 +62,13 @@ def origins(recipe: Recipe) -> list[Origin]:
         "teacher, whose text embeddings it replaces": recipe.teacher.t5,
         "initial weights": recipe.student.start,
     }
-    return [_origin(part, Path(file).name) for part, file in named.items() if file not in (STAND_IN, RANDOM, NO_FILE)]
+    return [_origin(part, Path(file).name) for part, file in named.items() if file not in (STAND_IN, RANDOM)]
 
 
 def _origin(part: str, file: str) -> Origin:
     for pattern, repo, licence in KNOWN:
-        if found := re.match(pattern, file, re.IGNORECASE):
-            return Origin(part, file, licence, repo.format(name=found[0].removeprefix("google-").removeprefix("google_")))
+        if found := re.fullmatch(f"({pattern}){ENDING}", file.lower()):
+            return Origin(part, file, licence, repo.format(**found.groupdict()))
     return Origin(part, file, UNKNOWN)
 
 

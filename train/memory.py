@@ -129,7 +129,7 @@ def _stage_need(recipe: Recipe, stage: Stage, layout: Layout, model: ModelSize, 
 def ram_parts(recipe: Recipe, layout: Layout, model_bytes: int, teacher_bytes: int, processes: int) -> dict[str, int]:
     """Upper bound of the RAM of each process of a run on a GPU, in bytes by part, in the stage that needs most.
 
-    Python and its libraries (about 2 GB) and the system's file cache are not included.
+    Python and its libraries (about 2 GB), the system's file cache, and what ComfyUI holds of the graph's own models are not included.
     """
     text = (max(recipe.sampling.token_lengths) + recipe.family.most_rows_before) * layout.output_width * FLOAT32_BYTES
     validated = recipe.stages[-1].batch

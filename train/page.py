@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -12,7 +13,7 @@ from typing import Any
 
 from ..runtime.disk import replace_file
 from .curves import Curves
-from .recipe import Recipe
+from .recipe import Recipe, load_recipe
 from .run_directory import RunDirectory
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 class RunPage:
     """The page of one run, from its files and from the metrics that are added while it trains.
 
-    facts: what is trained, in lines. state: training, stopped, finished or failed. failure: why it failed.
+    facts: what is trained, in lines. state: starting, training, stopped, finished or failed. failure: why it failed.
     """
 
     def __init__(self, run: RunDirectory, recipe: Recipe) -> None:
@@ -55,6 +56,7 @@ class RunPage:
         begin = time.monotonic()
         try:
             replace_file(self.run.page, self.html(step, left_s).encode())
+            self._works = True
         except OSError as error:
             if self._works:
                 log.warning("%s cannot be written (%s); the run continues.", self.run.page, error)
@@ -72,7 +74,6 @@ class RunPage:
         curves = self.curves
         return {
             "name": self.recipe.name,
-            "folder": self.run.path.name,
             "state": self.state,
             "failure": self.failure,
             "written": round(time.time()),
@@ -113,6 +114,20 @@ class RunPage:
             points = curve.points() if curve else []
             yield {"name": stage.name, "objective": stage.objective, "begin": begin, "end": begin + stage.steps, "loss": points}
             begin += stage.steps
+
+
+@contextlib.contextmanager
+def starting(run: RunDirectory) -> Iterator[None]:
+    """Say on the page of a run whose models are being loaded that it is starting, and if it cannot start, why."""
+    page = RunPage(run, load_recipe(str(run.recipe)))
+    step, page.state = page.curves.newest.get("step", 0), "starting"
+    page.write(step, None)
+    try:
+        yield
+    except BaseException as error:
+        page.state, page.failure = "failed", str(error)
+        page.write(step, None)
+        raise
 
 
 def samples_of(folder: Path) -> list[dict[str, Any]]:

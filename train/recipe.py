@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -20,6 +21,8 @@ from ..students import KINDS
 from ..students.kind import Layout, StudentKind
 from .objectives import OBJECTIVES
 
+# Keys whose values may be paths.
+PATHS = ("t5", "clip_l", "file", "start", "vae", "path")
 # Values in the place of a file.
 STAND_IN, RANDOM = "stand-in", "random"
 # The table of any kind of student.
@@ -259,6 +262,10 @@ class Recipe(Config):
         """SHA-256 of the canonical text without `report`, which does not decide the result."""
         return super(Recipe, self._without_report()).sha256
 
+    def without_folders(self) -> Recipe:
+        """A copy to be published, in which absolute paths are cut to their file names."""
+        return Recipe.model_validate(_without_folders(self.model_dump(by_alias=True, exclude_none=True)))
+
     def _without_report(self) -> Recipe:
         return self.model_copy(update={"report": ReportPart()})
 
@@ -300,6 +307,14 @@ def _leaves(value: Any, path: str = "") -> list[tuple[str, str]]:
     if isinstance(value, dict):
         return [leaf for key, item in value.items() for leaf in _leaves(item, f"{path}.{key}".lstrip("."))]
     return [(path, toml_value(value))]
+
+
+def _without_folders(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _without_folders(part, name) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return [_without_folders(part) for part in value]
+    return Path(value).name if key in PATHS and Path(value).is_absolute() else value
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -133,11 +133,12 @@ class Reporter:
             encoded, picture = io.BytesIO(), make().convert("RGB")
             picture.save(encoded, "JPEG", quality=JPEG_QUALITY)
             replace_file(path, encoded.getvalue())
-            self._boards.image(self.step_number, name, picture)
         except Exception:
             self.failed_images += 1
             log.exception("Step %d: the image %s could not be made; the run continues.", self.step_number, name)
             path = None
+        else:
+            self._boards.image(self.step_number, name, picture)
         self.time_left.event("preview", self._lap())
         self._write_page()
         return path

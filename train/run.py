@@ -7,7 +7,7 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from .lengths import change_of_lengths, differences_besides_lengths
 from .models import metadata_of
 from .objectives import OBJECTIVES
 from .optimizer import restart
+from .page import starting
 from .preview import Previewer
 from .recipe import Recipe, load_recipe
 from .report import Reporter
@@ -56,24 +57,28 @@ def train(
     """
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(_open_run(recipe, run_path, resume)) if ranks.is_main else None
+        change = _change_of(run, recipe) if run and resume else []
         stop = stop or stack.enter_context(StopRequest())
         recorded = recorded_inputs(run_path / "checkpoints") if resume and ranks.is_main else None
-        workshop = open_workshop(recipe, ranks, recorded)
-        write = functools.partial(_write_checkpointed, workshop)
-        checkpoints = Checkpoints(run_path / "checkpoints", write, recipe.checkpoints.keep_last)
-        # Dropout draws from torch's global generator; each process gets a seed of its own.
-        torch.manual_seed(recipe.seed ^ (ranks.rank << 20))
-        changes = run.recipe_changes() if run else []
-        state = restore(workshop, checkpoints, {change["recipe_sha256_before"] for change in changes}) if resume else RunState()
-        learner, total = workshop.learner, workshop.schedule.total_steps
-        reporter = stack.enter_context(Reporter(run, recipe, learner.step, boards))
+        with starting(run) if run else contextlib.nullcontext():
+            workshop = open_workshop(recipe, ranks, recorded)
+            write = functools.partial(_write_checkpointed, workshop)
+            checkpoints = Checkpoints(run_path / "checkpoints", write, recipe.checkpoints.keep_last)
+            # Dropout draws from torch's global generator; each process gets a seed of its own.
+            torch.manual_seed(recipe.seed ^ (ranks.rank << 20))
+            changes = [*run.recipe_changes(), *change] if run else []
+            state = restore(workshop, checkpoints, {one["recipe_sha256_before"] for one in changes}) if resume else RunState()
+            if run and change:
+                run.change_recipe(recipe.to_toml(), changes)
+            learner, total = workshop.learner, workshop.schedule.total_steps
+            reporter = stack.enter_context(Reporter(run, recipe, learner.step, boards))
         stack.enter_context(workshop.model.differentiable(recipe.diffusion_model.checkpoint_blocks))
         if recorded == {}:
             log.warning(
                 "The checkpoint was saved by an older version: prompts and model files cannot be compared with those of the run's start."
             )
-        for change in changes:
-            log.info("At step %d the recipe was changed: %s.", change["step"], ", ".join(change["changes"]))
+        for one in changes:
+            log.info("At step %d the recipe was changed: %s.", one["step"], ", ".join(one["changes"]))
         was_finished = learner.step >= total
         finished = _loop(workshop, checkpoints, reporter, stop, state)
         if not (finished and ranks.is_main):
@@ -84,15 +89,16 @@ def train(
 
 def _open_run(recipe: Recipe, path: Path, resume: bool) -> RunDirectory:
     run = RunDirectory(path)
-    if not resume:
-        return run.start(recipe.to_toml())
-    run.resume()
+    return run.resume() if resume else run.start(recipe.to_toml())
+
+
+def _change_of(run: RunDirectory, recipe: Recipe) -> list[dict[str, Any]]:
+    """The note of the change to a resumed run's stages, if this recipe changes any. Raises RunError for any other change."""
     present = load_recipe(str(run.recipe))
     run.refuse_other_recipe(differences_besides_lengths(present, recipe))
-    if present.sha256 != recipe.sha256:
-        saved = [checkpoint for checkpoint in checkpoint_paths(run.checkpoints) if peek(checkpoint)]
-        run.change_recipe(recipe.to_toml(), change_of_lengths(present, recipe, step_of(saved[-1]) if saved else 0))
-    return run
+    saved = [checkpoint for checkpoint in checkpoint_paths(run.checkpoints) if peek(checkpoint)]
+    step = step_of(saved[-1]) if saved else 0
+    return [] if present.sha256 == recipe.sha256 else [change_of_lengths(present, recipe, step)]
 
 
 def _loop(workshop: Workshop, checkpoints: Checkpoints, reporter: Reporter, stop: Stop, state: RunState) -> bool:

@@ -81,9 +81,9 @@ class RunDirectory:
                 "resume it with its own recipe.toml, or start a new run in another folder with --run.",
             )
 
-    def change_recipe(self, recipe_toml: str, change: Mapping[str, Any]) -> None:
-        """Replace the recipe of a run, and note the change. Earlier notes stay."""
-        notes = b"".join(json.dumps(one).encode() + b"\n" for one in [*self.recipe_changes(), change])
+    def change_recipe(self, recipe_toml: str, changes: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the recipe of a run, and the notes of all its changes."""
+        notes = b"".join(json.dumps(one).encode() + b"\n" for one in changes)
         # First the note: a kill between the two leaves a change that the next resume repeats.
         replace_file(self.history, notes)
         replace_file(self.recipe, recipe_toml.encode())

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import comfy.model_management
 import torch
 
 from ..runtime.randomness import undisturbed
@@ -61,6 +62,7 @@ def timed(work: Callable[[], Result]) -> tuple[float, Result]:
     """Seconds until some work is finished on the GPU, and its result."""
     begin = time.perf_counter()
     result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    comfy.model_management.synchronize()
+    if torch.backends.mps.is_available():  # ComfyUI's waits for other devices only
+        torch.mps.synchronize()
     return time.perf_counter() - begin, result

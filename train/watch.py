@@ -38,7 +38,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Send the page, a sample, or the reason why not."""
-        host = self.headers.get("Host", "").rpartition(":")[0]
+        host = self.headers.get("Host", "").partition(":")[0]
         if host not in NAMES:  # another site's name that points here must not read the run
             self.send_error(HTTPStatus.FORBIDDEN)
             return

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from distilled_t5.tests.support.accessibility import serious_faults
 from distilled_t5.tests.support.runs import STAGES, made_up_run
-from distilled_t5.train.page import RunPage
+from distilled_t5.train.page import RunPage, starting
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.run_directory import RunDirectory
 from distilled_t5.train.watch import open_server
@@ -90,9 +90,13 @@ def test_the_strip_is_scrubbed_and_a_reload_shows_the_same_image(tab, run):
     slider.focus()
     slider.press("Home")
     expect(name).to_have_text("preview at step 25, 1 of 4")
+    tab.get_by_text("Recipe", exact=True).last.click()
+    tab.get_by_role("button", name="Later sample").click()
+    tab.get_by_role("button", name="Earlier sample").click()
     assert tab.locator("#picture").get_attribute("src") == "samples/step-000025-preview.jpg"
     tab.reload()
     expect(name).to_have_text("preview at step 25, 1 of 4")
+    expect(tab.locator("#recipe-details")).to_have_attribute("open", "")
 
 
 def test_the_pointer_reads_the_curves(tab, run):
@@ -122,15 +126,16 @@ def test_a_run_that_ended_says_how_and_one_that_was_killed_is_noticed(tab, run):
     expect(tab.locator("#written")).to_have_text("Not updated for 1 h: the run may have been killed. Continue it with --resume.")
 
 
-def test_the_page_that_is_served_follows_the_run(tab, run):
-    written_now(run, 50, 100.0)
+def test_the_page_that_is_served_follows_the_run_from_its_end_to_its_resume(tab, run):
     with open_server(str(run.path), 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
             tab.goto(f"http://127.0.0.1:{server.server_address[1]}/")
             tab.wait_for_function("() => document.getElementById('picture').naturalWidth === 384")
-            expect(tab).to_have_title("50 % smoke")
+            expect(tab.locator("#state")).to_have_text("Finished.The encoder is written.")
+            with starting(run):
+                expect(tab.locator("#state")).to_have_text("Starting:the models are being loaded.", timeout=15_000)
             written_now(run, 70, 60.0)
             expect(tab).to_have_title("70 % smoke")
         finally:

@@ -53,8 +53,8 @@ def test_both_objectives_lower_their_loss_and_the_served_student_gives_the_train
     family, model = workshop.recipe.family, workshop.model
     with model.differentiable(True):
         for name in ("embedding", "velocity"):
-            positions, losses = workshop.starts_at(FIRST), []
-            moved = positions
+            positions = moved = workshop.starts_at(FIRST)
+            losses = []
             restart(workshop.learner.optimizer)
             for _ in range(STEPS):
                 report, moved = train_step(positions, model, workshop.learner, OBJECTIVES[name])

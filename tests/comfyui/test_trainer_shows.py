@@ -17,13 +17,14 @@ from distilled_t5.runtime.randomness import random_states
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.trainer import PACK, finish, metrics
-from distilled_t5.train.export import export
+from distilled_t5.train import run as run_module
+from distilled_t5.train.export import chosen_checkpoint, export
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.run import train
 from distilled_t5.train.run_directory import RunDirectory
-from distilled_t5.train.state import read_checkpoint
+from distilled_t5.train.state import NoCheckpoint, read_checkpoint
 from distilled_t5.train.trial import trials
-from distilled_t5.train.workshop import open_workshop
+from distilled_t5.train.workshop import Workshop, open_workshop
 from PIL import Image
 
 SETTINGS = [
@@ -91,7 +92,7 @@ def test_the_log_and_the_page_say_what_is_trained_and_how_to_watch_it(done):
 
 def test_the_finished_run_has_a_card_and_its_export_is_the_encoder_but_for_the_date(done, tmp_path):
     assert "# distilled_t5_smoke\n" in (done / "README.md").read_text(encoding="utf-8")
-    exported = export(RunDirectory(done), None, tmp_path / "out.safetensors")
+    exported = export(chosen_checkpoint(RunDirectory(done), None), tmp_path / "out.safetensors")
     written = sorted(
         Path(folder_paths.get_folder_paths("text_encoders")[0]).glob("distilled_t5_smoke*"), key=lambda path: path.stat().st_mtime
     )
@@ -219,7 +220,46 @@ def test_a_stage_is_shortened_to_the_steps_that_it_has_taken_and_the_run_ends_th
 def test_what_has_been_trained_and_everything_else_of_a_recipe_stay(done, tmp_path, first, second, setting, message):
     run = cut_after(done, 8, tmp_path / "cut")
     before = (run / "recipe.toml").read_bytes()
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(RunError, match=message) as refused:
         train(recipe(first, second, "optimizer.restart_per_stage=true", setting), run, True, Ranks())
+    RunDirectory(run).resume().close()
+    assert refused.value.__traceback__ is not None, "whose frames would keep a lock that was not released"
     assert (run / "recipe.toml").read_bytes() == before
     assert not (run / "recipe-history.jsonl").exists()
+
+
+def test_a_run_that_cannot_be_resumed_keeps_its_recipe_and_its_page_says_why(done, tmp_path):
+    run = cut_after(done, 2, tmp_path / "cut")
+    student = run / "checkpoints" / "step-000002" / "student.safetensors"
+    student.write_bytes(student.read_bytes()[:-1] + b"x")
+    before = (run / "recipe.toml").read_bytes()
+    with pytest.raises(NoCheckpoint):
+        train(recipe(4, 10, "optimizer.restart_per_stage=true"), run, True, Ranks())
+    assert (run / "recipe.toml").read_bytes() == before
+    assert not (run / "recipe-history.jsonl").exists()
+    data = data_of(run)
+    assert data["state"] == "failed" and data["failure"].startswith("There is no intact checkpoint")
+
+
+def test_the_page_says_that_a_run_is_starting_before_its_models_are_loaded(tmp_path, monkeypatch):
+    seen = []
+
+    def spied(*arguments: Any) -> Workshop:
+        seen.append(data_of(tmp_path / "run")["state"])
+        return open_workshop(*arguments)
+
+    monkeypatch.setattr(run_module, "open_workshop", spied)
+    assert train(recipe(1, 1, "optimizer.warmup_steps=0"), tmp_path / "run", False, Ranks()) is not None
+    assert seen == ["starting"]
+    assert data_of(tmp_path / "run")["state"] == "finished"
+
+
+def test_a_card_that_cannot_be_written_is_a_warning_and_the_encoder_is_written(tmp_path):
+    class MadeByHand(Notes):
+        def numbers(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+            (tmp_path / "run" / "README.md").write_text("# Mine", encoding="utf-8")
+
+    path = train(recipe(1, 1, "optimizer.warmup_steps=0"), tmp_path / "run", False, Ranks(), boards=[MadeByHand(0)])
+    assert path is not None and path.is_file()
+    assert (tmp_path / "run" / "README.md").read_text(encoding="utf-8") == "# Mine"
+    assert "model card could not be written" in (tmp_path / "run" / "train.log").read_text(encoding="utf-8")

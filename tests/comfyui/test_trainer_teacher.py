@@ -77,9 +77,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, ...], int]
     calls: list[tuple[tuple[str, ...], int]] = []
     encode_batch = Teacher.encode
 
-    def watched_encode(self: Teacher, prompts: tuple[str, ...], length: int) -> Any:
+    def watched_encode(self: Teacher, prompts: tuple[str, ...], length: int, **settings: Any) -> Any:
         calls.append((tuple(prompts), length))
-        return encode_batch(self, prompts, length)
+        return encode_batch(self, prompts, length, **settings)
 
     monkeypatch.setattr(Teacher, "encode", watched_encode)
     return calls

@@ -13,7 +13,10 @@ from typing import Any
 
 
 class Hub(ThreadingHTTPServer):
-    """Keeps the files of one repository by name. `refuse`: it answers every request with this status."""
+    """Keeps the files of one repository by name.
+
+    refuse: it answers every request with this status. exists, private: what the repository is before the upload.
+    """
 
     daemon_threads = True
 
@@ -24,6 +27,7 @@ class Hub(ThreadingHTTPServer):
         self.large: dict[str, bytes] = {}
         self.asked: list[str] = []
         self.refuse = 0
+        self.exists = self.private = False
 
     @property
     def address(self) -> str:
@@ -45,7 +49,11 @@ class Handler(BaseHTTPRequestHandler):
             assert json.loads(content)["content"].startswith("---\n")
             self._answer({"errors": [], "warnings": []})
         elif self.path.startswith("/api/repos/create"):
+            if self.hub.exists:
+                self._answer({"error": "You already created this model repo", "url": f"{self.hub.address}/someone/student"}, 409)
+                return
             self.hub.made = json.loads(content)
+            self.hub.private = self.hub.made["visibility"] == "private"
             self._answer({"url": f"{self.hub.address}/someone/student", "name": "someone/student"})
         elif "/preupload/" in self.path:
             named = [file["path"] for file in json.loads(content)["files"]]
@@ -66,7 +74,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.hub.asked.append(self.path)
-        self._answer({}, 404)
+        if self.path.startswith("/api/models/"):
+            self._answer({"id": "someone/student", "private": self.hub.private})
+        else:
+            self._answer({}, 404)
 
     def _commit(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distilled_t5.encoder import files
 from distilled_t5.encoder.files import open_student, write_student
 from distilled_t5.encoder.metadata import HASH_KEY, StudentMetadata
+from distilled_t5.runtime import disk
 from distilled_t5.runtime.disk import ABANDONED_S, UNFINISHED, remove_abandoned
 from distilled_t5.runtime.errors import StudentFileError
 from distilled_t5.runtime.lock import lock
@@ -307,7 +307,7 @@ def test_file_that_appears_while_another_is_written_is_not_overwritten(tmp_path,
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
 def test_two_that_write_under_one_name_at_the_same_time_both_keep_their_file(tmp_path, monkeypatch, links):
-    target, unused_path, taken = tmp_path / "student.safetensors", files.unused_path, []
+    target, unused_path, taken = tmp_path / "student.safetensors", disk.unused_path, []
 
     def refused(*_names: object) -> None:
         raise PermissionError
@@ -320,7 +320,7 @@ def test_two_that_write_under_one_name_at_the_same_time_both_keep_their_file(tmp
         return free
 
     target.write_text("older")
-    monkeypatch.setattr(files, "unused_path", taken_at_once)
+    monkeypatch.setattr(disk, "unused_path", taken_at_once)
     if not links:
         monkeypatch.setattr(os, "link", refused)
     written = write_student(target, tiny_tensors(), overwrite=False)

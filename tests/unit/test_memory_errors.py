@@ -97,8 +97,8 @@ def test_an_inception_is_not_called_another_for_want_of_memory(tmp_path, monkeyp
 
 
 def test_a_checkpoint_is_not_called_damaged_for_want_of_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(state, "_manifest", lambda _folder: {})
-    monkeypatch.setattr(state, "_check_files", lambda *_: None)
+    monkeypatch.setattr(state, "read_manifest", lambda _folder: {})
+    monkeypatch.setattr(state, "check_files", lambda *_: None)
     monkeypatch.setattr(state, "_load", failing(NO_MEMORY[6]))
     Path(tmp_path / state.VALUES).write_text("{}")
     with pytest.raises(SafetensorError, match="Cannot allocate memory"):

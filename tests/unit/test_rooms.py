@@ -17,14 +17,14 @@ BELOW = {
     "world": set(),
     "config": {"runtime"},
     "prompts": {"runtime", "config"},
-    "students": {"runtime"},
+    "students": {"runtime", "config"},
     "families": {"runtime", "students"},
     "encoder": {"runtime", "students", "families"},
     "diffusion": {"runtime", "families"},
     "train": GROUND - {"world"},
     "evaluate": GROUND | {"train"},
     "miniature": GROUND | {"train"},
-    "nodes": {"runtime", "prompts", "students", "families", "encoder", "evaluate"},
+    "nodes": {"runtime", "prompts", "students", "families", "encoder", "train", "evaluate"},
 }
 # Of the trainer, the evaluation uses the method and not the runner. The miniature trains a teacher and a Flux, which the `train` command
 # does not: it uses the optimizer and the checkpoints.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from distilled_t5.runtime.disk import replace_file
 from distilled_t5.tests.support.runs import BANDS, STAGES, made_up_run
 from distilled_t5.train import page as page_module
 from distilled_t5.train.curves import MOST_POINTS, Curve, Curves
-from distilled_t5.train.page import RunPage, warnings_of
+from distilled_t5.train.page import RunPage, starting, warnings_of
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.report import Reporter
 from distilled_t5.train.run_directory import RunDirectory
@@ -65,6 +67,19 @@ def test_a_run_that_fails_or_is_stopped_says_so(tmp_path):
         with Reporter(run, recipe) as reporter:
             reporter.step(1, 0.5, 4)
         assert (data_of(run)["state"], data_of(run)["failure"]) == ("stopped", "")
+
+
+def test_a_run_whose_models_are_being_loaded_is_starting_and_says_why_it_could_not(tmp_path):
+    run = made_up_run(tmp_path / "run", steps=50)
+
+    def load() -> None:
+        assert (data_of(run)["state"], data_of(run)["step"]) == ("starting", 50)
+        assert len(data_of(run)["stages"][0]["loss"]) == 40
+        raise ValueError("no VAE.")
+
+    with pytest.raises(ValueError, match="no VAE"), starting(run):
+        load()
+    assert (data_of(run)["state"], data_of(run)["failure"]) == ("failed", "no VAE.")
 
 
 def test_a_resumed_run_shows_the_curves_from_its_first_step(tmp_path):
@@ -129,10 +144,15 @@ def test_a_page_that_cannot_be_written_is_one_warning_and_ends_nothing(tmp_path,
     with RunDirectory(tmp_path / "run").start(recipe.to_toml()) as run, Reporter(run, recipe) as reporter:
         monkeypatch.setattr(page_module, "replace_file", full)
         monkeypatch.setattr(page_module, "INTERVAL_S", 0)
+        monkeypatch.setattr(page_module, "SHARE", math.inf)
         for step in range(1, 5):
             reporter.step(step, 0.5, 4)
-    assert capsys.readouterr().err.count("page.html cannot be written") == 1
-    assert len(run.metrics.read_text(encoding="utf-8").splitlines()) == 4
+        monkeypatch.setattr(page_module, "replace_file", replace_file)
+        reporter.step(5, 0.5, 4)
+        assert capsys.readouterr().err.count("page.html cannot be written") == 1
+        monkeypatch.setattr(page_module, "replace_file", full)
+    assert capsys.readouterr().err.count("page.html cannot be written") == 1, "a second time that the disk is full"
+    assert len(run.metrics.read_text(encoding="utf-8").splitlines()) == 5
 
 
 def test_the_template_is_packed():

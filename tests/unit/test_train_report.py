@@ -231,6 +231,27 @@ def test_weights_and_biases_gets_numbers_and_images_without_a_network_as_one_run
     assert "cannot be written to" not in run.log.read_text(encoding="utf-8")
 
 
+def test_a_board_that_cannot_be_opened_is_left_out_with_what_helps(run, monkeypatch, tmp_path):
+    broken = tmp_path / "packages" / "tensorboard"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('it does not suit numpy')")
+    monkeypatch.syspath_prepend(str(broken.parent))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorboard" or name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    # Weights & Biases keeps its files in a folder: here is a file.
+    (run.path / "wandb").write_text("")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_API_KEY", "too short")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    with Reporter(run, load_recipe("smoke", ["report.wandb=true"])) as reporter:
+        reporter.step(1, 0.5, 4)
+    said = run.log.read_text(encoding="utf-8")
+    assert "TensorBoard cannot be opened (it does not suit numpy); the run continues without it. What to do: run " in said
+    assert "Weights & Biases cannot be opened (" in said and "What to do: `wandb login`, or set WANDB_MODE=offline" in said
+    assert len(rows(run)) == 1
+
+
 class Broken:
     """A board whose disk is full from the first image on."""
 
@@ -256,6 +277,20 @@ def test_a_board_that_fails_is_left_out_and_the_image_is_kept(run, capsys):
         assert reporter.failed_images == 0
     assert board.numbers_seen == 1
     assert "Broken cannot be written to ([Errno 28] No space left on device); the run continues without it." in capsys.readouterr().err
+
+
+def test_what_a_board_raises_is_no_failed_image(run):
+    class Full(Broken):
+        def image(self, *_arguments: object) -> None:
+            raise RuntimeError("the board's own")
+
+        def close(self) -> None:
+            pass
+
+    with pytest.raises(RuntimeError, match="the board's own"), Reporter(run, TEN, boards=[Full()]) as reporter:
+        reporter.image("preview", lambda: square("red"))
+    assert reporter.failed_images == 0
+    assert len(list(run.samples.iterdir())) == 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a file that is always full")

@@ -61,6 +61,8 @@ def test_only_this_machine_can_reach_it_and_only_under_its_own_name(server):
     assert server.server_address[0] == "127.0.0.1"
     assert get(server, "/", Host="evil.example:80")[0] == 403
     assert get(server, "/", Host=f"localhost:{server.server_address[1]}")[0] == 200
+    for without_port in ("localhost", "127.0.0.1"):  # as a browser sends it for port 80
+        assert get(server, "/", Host=without_port)[0] == 200
 
 
 def test_a_port_in_use_is_a_clear_error(server, tmp_path):
