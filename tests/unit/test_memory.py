@@ -155,6 +155,10 @@ def test_the_largest_recipe_that_a_card_holds_is_named():
     assert [shipped_for(size, FAMILIES["flux"]) for size in sizes] == [None, "schnell-12gb", "schnell-16gb", "schnell-24gb", "schnell-24gb"]
 
 
+def test_recipes_of_two_families_with_the_same_memory_size_do_not_hide_each_other():
+    assert [shipped_for(25_386_352_640, FAMILIES[name]) for name in ("flux", "sd3")] == ["schnell-24gb", "sd35-medium-24gb"]
+
+
 def test_parts_of_ram_beside_a_gpu_by_hand():
     recipe = load_recipe("schnell-24gb", ["teacher.chunk_prompts=64", "validation.prompts=10"])
     assert ram_parts(recipe, recipe.student_layout(4096), SCHNELL_WEIGHTS, T5_XXL_FP16, processes=1) == {
