@@ -58,7 +58,7 @@ def conditioning(family: Family, model: FrozenModel) -> tuple[Tensor, Tensor, di
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(BATCH, *family.latent_shape(side_px(family)), generator=generator)
     text_BLD = torch.randn(BATCH, TOKENS, model.text_width, generator=generator)
-    extras = {"pooled_output": torch.randn(BATCH, family.pooled_width, generator=generator) if family.companions else None}
+    extras = {"pooled_output": torch.randn(BATCH, sum(family.companions.values()), generator=generator) if family.companions else None}
     return noise, text_BLD, extras
 
 
@@ -97,7 +97,7 @@ def test_a_served_student_is_comfyuis_own_text_model_with_the_trained_embeddings
 
     torch.testing.assert_close(text_BLD[:, -token_ids_BL.shape[1] :], expected_BLD, rtol=0, atol=1e-5)
     if family.companions:
-        assert extras["pooled_output"].shape == (1, family.pooled_width) and not extras["pooled_output"].any()
+        assert extras["pooled_output"].shape == (1, sum(family.companions.values())) and not extras["pooled_output"].any()
 
 
 @every_family
