@@ -98,7 +98,7 @@ class Number:
     """What a number means, and how it is written and compared.
 
     meaning: a sentence for readers. label ("": its own name), unit, factor to that unit, form: as Python formats the value. most: the end
-    of its range, which begins at 0. proportion: whether it is a proportion of success, of which 0 is none and 1 is all: such numbers are
+    of its range, which begins at 0. proportion: whether it is a proportion of success, from 0 to 1: such numbers are
     compared as shares of the teacher's.
     """
 

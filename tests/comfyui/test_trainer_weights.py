@@ -66,7 +66,7 @@ def test_quantised_weights_are_estimated_at_the_size_they_are_held_in(flow: Froz
 def test_gradient_to_the_text_equals_the_numeric_derivative(flow: FrozenModel, checkpoint_blocks: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, text = (torch.randn(shape, generator=generator) for shape in [(BATCH, 16, 8, 8), (BATCH, TOKENS, FLUX.text_width)])
-    pooled, readout = torch.randn(BATCH, sum(FLUX.companions.values()), generator=generator), torch.randn(x.shape, generator=generator)
+    pooled, readout = torch.randn(BATCH, FLUX.pooled_width, generator=generator), torch.randn(x.shape, generator=generator)
 
     def measured(text_BLD: Tensor) -> Tensor:
         return (flow.velocity(x, torch.tensor([0.7, 0.3]), text_BLD, {"pooled_output": pooled}, torch.tensor([2.0, 4.0])) * readout).sum()

@@ -133,7 +133,7 @@ def test_a_share_leaves_out_distances_and_tasks_at_which_the_teacher_fails():
         "distances": {"lpips": {"s": [0.5] * 20}},
     }
     found = shares(scores, "t", ["s"])["s"]
-    assert {task: round(one.value, 3) for task, one in found.items()} == {ALL: 0.75, "words": 0.75}, "CLIP scores all lie close together"
+    assert {task: round(one.value, 3) for task, one in found.items()} == {ALL: 0.75, "words": 0.75}, "CLIP scores are left out"
     assert found["words"].low is not None and 0.6 < found["words"].low < 0.75
     assert shares({"distances": scores["distances"]}, "t", ["s"]) == {}
 

@@ -292,7 +292,7 @@ def test_a_board_that_fails_is_left_out_and_the_image_is_kept(run, capsys):
     assert "Broken cannot be written to ([Errno 28] No space left on device); the run continues without it." in capsys.readouterr().err
 
 
-def test_what_a_board_raises_is_no_failed_image(run):
+def test_an_error_of_a_board_does_not_count_as_a_failed_image(run):
     class Full(Broken):
         def image(self, *_arguments: object) -> None:
             raise RuntimeError("the board's own")
