@@ -49,9 +49,12 @@ class Model:
     signs: tuple[str, ...]
 
 
-def preflight(recipe: Recipe) -> None:
-    """Raise UserError that lists everything that the recipe needs and that is missing or of the wrong kind, and how to get it."""
-    problems = list(dict.fromkeys([*_packages(recipe), *_corpora(recipe), *_models(recipe)]))
+def preflight(recipe: Recipe, written_later: Path | None = None) -> None:
+    """Raise UserError that lists everything that the recipe needs and that is missing or of the wrong kind, and how to get it.
+
+    `written_later`: prompts that need not exist yet.
+    """
+    problems = list(dict.fromkeys([*_packages(recipe), *_corpora(recipe, written_later), *_models(recipe)]))
     if problems:
         listed = "\n".join(f"{number}. {problem}" for number, problem in enumerate(problems, start=1))
         raise UserError(
@@ -96,10 +99,10 @@ def _packages(recipe: Recipe) -> Iterator[str]:
         yield from _problem(common_words)
 
 
-def _corpora(recipe: Recipe) -> Iterator[str]:
+def _corpora(recipe: Recipe, written_later: Path | None) -> Iterator[str]:
     for stage in recipe.stages:
         for corpus in stage.corpora:
-            if corpus.kind != "common_text":
+            if corpus.kind != "common_text" and corpus.path != str(written_later):
                 yield from _problem(lambda corpus=corpus: _read(corpus))
 
 
