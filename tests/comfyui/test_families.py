@@ -12,6 +12,7 @@ import torch
 from distilled_t5.diffusion.denoise import denoise
 from distilled_t5.diffusion.files import check_guidance
 from distilled_t5.diffusion.frozen import FrozenModel
+from distilled_t5.encoder.served import describe
 from distilled_t5.encoder.teacher import load_teacher
 from distilled_t5.evaluate.cost import encoder_name
 from distilled_t5.evaluate.encoders import EncoderFile, LoadedEncoder
@@ -77,9 +78,9 @@ def test_comfyui_knows_the_clip_type_and_every_kind_of_student(family: Family):
 @with_t5
 def test_a_served_student_is_comfyuis_own_text_model_with_the_trained_embeddings(family: Family, tmp_path: Path):
     layout = layout_for(family)
-    clip = serve(
-        student_file(tmp_path, layout, family=family.name, token_length=family.token_length, pooled="zero"), family=family.name
-    ).clip
+    file = student_file(tmp_path, layout, family=family.name, token_length=family.token_length, pooled="zero")
+    clip = serve(file, family=family.name).clip
+    assert ("CLIP" in describe(clip, file.name, {})) == bool(family.companions)
     tokenizer, factory = family.text_classes()
     stock: Any = factory
     assert type(clip.tokenizer) is tokenizer
