@@ -46,7 +46,7 @@ class DistilledT5Distil(io.ComfyNode):
                     "model",
                     tooltip="The diffusion model to follow: of Load Diffusion Model, without LoRA. weight_dtype default: as in the preset.",
                 ),
-                io.Clip.Input("teacher", tooltip="The text encoder to imitate: of DualCLIPLoader (T5-XXL) or Distilled T5 Loader."),
+                io.Clip.Input("teacher", tooltip="The encoder to imitate: of ComfyUI's CLIP loaders (T5-XXL) or Distilled T5 Loader."),
                 io.Combo.Input(
                     "preset",
                     options=preset_names(),
@@ -121,7 +121,7 @@ def _run_and_recipe(
     from ..train.run_directory import RunDirectory
 
     if model is None or teacher is None:
-        raise UserError("There is no MODEL or no CLIP.", "connect Load Diffusion Model, and DualCLIPLoader or Distilled T5 Loader.")
+        raise UserError("There is no MODEL or no CLIP.", "connect Load Diffusion Model, and ComfyUI's CLIP loader or Distilled T5 Loader.")
     family = fitting_family(preset, model.model)
     (diffusion_model, dtype), (t5, clip_l) = diffusion_file(model), text_encoder_files(teacher, family)
     vae = {OF_THE_PRESET: None, NO_FILE: ""}.get(preview_vae, preview_vae)

@@ -34,7 +34,7 @@ class DistilledT5EncoderMap(io.ComfyNode):
             search_aliases=["t-SNE", "embedding map", "embedding plot", "compare encoders", "collapse"],
             is_output_node=True,
             inputs=[
-                io.Clip.Input("clip_1", display_name="encoder 1", tooltip="A text encoder for Flux, for instance the teacher: T5-XXL."),
+                io.Clip.Input("clip_1", display_name="encoder 1", tooltip="A CLIP with a T5, for instance the teacher: T5-XXL."),
                 io.Clip.Input("clip_2", display_name="encoder 2", optional=True, tooltip="Another one for the same plot: the student."),
                 io.String.Input(
                     "prompts",

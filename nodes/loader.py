@@ -21,7 +21,7 @@ COUNTED_DEVICES = ("cuda", "xpu", "npu", "mlu")
 
 
 class DistilledT5Loader(io.ComfyNode):
-    """Loads a distilled T5 in the place of DualCLIPLoader."""
+    """Loads a distilled T5 in the place of ComfyUI's own CLIP loaders."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -31,7 +31,7 @@ class DistilledT5Loader(io.ComfyNode):
             category="Distilled T5",
             description=(
                 "Loads a distilled T5 (T5-Base: 0.26 GB) in the place of T5-XXL (9.5 GB) for Flux, Stable Diffusion 3, PixArt and Chroma. "
-                "Use it in place of DualCLIPLoader: "
+                "Use it in place of Load CLIP, DualCLIPLoader or TripleCLIPLoader: "
                 "the CLIP it gives works with every text encode, LoRA, ControlNet and guidance node."
             ),
             search_aliases=[
@@ -52,7 +52,7 @@ class DistilledT5Loader(io.ComfyNode):
                 io.Combo.Input(
                     "clip_name2",
                     options=text_encoder_names(),
-                    tooltip="The distilled T5 file, from models/text_encoders; distilled files come first. T5-XXL is for DualCLIPLoader.",
+                    tooltip="The distilled T5 file, from models/text_encoders; distilled files come first. T5-XXL needs ComfyUI's loader.",
                 ),
                 io.Combo.Input(
                     "type",
@@ -122,7 +122,7 @@ def torch_device(name: str) -> torch.device | None:
 
 
 def _advanced_inputs() -> list[io.Input]:
-    """What DualCLIPLoader does not have, or hides as well. New ones come last: saved workflows hold values by position."""
+    """What ComfyUI's own loaders do not have, or hide as well. New ones come last: saved workflows hold values by position."""
     return [
         io.Combo.Input(
             "device",

@@ -11,7 +11,7 @@ from ..encoder.prompt_length import describe_length, tokenized
 
 
 class DistilledT5TextEncode(io.ComfyNode):
-    """Encodes a prompt for Flux and says whether it fits into the length that the student was trained at."""
+    """Encodes a prompt and says whether it fits into the length that the student was trained at."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -19,10 +19,10 @@ class DistilledT5TextEncode(io.ComfyNode):
             node_id="DistilledT5TextEncode",
             display_name="Distilled T5 Text Encode",
             category="Distilled T5",
-            description="Encodes a prompt for CLIP-L and the distilled T5, with Flux guidance, and counts its tokens.",
+            description="Encodes a prompt with all encoders of the CLIP, adds guidance, and counts the T5 tokens.",
             search_aliases=["DistillT5 prompt", "Flux prompt", "CLIPTextEncodeFlux", "T5 token count", "prompt length"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The CLIP of a Distilled T5 Loader (an ordinary Flux CLIP works too)."),
+                io.Clip.Input("clip", tooltip="The CLIP of a Distilled T5 Loader (an ordinary CLIP with T5-XXL works too)."),
                 io.String.Input(
                     "text",
                     display_name="prompt",
@@ -36,11 +36,11 @@ class DistilledT5TextEncode(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="Flux guidance. Flux-dev: 2 to 5. Flux-schnell takes none and ignores it.",
+                    tooltip="Guidance for Flux-dev: 2 to 5. Models without a guidance input, such as Flux-schnell and SD3, ignore it.",
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="CONDITIONING", tooltip="A Flux conditioning, for a sampler or any conditioning node."),
+                io.Conditioning.Output(display_name="CONDITIONING", tooltip="The conditioning, for a sampler or any conditioning node."),
                 io.String.Output(
                     display_name="token_count", tooltip="How many T5 tokens the prompt has, against the length the student was trained at."
                 ),

@@ -26,7 +26,7 @@ KINDS = (
         (".lora_down.", ".lora_up.", "lora.down.", ".lora_A.", ".lora_B.", ".hada_w1_a", ".lokr_w1"),
         "load it with LoraLoader; ",
     ),
-    ForeignKind("a Flux diffusion model", ("double_blocks.0.", "single_transformer_blocks.0."), "load it with Load Diffusion Model; "),
+    ForeignKind("a diffusion model", ("double_blocks.0.", "single_transformer_blocks.0."), "load it with Load Diffusion Model; "),
     ForeignKind("a checkpoint with a diffusion model", ("model.diffusion_model.",), "load it with Load Checkpoint; "),
     ForeignKind(
         "a CLIP text encoder",

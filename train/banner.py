@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ..runtime.comfyui import NO_FILE
+from ..encoder.needed_tensors import CLIPS
 from .recipe import Recipe, Stage
 from .run_directory import RunDirectory
 from .workshop import Workshop
@@ -29,9 +29,10 @@ def facts_of(workshop: Workshop, run: RunDirectory | None) -> dict[str, str]:
 
 
 def _teacher(recipe: Recipe) -> str:
-    clip_l = recipe.teacher.clip_l
-    pooled = "without CLIP-L" if clip_l == NO_FILE else f"with {Path(clip_l).name}"
-    return f"{Path(recipe.teacher.t5).name}, {pooled}"
+    given = recipe.teacher.companions
+    names = recipe.family.companions
+    beside = [f"with {Path(given[name]).name}" if name in given else f"without {CLIPS[name].display_name}" for name in names]
+    return ", ".join([Path(recipe.teacher.t5).name, *beside])
 
 
 def _stage(stage: Stage) -> str:

@@ -9,7 +9,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ..runtime.comfyui import NO_FILE
 from ..runtime.disk import read_file, replace_file
 from ..runtime.errors import UserError
 from ..runtime.optional import needed
@@ -120,7 +119,7 @@ def _stems(recipe: Recipe) -> list[str]:
 
 
 def _pooled(recipe: Recipe) -> str:
-    return "" if recipe.teacher.clip_l == NO_FILE else f", beside `{Path(recipe.teacher.clip_l).name}`"
+    return "".join(f", beside `{Path(file).name}`" for file in recipe.teacher.companions.values())
 
 
 def _facts(recipe: Recipe, step: int) -> Iterator[tuple[str, str]]:

@@ -94,7 +94,7 @@ def _memory_lines(workshop: Workshop) -> list[str]:
         teacher = held_bytes(workshop.teacher.clip.cond_stage_model)
         sums.append(
             f"{need.least / GB:.2f} GB with as much left in RAM as ComfyUI can, "
-            f"where the diffusion model takes {need.held / GB:.2f} GB and teacher and CLIP-L {teacher / GB:.2f} GB."
+            f"where the diffusion model takes {need.held / GB:.2f} GB and the teacher's encoders {teacher / GB:.2f} GB."
         )
     return [f"Memory on {device} by part, estimated for stage {need.stage}:", *part_lines(need.parts), *(f"  {line}" for line in sums)]
 

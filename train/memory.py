@@ -37,7 +37,7 @@ STATED_GB = re.compile(r"-(\d+)gb$")
 # A card sold as 12 GB has a little less than 12 x 2^30 bytes available.
 SHOWN_BYTES_PER_GB = 0.97 * 2**30
 # Parts of the RAM beside a GPU.
-TEACHER, DIFFUSION_MODEL, CHECKPOINT = "teacher and CLIP-L", "diffusion model, while the teacher works", "a checkpoint, while it is saved"
+TEACHER, DIFFUSION_MODEL, CHECKPOINT = "teacher's encoders", "diffusion model, while the teacher works", "a checkpoint, while it is saved"
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ def refuse_relatives(shapes: Mapping[str, Shape], where: str, described: bool) -
 
 def _refuse_unprojected(d_model: int, tensors: int, where: str) -> None:
     if d_model == NAMED_SIZES["xxl"][0]:
-        raise UndistilledError(f"{where} is a plain T5-XXL, not a distilled T5.", "load it with DualCLIPLoader (type flux).")
+        loaders = "ComfyUI's own loader: Load CLIP, DualCLIPLoader or TripleCLIPLoader."
+        raise UndistilledError(f"{where} is a plain T5-XXL, not a distilled T5.", f"load it with {loaders}")
     raise StudentFileError(
         f"{where} is a T5 of width {d_model} without a projection (final_projection.0 and .3), not a distilled T5.",
         "use the published or trained file with the projection; a plain T5 of this size was not trained for this diffusion model.",

@@ -85,8 +85,8 @@ def damaged(path: Path) -> None:
 
 FILES: dict[str, tuple[Maker, tuple[str, ...]]] = {
     "CLIP-L": (lambda path: sparse_file(path, clip_l_shapes(), "F16"), ("a CLIP text encoder", "clip_name1")),
-    "Flux": (lambda path: sparse_file(path, {"double_blocks.0.img_mod.lin.weight": (3072, 64)}), ("a Flux diffusion model",)),
-    "T5-XXL": (lambda path: sparse_file(path, xxl(), "F16"), ("a plain T5-XXL", "DualCLIPLoader")),
+    "Flux": (lambda path: sparse_file(path, {"double_blocks.0.img_mod.lin.weight": (3072, 64)}), ("a diffusion model",)),
+    "T5-XXL": (lambda path: sparse_file(path, xxl(), "F16"), ("a plain T5-XXL", "Load CLIP, DualCLIPLoader or TripleCLIPLoader")),
     "stripped student": (
         lambda path: published_file(path, {name: t for name, t in STUDENT.items() if "projection" not in name}),
         ("without a projection", "final_projection.0 and .3"),

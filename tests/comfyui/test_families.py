@@ -24,7 +24,7 @@ from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.students.t5.trained import DistilledT5
 from distilled_t5.tests.support.denoising import sampled_by_comfyui
 from distilled_t5.tests.support.other_family import T5_ALONE
-from distilled_t5.tests.support.small_encoders import PROMPT, random_tensors, serve, student_file
+from distilled_t5.tests.support.small_encoders import PROMPT, random_tensors, serve, stock_clip, student_file
 from distilled_t5.tests.support.small_models import SmallModel
 from distilled_t5.train.recipe import load_recipe
 from torch import Tensor
@@ -99,6 +99,15 @@ def test_a_served_student_is_comfyuis_own_text_model_with_the_trained_embeddings
     torch.testing.assert_close(text_BLD[:, -token_ids_BL.shape[1] :], expected_BLD, rtol=0, atol=1e-5)
     if family.companions:
         assert extras["pooled_output"].shape == (1, sum(family.companions.values())) and not extras["pooled_output"].any()
+
+
+@with_t5
+def test_comfyuis_own_clip_and_a_served_student_read_the_same_tokens(family: Family, tmp_path: Path):
+    file = student_file(tmp_path, layout_for(family), family=family.name, token_length=family.token_length, pooled="zero")
+    served, stock = serve(file, family=family.name).clip, stock_clip(family)
+    assert type(stock.tokenizer) is type(served.tokenizer)
+    for prompt in ("", PROMPT, "a (red:1.2) cube, " * 60):
+        assert stock.tokenize(prompt) == served.tokenize(prompt)
 
 
 @every_family

@@ -100,7 +100,7 @@ def carries_code(path: Path) -> Path:
 
 
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "T5-XXL": (t5xxl, "load it with DualCLIPLoader"),
+    "T5-XXL": (t5xxl, "load it with ComfyUI's own loader"),
     "NaN": (not_finite, "hold NaN or infinity"),
     "cut off": (cut_off, "not a complete safetensors file"),
     "incomplete": (incomplete, "  encoder.encoder.block.1.layer.1.DenseReluDense.wo.weight\n"),

@@ -117,7 +117,7 @@ def test_a_diffusion_model_that_is_incomplete_or_needs_more_than_a_latent_is_ref
     ("file", "message"),
     [
         ("text_encoders/clip_l.safetensors", "clip_l.safetensors is a CLIP text encoder"),
-        ("diffusion_models/flux1-dev.safetensors", "flux1-dev.safetensors is a Flux diffusion model"),
+        ("diffusion_models/flux1-dev.safetensors", "flux1-dev.safetensors is a diffusion model"),
         ("vae/ae.safetensors", "ae.safetensors is a VAE"),
     ],
 )

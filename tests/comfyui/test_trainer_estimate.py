@@ -42,7 +42,7 @@ def test_every_shipped_recipe_is_estimated_stage_by_stage(name):
     measured = dict(re.findall(r"^(\S+) +([\d,]+) +(?:\d+\.\d\d)? +\d+\.\d\d   ", said, re.MULTILINE))
     stages = {stage.name: f"{stage.steps:,}" for stage in recipe.stages}
     assert measured == stages | {"all": f"{sum(stage.steps for stage in recipe.stages):,}"}
-    for part in ("diffusion model, frozen", "student, gradients and AdamW", "student's activations", "teacher and CLIP-L"):
+    for part in ("diffusion model, frozen", "student, gradients and AdamW", "student's activations", "teacher's encoders"):
         assert re.search(rf"^  {part} +\d+\.\d+ GB$", said, re.MULTILINE), part
     assert re.search(r"estimated for stage \S+:$", said, re.MULTILINE)
     assert re.search(r"[\d.]+ GB in all, [\d.]+ GB available\.$", said, re.MULTILINE)
@@ -58,10 +58,10 @@ def test_models_change_places_once_per_chunk_and_the_teacher_encodes_once_per_tr
 
 
 def test_ram_is_reported_by_part_and_for_all_processes():
-    parts = {"teacher and CLIP-L": 9_000_000_000, "nothing": 0, "a checkpoint, while it is saved": 1_500_000_000}
+    parts = {"teacher's encoders": 9_000_000_000, "nothing": 0, "a checkpoint, while it is saved": 1_500_000_000}
     alone, four = ram_lines(parts, 1), ram_lines(parts, 4)
     assert [line.split() for line in alone[1:3]] == [
-        ["teacher", "and", "CLIP-L", "9.000", "GB"],
+        ["teacher's", "encoders", "9.000", "GB"],
         ["a", "checkpoint,", "while", "it", "is", "saved", "1.500", "GB"],
     ]
     assert "10.50 GB in all" in alone[-1] and "processes" not in alone[-1]

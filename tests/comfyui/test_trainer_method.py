@@ -287,8 +287,8 @@ NAN_LOSS = Objective(lambda gap: velocity_gap(gap) * float("nan"), needs_velocit
 @pytest.mark.parametrize(
     ("broken", "part", "advice"),
     [
-        ("text_BLD", "the teacher's text embedding or pooled vector", "check or replace the files teacher.t5 and teacher.clip_l"),
-        ("pooled_BP", "the teacher's text embedding or pooled vector", "check or replace the files teacher.t5 and teacher.clip_l"),
+        ("text_BLD", "the teacher's text embedding or pooled vector", "check or replace the files that [teacher] names"),
+        ("pooled_BP", "the teacher's text embedding or pooled vector", "check or replace the files that [teacher] names"),
         ("model", "the diffusion model's velocity for the teacher's text", "check or replace diffusion_model.file"),
         ("student", "the student's text embedding", "optimizer.learning_rate or optimizer.autocast"),
         (

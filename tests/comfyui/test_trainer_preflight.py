@@ -122,7 +122,7 @@ def test_every_file_of_a_wrong_kind_is_listed(stand_ins):
         preflight(load_recipe("smoke", settings_for(stand_ins, **wrong)))
     said = str(refused.value)
     assert "diffusion_model.file: t5xxl_fp16.safetensors is a T5 text encoder; expected a diffusion model." in said
-    assert "teacher.t5: flux1-dev.safetensors is a Flux diffusion model; expected a T5 text encoder." in said
+    assert "teacher.t5: flux1-dev.safetensors is a diffusion model; expected a T5 text encoder." in said
     assert "teacher.clip_l: ae.safetensors is a VAE; expected a CLIP text encoder." in said
     assert "student.start: clip_l.safetensors is a CLIP text encoder; expected a T5 text encoder." in said
     assert "preview.vae: distilled_t5_base.safetensors is a T5 text encoder; expected a VAE." in said
@@ -189,7 +189,7 @@ def test_processes_on_the_cpu_of_a_machine_share_its_ram(full_size, monkeypatch)
 @pytest.mark.parametrize(
     ("gpu_gb", "ram_gb", "message"),
     [
-        (24, 32, r"Not enough RAM beside the GPU: the run needs \d\d\.\d GB; this machine has 34\.4 GB\.\n  teacher and CLIP-L"),
+        (24, 32, r"Not enough RAM beside the GPU: the run needs \d\d\.\d GB; this machine has 34\.4 GB\.\n  teacher's encoders"),
         (80, 8, "Not enough RAM beside the GPU"),
         (24, 64, "a diffusion model was loaded"),
         (80, 32, "a diffusion model was loaded"),  # both models stay on the GPU

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...encoder.files import write_student
 from ...encoder.metadata import StudentMetadata
 from ...encoder.served import ServedEncoder, ServingOptions, load_encoder
+from ...families.family import Family
 from ...students.t5.layout import StudentLayout
 
 TINY = StudentLayout(d_model=64, d_ff=128, num_layers=3, num_heads=3, d_kv=16, hidden_width=96, projected_width=4096)
@@ -58,6 +59,25 @@ def stock_flux_clip(clip_l: Path) -> Any:
         [comfy.utils.load_torch_file(str(clip_l), safe_load=True), tensors | known_by],
         clip_type=comfy.sd.CLIPType.FLUX,
         model_options={"t5xxl_model_config": config},
+    )
+
+
+def stock_clip(family: Family) -> Any:
+    """ComfyUI's own CLIP of the family's `clip_type`, of files with the tensors that identify them; its other weights are not set."""
+    known_by = {
+        family.part: {"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": torch.zeros(1).expand(10240, 4096)},
+        "clip_l": {f"text_model.encoder.layers.{layer}.mlp.fc1.weight": torch.zeros(8, 768) for layer in range(2)},
+        "clip_g": {"text_model.encoder.layers.30.mlp.fc1.weight": torch.zeros(8, 1280)},
+    }
+    small_clip = {"num_hidden_layers": 3, "intermediate_size": 8, "num_attention_heads": 4}
+    return comfy.sd.load_text_encoder_state_dicts(
+        [known_by[name] for name in (*family.companions, family.part)],
+        clip_type=comfy.sd.CLIPType[family.clip_type],
+        model_options={
+            f"{family.part}_model_config": {"num_layers": 1, "d_ff": 8, "num_heads": 1, "d_kv": 8},
+            "clip_l_model_config": small_clip,
+            "clip_g_model_config": small_clip,
+        },
     )
 
 

@@ -110,7 +110,7 @@ def test_on_a_cpu_everything_including_the_teacher_is_in_ram():
     need = need_of(
         load_recipe("schnell-24gb"), dataclasses.replace(SCHNELL_FP8, held_bytes=4 * SCHNELL_WEIGHTS, compute_bytes=4), on_gpu=False
     )
-    assert need.parts["teacher and CLIP-L"] == T5_XXL_FP16
+    assert need.parts["teacher's encoders"] == T5_XXL_FP16
     assert "GPU driver and fragments" not in need.parts
     assert need.least == need.total > 4 * SCHNELL_WEIGHTS + T5_XXL_FP16
 
@@ -162,7 +162,7 @@ def test_recipes_of_two_families_with_the_same_memory_size_do_not_hide_each_othe
 def test_parts_of_ram_beside_a_gpu_by_hand():
     recipe = load_recipe("schnell-24gb", ["teacher.chunk_prompts=64", "validation.prompts=10"])
     assert ram_parts(recipe, recipe.student_layout(4096), SCHNELL_WEIGHTS, T5_XXL_FP16, processes=1) == {
-        "teacher and CLIP-L": T5_XXL_FP16,
+        "teacher's encoders": T5_XXL_FP16,
         "diffusion model, while the teacher works": SCHNELL_WEIGHTS,
         # 32 prompts make a trajectory, two of them a chunk.
         "teacher's embeddings of one chunk": 64 * 256 * 4096 * 4,
@@ -174,7 +174,7 @@ def test_parts_of_ram_beside_a_gpu_by_hand():
 def test_each_of_several_processes_holds_models_of_its_own_and_its_share_of_the_prompts():
     recipe = load_recipe("schnell-24gb", ["teacher.chunk_prompts=1", "validation.prompts=10"])
     one, four = (ram_parts(recipe, recipe.student_layout(4096), SCHNELL_WEIGHTS, T5_XXL_FP16, processes) for processes in (1, 4))
-    assert one["teacher and CLIP-L"] == four["teacher and CLIP-L"]
+    assert one["teacher's encoders"] == four["teacher's encoders"]
     assert one["teacher's embeddings of one chunk"] == 4 * four["teacher's embeddings of one chunk"] == 32 * 256 * 4096 * 4
     assert four["teacher's embeddings of held-out prompts"] == 4 * 256 * 4096 * 4, "batches of four are dealt out whole"
 
@@ -214,14 +214,14 @@ def test_another_family_gets_its_own_formulas_and_none_of_fluxs_recipes():
 
 def test_ram_beside_a_gpu_must_hold_both_models_and_then_one_with_the_embeddings():
     parts = {
-        "teacher and CLIP-L": 10,
+        "teacher's encoders": 10,
         "diffusion model, while the teacher works": 20,
         "embeddings": 5,
         "a checkpoint, while it is saved": 99,
     }
     check_ram(parts, 30, processes=1)
     check_ram(parts, 60, processes=2)
-    with pytest.raises(ValueError, match=r"the 2 processes on this machine need(.|\n)*teacher and CLIP-L(.|\n)*\"fp8_e4m3fn\"\.$"):
+    with pytest.raises(ValueError, match=r"the 2 processes on this machine need(.|\n)*teacher's encoders(.|\n)*\"fp8_e4m3fn\"\.$"):
         check_ram(parts, 59, processes=2)
     with pytest.raises(ValueError, match=r"the run needs(.|\n)*embeddings(.|\n)*or lower teacher\.chunk_prompts\.$"):
         check_ram(parts | {"embeddings": 11}, 30, processes=1)
