@@ -105,9 +105,10 @@ def test_a_served_student_is_comfyuis_own_text_model_with_the_trained_embeddings
 def test_comfyuis_own_clip_and_a_served_student_read_the_same_tokens(family: Family, tmp_path: Path):
     file = student_file(tmp_path, layout_for(family), family=family.name, token_length=family.token_length, pooled="zero")
     served, stock = serve(file, family=family.name).clip, stock_clip(family)
-    assert type(stock.tokenizer) is type(served.tokenizer)
     for prompt in ("", PROMPT, "a (red:1.2) cube, " * 60):
         assert stock.tokenize(prompt) == served.tokenize(prompt)
+    factory: Any = family.text_classes()[1]
+    assert isinstance(stock.cond_stage_model, factory.__bases__), "another text model: it may mask or pad differently"
 
 
 @every_family

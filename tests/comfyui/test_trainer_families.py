@@ -12,6 +12,7 @@ from distilled_t5.families import FAMILIES
 from distilled_t5.families.family import Family
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.small_encoders import serve
+from distilled_t5.train.banner import facts_of
 from distilled_t5.train.batches import Place
 from distilled_t5.train.distill import train_step
 from distilled_t5.train.models import metadata_of
@@ -74,6 +75,12 @@ def test_both_objectives_lower_their_loss_and_the_served_student_gives_the_train
         ids_BL = torch.tensor([[token for token, *_ in tokens[family.part][0]]])
         with torch.no_grad():
             torch.testing.assert_close(served_BLD, workshop.embed(ids_BL), rtol=0, atol=1e-5)
+
+
+def test_the_run_says_which_of_the_familys_companions_the_teacher_has(workshop: Workshop):
+    without = {"clip_l": "without CLIP-L", "clip_g": "without CLIP-G"}
+    said = ["stand-in", *(without[name] for name in workshop.recipe.family.companions)]
+    assert facts_of(workshop, None)["Teacher"] == ", ".join(said)
 
 
 def test_a_run_that_is_opened_again_starts_its_trajectories_with_the_same_bits(workshop: Workshop):

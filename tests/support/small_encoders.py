@@ -63,20 +63,19 @@ def stock_flux_clip(clip_l: Path) -> Any:
 
 
 def stock_clip(family: Family) -> Any:
-    """ComfyUI's own CLIP of the family's `clip_type`, of files with the tensors that identify them; its other weights are not set."""
+    """ComfyUI's own CLIP of the family's `clip_type`, of the fewest files, with the tensors that identify them; other weights are not set."""
     known_by = {
         family.part: {"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": torch.zeros(1).expand(10240, 4096)},
         "clip_l": {f"text_model.encoder.layers.{layer}.mlp.fc1.weight": torch.zeros(8, 768) for layer in range(2)},
-        "clip_g": {"text_model.encoder.layers.30.mlp.fc1.weight": torch.zeros(8, 1280)},
     }
-    small_clip = {"num_hidden_layers": 3, "intermediate_size": 8, "num_attention_heads": 4}
+    # Of three files ComfyUI makes the CLIP of SD3, whatever the type.
+    needed = () if family.companions_optional else family.companions
     return comfy.sd.load_text_encoder_state_dicts(
-        [known_by[name] for name in (*family.companions, family.part)],
+        [known_by[name] for name in (*needed, family.part)],
         clip_type=comfy.sd.CLIPType[family.clip_type],
         model_options={
             f"{family.part}_model_config": {"num_layers": 1, "d_ff": 8, "num_heads": 1, "d_kv": 8},
-            "clip_l_model_config": small_clip,
-            "clip_g_model_config": small_clip,
+            "clip_l_model_config": {"num_hidden_layers": 3, "intermediate_size": 8, "num_attention_heads": 4},
         },
     )
 
