@@ -63,7 +63,7 @@ def stock_flux_clip(clip_l: Path) -> Any:
 
 
 def stock_clip(family: Family) -> Any:
-    """ComfyUI's own CLIP of the family's `clip_type`, of the fewest files, with the tensors that identify them; other weights are not set."""
+    """ComfyUI's own CLIP of the family's `clip_type`, of the fewest files, with the tensors that identify them alone."""
     known_by = {
         family.part: {"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": torch.zeros(1).expand(10240, 4096)},
         "clip_l": {f"text_model.encoder.layers.{layer}.mlp.fc1.weight": torch.zeros(8, 768) for layer in range(2)},
