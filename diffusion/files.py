@@ -9,11 +9,13 @@ from typing import Any
 import comfy.sd
 import torch
 
+from ..families import FAMILIES
 from ..families.family import Family
 from ..runtime.comfyui import logged_lines
 from ..runtime.errors import StudentFileError, printable
 from ..runtime.failure import is_of_the_driver, is_out_of_memory
 from ..runtime.weights import CHOICES, read_header
+from ..students.foreign import ADDED_TO_A_MODEL, foreign_kind
 from .frozen import FrozenModel
 
 DTYPES = {"auto": None, **CHOICES}
@@ -26,9 +28,22 @@ DETECTION_ERRORS = (RuntimeError, LookupError, AttributeError, TypeError, ValueE
 def open_diffusion_model(path: Path, dtype: str, family: Family, exact_gradients: bool = True) -> FrozenModel:
     """A diffusion model with weights held in `dtype` (a name of DTYPES). Raises ValueError if the file is not one of this family."""
     patcher = _load_patcher(path, DTYPES[dtype], family)
-    if reason := family.refuse(patcher.model):
-        raise _refused(f"{path.name} {reason}", family)
+    check_family(path.name, patcher.model, family)
     return FrozenModel(patcher, family, exact_gradients)
+
+
+def check_family(name: str, model: Any, family: Family) -> None:
+    """Raise ValueError for a model of another family, with the name of that family if it is registered."""
+    reason = family.refuse(model)
+    if reason is None:
+        return
+    for other in FAMILIES.values():
+        if other.refuse(model) is None:
+            raise ValueError(
+                f"{name} is a {other.display_name}, not a {family.display_name}.\n"
+                f'What to do: name a {family.display_name} file in diffusion_model.file, or set diffusion_model.family = "{other.name}".'
+            )
+    raise _refused(f"{name} {reason}", family)
 
 
 def use_one_thread_if_small(model: FrozenModel) -> None:
@@ -67,9 +82,11 @@ def _load_patcher(path: Path, dtype: torch.dtype | None, family: Family) -> Any:
     if path.suffix.lower() == ".gguf":
         raise _refused(f"{path.name} is a GGUF file, which ComfyUI itself does not load.", family)
     try:
-        read_header(path)
+        kind = foreign_kind(read_header(path)[0])
     except StudentFileError as error:
         raise _refused(error.problem, family) from error
+    if kind is not None and kind.name in ADDED_TO_A_MODEL:
+        raise _refused(f"{path.name} is {kind.name}, not a diffusion model.", family)
     with logged_lines("unet missing: ") as missing:
         try:
             # As ComfyUI's own training node does: with dynamic VRAM, weights are replaced while autograd needs them.

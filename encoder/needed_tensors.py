@@ -163,6 +163,11 @@ def check_teacher_tensors(shapes: Mapping[str, Shape], where: str, family: Famil
     names, _ = kind.published_names(shapes)
     by_name = {name: shapes[source] for name, source in names.items()}
     try:
+        kind.refuse_relatives(by_name, where, True)
+    except StudentFileError as error:
+        wanted = f"a complete {family.teacher_layout.size_name} or distilled {kind.display_name}"
+        raise StudentFileError(error.problem, f"name {wanted} in teacher.t5.") from error
+    try:
         kind.read_layout(by_name, where)
     except StudentFileError:
         width = family.teacher_layout.output_width

@@ -38,9 +38,13 @@ def text_encoder_files(clip: Any, family: Family) -> tuple[str, str | None]:
 
     Raises UserError for another kind of CLIP, for one that other nodes have changed, and for one whose files are not known.
     """
-    if not hasattr(clip.cond_stage_model, family.part):
+    # An SD3 CLIP may be loaded without its T5.
+    if getattr(clip.cond_stage_model, family.part, None) is None:
         kind = type(clip.cond_stage_model).__name__
-        raise UserError(f"The teacher is a {kind}; expected a text encoder of {family.display_name}.", f"{LOADERS['teacher']}.")
+        raise UserError(
+            f"The teacher is a {kind}; expected one of {family.display_name} with {family.teacher_layout.size_name}.",
+            f"{LOADERS['teacher']}.",
+        )
     paths, second, *_ = (*_loaded_from(clip.patcher, "teacher"), None)
     # DualCLIPLoader: a list of files. Distilled T5 Loader: the student's, then those of its companions by name.
     several = isinstance(paths, list | tuple)

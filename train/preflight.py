@@ -16,7 +16,7 @@ from ..runtime.comfyui import NO_FILE, model_file
 from ..runtime.errors import StudentFileError, UserError
 from ..runtime.header import read_entries
 from ..runtime.optional import pip_install
-from ..students.foreign import KINDS
+from ..students.foreign import ADDED_TO_A_MODEL, KINDS, foreign_kind
 from .recipe import RANDOM, STAND_IN, Recipe
 
 # What the trainer imports, by the package that has it; ComfyUI needs all of them too.
@@ -161,7 +161,7 @@ def _check_kind(path: Path, model: Model) -> None:
     names = read_entries(path)
     found = _kind(names)
     suits = any(sign in name for sign in model.signs for name in names)
-    if found is not None and (found == "a LoRA" or not suits):
+    if found is not None and (found in ADDED_TO_A_MODEL or not suits):
         raise StudentFileError(f"{path.name} is {found}; expected {model.kind}.", f"name {model.kind} of models/{model.folder}.")
 
 
@@ -178,6 +178,7 @@ def _check_complete(path: Path, model: Model, recipe: Recipe) -> None:
 
 
 def _kind(names: Iterable[str]) -> str | None:
-    signs = {known.name: known.signs for known in KINDS} | {"a T5 text encoder": T5_SIGNS}
     names = list(names)
-    return next((kind for kind, parts in signs.items() if any(part in name for part in parts for name in names)), None)
+    if found := foreign_kind(names):
+        return found.name
+    return "a T5 text encoder" if any(sign in name for sign in T5_SIGNS for name in names) else None

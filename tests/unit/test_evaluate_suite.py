@@ -145,6 +145,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path):
         ('task.0.metrics=["readback", "readback"]', "task single_object: expected different metrics, got readback, readback"),
         ('task.0.metrics=["taste"]', "expected metrics out of ocr, readback"),
         ("diffusion_model.family=sd9", "diffusion_model.family: expected one of flux"),
+        ("teacher.clip_g=clip_g.safetensors", 'teacher.clip_g: expected "none", as Flux.1 takes none'),
         ("task.1.name=single_object", "expected a different name for every task, got single_object, single_object"),
         ("sampling.resolution_px=100", "multiple of 16"),
         ("sampling.guidance=true", "expected a valid number"),
