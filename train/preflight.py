@@ -32,12 +32,18 @@ HUGGING_FACE = "https://huggingface.co/"
 TEXT_ENCODERS = f"{HUGGING_FACE}comfyanonymous/flux_text_encoders"
 SCHNELL = f"{HUGGING_FACE}black-forest-labs/FLUX.1-schnell"
 FLAN_T5 = "config.json and all .safetensors files (with their index) of {}, in a folder of this name"
+PIXART = "transformer/diffusion_pytorch_model.safetensors of {}, saved under this name"
 # Where the model files of the shipped recipes can be downloaded.
 SOURCES = {
     "flux1-dev.safetensors": f"{HUGGING_FACE}black-forest-labs/FLUX.1-dev (accept its licence there first)",
     "flux1-schnell.safetensors": SCHNELL,
     "ae.safetensors": SCHNELL,
     "sd3.5_medium.safetensors": f"{HUGGING_FACE}stabilityai/stable-diffusion-3.5-medium (accept its licence there first)",
+    "pixart_alpha_1024_ms.safetensors": PIXART.format(f"{HUGGING_FACE}PixArt-alpha/PixArt-XL-2-1024-MS"),
+    "pixart_sigma_1024_ms.safetensors": PIXART.format(f"{HUGGING_FACE}PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
+    "Chroma1-HD.safetensors": f"{HUGGING_FACE}lodestones/Chroma1-HD",
+    "vae-ft-mse-840000-ema-pruned.safetensors": f"{HUGGING_FACE}stabilityai/sd-vae-ft-mse-original",
+    "sdxl_vae.safetensors": f"{HUGGING_FACE}stabilityai/sdxl-vae",
     "clip_g.safetensors": f"{HUGGING_FACE}Comfy-Org/stable-diffusion-3.5-fp8, folder text_encoders",
     **dict.fromkeys(["clip_l.safetensors", "t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"], TEXT_ENCODERS),
     "distilled_t5_base.safetensors": f"model.safetensors of {HUGGING_FACE}LifuWang/DistillT5, saved under this name",
