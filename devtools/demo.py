@@ -38,7 +38,8 @@ WORKFLOW = ROOT / "example_workflows" / "08-Miniature-draw-on-a-CPU.json"
 TEACHER, STUDENT = "miniature_teacher.safetensors", "miniature_student_quarter.safetensors"
 OF_EACH_TASK = 2
 TRAIN_STEPS = 1_600
-DRAW_TIME, TRAIN_TIME = "about a minute", "about 5 minutes"
+# Minutes of so many steps; drawing takes one more.
+TRAIN_MINUTES = 4
 SHEET, NUMBERS = "contact-sheet.png", "demo.json"
 Question = tuple[Scene, str]
 
@@ -48,18 +49,31 @@ def asked() -> list[Question]:
     return [question for task in TASKS for question in questions(task, OF_EACH_TASK)]
 
 
-def train_student(comfyui: Path, base: Path, steps: int) -> list[str]:
-    """Train a small student with the trainer's command; the names of its files after the first steps and at the end."""
+def expected_time(train_steps: int) -> str:
+    """How long the demo takes on two CPU cores."""
+    minutes = 1 + round(TRAIN_MINUTES * train_steps / TRAIN_STEPS)
+    return "about a minute" if minutes == 1 else f"about {minutes} minutes"
+
+
+def settings_of(steps: int) -> list[str]:
+    """The recipe's settings for so many steps, at least two."""
     followed = max(steps // 10, 1)
-    settings = [
+    return [
         f"output.name={TRAINED}",
         f"stage.0.steps={steps - followed}",
         f"stage.1.steps={followed}",
         f"optimizer.warmup_steps={min(steps, 100)}",
+        f"checkpoints.every_steps={max(1, steps // 8)}",
+        "checkpoints.keep_last=8",
+        f"validation.every_steps={steps}",
+        f"preview.every_steps={steps}",
+        "validation.prompts=32",
     ]
-    settings += [f"checkpoints.every_steps={steps // 8}", "checkpoints.keep_last=8"]
-    settings += [f"validation.every_steps={steps}", f"preview.every_steps={steps}", "validation.prompts=32"]
-    sets = [part for setting in settings for part in ("--set", setting)]
+
+
+def train_student(comfyui: Path, base: Path, steps: int) -> list[str]:
+    """Train a small student with the trainer's command; the names of its files after the first steps and at the end."""
+    sets = [part for setting in settings_of(steps) for part in ("--set", setting)]
     run = base / "runs" / TRAINED
     command = [sys.executable, str(ROOT / "train"), "miniature-tenth", "--run", str(run), "--comfyui", str(comfyui), *sets]
     code = subprocess.run([*command, "--", "--base-directory", str(base)], check=False).returncode
@@ -99,7 +113,7 @@ def draw(server: ComfyServer, prompt: dict[str, Any], encoders: Sequence[str]) -
 
 def run_demo(comfyui: Path, out: Path, train_steps: int, served: Path) -> dict[str, Any]:
     """Draw, check and write everything; returns the content of demo.json."""
-    print(f"Expected time: {TRAIN_TIME if train_steps == TRAIN_STEPS else DRAW_TIME} on two CPU cores.", flush=True)
+    print(f"Expected time: {expected_time(train_steps)} on two CPU cores.", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="distilled-t5-demo-") as folder:
         base = Path(folder)
@@ -178,6 +192,8 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=TRAIN_STEPS, help=f"optimizer steps of --train (default: {TRAIN_STEPS})")
     parser.add_argument("--keep", type=Path, default=BASE, help="folder that keeps the student of --train for serve (default: .dev/serve)")
     arguments = parser.parse_args()
+    if arguments.train_steps < 2:
+        parser.error(f"--train-steps is {arguments.train_steps}: expected at least 2.\nWhat to do: leave it out for {TRAIN_STEPS} steps.")
     interrupt_when_asked()
     try:
         facts = run_demo(arguments.comfyui, arguments.out, arguments.train_steps if arguments.train else 0, arguments.keep)

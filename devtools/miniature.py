@@ -155,7 +155,7 @@ def untrained_file(work: Path) -> Path:
 
     path = student_file(work, UNTRAINED)
     if not path.is_file():
-        layout = load_recipe("miniature-quarter").student.student_layout(LAYOUT.d_model)
+        layout = load_recipe("miniature-quarter").student_layout(LAYOUT.d_model)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_student(path, make_student(layout, RANDOM, 0.0, seed=0).tensors(), StudentMetadata(token_length=TOKEN_LENGTH, pooled="zero"))
     return path

@@ -96,7 +96,7 @@ def facts(path: Path) -> dict[str, Any]:
 def share(student_TN: Verdicts, teacher_TN: Verdicts) -> dict[str, Any]:
     """The student's mean accuracy over tasks as a share of the teacher's, as the evaluation measures it; n: images of each task."""
     found = measured_share(student_TN.tolist(), teacher_TN.tolist()).to_json() | {"n": student_TN.shape[1]}
-    return {name: part if part is None or name == "n" else round(part, 4) for name, part in found.items()}
+    return {name: part if part is None or name == "n" else round(part, 4) for name, part in found.items() if name != "identical"}
 
 
 def pair(seed: int, following: str, naive: str, verdicts: Mapping[str, Verdicts], work: Path) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _load_patcher(path: Path, dtype: torch.dtype | None, family: Family) -> Any:
     if path.suffix.lower() == ".gguf":
         raise _refused(f"{path.name} is a GGUF file, which ComfyUI itself does not load.", family)
     try:
-        kind = foreign_kind(read_header(path)[0])
+        kind = foreign_kind(read_header(path)[0], family.kind)
     except StudentFileError as error:
         raise _refused(error.problem, family) from error
     if kind is not None and kind.name in ADDED_TO_A_MODEL:

@@ -17,9 +17,9 @@ from ..runtime.errors import StudentFileError, escaped
 from ..runtime.progress import Progress, silent, waiting
 from ..runtime.weights import FLOAT_NAMES, changed, check_finite, data_sha256, dtype_name, load_tensors, read_header, reading, widest_float
 from ..students import KINDS, kind_of
-from ..students.foreign import refuse_foreign, refuse_quantised
 from ..students.kind import Layout
-from .metadata import HASH_KEY, HEADER_HASH_KEY, KEY, NO_HASH, StudentMetadata, check_against_layout, described, read_metadata
+from .metadata import HASH_KEY, HEADER_HASH_KEY, KEY, NO_HASH, StudentMetadata, described
+from .needed_tensors import student_header
 from .stream import write_stream
 
 REMOVE_THE_CHANGE = (
@@ -77,20 +77,13 @@ def open_student(path: str | os.PathLike[str]) -> StudentFile:
     """
     path = Path(path)
     where = path.name
-    shapes, dtypes, header = read_header(path)
-    kind = kind_of(list(shapes))
-    names, twin = kind.published_names(shapes)
-    by_name = {name: shapes[source] for name, source in names.items()}
-    refuse_foreign(by_name, where)
-    metadata = read_metadata(header, where)
-    kind.refuse_relatives(by_name, where, metadata.described)
-    refuse_quantised(by_name, where, "use the encoder file that is not quantised; dtype fp8_e4m3fn makes it as small.")
-    layout = kind.read_layout(by_name, where)
-    check_against_layout(metadata, layout, where)
-    if twin is not None and (shapes[twin], dtypes[twin]) != (by_name[kind.table], dtypes[names[kind.table]]):
+    shapes, dtypes, strings = read_header(path)
+    header = student_header(shapes, strings, where)
+    table, twin = header.names[KINDS[header.layout.kind].table], header.twin
+    if twin is not None and (shapes[twin], dtypes[twin]) != (shapes[table], dtypes[table]):
         raise StudentFileError(f"{where} holds two token tables of different shapes or number formats.", "export the file again.")
-    dtype = widest_float({name: dtypes[source] for name, source in names.items()}, where)
-    return StudentFile(path, layout, metadata, dtype, names, twin)
+    dtype = widest_float({name: dtypes[source] for name, source in header.names.items()}, where)
+    return StudentFile(path, header.layout, header.metadata, dtype, header.names, twin)
 
 
 def _same(tensor: Tensor, other: Tensor | None) -> bool:

@@ -1,15 +1,17 @@
-"""Which tensors the files of a teacher must hold, by their headers: read without torch and ComfyUI."""
+"""Which tensors the files of encoders must hold, by their headers: read without torch and ComfyUI."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from ..families import DEFAULT
 from ..families.family import Family
-from ..runtime.errors import StudentFileError, listed
-from ..students.foreign import refuse_quantised
-from ..students.kind import Shape
+from ..runtime.errors import StudentFileError, UndistilledError, listed
+from ..students import kind_of
+from ..students.foreign import refuse_foreign, refuse_quantised
+from ..students.kind import Layout, Shape
+from .metadata import StudentMetadata, check_against_layout, read_metadata
 
 TOKENS = 49408
 
@@ -157,21 +159,49 @@ def check_large_tensors(shapes: Mapping[str, Shape], where: str, family: Family 
         )
 
 
-def check_teacher_tensors(shapes: Mapping[str, Shape], where: str, family: Family = DEFAULT) -> None:
-    """Raise StudentFileError unless the tensors are those of the network that students replace, or of a student."""
-    kind = family.kind
-    names, _ = kind.published_names(shapes)
+@dataclass(frozen=True)
+class StudentHeader:
+    """What the header of an encoder file says. names: published name -> name in the file. twin: the file's name of a duplicate table."""
+
+    layout: Layout
+    metadata: StudentMetadata
+    names: Mapping[str, str]
+    twin: str | None
+
+
+def student_header(shapes: Mapping[str, Shape], strings: Mapping[str, str], where: str) -> StudentHeader:
+    """The header of an encoder file, of its tensors' shapes and its metadata.
+
+    Raises UndistilledError for a network that students replace, StudentFileError for anything else that is not a complete student.
+    """
+    kind = kind_of(list(shapes))
+    names, twin = kind.published_names(shapes)
     by_name = {name: shapes[source] for name, source in names.items()}
+    refuse_foreign(by_name, where, kind)
+    metadata = read_metadata(strings, where)
+    kind.refuse_relatives(by_name, where, metadata.described)
+    refuse_quantised(by_name, where, "use the encoder file that is not quantised; dtype fp8_e4m3fn makes it as small.")
+    layout = kind.read_layout(by_name, where)
+    check_against_layout(metadata, layout, where)
+    return StudentHeader(layout, metadata, names, twin)
+
+
+def check_teacher_tensors(
+    shapes: Mapping[str, Shape], strings: Mapping[str, str], where: str, companions: Container[str], family: Family = DEFAULT
+) -> None:
+    """Raise ValueError unless the header is a student's, or that of the network that students replace and its companions are given."""
     try:
-        kind.refuse_relatives(by_name, where, True)
-    except StudentFileError as error:
-        wanted = f"a complete {family.teacher_layout.size_name} or distilled {kind.display_name}"
-        raise StudentFileError(error.problem, f"name {wanted} in teacher.t5.") from error
-    try:
-        kind.read_layout(by_name, where)
-    except StudentFileError:
-        width = family.teacher_layout.output_width
-        if by_name.get(kind.table, ())[-1:] != (width,):
-            refuse_quantised(by_name, where, "use the encoder file that is not quantised.")
-            raise
+        student_header(shapes, strings, where)
+    except UndistilledError:
+        check_companions_given(companions, family)
         check_large_tensors(shapes, where, family)
+
+
+def check_companions_given(companions: Container[str], family: Family) -> None:
+    """Raise ValueError if the network that students replace lacks a companion without which ComfyUI does not load it."""
+    missing = [name for name in family.companions if name not in companions]
+    if missing and not family.companions_optional:
+        clip = CLIPS[missing[0]].display_name
+        raise ValueError(
+            f"A {family.teacher_layout.size_name} teacher is loaded with {clip}.\nWhat to do: name a {clip} file in teacher.{missing[0]}."
+        )

@@ -20,7 +20,7 @@ from ..runtime.grouping import alike
 from ..runtime.weights import read_header
 from .companions import open_companion
 from .files import open_student
-from .needed_tensors import CLIPS, check_large_tensors
+from .needed_tensors import CLIPS, check_companions_given, check_large_tensors
 from .rows import Rows
 from .served import ServingOptions, load_encoder
 
@@ -139,10 +139,7 @@ def load_teacher(path: Path, companions: Mapping[str, Path], family: Family = DE
         ) from error
     else:
         return Teacher(load_encoder(str(path), others, ServingOptions(family.name)).clip, family)
-    missing = [name for name in family.companions if name not in companions]
-    if missing and not family.companions_optional:
-        clip = CLIPS[missing[0]].display_name
-        raise ValueError(f"A {large.size_name} teacher is loaded with {clip}.\nWhat to do: name a {clip} file in teacher.{missing[0]}.")
+    check_companions_given(companions, family)
     check_large(path, family)
     return Teacher(comfy.sd.load_clip([*others.values(), str(path)], clip_type=comfy.sd.CLIPType[family.clip_type]), family)
 

@@ -13,6 +13,7 @@ from ..runtime.comfyui import model_file
 from . import provenance
 from .encoders import EncoderFile, LoadedEncoder, check_encoders, find_encoders
 from .generate import ImageGenerator
+from .judges import check_counts
 from .processes import Processes
 from .questions import Question, questions_sha256, read_questions
 from .scores import Kept
@@ -66,6 +67,7 @@ class Evaluation:
 def open_evaluation(suite: Suite, students: Sequence[str], out: Path, processes: Processes) -> Evaluation:
     """Read prompts, find and check encoders, load diffusion model and VAE. Raises ValueError for what is missing or does not fit."""
     questions = read_questions({task.name: task.prompts for task in suite.tasks}, suite.seed)
+    check_counts(suite, questions)
     encoders = find_encoders(suite, students)
     part, family = suite.diffusion_model, FAMILIES[suite.diffusion_model.family]
     file, vae = model_file(part.file, "diffusion_models"), model_file(part.vae, "vae")

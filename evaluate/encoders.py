@@ -16,6 +16,7 @@ from torch import Tensor
 from ..encoder.files import open_student
 from ..encoder.prompt_length import own_tokens
 from ..encoder.teacher import Teacher, check_large, literal, load_teacher
+from ..families import FAMILIES
 from ..families.family import Family
 from ..runtime.comfyui import NO_FILE, model_file
 from ..runtime.errors import StudentFileError, UndistilledError
@@ -95,7 +96,11 @@ def _problem(path: Path, width: int, model: str, family: Family) -> str | None:
     if path.suffix.lower() == ".gguf":
         return f"{path.name} is a GGUF file, which ComfyUI itself does not load; its fp8 file has about the size of Q8_0."
     try:
-        found = open_student(path).layout.output_width
+        student = open_student(path)
+        found = student.layout.output_width
+        if student.metadata.family != family.name:
+            made_for = FAMILIES[student.metadata.family].display_name
+            return f"{path.name} was distilled for {made_for}, but {model} is of the family {family.display_name}."
     except UndistilledError:
         try:
             check_large(path, family)

@@ -19,13 +19,23 @@ from .suite import Suite, Task
 def check_judges(suite: Suite) -> None:
     """Make every judge once and drop it, so that everything missing is reported before any image is generated. Raises ValueError."""
     tries = [functools.partial(make_judge, METRICS[name], task, suite, "cpu") for task in suite.tasks for name in task.metrics]
-    embedding = suite.table_of(PROBES["collapse"])
-    if embedding is not None and embedding.map:
+    if suite.draws_maps:
         for module, package in (("sklearn.manifold", "scikit-learn"), ("matplotlib.figure", "matplotlib")):
             tries.append(functools.partial(needed, module, package, "The map of the embeddings"))
     problems = dict.fromkeys(problem for one in tries if (problem := _problem(one)))
     if problems:
         raise ValueError("\n\n".join(problems))
+
+
+def check_counts(suite: Suite, questions: Mapping[str, Sequence[Question]]) -> None:
+    """Raise ValueError that lists the metrics and probes that have fewer prompts than they need."""
+    counts = [(METRICS[name], f" of task {task.name}", len(questions[task.name])) for task in suite.tasks for name in task.metrics]
+    counts += [(probe, "", sum(map(len, questions.values()))) for probe in PROBES.values() if suite.table_of(probe) is not None]
+    problems = [
+        f"{record.name}{of}: expected at least {record.least} prompts, got {count}." for record, of, count in counts if count < record.least
+    ]
+    if problems:
+        raise ValueError("\n".join([*problems, "What to do: raise --limit or the limit of the prompts, or name a file with more of them."]))
 
 
 def _problem(make: Callable[[], Any]) -> str | None:

@@ -24,12 +24,16 @@ JACKKNIFE_PARTS = 20
 
 @dataclass(frozen=True)
 class Measured:
-    """A value from `n` samples and its 95 % interval; the bounds are None where no interval is known."""
+    """A value from `n` samples and its 95 % interval; the bounds are None where no interval is known.
+
+    identical: a share of scores that are the teacher's, one by one.
+    """
 
     value: float
     n: int
     low: float | None = None
     high: float | None = None
+    identical: bool = False
 
     @classmethod
     def with_deviation(cls, value: float, n: int, deviation: float) -> Measured:
@@ -42,7 +46,7 @@ class Measured:
 
     def to_json(self) -> dict[str, Any]:
         """For results.json; `Measured(**content)` reads it back."""
-        return dataclasses.asdict(self)
+        return {name: part for name, part in dataclasses.asdict(self).items() if part is not False}
 
 
 def exact(value: float) -> Measured:
@@ -51,30 +55,44 @@ def exact(value: float) -> Measured:
 
 
 def mean(values: Sequence[float]) -> Measured:
-    """The mean, with Wilson's interval where all values are 0 or 1, Student's of fewer than ten values, else the bootstrap's.
+    """The mean, with Student's interval of fewer than ten values, else the bootstrap's.
 
-    Raises ValueError if there is no value or one is not finite.
+    Equal values say nothing about others, so they have no interval. Raises ValueError if there is no value or one is not finite.
     """
+    from scipy import stats
+
+    samples = np.asarray(values, dtype=np.float64)
+    if not len(samples) or not np.isfinite(samples).all():
+        raise ValueError(
+            f"A mean needs at least one value, all of them finite: got {len(samples)}, {int((~np.isfinite(samples)).sum())} of them NaN or "
+            "infinite.\nWhat to do: check the encoder's file; NaN in an image or an embedding comes from broken weights."
+        )
+    n = len(samples)
+    if len(set(values)) == 1:
+        return Measured(float(samples[0]), n)
+    if n < BOOTSTRAP_FROM:
+        value, reach = statistics.fmean(values), float(stats.t.ppf((1 + SHARE) / 2, n - 1) * stats.sem(samples))
+        return Measured(value, n, value - reach, value + reach)
+    random = np.random.default_rng(0)
+    found = stats.bootstrap(
+        (samples,), np.mean, n_resamples=RESAMPLES, confidence_level=SHARE, method="percentile", batch=100, random_state=random
+    )
+    return Measured(float(samples.mean()), n, float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def proportion(values: Sequence[float]) -> Measured:
+    """The mean of proportions of success, with Wilson's interval where all of them are 0 or 1; else, and in errors, as `mean`."""
     if values and set(values) <= {0.0, 1.0}:
         right = int(sum(values))
         return Measured(right / len(values), len(values), *_wilson(right, len(values)))
-    return _mean(values)
-
-
-def mean_difference(values: Sequence[float]) -> Measured:
-    """The mean of differences between two encoders on the same prompts and seeds, with Student's or the bootstrap's interval.
-
-    Where all differences are equal they say nothing about others, so there is no interval. Raises ValueError as `mean` does.
-    """
-    measured = _mean(values)
-    return Measured(values[0], len(values)) if len(set(values)) == 1 else measured
+    return mean(values)
 
 
 def share(student: Sequence[Sequence[float]], teacher: Sequence[Sequence[float]]) -> Measured:
     """A student's scores as a share of the teacher's: of the sums of the means of all tasks, on the same prompts and seeds.
 
-    The interval is the bootstrap's, with the prompts of each task drawn again for both. There is none of fewer than ten prompts, of a task
-    with a single one, or where all resamples are equal.
+    The interval is the bootstrap's, with the prompts of each task drawn again for both. There is none of identical scores, of fewer than
+    ten prompts, of a task with a single one, or where all resamples are equal.
     """
     from scipy import stats
 
@@ -87,8 +105,9 @@ def share(student: Sequence[Sequence[float]], teacher: Sequence[Sequence[float]]
             return np.divide(one, other)
 
     value, n = float(ratio(*places)), sum(map(len, places))
-    if n < BOOTSTRAP_FROM or min(map(len, places)) < 2:
-        return Measured(value, n)
+    identical = all(map(np.array_equal, *both))
+    if identical or n < BOOTSTRAP_FROM or min(map(len, places)) < 2:
+        return Measured(value, n, identical=identical)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a teacher who is wrong in all of a resample
         found = stats.bootstrap(
@@ -103,28 +122,6 @@ def _wilson(right: int, n: int) -> tuple[float, float]:
 
     low, high = stats.binomtest(right, n).proportion_ci(SHARE, method="wilson")
     return float(low), float(high)
-
-
-def _mean(values: Sequence[float]) -> Measured:
-    from scipy import stats
-
-    samples = np.asarray(values, dtype=np.float64)
-    if not len(samples) or not np.isfinite(samples).all():
-        raise ValueError(
-            f"A mean needs at least one value, all of them finite: got {len(samples)}, {int((~np.isfinite(samples)).sum())} of them NaN or "
-            "infinite.\nWhat to do: check the encoder's file; NaN in an image or an embedding comes from broken weights."
-        )
-    n = len(samples)
-    if n == 1:
-        return Measured(float(samples[0]), 1)
-    if n < BOOTSTRAP_FROM:
-        value, reach = statistics.fmean(values), float(stats.t.ppf((1 + SHARE) / 2, n - 1) * stats.sem(samples))
-        return Measured(value, n, value - reach, value + reach)
-    random = np.random.default_rng(0)
-    found = stats.bootstrap(
-        (samples,), np.mean, n_resamples=RESAMPLES, confidence_level=SHARE, method="percentile", batch=100, random_state=random
-    )
-    return Measured(float(samples.mean()), n, float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
 def jackknife(samples: np.ndarray, statistic: Callable[[np.ndarray], float], parts: int = JACKKNIFE_PARTS) -> Measured:

@@ -98,7 +98,8 @@ class Number:
     """What a number means, and how it is written and compared.
 
     meaning: a sentence for readers. label ("": its own name), unit, factor to that unit, form: as Python formats the value. most: the end
-    of its range, which begins at 0.
+    of its range, which begins at 0. proportion: whether it is a proportion of success, from 0 to 1: such numbers are
+    compared as shares of the teacher's.
     """
 
     meaning: str
@@ -108,6 +109,7 @@ class Number:
     form: str = ".1f"
     higher_is_better: bool = True
     most: float = 1.0
+    proportion: bool = True
 
     @property
     def span(self) -> float:
@@ -130,7 +132,7 @@ class Number:
 
 def plain(meaning: str, label: str = "", unit: str = "", factor: float = 1.0, form: str = ".2f") -> Number:
     """A number that is not a share, has no upper end, and is better if it is smaller."""
-    return Number(meaning, label, unit, factor, form, higher_is_better=False, most=math.inf)
+    return Number(meaning, label, unit, factor, form, higher_is_better=False, most=math.inf, proportion=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,7 @@ class Record:
     about: for the suite's documentation and above the table of its numbers. numbers: what it gives, by the beginning of the name in
     results.json. part: the type of the suite's table with its settings, which is called `table` ("": as the record). against_teacher:
     compares with the teacher, who has no such number. images: a prompt takes as long as so many images, roughly, for the time left.
+    least: the prompts that it needs at least.
     """
 
     name: str
@@ -149,6 +152,7 @@ class Record:
     table: str = ""
     against_teacher: bool = False
     images: float = 0.05
+    least: int = 1
 
     @property
     def table_name(self) -> str:
@@ -172,9 +176,13 @@ class Metric(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(Record):
-    """What is measured of an encoder itself, by the function of this name in `probes`. by_machine: the machine decides its numbers."""
+    """What is measured of an encoder itself, by the function of this name in `probes`.
+
+    by_machine: the machine decides its numbers. keeps_vectors: of the mean embedding of each prompt, which its table's `map` shows.
+    """
 
     by_machine: bool = False
+    keeps_vectors: bool = False
 
 
 def _readback(_table: None, _category: str, _device: str) -> Judge:
@@ -290,7 +298,9 @@ METRIC_RECORDS = (
         name="clip_score",
         about="image and prompt",
         numbers={
-            "clip_score": Number("How well image and prompt match: 100 times their cosine in CLIP.", "CLIP", "", 1.0, ".2f", most=100.0)
+            "clip_score": Number(
+                "How well image and prompt match: 100 times their cosine in CLIP.", "CLIP", "", 1.0, ".2f", most=100.0, proportion=False
+            )
         },
         part=WeightsPart,
         weights=("weights",),
@@ -304,6 +314,7 @@ METRIC_RECORDS = (
         part=WeightsPart,
         weights=("weights",),
         features=_fid,
+        least=2,
     ),
     Metric(
         name="compbench",
@@ -347,6 +358,8 @@ PROBE_RECORDS = (
         },
         part=EmbeddingPart,
         table="embedding",
+        least=2,
+        keeps_vectors=True,
     ),
     Probe(
         name="velocity_gap",

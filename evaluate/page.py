@@ -12,7 +12,7 @@ from typing import Any
 from .measured import Measured
 from .metrics import number_of
 from .questions import Question
-from .results import INTERVALS, Report, Scores, Table, answer, index, spaced, tables, written_share
+from .results import INTERVALS, Report, Scores, Table, answer, index, ranged, spaced, tables, written_share
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
 PLACE = ">DATA<"
@@ -77,8 +77,8 @@ def chosen_questions(questions: Mapping[str, list[Question]], lost: Lost, count:
 
 
 def row(question: Question, scores: Scores, lost: Lost, encoders: Sequence[str], file_of: FileOf, side_px: int) -> dict[str, Any]:
-    """One prompt with each encoder's image, its scores in words, and what it loses against the teacher."""
-    losses = lost.get(question.task, {})
+    """One prompt with each encoder's image, its scores in words, what it loses against the teacher, and its points if the task has any."""
+    losses, points = lost.get(question.task, {}), ranged(scores.get(question.task, {}))
     return {
         "task": question.task,
         "index": question.index,
@@ -89,7 +89,8 @@ def row(question: Question, scores: Scores, lost: Lost, encoders: Sequence[str],
             encoder: {
                 "picture": _picture(file_of(encoder, question), side_px),
                 "scores": _scores_of(scores.get(question.task, {}), encoder, question.index),
-                "loss": losses[encoder][question.index] if encoder in losses else 0.0,
+                "loss": (loss := losses[encoder][question.index] if encoder in losses else 0.0),
+                "points": round(-100 * loss) if points else 0,
             }
             for encoder in encoders
         },

@@ -47,8 +47,8 @@ def measure_all(work: Evaluation) -> Measurements:
                     numbers = probed.measured(PROBES[name], part)
                 for number, measured in numbers.items():
                     found.numbers.setdefault(name, {}).setdefault(number, {})[encoder.name] = measured
-        if parts["collapse"] is not None:
-            found.vectors[encoder.name] = probed.vectors(parts["collapse"])
+                if PROBES[name].keeps_vectors:
+                    found.vectors[encoder.name] = probed.vectors(PROBES[name], part)
     return found
 
 
@@ -72,7 +72,7 @@ class Probed:
             texts.append(self._load().text(question.prompt))
         return texts
 
-    def vectors(self, part: EmbeddingPart) -> np.ndarray:
+    def vectors(self, probe: Probe, part: EmbeddingPart) -> np.ndarray:
         """The mean embedding of each prompt's own tokens, [N, D], float32."""
 
         def vector(question: Question) -> np.ndarray:
@@ -80,7 +80,7 @@ class Probed:
             return pooled(text.own_1LD.numpy())[0]
 
         def made(_unfinished: Unfinished) -> dict[str, Any]:
-            vectors = np.stack(self.work.processes.map(vector, self.asked(part), PROBES["collapse"].images * part.prompts))
+            vectors = np.stack(self.work.processes.map(vector, self.asked(part), probe.images * part.prompts))
             return {"shape": list(vectors.shape), "float32": base64.b64encode(vectors.tobytes()).decode()}
 
         kept = self._kept("embeddings", part, {}, made)

@@ -34,13 +34,13 @@ Pair = tuple[list[Question], list[Text], list[Text]]
 
 def collapse(of: Probed, part: EmbeddingPart, _unfinished: Unfinished) -> Found:
     """How far apart the prompts are, and how many directions they fill."""
-    vectors_ND = of.vectors(part)
+    vectors_ND = of.vectors(PROBES["collapse"], part)
     return {"pooled distance": jackknife(vectors_ND, pooled_distance), "effective rank": jackknife(vectors_ND, effective_rank)}
 
 
-def _by_batch(of: Probed, part: Any, work: Callable[[Pair], Any], unfinished: Unfinished) -> list[Any]:
+def _by_batch(of: Probed, probe: str, part: Any, work: Callable[[Pair], Any], unfinished: Unfinished) -> list[Any]:
     """`work` of every batch of prompts, shared by the processes."""
-    batch, images = of.work.suite.sampling.batch, PROBES["velocity_gap"].images * part.prompts
+    batch, images = of.work.suite.sampling.batch, PROBES[probe].images * part.prompts
     pairs = _pairs(of.asked(part), of.teacher_texts(), of.texts(), batch)
     return of.work.processes.map(work, pairs, images, unfinished.also_decided_by(batch=batch))
 
@@ -57,7 +57,7 @@ def _pairs(questions: Sequence[Question], teacher: Sequence[Text], student: Sequ
 
 def velocity_gap(of: Probed, part: VelocityGapPart, unfinished: Unfinished) -> Found:
     """The mean squared gap of the velocities along the teacher's trajectories, by band of noise level, on the schedule of the images."""
-    per_batch = _by_batch(of, part, lambda pair: _gap_of_batch(of.work.generator, pair, part.sigma_bands), unfinished)
+    per_batch = _by_batch(of, "velocity_gap", part, lambda pair: _gap_of_batch(of.work.generator, pair, part.sigma_bands), unfinished)
     names = sorted({band for batch in per_batch for band in batch}, reverse=True)
     return {f"sigma {band}": mean([value for batch in per_batch for value in batch[band]]) for band in names}
 
@@ -87,7 +87,7 @@ def _gap_of_batch(generator: ImageGenerator, pair: Pair, bands: int) -> dict[str
 
 def latent_distance(of: Probed, part: LatentDistancePart, unfinished: Unfinished) -> Found:
     """The root mean square of the difference of teacher's and student's latents after each step, as the diffusion model sees them."""
-    per_batch = _by_batch(of, part, lambda pair: _distance_of_batch(of.work.generator, pair), unfinished)
+    per_batch = _by_batch(of, "latent_distance", part, lambda pair: _distance_of_batch(of.work.generator, pair), unfinished)
     per_step = zip(*(prompt for batch in per_batch for prompt in batch), strict=True)
     return {f"after step {step}": mean(values) for step, values in enumerate(per_step, start=1)}
 

@@ -13,7 +13,6 @@ from . import provenance
 from .context import Evaluation
 from .embeddings import joint_tsne, map_figure
 from .judge_images import Verdicts
-from .metrics import PROBES
 from .page import SMALL_PX, chosen_questions, data_uri, page, row
 from .plots import plot_file, write_plots
 from .probe_encoders import Measurements
@@ -107,11 +106,8 @@ def _chosen(shown: int, asked: int) -> str:
 
 def _maps(work: Evaluation, measured: Measurements) -> dict[str, Any]:
     """The figure of the t-SNE map of each student's embeddings together with the teacher's."""
-    part, vectors = work.suite.table_of(PROBES["collapse"]), measured.vectors
-    if part is None or not part.map:
-        return {}
     maps, teacher = {}, work.teacher.name
-    for student in work.students:
-        points = joint_tsne({name: vectors[name] for name in (teacher, student.name)}, seed=work.suite.seed)
+    for student in work.students if work.suite.draws_maps else ():
+        points = joint_tsne({name: measured.vectors[name] for name in (teacher, student.name)}, seed=work.suite.seed)
         maps[f"{teacher} and {student.name}"] = map_figure(points, "Pooled embeddings of the same prompts")
     return maps

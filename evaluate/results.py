@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .measured import BOOTSTRAP_FROM, Measured, mean, mean_difference, share
-from .metrics import NUMBERS, PROBES, number_of
+from .measured import Measured, mean, proportion, share
+from .metrics import NUMBERS, PROBES, Number, number_of
 
 # Values of images by task, number and encoder, in the order of the task's questions.
 Scores = dict[str, dict[str, dict[str, list[float]]]]
@@ -39,11 +39,15 @@ def measured_scores(scores: Scores) -> Numbers:
     """The mean of every number over its images, by task, number and encoder."""
     return {
         task: {
-            number: {encoder: mean(values).within(0.0, number_of(number).most) for encoder, values in by_encoder.items()}
+            number: {encoder: _measured(number_of(number), values) for encoder, values in by_encoder.items()}
             for number, by_encoder in numbers.items()
         }
         for task, numbers in scores.items()
     }
+
+
+def _measured(number: Number, values: Sequence[float]) -> Measured:
+    return (proportion if number.proportion else mean)(values).within(0.0, number.most)
 
 
 def losses(scores: Scores, teacher: str) -> Numbers:
@@ -51,7 +55,7 @@ def losses(scores: Scores, teacher: str) -> Numbers:
     return {
         task: {
             number: {
-                encoder: mean_difference(_image_losses(number, by_encoder[teacher], values)).within(-most, most)
+                encoder: mean(_image_losses(number, by_encoder[teacher], values)).within(-most, most)
                 for encoder, values in by_encoder.items()
                 if encoder != teacher
             }
@@ -65,24 +69,23 @@ def losses(scores: Scores, teacher: str) -> Numbers:
 def shares(scores: Scores, teacher: str, students: Sequence[str]) -> Shares:
     """Each student's score as a share of the teacher's, by task and over all of them.
 
-    A task's score of an image is the mean over its numbers with a range, each as a share of it. Tasks of which the teacher itself scores
-    less than LEAST_TEACHER are left out.
+    A task's score of an image is the mean over its numbers that are proportions of success. Tasks of which the teacher itself scores less
+    than LEAST_TEACHER are left out.
     """
     found: Shares = {}
-    of_teacher = {task: scored for task, numbers in scores.items() if (scored := _ranged(numbers, teacher))}
+    of_teacher = {task: scored for task, numbers in scores.items() if (scored := _successes(numbers, teacher))}
     of_teacher = {task: scored for task, scored in of_teacher.items() if statistics.fmean(scored) >= LEAST_TEACHER}
     for student in students if of_teacher else ():
-        of_student = {task: _ranged(scores[task], student) for task in of_teacher}
+        of_student = {task: _successes(scores[task], student) for task in of_teacher}
         by_task = {task: share([of_student[task]], [scored]) for task, scored in of_teacher.items()}
         found[student] = {ALL: share([*of_student.values()], [*of_teacher.values()]), **by_task}
     return {student: {task: one.within(0.0, math.inf) for task, one in by_task.items()} for student, by_task in found.items()}
 
 
-def _ranged(numbers: Mapping[str, Mapping[str, Sequence[float]]], encoder: str) -> list[float]:
-    """The mean of each image over the numbers that have a range and are better if larger."""
-    kept = [(number_of(name), by_encoder[encoder]) for name, by_encoder in numbers.items() if encoder in by_encoder]
-    ranged = [[value / number.most for value in values] for number, values in kept if number.higher_is_better]
-    return [statistics.fmean(of_image) for of_image in zip(*ranged, strict=True)]
+def _successes(numbers: Mapping[str, Mapping[str, Sequence[float]]], encoder: str) -> list[float]:
+    """The mean of each image over the numbers that are proportions of success."""
+    kept = [by_encoder[encoder] for name, by_encoder in numbers.items() if encoder in by_encoder and number_of(name).proportion]
+    return [statistics.fmean(of_image) for of_image in zip(*kept, strict=True)]
 
 
 def _image_losses(number: str, teacher: Sequence[float], student: Sequence[float]) -> list[float]:
@@ -92,7 +95,8 @@ def _image_losses(number: str, teacher: Sequence[float], student: Sequence[float
 def picture_losses(scores: Scores, teacher: str, students: Sequence[str]) -> dict[str, dict[str, list[float]]]:
     """How much worse each student's image is than the teacher's, by task and student, in the order of the questions.
 
-    An image's loss is the mean over the task's numbers, each as a share of its range. Tasks without a score of each image are left out.
+    An image's loss is the mean over the task's numbers, each as a share of its range; numbers without an upper end count only where a task
+    has no others. Tasks without a score of each image are left out.
     """
     return {
         task: {student: _mean_losses(numbers, teacher, student) for student in students}
@@ -103,12 +107,17 @@ def picture_losses(scores: Scores, teacher: str, students: Sequence[str]) -> dic
 
 def _mean_losses(numbers: Mapping[str, Mapping[str, Sequence[float]]], teacher: str, student: str) -> list[float]:
     each = []
-    for number, by_encoder in numbers.items():
-        values = by_encoder[student]
+    for number in ranged(numbers) or numbers:
+        by_encoder, values = numbers[number], numbers[number][student]
         # A distance from the teacher is a loss itself.
         lost = _image_losses(number, by_encoder.get(teacher, [0.0] * len(values)), values)
         each.append([loss / number_of(number).span for loss in lost])
     return [statistics.fmean(of_image) for of_image in zip(*each, strict=True)]
+
+
+def ranged(numbers: Iterable[str]) -> list[str]:
+    """Those of some numbers whose range has an upper end."""
+    return [name for name in numbers if math.isfinite(number_of(name).most)]
 
 
 def to_json(numbers: Any) -> Any:
@@ -138,7 +147,7 @@ def spaced(name: str) -> str:
 def written_share(share: Measured) -> str:
     """A share of the teacher with its interval, in percent."""
     if share.low is None or share.high is None:
-        spread = f"identical on all {share.n}" if share.value == 1 and share.n >= BOOTSTRAP_FROM else f"interval not known, n = {share.n}"
+        spread = f"identical on all {share.n}" if share.identical else f"interval not known, n = {share.n}"
     else:
         spread = f"{100 * share.low:.0f} to {100 * share.high:.0f}"
     return f"{100 * share.value:.0f} % ({spread})"

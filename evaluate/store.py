@@ -56,13 +56,26 @@ class ImageFolder:
 
     def present(self) -> set[int]:
         """The images that are there as they were generated; others are logged."""
+        if not (self.path / SUMS).exists():
+            self._add_sums()
         sums, intact = self._sums(), set[int]()
-        for path in (path for path in self.path.iterdir() if IMAGE.match(path.name) and path.is_file()):
+        for path in self._images():
             if hashlib.sha256(path.read_bytes()).hexdigest() == sums.get(path.name):
                 intact.add(int(path.stem))
             else:
                 log.warning("%s is not the image that was generated: it is generated again", path)
         return intact
+
+    def _images(self) -> list[Path]:
+        return [path for path in self.path.iterdir() if IMAGE.match(path.name) and path.is_file()]
+
+    def _add_sums(self) -> None:
+        """Write the hashes of the complete images of an evaluation that had none."""
+        complete = [path for path in self._images() if _is_complete(path)]
+        if complete:
+            log.warning("%s has no %s: the %d complete images are kept", self.path, SUMS, len(complete))
+            lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in complete]
+            replace_file(self.path / SUMS, "".join(lines).encode())
 
     def _sums(self) -> dict[str, str]:
         """The hash of every image by its name; of several the last, which is that of its last batch."""
@@ -96,6 +109,18 @@ class ImageFolder:
             image.replace(self.path / image.name)
         batch.rmdir()
         sync_folder(self.path)
+
+
+def _is_complete(png: Path) -> bool:
+    """Whether the checksums of a PNG file are right."""
+    from PIL import Image
+
+    try:
+        with Image.open(png) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
 
 
 def _check_same(record: Path, now: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ from ..config.files import ConfigError, load_config
 from ..config.parts import FROM_LIST, NOT_EMPTY, Config, Count, FilePath, FileStem, Part, Text
 from ..families import DEFAULT, FAMILIES
 from ..runtime.comfyui import NO_FILE
-from .metrics import METRICS, RECORDS, Record
+from .metrics import METRICS, PROBES, RECORDS, Record
 from .questions import Prompts
 
 SHIPPED = Path(__file__).resolve().parent / "suites"
@@ -60,7 +60,9 @@ class SuiteSamplingPart(Part):
 
     resolution_px: int = Field(ge=16, multiple_of=16, description="side of the square images in pixels, a multiple of 16")
     steps: Count = Field(description="denoising steps")
-    guidance: float | None = Field(default=None, ge=0, description="Flux's guidance; left out for models without guidance (schnell)")
+    guidance: float | None = Field(
+        default=None, ge=0, description="guidance of models that have an input for it; left out for others (schnell)"
+    )
     batch: Count = Field(description="images in one forward pass of the diffusion model on one GPU: decides the memory needed")
     cfg: float = Field(default=1.0, ge=1, description="weight of classifier-free guidance; 1: none")
     negative: str = Field(default="", description="negative prompt, used with a cfg beyond 1")
@@ -144,6 +146,11 @@ class Suite(_Tables):
                 if METRICS[metric].part and self.table_of(METRICS[metric]) is None:
                     raise ValueError(f"task {task.name}: metric {metric} needs the table [{METRICS[metric].table_name}]")
         return self
+
+    @property
+    def draws_maps(self) -> bool:
+        """Whether maps of the embeddings are drawn."""
+        return any(probe.keeps_vectors and (part := self.table_of(probe)) is not None and part.map for probe in PROBES.values())
 
     def table_of(self, record: Record) -> Any:
         """The table with the settings of a metric or probe; None without."""

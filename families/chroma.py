@@ -67,5 +67,6 @@ CHROMA = Family(
     block_width_of=lambda model: model.diffusion_model.hidden_size,
     takes_guidance=lambda _model: False,
     refuse=refuse,
+    sources={"Chroma1-HD.safetensors": "https://huggingface.co/lodestones/Chroma1-HD"},
     small=("Chroma", SMALL),
 )

@@ -41,6 +41,8 @@ class Family:
     block checkpointing. The default values are upper bounds for Flux's blocks. training_sigmas: noise levels [T + 1] for a model, a
     number of steps, and latent height and width, where ComfyUI's `simple` scheduler is not what the model was trained with.
 
+    sources: where the model files of the family's recipes can be downloaded, by file name; those of text encoders are the student kind's.
+
     small: the class in ComfyUI's supported_models and the configuration of a small model of the family, which takes text of the family's
     width: the stand-in of recipes without model files, and the model of tests.
     """
@@ -79,6 +81,7 @@ class Family:
     companions_optional: bool = False
     rows_before: Callable[[Mapping[str, Tensor]], Tensor] | None = None
     most_rows_before: int = 0
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kind(self) -> StudentKind:
@@ -107,8 +110,3 @@ class Family:
         """Raise ValueError for images smaller than the family's models can process."""
         if side_px < self.least_side_px:
             raise ValueError(f"expected at least {self.least_side_px} pixels for {self.display_name}, got {side_px}")
-
-    @property
-    def pooled_width(self) -> int:
-        """Channels of the pooled vector."""
-        return sum(self.companions.values())

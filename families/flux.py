@@ -87,6 +87,15 @@ SMALL = {
     "txt_norm": False,
 }
 
+HUGGING_FACE = "https://huggingface.co/"
+SCHNELL = f"{HUGGING_FACE}black-forest-labs/FLUX.1-schnell"
+SOURCES = {
+    "flux1-dev.safetensors": f"{HUGGING_FACE}black-forest-labs/FLUX.1-dev (accept its licence there first)",
+    "flux1-schnell.safetensors": SCHNELL,
+    "ae.safetensors": SCHNELL,
+    "clip_l.safetensors": f"{HUGGING_FACE}comfyanonymous/flux_text_encoders",
+}
+
 FLUX = Family(
     name="flux",
     display_name="Flux.1",
@@ -107,5 +116,6 @@ FLUX = Family(
     takes_guidance=takes_guidance,
     refuse=refuse,
     training_sigmas=training_sigmas,
+    sources=SOURCES,
     small=("Flux", SMALL),
 )

@@ -62,6 +62,12 @@ SMALL = {
     "x_block_self_attn_layers": [0],
 }
 
+HUGGING_FACE = "https://huggingface.co/"
+SOURCES = {
+    "sd3.5_medium.safetensors": f"{HUGGING_FACE}stabilityai/stable-diffusion-3.5-medium (accept its licence there first)",
+    "clip_g.safetensors": f"{HUGGING_FACE}Comfy-Org/stable-diffusion-3.5-fp8, folder text_encoders",
+}
+
 SD3 = Family(
     name="sd3",
     display_name="Stable Diffusion 3",
@@ -84,5 +90,6 @@ SD3 = Family(
     block_width_of=lambda model: model.diffusion_model.hidden_size,
     takes_guidance=lambda _model: False,
     refuse=refuse,
+    sources=SOURCES,
     small=("SD3", SMALL),
 )

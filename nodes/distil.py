@@ -42,7 +42,10 @@ class DistilledT5Distil(io.ComfyNode):
             search_aliases=["train text encoder", "distillation", "train T5", "DistillT5 training", "student teacher"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The diffusion model to follow: of Load Diffusion Model, without LoRA."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The diffusion model to follow: of Load Diffusion Model, without LoRA. weight_dtype default: as in the preset.",
+                ),
                 io.Clip.Input("teacher", tooltip="The text encoder to imitate: of DualCLIPLoader (T5-XXL) or Distilled T5 Loader."),
                 io.Combo.Input(
                     "preset",
@@ -51,7 +54,11 @@ class DistilledT5Distil(io.ComfyNode):
                     tooltip="A recipe of the pack: size of the student, resolution, batch, learning rate, steps, prompts.",
                 ),
                 io.Int.Input(
-                    "steps", default=0, min=0, max=MOST_STEPS, tooltip="Optimizer steps, all stages together. 0: as in the preset."
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=MOST_STEPS,
+                    tooltip="Optimizer steps, all stages together; can change before a run continues. 0: as in the preset.",
                 ),
                 io.String.Input(
                     "prompts",
@@ -96,8 +103,8 @@ class DistilledT5Distil(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..train.in_graph import distil, newest_image, outcome
 
-        run, recipe = _run_and_recipe(model, teacher, preset, prompts, preview_vae, name=name, seed=seed, steps=steps)
-        path = distil(recipe, run)
+        run, recipe, content = _run_and_recipe(model, teacher, preset, prompts, preview_vae, name=name, seed=seed, steps=steps)
+        path = distil(recipe, run, content)
         companions = {name: str(model_file(file, FOLDER)) for name, file in recipe.teacher.companions.items()}
         options = ServingOptions(recipe.family.name, embedding_folders=tuple(folder_paths.get_folder_paths("embeddings")))
         served, sheet = load_encoder(str(path), companions, options), newest_image(run)
@@ -106,9 +113,11 @@ class DistilledT5Distil(io.ComfyNode):
         return io.NodeOutput(served.clip, report, ui=shows)
 
 
-def _run_and_recipe(model: Any, teacher: Any, preset: str, prompts: str, preview_vae: str, **chosen: Any) -> tuple[RunDirectory, Recipe]:
-    """The folder of the run, which is not made yet, and the recipe that these inputs say."""
-    from ..train.in_graph import keep_prompts
+def _run_and_recipe(
+    model: Any, teacher: Any, preset: str, prompts: str, preview_vae: str, **chosen: Any
+) -> tuple[RunDirectory, Recipe, str]:
+    """The folder of the run, which is not made yet, the recipe that these inputs say, and the content of its file of prompts."""
+    from ..train.in_graph import begun, checked_prompts
     from ..train.run_directory import RunDirectory
 
     if model is None or teacher is None:
@@ -118,6 +127,7 @@ def _run_and_recipe(model: Any, teacher: Any, preset: str, prompts: str, preview
     vae = {OF_THE_PRESET: None, NO_FILE: ""}.get(preview_vae, preview_vae)
     check_name(chosen["name"])
     run = RunDirectory(Path(folder_paths.get_output_directory(), RUNS, chosen["name"]))
-    path, count = keep_prompts(run, prompts) if prompts.strip() else (None, 0)
+    text, count = checked_prompts(run, prompts) if prompts.strip() else ("", 0)
+    path = run.prompts if text else None
     wishes = Wishes(diffusion_model, dtype, t5, clip_l or NO_FILE, vae=vae, prompts=path, prompt_count=count, **chosen)
-    return run, recipe_of(preset, wishes)
+    return run, recipe_of(preset, wishes, *begun(run)), text

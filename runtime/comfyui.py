@@ -126,7 +126,7 @@ def refuse_fast_products(arguments: Any) -> None:
     if without:
         raise ValueError(
             f"ComfyUI's --fast {' '.join(sorted(without))} has no gradient: the student would learn nothing.\n"
-            "What to do: leave --fast out, or name an option that has a gradient: -- --fast fp16_accumulation."
+            "What to do: start ComfyUI without --fast, or with --fast fp16_accumulation, which has a gradient (the command: after --)."
         )
 
 
@@ -191,5 +191,6 @@ def check_output_folder() -> None:
     except OSError as error:
         raise OSError(
             f"The finished encoder cannot be written to {folder}: {error.strerror or error}.\n"
-            "What to do: check the permissions of ComfyUI's models/text_encoders, or name another folder with -- --base-directory."
+            "What to do: check the permissions of ComfyUI's models/text_encoders, "
+            "or name another folder with --base-directory (the command: after --)."
         ) from error

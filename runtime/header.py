@@ -37,6 +37,15 @@ class Entry:
 
 def read_entries(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file by name. Raises StudentFileError for a file that is not one, or is cut off."""
+    return _read(path)[0]
+
+
+def read_strings(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file. Raises StudentFileError as `read_entries` does."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
         raise StudentFileError(f"{path.name} {what}; expected a .safetensors file.", "name a .safetensors file.")
@@ -44,7 +53,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            entries = _entries(file, size)
+            entries, strings = _parsed(file, size)
     except OSError as error:
         raise StudentFileError(
             f"{path.name} could not be read: {error.strerror or error}.", "check the permissions of the file."
@@ -54,17 +63,17 @@ def read_entries(path: Path) -> dict[str, Entry]:
     expected = max((entry.end for entry in entries.values()), default=0)
     if size < expected:
         raise StudentFileError(f"{path.name} is not a complete safetensors file: expected {expected:,} bytes, got {size:,}.", DOWNLOAD)
-    return entries
+    return entries, strings
 
 
-def _entries(file: BinaryIO, size: int) -> dict[str, Entry]:
+def _parsed(file: BinaryIO, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= min(size - 8, MOST_BYTES):
         raise ValueError(f"a header of {length:,} bytes")
     table = json.loads(file.read(length))
+    strings = {key: str(value) for key, value in (table.pop("__metadata__", None) or {}).items()}
     start = 8 + length
     return {
         name: Entry(str(about["dtype"]), tuple(map(int, about["shape"])), *(start + int(offset) for offset in about["data_offsets"]))
         for name, about in table.items()
-        if name != "__metadata__"
-    }
+    }, strings

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..runtime.errors import StudentFileError
-from .kind import Shape
+from .kind import Shape, StudentKind
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ForeignKind:
     belongs: str = ""
 
 
-PICK_STUDENT = "pick the distilled T5 file here (README: Install)."
+PICK_STUDENT = "pick the distilled {} file here (README: Install)."
 # The first kind with a sign in any tensor name is named; order matters where kinds share signs.
 KINDS = (
     ForeignKind(
@@ -59,18 +59,25 @@ QUANTISED = {
 }
 
 
-def refuse_foreign(shapes: Mapping[str, Shape], where: str) -> None:
-    """Raise StudentFileError if the tensor names are those of some other well-known kind of file."""
+def foreign_kind(names: Collection[str], kind: StudentKind) -> ForeignKind | None:
+    """The well-known kind of file that has such tensor names, unless they are those of a student of this kind."""
+    ours = any(name.endswith(kind.signs) for name in names)
+    for foreign in KINDS:
+        # A kind of student may have the names of a language model.
+        signs = [sign for sign in foreign.signs if not (ours and any(sign in own for own in kind.signs))]
+        if any(sign in name for sign in signs for name in names):
+            return foreign
+    return None
+
+
+def refuse_foreign(shapes: Mapping[str, Shape], where: str, kind: StudentKind) -> None:
+    """Raise StudentFileError if the tensor names are those of some other well-known kind of file than a student of this kind."""
     if not shapes:
         raise StudentFileError(f"{where} holds no tensors.", "download the file again.")
-    if kind := foreign_kind(shapes):
-        raise StudentFileError(f"{where} is {kind.name}, not a distilled T5.", kind.belongs + PICK_STUDENT)
-
-
-def foreign_kind(names: Iterable[str]) -> ForeignKind | None:
-    """The well-known kind of file that tensor names show, or None."""
-    names = list(names)
-    return next((kind for kind in KINDS if any(sign in name for sign in kind.signs for name in names)), None)
+    foreign = foreign_kind(shapes, kind)
+    if foreign is not None:
+        student = kind.display_name
+        raise StudentFileError(f"{where} is {foreign.name}, not a distilled {student}.", foreign.belongs + PICK_STUDENT.format(student))
 
 
 def refuse_quantised(names: Iterable[str], where: str, remedy: str) -> None:

@@ -58,17 +58,20 @@ class StudentKind:
     """Everything that encoder/ and train/ know about a kind of student network.
 
     name: its id. display_name: what people call it. signs: endings of tensor names that tell it from other kinds. table: the published
-    name of its token table. tokens: how many tokens its tokenizer produces. end, pad: the tokens at the end of a prompt and after it.
-    lora_keys: matches the keys of LoRAs that are made for the network that the student replaces. small: sizes of the network that ComfyUI
-    builds where the student goes, and that is dropped at once.
+    name of its token table. projection: the beginning of the published names of its projection. tokens: how many tokens its tokenizer
+    produces. end, pad: the tokens at the end of a prompt and after it. lora_keys: matches the keys of LoRAs that are made for the network
+    that the student replaces. small: sizes of the network that ComfyUI builds where the student goes, and that is dropped at once.
 
     published_names: published name -> name in the file, and the name of a duplicate of the token table. refuse_relatives: raises
-    StudentFileError for networks of this kind that are not students. read_layout: the layout of tensor shapes by published name.
+    StudentFileError for networks of this kind that are not students. read_layout: the layout of tensor shapes by published name. width_in:
+    channels of its output, judged by few of these shapes; None where they are missing.
 
     named: the layout of a published size, with a projection of some width or without. sizes: those that a recipe can train. layout_table:
     the recipe's table for any other size, imported when called. planned: the layout of a size or such a table, with a projection of some
     hidden width and output width. stand_in: a small layout of some output width, for a teacher without a file. activation_bytes: upper
     bound of the bytes that the network keeps for the backward pass over a number of prompts of some length under bf16 autocast.
+
+    sources: where its published files can be downloaded, by the name of the file or folder in recipes.
 
     In ComfyUI: module, the attribute of the text model, prefix, what published names have before the served module's own, and served, a
     function (layout, dtype, device, operations) that builds it. In training: trained, a function (layout, dropout, padded) that builds it,
@@ -79,6 +82,7 @@ class StudentKind:
     display_name: str
     signs: tuple[str, ...]
     table: str
+    projection: str
     tokens: int
     end: int
     pad: int
@@ -87,12 +91,14 @@ class StudentKind:
     published_names: Callable[[Iterable[str]], tuple[dict[str, str], str | None]]
     refuse_relatives: Callable[[Mapping[str, Shape], str, bool], None]
     read_layout: Callable[[Mapping[str, Shape], str], Layout]
+    width_in: Callable[[Mapping[str, Shape]], int | None]
     named: Callable[[str, int | None], Layout]
     sizes: tuple[str, ...]
     layout_table: Callable[[], type[Part]]
     planned: Callable[[str | Part, int, int], Layout]
     stand_in: Callable[[int], Layout]
     activation_bytes: Callable[[Any, int, int], int]
+    sources: Mapping[str, str]
     module: str
     prefix: str
     served: Callable[[Any, Any, Any, Any], Any]

@@ -48,7 +48,9 @@ def command_line() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="part.key=value", help="change one value of the recipe; may be repeated"
     )
     parser.add_argument("--run", metavar="DIR", help="folder of the run (default: runs/NAME-OF-RECIPE)")
-    parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint; the steps of its stages may differ")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the run's last checkpoint; the steps of its stages and `preview` may differ"
+    )
     parser.add_argument(
         "--estimate", action="store_true", help="measure three steps of each stage and report what the run will take, without training"
     )

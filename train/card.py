@@ -125,7 +125,7 @@ def _pooled(recipe: Recipe) -> str:
 
 def _facts(recipe: Recipe, step: int) -> Iterator[tuple[str, str]]:
     total = sum(stage.steps for stage in recipe.stages)
-    layout = recipe.student.student_layout(recipe.family.text_width)
+    layout = recipe.student_layout(recipe.family.text_width)
     yield "Student", f"{layout.size_name}, from {Path(recipe.student.start).name}"
     yield "Teacher", Path(recipe.teacher.t5).name
     yield "Diffusion model", Path(recipe.diffusion_model.file).name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,9 +76,17 @@ class Curves:
 
 
 def row_of(line: bytes) -> dict[str, Any] | None:
-    """The values of a line of metrics.jsonl; None if a kill cut it off."""
+    """The values of a line of metrics.jsonl; None if it is cut off or damaged."""
     try:
         values = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    return values if isinstance(values, dict) and type(values.get("step")) is int else None
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        return None
+    return values if all(_is_valid(name, value) for name, value in values.items()) else None
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    if name == "held_out_by_band":
+        return isinstance(value, dict) and all(_is_valid(band, mean) for band, mean in value.items())
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))

@@ -35,7 +35,7 @@ SLOWER = "start a new run with student.start = the student.safetensors of a chec
 WIDER = 'diffusion_model.dtype = "bf16" or "fp32"'
 CURES = {
     "the teacher's text embedding or pooled vector": "check or replace the files teacher.t5 and teacher.clip_l; where they are intact, "
-    "their arithmetic overflows: run the command with -- --fp32-text-enc.",
+    "their arithmetic overflows: start ComfyUI with --fp32-text-enc, the command with -- --fp32-text-enc.",
     "the diffusion model's velocity for the teacher's text": "check or replace diffusion_model.file; where it is intact, its arithmetic "
     f"overflows: start a new run with {WIDER}.",
     "the student's text embedding": f'{SLOWER} or optimizer.autocast = "none".',

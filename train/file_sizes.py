@@ -11,14 +11,14 @@ import torch
 from ..families.family import Family
 from ..runtime.header import Entry
 from ..runtime.weights import CHOICES
+from ..students import kind_of
 from .memory import ModelSize
 
 # ComfyUI may hold and compute in two bytes what a file has in four.
 USUAL_BYTES = 2
 IN_CHECKPOINT = "model.diffusion_model."
+# What language models have beside their encoder, and ComfyUI does not load.
 NOT_ENCODER = ("decoder.", "lm_head.")
-TOKEN_TABLE = "shared.weight"
-TEXT_OUTPUT = "final_projection.3.weight"
 
 
 def teacher_bytes_in(files: Iterable[Mapping[str, Entry]]) -> int:
@@ -27,11 +27,14 @@ def teacher_bytes_in(files: Iterable[Mapping[str, Entry]]) -> int:
 
 
 def text_width_in(files: Iterable[Mapping[str, Entry]], family: Family) -> int:
-    """Channels of the text that a teacher gives: those of its projection, else those of its token table."""
-    shapes = [(name, entry.shape) for each in files for name, entry in each.items()]
-    widths = [shape[0] for name, shape in shapes if name.endswith(TEXT_OUTPUT)]
-    widths += [shape[-1] for name, shape in shapes if name.endswith(TOKEN_TABLE)]
-    return next(iter(widths), family.text_width)
+    """Channels of the text that a teacher gives, judged by the headers of its files; the family's if they do not tell."""
+    return next((width for each in files if (width := _width_in(each)) is not None), family.text_width)
+
+
+def _width_in(entries: Mapping[str, Entry]) -> int | None:
+    kind = kind_of(list(entries))
+    names, _ = kind.published_names(entries)
+    return kind.width_in({name: entries[source].shape for name, source in names.items()})
 
 
 def size_in_file(entries: Mapping[str, Entry], dtype: str, family: Family) -> ModelSize:

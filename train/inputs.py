@@ -13,6 +13,7 @@ from ..runtime.header import read_entries
 from .batches import Schedule
 from .preflight import models_of
 from .recipe import Recipe
+from .run_directory import ANOTHER
 
 # The bytes of each tensor that are read, from its middle. Another model, a fine-tune or a merge changes every tensor that it trained.
 SAMPLED_BYTES = 65_536
@@ -31,7 +32,7 @@ def refuse_other_inputs(recorded: Mapping[str, str], present: Mapping[str, str])
     if different:
         raise UserError(
             "The run was started with other inputs than it would be resumed with.",
-            "put the earlier files and prompts back, or start a new run in another folder with --run.",
+            f"put the earlier files and prompts back, or, for a new run, {ANOTHER}.",
             "\n".join(f"  {name}: expected {digest}, got {present[name]}" for name, digest in different.items()),
         )
 

@@ -1,4 +1,4 @@
-"""Stages that are lengthened or shortened when a run is resumed; nothing else of its recipe may change."""
+"""What may change when a run is resumed: the steps of its stages, and the images made while it trains, which do not affect the student."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .recipe import Recipe
 
 
 def differences_besides_lengths(present: Recipe, requested: Recipe) -> list[str]:
-    """What differs between two recipes if anything besides the steps of their stages does, else nothing."""
+    """What differs between two recipes if anything besides the steps of their stages and `preview` does, else nothing."""
     if len(present.stages) == len(requested.stages):
         steps = zip(requested.stages, present.stages, strict=True)
         stages = tuple(asked.model_copy(update={"steps": stage.steps}) for asked, stage in steps)
-        if not present.differences(requested.model_copy(update={"stages": stages})):
+        if not present.differences(requested.model_copy(update={"stages": stages, "preview": present.preview})):
             return []
     return present.differences(requested)
 
 
 def change_of_lengths(present: Recipe, requested: Recipe, step: int) -> dict[str, Any]:
-    """The note about the stages whose steps `requested` changes after `step` optimizer steps.
+    """The note about what `requested` changes after `step` optimizer steps.
 
     Raises RunError for a stage that is over, and for fewer steps than have been taken.
     """
@@ -30,6 +30,7 @@ def change_of_lengths(present: Recipe, requested: Recipe, step: int) -> dict[str
             _check(stage.name, asked.steps, step - begin, stage.steps)
             changes.append(f"{stage.name}: {stage.steps:,} -> {asked.steps:,} steps")
         begin += stage.steps
+    changes += present.differences(present.model_copy(update={"preview": requested.preview}))
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "step": step,

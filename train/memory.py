@@ -249,4 +249,4 @@ def shipped_for(total_bytes: int, family: Family) -> str | None:
 def _stated_gb(family: Family) -> dict[int, str]:
     """The family's shipped recipes by the memory size in their names, GB."""
     stated = [(int(match[1]), path.stem) for path in SHIPPED.glob("*.toml") if (match := STATED_GB.search(path.stem))]
-    return {size: name for size, name in stated if load_recipe(name).family == family}
+    return {size: name for size, name in sorted(stated) if load_recipe(name).family == family}

@@ -65,7 +65,7 @@ def load_teacher_of(recipe: Recipe, model: FrozenModel) -> Teacher:
             "What to do: name a teacher that was made for this diffusion model (are teacher and student exchanged?)."
         )
     if not stand_in:
-        _check_teaches(teacher, recipe, recipe.student.student_layout(width))
+        _check_teaches(teacher, recipe, recipe.student_layout(width))
     return teacher
 
 
@@ -96,9 +96,11 @@ def check_before_loading(recipe: Recipe, ranks: Ranks) -> None:
         if ranks.is_main and device.type == "cpu":
             log.warning(without_gpu(recipe, size.weights))
         encoders = [read_entries(path) for key, path in files.items() if key.startswith("teacher.")]
-        teacher, layout = teacher_bytes_in(encoders), recipe.student.student_layout(text_width_in(encoders, recipe.family))
+        teacher, layout = teacher_bytes_in(encoders), recipe.student_layout(text_width_in(encoders, recipe.family))
         need = memory_need(recipe, layout, size, teacher, device.type != "cpu")
-        check_memory(need, recipe, total, str(device))
+        # Without GPUs, the processes on a machine share its RAM.
+        shared = device.type == "cpu" and here > 1
+        check_memory(need, recipe, total // here if shared else total, f"{device} (each of {here} processes)" if shared else str(device))
         if device.type != "cpu":
             # With more memory on the GPU than in RAM, ComfyUI loads the model there; if both models fit, it never leaves.
             stays = total > ram and total >= need.total + teacher
@@ -107,7 +109,7 @@ def check_before_loading(recipe: Recipe, ranks: Ranks) -> None:
 
 def memory_need_of(recipe: Recipe, model: FrozenModel, teacher: Teacher) -> MemoryNeed:
     """What the run needs on the diffusion model's device, by part."""
-    layout = recipe.student.student_layout(model.text_width)
+    layout = recipe.student_layout(model.text_width)
     return memory_need(recipe, layout, size_of(model), held_bytes(teacher.clip.cond_stage_model), model.device.type != "cpu")
 
 
@@ -139,7 +141,7 @@ def make_student_of(recipe: Recipe) -> TrainedStudent:
     if teacher != STAND_IN:
         with contextlib.suppress(StudentFileError):  # the teacher's own check says why
             width = text_width_in([read_entries(model_file(teacher, "text_encoders"))], recipe.family)
-    return make_student(part.student_layout(width), start, part.dropout, recipe.seed, recipe.family.padded)
+    return make_student(recipe.student_layout(width), start, part.dropout, recipe.seed, recipe.family.padded)
 
 
 def preview_vae(recipe: Recipe) -> Path | None:

@@ -14,9 +14,12 @@ from ..prompts.corpora import Corpus, located
 from ..prompts.mix import read_corpus
 from ..runtime.comfyui import NO_FILE, model_file
 from ..runtime.errors import StudentFileError, UserError
-from ..runtime.header import read_entries
+from ..runtime.header import read_entries, read_strings
 from ..runtime.optional import pip_install
-from ..students.foreign import ADDED_TO_A_MODEL, KINDS, foreign_kind
+from ..students import KINDS, kind_of
+from ..students.foreign import ADDED_TO_A_MODEL, foreign_kind
+from ..students.foreign import KINDS as FOREIGN
+from ..students.kind import StudentKind
 from .recipe import RANDOM, STAND_IN, Recipe
 
 # What the trainer imports, by the package that has it; ComfyUI needs all of them too.
@@ -28,30 +31,10 @@ PACKAGES = {
     "tqdm": "tqdm",
     "PIL": "pillow",
 }
-HUGGING_FACE = "https://huggingface.co/"
-TEXT_ENCODERS = f"{HUGGING_FACE}comfyanonymous/flux_text_encoders"
-SCHNELL = f"{HUGGING_FACE}black-forest-labs/FLUX.1-schnell"
-FLAN_T5 = "config.json and all .safetensors files (with their index) of {}, in a folder of this name"
-PIXART = "transformer/diffusion_pytorch_model.safetensors of {}, saved under this name"
 # Where the model files of the shipped recipes can be downloaded.
-SOURCES = {
-    "flux1-dev.safetensors": f"{HUGGING_FACE}black-forest-labs/FLUX.1-dev (accept its licence there first)",
-    "flux1-schnell.safetensors": SCHNELL,
-    "ae.safetensors": SCHNELL,
-    "sd3.5_medium.safetensors": f"{HUGGING_FACE}stabilityai/stable-diffusion-3.5-medium (accept its licence there first)",
-    "pixart_alpha_1024_ms.safetensors": PIXART.format(f"{HUGGING_FACE}PixArt-alpha/PixArt-XL-2-1024-MS"),
-    "pixart_sigma_1024_ms.safetensors": PIXART.format(f"{HUGGING_FACE}PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
-    "Chroma1-HD.safetensors": f"{HUGGING_FACE}lodestones/Chroma1-HD",
-    "vae-ft-mse-840000-ema-pruned.safetensors": f"{HUGGING_FACE}stabilityai/sd-vae-ft-mse-original",
-    "sdxl_vae.safetensors": f"{HUGGING_FACE}stabilityai/sdxl-vae",
-    "clip_g.safetensors": f"{HUGGING_FACE}Comfy-Org/stable-diffusion-3.5-fp8, folder text_encoders",
-    **dict.fromkeys(["clip_l.safetensors", "t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"], TEXT_ENCODERS),
-    "distilled_t5_base.safetensors": f"model.safetensors of {HUGGING_FACE}LifuWang/DistillT5, saved under this name",
-    **{f"flan-t5-{size}": FLAN_T5.format(f"{HUGGING_FACE}google/flan-t5-{size}") for size in ("small", "base", "large", "xl")},
-}
+SOURCES = {name: source for known in (*KINDS.values(), *FAMILIES.values()) for name, source in known.sources.items()}
 SAFETENSORS = (".safetensors", ".sft")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-T5_SIGNS = ("block.0.layer.0.SelfAttention",)
 DIFFUSION_SIGNS = ("transformer_blocks.0.", *(f"{name}.0." for family in FAMILIES.values() for name in family.block_lists))
 
 
@@ -66,9 +49,12 @@ class Model:
     signs: tuple[str, ...]
 
 
-def preflight(recipe: Recipe) -> None:
-    """Raise UserError that lists everything that the recipe needs and that is missing or of the wrong kind, and how to get it."""
-    problems = list(dict.fromkeys([*_packages(recipe), *_corpora(recipe), *_models(recipe)]))
+def preflight(recipe: Recipe, written_later: Path | None = None) -> None:
+    """Raise UserError that lists everything that the recipe needs and that is missing or of the wrong kind, and how to get it.
+
+    `written_later`: prompts that need not exist yet.
+    """
+    problems = list(dict.fromkeys([*_packages(recipe), *_corpora(recipe, written_later), *_models(recipe)]))
     if problems:
         listed = "\n".join(f"{number}. {problem}" for number, problem in enumerate(problems, start=1))
         raise UserError(
@@ -79,12 +65,13 @@ def preflight(recipe: Recipe) -> None:
 def models_of(recipe: Recipe) -> list[Model]:
     """The model files that the recipe names."""
     teacher, text_encoders = recipe.teacher, "text_encoders"
+    encoder, start = recipe.family.kind, recipe.student_kind
     models = [
         Model("diffusion_model.file", recipe.diffusion_model.file, "diffusion_models", "a diffusion model", DIFFUSION_SIGNS),
-        Model("teacher.t5", teacher.t5, text_encoders, "a T5 text encoder", T5_SIGNS),
+        Model("teacher.t5", teacher.t5, text_encoders, _encoder(encoder), encoder.signs),
         Model("teacher.clip_l", teacher.clip_l, text_encoders, "a CLIP text encoder", _signs("a CLIP text encoder")),
         Model("teacher.clip_g", teacher.clip_g, text_encoders, "a CLIP text encoder", _signs("a CLIP text encoder")),
-        Model("student.start", recipe.student.start, text_encoders, "a T5 text encoder", T5_SIGNS),
+        Model("student.start", recipe.student.start, text_encoders, _encoder(start), start.signs),
         Model("preview.vae", recipe.preview.vae, "vae", "a VAE", _signs("a VAE")),
     ]
     named = {"teacher.clip_l": NO_FILE, "teacher.clip_g": NO_FILE, "student.start": RANDOM, "preview.vae": ""}
@@ -92,7 +79,11 @@ def models_of(recipe: Recipe) -> list[Model]:
 
 
 def _signs(kind: str) -> tuple[str, ...]:
-    return next(known.signs for known in KINDS if known.name == kind)
+    return next(known.signs for known in FOREIGN if known.name == kind)
+
+
+def _encoder(kind: StudentKind) -> str:
+    return f"a {kind.display_name} text encoder"
 
 
 def _packages(recipe: Recipe) -> Iterator[str]:
@@ -108,10 +99,10 @@ def _packages(recipe: Recipe) -> Iterator[str]:
         yield from _problem(common_words)
 
 
-def _corpora(recipe: Recipe) -> Iterator[str]:
+def _corpora(recipe: Recipe, written_later: Path | None) -> Iterator[str]:
     for stage in recipe.stages:
         for corpus in stage.corpora:
-            if corpus.kind != "common_text":
+            if corpus.kind != "common_text" and corpus.path != str(written_later):
                 yield from _problem(lambda corpus=corpus: _read(corpus))
 
 
@@ -141,6 +132,8 @@ def _models(recipe: Recipe) -> Iterator[str]:
             _check_complete(path, model, recipe)
         except StudentFileError as error:
             yield _indented(f"{model.key}: {error}{_source(model)}")
+        except ValueError as error:  # nothing is wrong with this file
+            yield _indented(f"{model.key}: {error}")
 
 
 def _source(model: Model) -> str:
@@ -172,7 +165,7 @@ def _check_kind(path: Path, model: Model) -> None:
 
 
 def _check_complete(path: Path, model: Model, recipe: Recipe) -> None:
-    """Raise StudentFileError for a teacher or CLIP-L that lacks tensors."""
+    """Raise ValueError for a teacher or CLIP-L that lacks tensors, or a teacher that is not one or lacks its companion."""
     if not model.key.startswith("teacher."):
         return
     shapes = {name: entry.shape for name, entry in read_entries(path).items()}
@@ -180,11 +173,13 @@ def _check_complete(path: Path, model: Model, recipe: Recipe) -> None:
     if part in recipe.family.companions:
         check_companion(shapes, path.name, part)
     else:
-        check_teacher_tensors(shapes, path.name, recipe.family)
+        check_teacher_tensors(shapes, read_strings(path), path.name, recipe.teacher.companions, recipe.family)
 
 
 def _kind(names: Iterable[str]) -> str | None:
     names = list(names)
-    if found := foreign_kind(names):
-        return found.name
-    return "a T5 text encoder" if any(sign in name for sign in T5_SIGNS for name in names) else None
+    kind = kind_of(names)
+    foreign = foreign_kind(names, kind)
+    if foreign is not None:
+        return foreign.name
+    return _encoder(kind) if any(name.endswith(kind.signs) for name in names) else None

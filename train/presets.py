@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,12 @@ SHARE = 10
 class Wishes:
     """What the graph says: model files as recipes name them, and what replaces the preset's own values.
 
-    steps: 0 for the preset's. vae: None for the preset's, "" for no images. prompts: a file with a prompt on each line; None for the
-    preset's own prompts.
+    dtype: None for the preset's. steps: 0 for the preset's. vae: None for the preset's, "" for no images. prompts: a file with a prompt on
+    each line; None for the preset's own prompts.
     """
 
     diffusion_model: str
-    dtype: str
+    dtype: str | None
     t5: str
     clip_l: str
     name: str
@@ -51,10 +51,13 @@ def starter_prompts() -> str:
     return (PACK / "prompts" / "starter.txt").read_text(encoding="utf-8").strip()
 
 
-def recipe_of(preset: str, wishes: Wishes) -> Recipe:
-    """The preset with these wishes. Raises UserError for a number of steps that is too small, ConfigError for other values."""
+def recipe_of(preset: str, wishes: Wishes, begun: Recipe | None = None, taken: int = 0) -> Recipe:
+    """The preset with these wishes; `begun` and `taken`: the recipe of a run that continues with it, and the steps that it has taken.
+
+    Raises UserError for a number of steps that is too small, ConfigError for other values.
+    """
     recipe = load_recipe(preset)
-    settings = [*_model_settings(wishes), *_length_settings(recipe, wishes.steps), *_prompt_settings(recipe, wishes)]
+    settings = [*_model_settings(wishes), *_length_settings(recipe, wishes.steps, begun, taken), *_prompt_settings(recipe, wishes)]
     return load_recipe(preset, settings)
 
 
@@ -93,30 +96,52 @@ def _model_settings(wishes: Wishes) -> Iterator[str]:
         "teacher.t5": wishes.t5,
         "teacher.clip_l": wishes.clip_l,
         "diffusion_model.file": wishes.diffusion_model,
-        "diffusion_model.dtype": wishes.dtype,
         "output.name": wishes.name,
         "seed": wishes.seed,
     }
+    if wishes.dtype is not None:
+        values["diffusion_model.dtype"] = wishes.dtype
     if wishes.vae is not None:
         values["preview.vae"] = wishes.vae
     return (f"{key}={toml_value(value)}" for key, value in values.items())
 
 
-def _length_settings(recipe: Recipe, steps: int) -> Iterator[str]:
-    """Every stage, and the steps between reports, in proportion."""
+def _length_settings(recipe: Recipe, steps: int, begun: Recipe | None, taken: int) -> Iterator[str]:
+    """Every stage, and for a new run the steps of warm-up and between reports, in proportion; a run that has begun keeps these."""
     usual = [stage.steps for stage in recipe.stages]
-    if steps in (0, sum(usual)):
+    steps = steps or sum(usual)
+    if begun is None and steps == sum(usual):
         return
-    share = steps / sum(usual)
-    stages = [max(1, round(stage * share)) for stage in usual[:-1]]
-    stages.append(steps - sum(stages))
-    if stages[-1] < 1:
-        raise UserError(f"{steps} steps are too few for the {len(usual)} stages of the preset {recipe.name}.", "set steps to 10 or more.")
+    stages = _stage_steps(usual, steps, [stage.steps for stage in begun.stages] if begun else [], taken)
+    if sum(stages) != steps:
+        already = f", {taken} of which are taken" if taken else ""
+        raise UserError(
+            f"{steps} steps are too few for the {len(usual)} stages of the preset {recipe.name}{already}.",
+            f"set steps to {sum(stages)} or more.",
+        )
     yield from (f"stage.{number}.steps={stage}" for number, stage in enumerate(stages))
     shortest = min(stages) if recipe.optimizer.restart_per_stage else steps
-    yield f"optimizer.warmup_steps={min(recipe.optimizer.warmup_steps, shortest // SHARE)}"
+    warmup_steps = begun.optimizer.warmup_steps if begun else min(recipe.optimizer.warmup_steps, shortest // SHARE)
+    yield f"optimizer.warmup_steps={warmup_steps}"
     for part in ("validation", "checkpoints", "preview"):
-        yield f"{part}.every_steps={max(1, round(getattr(recipe, part).every_steps * min(1, share)))}"
+        usually = getattr(recipe, part).every_steps
+        every_steps = getattr(begun, part).every_steps if begun else max(1, round(usually * min(1, steps / sum(usual))))
+        yield f"{part}.every_steps={every_steps}"
+
+
+def _stage_steps(usual: Sequence[int], steps: int, begun: Sequence[int], taken: int) -> list[int]:
+    """The steps of each stage, in the proportion of `usual`: `steps` in sum, or more if these are too few.
+
+    Of a run with stages of `begun` steps, those that are over after `taken` steps keep their length, but the last can grow.
+    """
+    stages: list[int] = []
+    for number, stage in enumerate(usual):
+        left, later = steps - sum(stages), len(usual) - 1 - number
+        least = max(1, taken - sum(stages))
+        is_over = later and 0 < sum(begun[: number + 1]) <= taken
+        share = round(left * stage / sum(usual[number:]))
+        stages.append(begun[number] if is_over else max(least, min(share, left - later)))
+    return stages
 
 
 def _prompt_settings(recipe: Recipe, wishes: Wishes) -> Iterator[str]:

@@ -82,13 +82,13 @@ class FrozenModelPart(Part):
 class StudentPart(Part):
     """The text encoder that is trained. Exactly one of `size` and `layout` must be given."""
 
-    size: StudentSize | None = Field(default=None, description="a size of T5 v1.1")
+    size: StudentSize | None = Field(default=None, description="a published size of the network, such as base")
     layout: LayoutTable | None = Field(default=None, description="any other size")
     start: FilePath = Field(
-        description="initial weights: T5 v1.1 or flan-T5 (Hugging Face folder or .safetensors) or a distilled file, in "
+        description="initial weights: a pretrained model (T5 v1.1 or flan-T5; Hugging Face folder or .safetensors) or a distilled file, in "
         'models/text_encoders or by path; or "random"'
     )
-    projection_width: Count = Field(description="hidden width of the projection from T5 to the diffusion model's text width, channels")
+    projection_width: Count = Field(description="hidden width of the projection to the diffusion model's text width, channels")
     dropout: float = Field(ge=0, lt=1, description="fraction of activations dropped in training, 0 or more and below 1")
 
     @model_validator(mode="after")
@@ -97,14 +97,9 @@ class StudentPart(Part):
             raise ValueError("expected either size or layout, got " + ("neither" if self.size is None else "both"))
         return self
 
-    @property
-    def kind(self) -> StudentKind:
-        """The kind whose size or table it has."""
-        return next(kind for kind in KINDS.values() if self.size in kind.sizes or isinstance(self.layout, kind.layout_table()))
-
-    def student_layout(self, output_width: int) -> Layout:
-        """The student's layout for a diffusion model whose text input is `output_width` channels wide."""
-        return self.kind.planned(self.size or self.layout or "", self.projection_width, output_width)
+    def is_of(self, kind: StudentKind) -> bool:
+        """Whether its size or table is one of this kind."""
+        return self.size in kind.sizes or isinstance(self.layout, kind.layout_table())
 
 
 class OptimizerPart(Part):
@@ -249,11 +244,10 @@ class Recipe(Config):
             raise ValueError(f"expected a different name for every stage, got {', '.join(names)}")
         for stage in self.stages:
             self.family.check_side(stage.resolution_px)
-        if self.student.kind.name not in self.family.students:
+        if not any(self.student.is_of(KINDS[name]) for name in self.family.students):
             kinds = " or ".join(KINDS[name].display_name for name in self.family.students)
-            raise ValueError(
-                f"student: expected a {kinds}, which {self.family.display_name} can use, got a {self.student.kind.display_name}"
-            )
+            got = next(kind.display_name for kind in KINDS.values() if self.student.is_of(kind))
+            raise ValueError(f"student: expected a {kinds}, which {self.family.display_name} can use, got a {got}")
         for name in self.teacher.companions:
             if name not in self.family.companions:
                 raise ValueError(f'teacher.{name}: expected "{NO_FILE}", as {self.family.display_name} takes none')
@@ -285,6 +279,16 @@ class Recipe(Config):
     def family(self) -> Family:
         """The family of its diffusion model."""
         return FAMILIES[self.diffusion_model.family]
+
+    @property
+    def student_kind(self) -> StudentKind:
+        """The kind of its student: of those that can serve the family, the first that has the size or the table."""
+        return next(KINDS[name] for name in self.family.students if self.student.is_of(KINDS[name]))
+
+    def student_layout(self, output_width: int) -> Layout:
+        """The student's layout for a diffusion model whose text input is `output_width` channels wide."""
+        part = self.student
+        return self.student_kind.planned(part.size or part.layout or "", part.projection_width, output_width)
 
     def differences(self, other: Recipe) -> list[str]:
         """What differs in `other` besides `report`, one line per key: `optimizer.learning_rate: 0.0001 -> 0.0002`."""

@@ -26,7 +26,7 @@ from .boards import Board, Boards, open_boards
 from .curves import row_of
 from .page import RunPage
 from .recipe import Recipe
-from .run_directory import RunDirectory
+from .run_directory import CONTINUE, RunDirectory
 from .time_left import TimeLeft
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Reporter:
         except OSError as error:
             raise OSError(
                 f"{self._metrics.name} cannot be written: {error.strerror}.\n"
-                "What to do: check that the disk has free space, then resume with --resume."
+                f"What to do: check that the disk has free space, then {CONTINUE}."
             ) from error
         self._page.curves.add(row)
         self._boards.numbers(self.step_number, kind, values)

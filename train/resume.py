@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..runtime.randomness import random_states, restore_random_states
 from .distill import SKIPS_IN_A_ROW
+from .run_directory import ANOTHER
 from .state import Checkpoints, TrainerState
 from .trajectory import Position
 from .workshop import RunState, Workshop
@@ -71,12 +72,13 @@ def _check_same_run(workshop: Workshop, same_recipe: bool, processes: int) -> No
     if not same_recipe:
         raise ValueError(
             "The checkpoint was saved with another recipe than the run's present recipe.toml, or by another version of the trainer.\n"
-            "What to do: restore recipe.toml or the earlier version of the pack, or start a new run in another folder with --run."
+            "What to do: restore recipe.toml or the earlier version of the pack, or, for a new run, "
+            f"{ANOTHER}."
         )
     if processes != workshop.ranks.world:
         raise ValueError(
             f"This run was saved by {processes} processes and is resumed with {workshop.ranks.world}.\n"
-            f"What to do: resume it with --nproc-per-node {processes}."
+            f"What to do: resume it with --nproc-per-node {processes}, or, for a new run, {ANOTHER}."
         )
 
 

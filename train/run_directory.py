@@ -12,7 +12,9 @@ from ..runtime.disk import check_regular, replace_file
 from ..runtime.lock import RunError, lock
 from .checkpoint_files import CHECKPOINT, REPLACED
 
-PROMPTS = "prompts.txt"
+# What to do, with the command or with the node that trains in ComfyUI.
+CONTINUE = "continue with --resume (in ComfyUI: press Run again)"
+ANOTHER = "give another folder with --run (in ComfyUI: another name)"
 
 
 class RunDirectory:
@@ -30,7 +32,7 @@ class RunDirectory:
         self.samples = self.path / "samples"
         self.page = self.path / "page.html"
         self.history = self.path / "recipe-history.jsonl"
-        self.prompts = self.path / PROMPTS
+        self.prompts = self.path / "prompts.txt"
         self._lock: BinaryIO | None = None
 
     @property
@@ -44,17 +46,17 @@ class RunDirectory:
         folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
         return any(CHECKPOINT.match(path.name.removesuffix(REPLACED)) for path in folders)
 
-    def start(self, recipe_toml: str) -> RunDirectory:
-        """Make the folder, or take one that is empty or whose run has no checkpoint yet.
+    def start(self, recipe_toml: str, prompts: str = "") -> RunDirectory:
+        """Make the folder, or take one that is empty or whose run has no checkpoint yet. `prompts`: content of prompts.txt; "" for no file.
 
         Raises RunError if it holds a run with checkpoints or other files, or if another process writes to it; OSError if it cannot be
         written.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"{self.path} is a file, not a folder.", "name another folder with --run.")
-        if self.path.is_dir() and not self.is_run and any(not _is_ours(path) for path in self.path.iterdir()):
-            raise RunError(f"{self.path} holds files but no run (it has no recipe.toml).", "name a new folder with --run.")
-        self._open(recipe_toml)
+            raise RunError(f"{self.path} is a file, not a folder.", f"{ANOTHER}.")
+        if self.path.is_dir() and not self.is_run and any(not path.name.startswith(".") for path in self.path.iterdir()):
+            raise RunError(f"{self.path} holds files but no run (it has no recipe.toml).", f"{ANOTHER}.")
+        self._open(recipe_toml, prompts)
         return self
 
     def resume(self) -> RunDirectory:
@@ -63,7 +65,7 @@ class RunDirectory:
         Raises RunError if there is none, or if another process writes to it; OSError if it cannot be written.
         """
         self.existing("start it without --resume, or name the right folder with --run.")
-        self._open(None)
+        self._open(None, "")
         return self
 
     def existing(self, remedy: str = "name the folder of a run.") -> RunDirectory:
@@ -78,7 +80,7 @@ class RunDirectory:
             listed = "\n".join(f"  {difference}" for difference in differences)
             raise RunError(
                 f"The run in {self.path} was started with another recipe:\n{listed}",
-                "resume it with its own recipe.toml, or start a new run in another folder with --run.",
+                f"set back what differs, or, for a new run, {ANOTHER}.",
             )
 
     def change_recipe(self, recipe_toml: str, changes: Sequence[Mapping[str, Any]]) -> None:
@@ -106,38 +108,36 @@ class RunDirectory:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def _open(self, recipe_toml: str | None) -> None:
+    def _open(self, recipe_toml: str | None, prompts: str) -> None:
         assert self._lock is None, "a run is opened once"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(self.path)
-            self._lay_out(recipe_toml)
+            self._lock = lock(self.path, "--run (in ComfyUI: give another name)")
+            self._lay_out(recipe_toml, prompts)
         except OSError as error:
             self.close()
             raise OSError(
                 f"{self.path} cannot be written to: {error}.\n"
                 "What to do: check the folder's permissions and the disk's free space and support of file locks, "
-                "or name another folder with --run."
+                f"or {ANOTHER}."
             ) from error
         except RunError:
             self.close()
             raise
 
-    def _lay_out(self, recipe_toml: str | None) -> None:
+    def _lay_out(self, recipe_toml: str | None, prompts: str) -> None:
         """Make what is missing of a run, under its lock, so that no other process does the same."""
         if recipe_toml is not None:
             if self.has_checkpoints:
-                raise RunError(f"{self.path} holds a run with checkpoints.", "resume it with --resume, or name another folder with --run.")
+                raise RunError(f"{self.path} holds a run with checkpoints.", f"{CONTINUE}, or {ANOTHER}.")
             self.metrics.unlink(missing_ok=True)
             self.history.unlink(missing_ok=True)
+            # First the recipe: in a folder without one, prompts.txt is the user's own.
             replace_file(self.recipe, recipe_toml.encode())
+            if prompts:
+                replace_file(self.prompts, prompts.encode())
         self.checkpoints.mkdir(exist_ok=True)
         self.samples.mkdir(exist_ok=True)
         check_regular(self.metrics)
         check_regular(self.log)
         check_regular(self.page)
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a new run may begin in a folder that holds this file: the graph's prompts, or what a killed process left."""
-    return path.name == PROMPTS or path.name.startswith(".")

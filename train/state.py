@@ -36,6 +36,7 @@ from .checkpoint_files import (
     peek,
     read_manifest,
 )
+from .run_directory import CONTINUE
 
 # What older checkpoints also have, and nothing reads.
 FORMER_VALUES = ("stage", "prompt_index")
@@ -101,7 +102,8 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             raise CheckpointNotSaved(
                 f"The checkpoint of step {state.step} could not be saved in {self.folder}: {str(error).splitlines()[0]}\n"
-                "What to do: check the disk's free space and permissions, then resume with --resume; earlier checkpoints are unchanged."
+                "What to do: check the disk's free space and permissions, then "
+                f"{CONTINUE}; earlier checkpoints are unchanged."
             ) from error
         finally:
             with contextlib.suppress(OSError):
@@ -126,7 +128,10 @@ class Checkpoints:
                 notes.append(f"The run continues from {path.name}.")
             return state, notes
         found = "\n".join(notes) if notes else "None has been saved yet."
-        raise NoCheckpoint(f"There is no intact checkpoint in {self.folder}.\n{found}\nWhat to do: start the run again, without --resume.")
+        raise NoCheckpoint(
+            f"There is no intact checkpoint in {self.folder}.\n{found}\n"
+            "What to do: start the run again, without --resume (in ComfyUI: press Run again)."
+        )
 
     def paths(self) -> list[Path]:
         """Folders of all checkpoints, the oldest first."""

@@ -46,7 +46,7 @@ def _start_tensors(path: Path, layout: Layout) -> dict[str, Tensor]:
         student = open_student(path)
     except StudentFileError:
         # An incomplete student is not a pretrained model either, and the first message says what it lacks.
-        if any("final_projection." in name for name in read_header(path)[0]):
+        if any(kind.projection in name for name in read_header(path)[0]):
             raise
         return kind.read_pretrained(path, layout)
     if student.layout != layout:

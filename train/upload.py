@@ -89,7 +89,7 @@ def _send(hub: Any, files: dict[str, Path], repo: str, private: bool) -> str:
 
 
 def _check_visibility(repo: str, is_private: bool, private: bool) -> None:
-    """Raise UserError for a repository that is public and should be private, or the other way round."""
+    """Raise UserError for a repository that is public and should be private, and for the reverse."""
     if is_private != private:
         found, asked = ("private", "public") if is_private else ("public", "private")
         option = "add --private" if is_private else "leave out --private"

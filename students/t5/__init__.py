@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..kind import StudentKind
-from .layout import END, NAMED_SIZES, PAD, POSITION_BIAS, SHARED, StudentLayout, read_layout
+from .layout import END, NAMED_SIZES, PAD, POSITION_BIAS, PROJECTION, SHARED, StudentLayout, read_layout, width_in
 from .names import LORA_KEYS, MODULE, published_names
 from .relatives import refuse_relatives
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 # Measured with torch's profiler on transformers' T5 under bf16 autocast with dropout (a least-squares fit over ten shapes, within 0.1%):
 # bytes per token and channel of d_model, of attention and of the feed-forward layer, and per head and pair of tokens.
-T5_MODEL, T5_ATTENTION, T5_FEED_FORWARD, T5_PAIR, PROJECTION = 30, 14, 16, 12, 12
+T5_MODEL, T5_ATTENTION, T5_FEED_FORWARD, T5_PAIR, PROJECTION_BYTES = 30, 14, 16, 12, 12
 
 
 def activation_bytes(layout: StudentLayout, batch: int, length: int) -> int:
     """Upper bound of the bytes kept for the backward pass over `batch` prompts of `length` tokens under bf16 autocast."""
     per_token = T5_MODEL * layout.d_model + T5_ATTENTION * layout.num_heads * layout.d_kv + T5_FEED_FORWARD * layout.d_ff
     per_layer = batch * (length * per_token + T5_PAIR * layout.num_heads * length**2)
-    projection = batch * length * PROJECTION * ((layout.hidden_width or 0) + layout.output_width)
+    projection = batch * length * PROJECTION_BYTES * ((layout.hidden_width or 0) + layout.output_width)
     # Everything outside the layers takes less than one of them.
     return (layout.num_layers + 1) * per_layer + projection
 
@@ -72,11 +72,20 @@ def stand_in(output_width: int) -> StudentLayout:
     return StudentLayout(d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, hidden_width=128, projected_width=output_width)
 
 
+HUGGING_FACE = "https://huggingface.co/"
+FLAN_T5 = "config.json and all .safetensors files (with their index) of {}google/{}, in a folder of this name"
+SOURCES = {
+    **dict.fromkeys(["t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"], f"{HUGGING_FACE}comfyanonymous/flux_text_encoders"),
+    "distilled_t5_base.safetensors": f"model.safetensors of {HUGGING_FACE}LifuWang/DistillT5, saved under this name",
+    **{name: FLAN_T5.format(HUGGING_FACE, name) for name in ("flan-t5-small", "flan-t5-base", "flan-t5-large", "flan-t5-xl")},
+}
+
 T5 = StudentKind(
     name=StudentLayout.kind,
     display_name="T5",
     signs=(POSITION_BIAS.removeprefix("encoder."),),
     table=SHARED,
+    projection=PROJECTION,
     tokens=32100,  # 32,000 pieces and 100 extra ids
     end=END,
     pad=PAD,
@@ -85,12 +94,14 @@ T5 = StudentKind(
     published_names=published_names,
     refuse_relatives=refuse_relatives,
     read_layout=read_layout,
+    width_in=width_in,
     named=StudentLayout.named,
     sizes=tuple(size for size in NAMED_SIZES if size != "xxl"),
     layout_table=layout_table,
     planned=planned,
     stand_in=stand_in,
     activation_bytes=activation_bytes,
+    sources=SOURCES,
     module=MODULE,
     prefix="encoder.",
     served=served,

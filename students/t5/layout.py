@@ -24,8 +24,8 @@ END, PAD = 1, 0
 SHARED = "encoder.shared.weight"
 FINAL_NORM = "encoder.encoder.final_layer_norm.weight"
 POSITION_BIAS = "encoder.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-PROJECTION_IN = "final_projection.0"
-PROJECTION_OUT = "final_projection.3"
+PROJECTION = "final_projection."
+PROJECTION_IN, PROJECTION_OUT = f"{PROJECTION}0", f"{PROJECTION}3"
 
 # d_model, d_ff, layers, heads of T5 v1.1 and flan-T5; d_kv is 64 in all (google-research/t5x, t5 1.1 gin files).
 NAMED_SIZES: dict[str, tuple[int, int, int, int]] = {
@@ -139,6 +139,11 @@ def read_layout(shapes: Mapping[str, Shape], where: str) -> StudentLayout:
             _findings(missing, extra, wrong),
         )
     return layout
+
+
+def width_in(shapes: Mapping[str, Shape]) -> int | None:
+    """Rows of the projection's last matrix, else columns of the token table; None without either."""
+    return next(iter(shapes.get(f"{PROJECTION_OUT}.weight", ())[:1] or shapes.get(SHARED, ())[-1:]), None)
 
 
 def _findings(missing: list[str], extra: list[str], wrong: list[str]) -> str:

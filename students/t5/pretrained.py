@@ -14,6 +14,7 @@ from transformers import T5Config
 from ...runtime.errors import StudentFileError, listed, printable
 from ...runtime.weights import check_finite, load_tensors, read_header
 from ..foreign import refuse_foreign
+from . import T5
 from .layout import SHARED, StudentLayout
 from .names import published_names
 from .relatives import refuse_relatives
@@ -140,7 +141,7 @@ def _config(layout: StudentLayout) -> dict[str, Any]:
 def _check_kind(tensors: Mapping[str, Tensor], where: str) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
-        refuse_foreign(shapes, where)
+        refuse_foreign(shapes, where, T5)
         refuse_relatives(shapes, where, described=True)
     except StudentFileError as error:
         raise ValueError(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...runtime.errors import StudentFileError, UndistilledError
-from ..foreign import PICK_STUDENT
+from .. import foreign
 from ..kind import Shape
-from .layout import NAMED_SIZES, POSITION_BIAS, SHARED, T5_VOCABULARY
+from .layout import NAMED_SIZES, POSITION_BIAS, PROJECTION, SHARED, T5_VOCABULARY
 
+PICK_STUDENT = foreign.PICK_STUDENT.format("T5")
 BIAS_OF_BLOCK_1 = POSITION_BIAS.replace("block.0", "block.1")
 # Rows of the token table of networks whose tokens T5's tokenizer does not produce.
 OTHER_VOCABULARIES = {384: "ByT5", 250112: "mT5"}
@@ -28,7 +29,7 @@ def refuse_relatives(shapes: Mapping[str, Shape], where: str, described: bool) -
     if len(table) == 2 and table[0] in OTHER_VOCABULARIES:
         name = OTHER_VOCABULARIES[table[0]]
         raise StudentFileError(f"{where} has the vocabulary of {name} ({table[0]:,} pieces); it is not a distilled T5.", PICK_STUDENT)
-    projected = any(name.startswith("final_projection.") for name in shapes)
+    projected = any(name.startswith(PROJECTION) for name in shapes)
     if len(table) == 2 and POSITION_BIAS in shapes and not projected and not described:
         _refuse_unprojected(table[1], len(shapes), where)
 

@@ -87,6 +87,7 @@ def test_teacher_and_students_stand_side_by_side_and_every_picture_shows(shown):
     expect(shown).to_have_title("Distilled T5: miniature")
     expect(rows_of(shown)).to_have_count(2 * COUNT)
     expect(rows_of(shown).first.locator("figcaption strong")).to_have_text(ENCODERS)
+    expect(rows_of(shown).locator("figcaption span")).to_have_text(["\u2212100 points"] * 4 + ["+100 points"])
     tops = rows_of(shown).first.locator("figure").evaluate_all("all => all.map(one => one.getBoundingClientRect().top)")
     assert len(set(tops)) == 1
     shown.evaluate("() => document.querySelectorAll('#rows img').forEach(one => { one.loading = 'eager' })")

@@ -18,9 +18,10 @@ from typing import Any
 import psutil
 import pytest
 from distilled_t5.devtools.comfyui.server import free_port
-from distilled_t5.devtools.demo import keep_student
+from distilled_t5.devtools.demo import expected_time, keep_student, settings_of
 from distilled_t5.encoder.files import open_student
 from distilled_t5.tests.support.tiny_students import published_file
+from distilled_t5.train.recipe import load_recipe
 from distilled_t5.world.pictures import TASKS
 from PIL import Image
 
@@ -55,6 +56,22 @@ def demo(comfyui: Path, out: Path, *options: str) -> tuple[str, dict[str, Any]]:
     done = subprocess.run(command_line, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr, json.loads((out / "demo.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("steps", [2, 5, 20, 1_600])
+def test_the_demos_recipe_is_valid_for_any_number_of_steps(steps: int) -> None:
+    recipe = load_recipe("miniature-tenth", settings_of(steps))
+    assert sum(stage.steps for stage in recipe.stages) == steps
+    assert recipe.checkpoints.every_steps == max(1, steps // 8)
+
+
+def test_the_demos_expected_time_grows_with_its_steps() -> None:
+    assert [expected_time(steps) for steps in (0, 100, 1_600, 16_000)] == [
+        "about a minute",
+        "about a minute",
+        "about 5 minutes",
+        "about 41 minutes",
+    ]
 
 
 def test_demo_draws_with_teacher_and_student_and_judges_every_picture(comfyui_path: Path, tmp_path: Path) -> None:

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import comfy.hooks
 import comfy.model_management
+import comfy.ops
 import comfy.utils
 import folder_paths
 import pytest
 import torch
 from comfy.cli_args import PerformanceFeature, args
+from comfy.model_patcher import PatcherInjection
+from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_cond import T5TokenizerOptions
+from comfy_extras.nodes_hooks import SetClipHooks
 from distilled_t5.devtools.comfyui.server import ComfyServer
 from distilled_t5.devtools.comfyui.workflow import set_inputs, to_api_prompt
 from distilled_t5.diffusion.frozen import FrozenModel
 from distilled_t5.encoder.files import open_student
 from distilled_t5.families import FAMILIES
 from distilled_t5.nodes.distil import DistilledT5Distil
+from distilled_t5.nodes.loaded_files import diffusion_file
 from distilled_t5.nodes.loader import DistilledT5Loader
 from distilled_t5.runtime.model_folders import add_model_folders
 from distilled_t5.tests.support.small_encoders import PROMPT, embedding
 from distilled_t5.tests.support.trainer import command, finish, metrics
 from distilled_t5.tests.support.watch import Watched
 from distilled_t5.tests.support.workflows import example
+from distilled_t5.train.in_graph import training
+from distilled_t5.train.recipe import load_recipe
 from PIL import Image
 
 import nodes
@@ -139,16 +149,30 @@ def test_a_finished_run_gives_its_encoder_without_training(loaded, trained):
     ("changed", "said"),
     [
         ({"seed": 8}, "seed: 7 -> 8"),
-        ({"steps": 5}, "stage"),
+        ({"steps": 3}, "set steps to 4 or more"),
         ({"preset": "miniature-tenth"}, "student.layout.d_model"),
         ({"prompts": "a red heart\na blue ring"}, "other prompts"),
         ({"prompts": ""}, "corpora"),
     ],
 )
 def test_other_inputs_need_another_name(loaded, trained, changed, said):
-    with pytest.raises(ValueError, match="was started with other") as error:
+    with pytest.raises(ValueError, match="What to do:") as error:
         distil(*loaded, "trained", **{"preview_vae": VAE} | changed)
-    assert said in str(error.value) and "another name" in str(error.value)
+    assert said in str(error.value)
+    assert "steps" in changed or ("was started with" in str(error.value) and "in ComfyUI: another name" in str(error.value))
+
+
+def test_a_finished_run_is_lengthened_and_may_get_other_images(loaded):
+    distil(*loaded, "longer", steps=2)
+    _, report = distil(*loaded, "longer", steps=4, preview_vae=VAE)
+    assert [line["step"] for line in metrics(run_folder("longer")) if "loss" in line] == [1, 2, 3, 4]
+    assert "step 4" in report and {path.name[:11] for path in run_folder("longer").glob("samples/*.jpg")} == {"step-000003", "step-000004"}
+    before = (run_folder("longer") / "metrics.jsonl").stat().st_mtime_ns
+    distil(*loaded, "longer", steps=4, preview_vae="none")
+    assert (run_folder("longer") / "metrics.jsonl").stat().st_mtime_ns == before
+    # A finished run needs its metrics for the report only.
+    (run_folder("longer") / "metrics.jsonl").write_text('{"step": 1, "held')
+    assert "held-out" not in distil(*loaded, "longer", steps=4)[1]
 
 
 @pytest.mark.parametrize(
@@ -182,6 +206,84 @@ def test_a_model_with_a_lora_and_one_of_an_unknown_file_are_refused(loaded):
         distil(unknown, teacher, "refused")
     with pytest.raises(ValueError, match="There is no MODEL or no CLIP"):
         distil(model, None, "refused")
+
+
+def changes_of_a_model(model: Any) -> Iterator[Any]:
+    """Copies of a MODEL, each changed as some nodes do."""
+    for change in (
+        lambda one: one.set_model_unet_function_wrapper(lambda apply, arguments: apply(**arguments)),
+        lambda one: one.set_model_sampler_cfg_function(lambda arguments: arguments["cond"]),
+        lambda one: one.set_injections("some_node", [PatcherInjection(lambda _patcher: None, lambda _patcher: None)]),
+        lambda one: one.add_wrapper(WrappersMP.DIFFUSION_MODEL, lambda executor, *arguments: executor(*arguments)),
+    ):
+        changed = model.clone()
+        change(changed)
+        yield changed
+
+
+def changes_of_a_clip(clip: Any) -> Iterator[Any]:
+    """Copies of a CLIP, each changed by a node of ComfyUI."""
+    yield nodes.CLIPSetLastLayer().set_last_layer(clip, -2)[0]
+    yield T5TokenizerOptions.execute(clip, 1, 512).args[0]
+    hooks = comfy.hooks.HookGroup()
+    yield SetClipHooks().apply_hooks(clip, apply_to_conds=False, schedule_clip=True, hooks=hooks)[0]
+
+
+def test_what_other_nodes_have_changed_is_refused(loaded):
+    model, teacher = loaded
+    for changed in changes_of_a_model(model):
+        with pytest.raises(ValueError, match="The model was changed by other nodes"):
+            distil(changed, teacher, "refused")
+    for changed in changes_of_a_clip(teacher):
+        with pytest.raises(ValueError, match="The teacher was changed by other nodes"):
+            distil(model, changed, "refused")
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "bf16"}, {"token_length": 64}])
+def test_a_teacher_whose_loader_has_settings_of_its_own_is_refused(loaded, settings):
+    with torch.inference_mode():
+        teacher = DistilledT5Loader.execute("none", TEACHER, "flux", **settings).args[0]
+    with pytest.raises(ValueError, match=r"set dtype to auto and token_length to 0"):
+        distil(loaded[0], teacher, "refused")
+
+
+def test_the_default_weight_dtype_is_that_of_the_preset(loaded, trained):
+    assert load_recipe(str(run_folder("trained") / "recipe.toml")).diffusion_model.dtype == "fp32"
+    [fp8] = nodes.UNETLoader().load_unet(FLUX, "fp8_e4m3fn")
+    assert (diffusion_file(loaded[0])[1], diffusion_file(fp8)[1]) == (None, "fp8_e4m3fn")
+
+
+def test_a_users_own_prompts_are_not_overwritten(loaded):
+    run_folder("own").mkdir(parents=True)
+    (run_folder("own") / "prompts.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds files but no run"):
+        distil(*loaded, "own")
+    assert (run_folder("own") / "prompts.txt").read_text() == "mine"
+    run_folder("file").write_text("")
+    with pytest.raises(ValueError, match=r"is a file, not a folder\.\nWhat to do: .*in ComfyUI: another name"):
+        distil(*loaded, "file")
+
+
+def test_a_run_that_fails_leaves_no_models_in_memory(loaded, trained, monkeypatch):
+    def fail() -> bool:
+        raise RuntimeError("in the middle of the run")
+
+    monkeypatch.setattr(comfy.model_management, "processing_interrupted", fail)
+    with pytest.raises(RuntimeError, match="in the middle of the run") as error:
+        distil(*loaded, "fails")
+    known = [loaded[0].model, loaded[1].patcher.model, trained[0].patcher.model]
+    kept = [entry.model.model for entry in comfy.model_management.current_loaded_models]
+    assert all(any(one is other for other in known) for one in kept), f"freed while {error} is known"
+
+
+def test_cancel_does_not_end_a_step_in_the_middle():
+    layer = comfy.ops.disable_weight_init.Linear(2, 2)
+    layer.comfy_cast_weights = True
+    comfy.model_management.interrupt_current_processing()
+    with training():
+        layer(torch.zeros(1, 2))
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        layer(torch.zeros(1, 2))
 
 
 def test_fast_products_without_a_gradient_are_refused(loaded, monkeypatch):

@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 import torch
 from distilled_t5.encoder.teacher import Teacher
+from distilled_t5.evaluate.context import open_evaluation
 from distilled_t5.evaluate.encoders import EncoderFile, LoadedEncoder, check_encoders, find_encoders
 from distilled_t5.evaluate.judge_images import read_image
+from distilled_t5.evaluate.processes import Processes
 from distilled_t5.evaluate.provenance import computed_with, fingerprint
 from distilled_t5.evaluate.questions import read_questions
 from distilled_t5.evaluate.suite import load_suite
 from distilled_t5.families import FAMILIES
 from distilled_t5.miniature.files import VAE_FILE
 from distilled_t5.runtime.model_folders import add_model_folders
+from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.evaluation_world import command, finish, start, write_world
 from distilled_t5.tests.support.small_encoders import encode, serve, stock_flux_clip
 from distilled_t5.tests.support.trainer import BOUND_S, TWO_PROCESSES
@@ -275,6 +278,15 @@ def test_every_encoder_that_does_not_fit_is_named_before_anything_is_generated(w
     assert "student.safetensors gives text of width 64, but flux takes 4096." in told
     assert "cut.safetensors" in told and "t5.gguf is a GGUF file, which ComfyUI itself does not load" in told
     check_encoders(files[:1], 64, "flux", FAMILIES["flux"])
+    with pytest.raises(ValueError, match=r"distilled for Flux\.1, but model is of the family Stable Diffusion 3"):
+        check_encoders(files[:1], 64, "model", FAMILIES["sd3"])
+
+
+def test_too_few_prompts_are_refused_before_any_file_is_opened(tmp_path):
+    suite = load_suite("miniature", ["teacher.t5=nowhere.safetensors"], 1)
+    single = suite.model_copy(update={"tasks": suite.tasks[:1]})
+    with pytest.raises(ValueError, match=r"^collapse: expected at least 2 prompts, got 1\.\nWhat to do: raise --limit"):
+        open_evaluation(single, [], tmp_path, Processes(Ranks(), lambda: False))
 
 
 def test_the_miniatures_suite_asks_what_the_miniatures_own_measure_asks():

@@ -14,6 +14,7 @@ from comfy.text_encoders.sd3_clip import sd3_clip
 from distilled_t5.diffusion.denoise import denoise
 from distilled_t5.diffusion.files import check_guidance
 from distilled_t5.diffusion.frozen import FrozenModel
+from distilled_t5.encoder.served import describe
 from distilled_t5.encoder.teacher import load_teacher
 from distilled_t5.evaluate.cost import encoder_name
 from distilled_t5.evaluate.encoders import EncoderFile, LoadedEncoder
@@ -61,7 +62,7 @@ def conditioning(family: Family, model: FrozenModel) -> tuple[Tensor, Tensor, di
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(BATCH, *family.latent_shape(side_px(family)), generator=generator)
     text_BLD = torch.randn(BATCH, TOKENS, model.text_width, generator=generator)
-    extras = {"pooled_output": torch.randn(BATCH, family.pooled_width, generator=generator) if family.companions else None}
+    extras = {"pooled_output": torch.randn(BATCH, sum(family.companions.values()), generator=generator) if family.companions else None}
     return noise, text_BLD, extras
 
 
@@ -80,9 +81,9 @@ def test_comfyui_knows_the_clip_type_and_every_kind_of_student(family: Family):
 @with_t5
 def test_a_served_student_is_comfyuis_own_text_model_with_the_trained_embeddings(family: Family, tmp_path: Path):
     layout = layout_for(family)
-    clip = serve(
-        student_file(tmp_path, layout, family=family.name, token_length=family.token_length, pooled="zero"), family=family.name
-    ).clip
+    file = student_file(tmp_path, layout, family=family.name, token_length=family.token_length, pooled="zero")
+    clip = serve(file, family=family.name).clip
+    assert ("CLIP" in describe(clip, file.name, {})) == bool(family.companions)
     tokenizer, factory = family.text_classes()
     stock: Any = factory
     assert type(clip.tokenizer) is tokenizer
@@ -100,7 +101,7 @@ def test_a_served_student_is_comfyuis_own_text_model_with_the_trained_embeddings
 
     torch.testing.assert_close(text_BLD[:, -token_ids_BL.shape[1] :], expected_BLD, rtol=0, atol=1e-5)
     if family.companions:
-        assert extras["pooled_output"].shape == (1, family.pooled_width) and not extras["pooled_output"].any()
+        assert extras["pooled_output"].shape == (1, sum(family.companions.values())) and not extras["pooled_output"].any()
 
 
 @every_family

@@ -39,7 +39,7 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 
 def entry(batch: int, seed: int, tokens: int = TOKENS) -> tuple[Tensor, dict[str, Any]]:
-    return randn(batch, tokens, SD3.text_width, seed=seed), {"pooled_output": randn(batch, SD3.pooled_width, seed=seed + 1)}
+    return randn(batch, tokens, SD3.text_width, seed=seed), {"pooled_output": randn(batch, sum(SD3.companions.values()), seed=seed + 1)}
 
 
 def position(model: FrozenModel, **changes: Any) -> Position:

@@ -12,6 +12,7 @@ import comfy.model_management
 import comfy.sd
 import pytest
 import torch
+from distilled_t5.encoder.teacher import load_teacher
 from distilled_t5.families import FAMILIES
 from distilled_t5.families.flux_tensors import FluxLayout
 from distilled_t5.runtime.errors import UserError
@@ -92,6 +93,29 @@ def test_encoders_that_lack_tensors_are_listed_together_from_their_headers(stand
     assert "teacher.clip_l: clip_l.safetensors: 1 tensors of CLIP-L are missing." in said
 
 
+def test_a_t5xxl_teacher_without_clip_l_is_listed(stand_ins, tmp_path):
+    teacher = t5xxl_file(tmp_path / "t5xxl_fp16.safetensors")
+    with pytest.raises(UserError) as refused:
+        preflight(load_recipe("smoke", [*settings_for(stand_ins, **RIGHT), f"teacher.t5={teacher}", "teacher.clip_l=none"]))
+    said = str(refused.value)
+    assert "missing or wrong: 1.\n1. teacher.t5: A T5-XXL teacher is loaded with CLIP-L.\n   What to do: name a CLIP-L file" in said
+    assert "Download" not in said
+
+
+def test_a_plain_t5_as_teacher_is_listed_as_the_run_itself_refuses_it(stand_ins, tmp_path):
+    shapes = {name.removeprefix("encoder."): shape for name, shape in StudentLayout.named("base", None).tensors().items()}
+    plain, clip_l = sparse_file(tmp_path / "t5_base.safetensors", shapes, "F16"), stand_ins / "models" / RIGHT["clip"]
+    message = "t5_base.safetensors is a T5 of width 768 without a projection"
+    with pytest.raises(UserError, match=f"missing or wrong: 1.\n1. teacher.t5: {message}"):
+        preflight(load_recipe("smoke", [*settings_for(stand_ins, **RIGHT), f"teacher.t5={plain}"]))
+    with pytest.raises(ValueError, match=message):
+        load_teacher(plain, {"clip_l": clip_l})
+    described = {"distilled_t5.format_version": "1", "distilled_t5.projection": "none", "distilled_t5.text_width": "768"}
+    described |= {"distilled_t5.family": "flux", "distilled_t5.pooled": "zero", "distilled_t5.token_length": "256"}
+    student = sparse_file(tmp_path / "student.safetensors", shapes, "F16", described)
+    preflight(load_recipe("smoke", [*settings_for(stand_ins, **RIGHT), f"teacher.t5={student}"]))
+
+
 def test_every_file_of_a_wrong_kind_is_listed(stand_ins):
     wrong = dict(zip(RIGHT, [RIGHT["t5"], RIGHT["flux"], RIGHT["vae"], RIGHT["clip"], RIGHT["start"]], strict=True))
     with pytest.raises(UserError) as refused:
@@ -153,6 +177,13 @@ def test_full_size_models_that_cannot_fit_are_refused_before_anything_is_loaded(
     with pytest.raises(ValueError, match=r"Not enough memory on cpu: .* needs \d\d\.\d GB; cpu has 25\.8 GB"):
         open_workshop(load_recipe("smoke", full_size), Ranks())
     assert "No GPU is used" in caplog.text
+
+
+def test_processes_on_the_cpu_of_a_machine_share_its_ram(full_size, monkeypatch):
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *_device: 24 * 2**30)
+    monkeypatch.setattr(Ranks, "on_this_machine", lambda _ranks: 2)
+    with pytest.raises(ValueError, match=r"Not enough memory on cpu \(each of 2 processes\): .* has 12\.9 GB"):
+        open_workshop(load_recipe("smoke", full_size), Ranks())
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_invalid_settings_are_reported_before_training(comfyui_path, tmp_path, s
 
 def test_a_student_starts_from_a_sharded_hugging_face_folder_in_text_encoders():
     recipe = load_recipe("smoke", ["student.start=flan-t5-tiny"])
-    pretrained = T5EncoderModel(transformers_config(recipe.student.student_layout(4096)))
+    pretrained = T5EncoderModel(transformers_config(recipe.student_layout(4096)))
     pretrained.save_pretrained(Path(folder_paths.get_folder_paths("text_encoders")[0]) / "flan-t5-tiny", max_shard_size="5MB")
     student = open_workshop(recipe, Ranks()).student
     assert same(dict(student.encoder.state_dict()), dict(pretrained.state_dict()))

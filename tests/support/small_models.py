@@ -88,7 +88,9 @@ _Z_IMAGE = {
 }
 # fmt: on
 SMALL_MODELS: dict[str, SmallModel] = {
-    "flux": SmallModel(*FLUX.small, (16, 8, 8), FLUX.text_width, 0.7, extras={"pooled_output": torch.ones(1, FLUX.pooled_width)}),
+    "flux": SmallModel(
+        *FLUX.small, (16, 8, 8), FLUX.text_width, 0.7, extras={"pooled_output": torch.ones(1, sum(FLUX.companions.values()))}
+    ),
     # Text travels in 2-D modulations.
     "mochi": SmallModel("GenmoMochi", _MOCHI, (12, 2, 8, 8), 64, 0.7, masked=True),
     # Text travels in 5-D residual streams, and noise levels go beyond 1.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from distilled_t5.evaluate import compbench, judges
 from distilled_t5.evaluate.compbench_judges import BlipVqa, TransformersDepth, TransformersDetector
-from distilled_t5.evaluate.judges import by_number, check_judges, judged_by
+from distilled_t5.evaluate.judges import by_number, check_counts, check_judges, judged_by
 from distilled_t5.evaluate.metrics import METRICS
 from distilled_t5.evaluate.pictures import ClipScorer
 from distilled_t5.evaluate.questions import Question, read_questions
@@ -196,3 +196,15 @@ def test_kept_numbers_that_were_damaged_or_edited_are_measured_again(tmp_path, d
     path.write_text(damage(path.read_text()))
     assert kept.get("student/task.ocr", {"a": 1}) is None
     assert f"{path} is damaged or was edited" in caplog.text
+
+
+def test_every_metric_and_probe_with_too_few_prompts_is_named_before_anything_is_generated():
+    def counted(**counts: int) -> dict[str, list[Question]]:
+        return {task.name: [Question(task.name, 0, "a cat", 0)] * counts.get(task.name, 1) for task in load_suite("paper").tasks}
+
+    with pytest.raises(ValueError, match=r"^fid of task coco: expected at least 2 prompts, got 1\.\nWhat to do: raise --limit"):
+        check_counts(load_suite("paper"), counted())
+    check_counts(load_suite("paper"), counted(coco=2))
+    single = load_suite("miniature").model_copy(update={"tasks": load_suite("miniature").tasks[:1]})
+    with pytest.raises(ValueError, match=r"^collapse: expected at least 2 prompts, got 1\."):
+        check_counts(single, {single.tasks[0].name: [Question("single_object", 0, "a cat", 0)]})

@@ -69,6 +69,16 @@ def test_prompts_scores_losses_and_pictures_stand_in_the_page(html):
     assert data["maps"][0]["name"] == "t and s"
 
 
+def test_points_are_rounded_and_of_numbers_with_an_upper_end_only(tmp_path):
+    def points(task: str, loss: float) -> int:
+        scores = {"things": SCORES["things"], "far": {"lpips": {"s": [0.3]}}}
+        shown = row(Question(task, 0, "a star", 1), scores, {task: {"s": [loss]}}, ["t", "s"], lambda *_: picture_file(tmp_path), 96)
+        return shown["encoders"]["s"]["points"]
+
+    assert [points("things", loss) for loss in (1.0, 0.004, -0.26)] == [-100, 0, 26]
+    assert points("far", 0.3) == 0, "the distance has no range to be a share of"
+
+
 def test_nothing_in_a_prompt_ends_the_script_or_becomes_markup(html):
     assert "alert(1)</script>" not in html
     assert html.count("</script") == 2 and html.count("<script") == 2

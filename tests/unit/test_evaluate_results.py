@@ -51,14 +51,17 @@ def test_losses_are_differences_on_the_same_prompts():
 def test_the_loss_of_a_picture_is_the_mean_over_its_numbers():
     found = picture_losses(SCORES, "t", ["s"])
     assert found["things"] == {"s": [1.0, 0.0, 0.0, 0.0]}
-    # characters 0.75, words 1, distance 0.3; and -0.25, 0, 0.1
-    assert found["text"]["s"] == pytest.approx([(0.75 + 1.0 + 0.3) / 3, (-0.25 + 0.0 + 0.1) / 3])
+    # characters 0.75, words 1; and -0.25, 0. A distance without an upper end is not a share of its range.
+    assert found["text"]["s"] == pytest.approx([(0.75 + 1.0) / 2, (-0.25 + 0.0) / 2])
     assert picture_losses(SCORES, "t", []) == {}
 
 
-def test_a_clip_score_weighs_as_much_as_a_distance_from_0_to_1():
-    scores = {"coco": {"clip_score": {"t": [30.0, 30.0], "s": [29.0, 27.0]}, "lpips": {"s": [0.9, 0.1]}}}
-    assert picture_losses(scores, "t", ["s"])["coco"]["s"] == pytest.approx([(0.01 + 0.9) / 2, (0.03 + 0.1) / 2])
+def test_a_distance_without_an_upper_end_is_a_loss_only_where_there_is_no_other_number():
+    lpips = {"s": [0.9, 0.1]}
+    scores = {"coco": {"clip_score": {"t": [30.0, 30.0], "s": [29.0, 27.0]}, "lpips": lpips}, "distances": {"lpips": lpips}}
+    found = picture_losses(scores, "t", ["s"])
+    assert found["coco"]["s"] == pytest.approx([0.01, 0.03])
+    assert found["distances"]["s"] == [0.9, 0.1], "images are sorted by it"
 
 
 def test_fewer_is_better_where_a_number_is_a_distance():
@@ -110,6 +113,18 @@ def test_losses_are_written_in_points_and_identical_results_as_such():
     assert answer(found, "s") == "s keeps 100 % of the teacher (identical on all 12)."
 
 
+def test_identical_is_said_only_of_identical_scores():
+    one_less = [1.0] * 19 + [0.0]
+    equal = {"word": {"readback": {"t": one_less, "s": one_less[::-1]}}, "count": {"readback": {"t": [1.0], "s": [1.0]}}}
+    found = Report("tiny", ["t", "s"], measured_scores(equal), losses(equal, "t"), {}, shares(equal, "t", ["s"]))
+    assert answer(found, "s") == "s keeps 100 % of the teacher (interval not known, n = 21)."
+
+
+def test_a_velocity_gap_of_zero_has_no_interval_of_a_share():
+    gaps = {"lpips": {"s": [0.0] * 10}}
+    assert measured_scores({"coco": gaps})["coco"]["lpips"]["s"] == Measured(0.0, 10)
+
+
 def test_a_share_leaves_out_distances_and_tasks_at_which_the_teacher_fails():
     scores = {
         "words": {"ocr_word": {"t": [1.0] * 20, "s": [1.0, 0.5] * 10}, "lpips": {"s": [0.5] * 20}},
@@ -118,7 +133,7 @@ def test_a_share_leaves_out_distances_and_tasks_at_which_the_teacher_fails():
         "distances": {"lpips": {"s": [0.5] * 20}},
     }
     found = shares(scores, "t", ["s"])["s"]
-    assert {task: round(one.value, 3) for task, one in found.items()} == {ALL: round((0.75 + 0.27) / 1.3, 3), "words": 0.75, "coco": 0.9}
+    assert {task: round(one.value, 3) for task, one in found.items()} == {ALL: 0.75, "words": 0.75}, "CLIP scores are left out"
     assert found["words"].low is not None and 0.6 < found["words"].low < 0.75
     assert shares({"distances": scores["distances"]}, "t", ["s"]) == {}
 

@@ -124,6 +124,20 @@ def test_the_last_hash_of_an_image_counts_and_a_damaged_line_counts_as_none(tmp_
     assert folder.present() == {0}
 
 
+def test_complete_images_without_hashes_are_kept_and_get_them(tmp_path, caplog):
+    folder = folder_of(tmp_path / "images")
+    assert folder.present() == set() and not caplog.text
+    folder.add({number: image(number) for number in range(4)})
+    (folder.path / SUMS).unlink()
+    folder.file(2).write_bytes(image(2)[:-20])
+    folder.file(3).write_bytes(image(3)[:50] + b"?" + image(3)[51:])
+    assert folder.present() == {0, 1}
+    assert caplog.text.count("has no sha256sums.txt: the 2 complete images are kept") == 1
+    caplog.clear()
+    folder.add({2: image(2), 3: image(3)})
+    assert content(folder) == {number: image(number) for number in range(4)} and not caplog.text
+
+
 def test_images_without_a_record_of_what_they_were_made_of_are_refused(tmp_path):
     folder = folder_of(tmp_path / "images")
     folder.add({0: image(0)})

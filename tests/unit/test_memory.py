@@ -35,7 +35,7 @@ T5_XXL_FP16 = 9_524_621_312
 
 
 def need_of(recipe: Recipe, flow: ModelSize, on_gpu: bool = True) -> MemoryNeed:
-    return memory_need(recipe, recipe.student.student_layout(4096), flow, T5_XXL_FP16, on_gpu)
+    return memory_need(recipe, recipe.student_layout(4096), flow, T5_XXL_FP16, on_gpu)
 
 
 def test_the_sizes_that_the_numbers_start_from():
@@ -136,7 +136,7 @@ def test_too_little_memory_is_refused_with_what_is_needed_what_is_there_and_the_
         check_memory(need, recipe, 16 * GIB, "cuda:0")
     message = str(refusal.value)
     assert f"needs {need.least / 1e9:.1f} GB even with as much left in RAM as ComfyUI can; cuda:0 has 17.2 GB" in message
-    assert f"{16 * recipe.student.student_layout(4096).parameters / 1e9:.3f} GB" in message
+    assert f"{16 * recipe.student_layout(4096).parameters / 1e9:.3f} GB" in message
     assert message.splitlines()[-1].startswith("What to do: lower batch and raise accumulate")
     assert message.endswith("the shipped recipe schnell-16gb is made for this much memory.")
 
@@ -157,9 +157,13 @@ def test_the_largest_recipe_that_a_card_holds_is_named():
     assert named == {"sd3": "sd35-medium-24gb", "pixart_sigma": "pixart-sigma-24gb", "chroma": "chroma-24gb", "pixart_alpha": None}
 
 
+def test_recipes_of_two_families_with_the_same_memory_size_do_not_hide_each_other():
+    assert [shipped_for(25_386_352_640, FAMILIES[name]) for name in ("flux", "sd3")] == ["schnell-24gb", "sd35-medium-24gb"]
+
+
 def test_parts_of_ram_beside_a_gpu_by_hand():
     recipe = load_recipe("schnell-24gb", ["teacher.chunk_prompts=64", "validation.prompts=10"])
-    assert ram_parts(recipe, recipe.student.student_layout(4096), SCHNELL_WEIGHTS, T5_XXL_FP16, processes=1) == {
+    assert ram_parts(recipe, recipe.student_layout(4096), SCHNELL_WEIGHTS, T5_XXL_FP16, processes=1) == {
         "teacher and CLIP-L": T5_XXL_FP16,
         "diffusion model, while the teacher works": SCHNELL_WEIGHTS,
         # 32 prompts make a trajectory, two of them a chunk.
@@ -171,7 +175,7 @@ def test_parts_of_ram_beside_a_gpu_by_hand():
 
 def test_each_of_several_processes_holds_models_of_its_own_and_its_share_of_the_prompts():
     recipe = load_recipe("schnell-24gb", ["teacher.chunk_prompts=1", "validation.prompts=10"])
-    one, four = (ram_parts(recipe, recipe.student.student_layout(4096), SCHNELL_WEIGHTS, T5_XXL_FP16, processes) for processes in (1, 4))
+    one, four = (ram_parts(recipe, recipe.student_layout(4096), SCHNELL_WEIGHTS, T5_XXL_FP16, processes) for processes in (1, 4))
     assert one["teacher and CLIP-L"] == four["teacher and CLIP-L"]
     assert one["teacher's embeddings of one chunk"] == 4 * four["teacher's embeddings of one chunk"] == 32 * 256 * 4096 * 4
     assert four["teacher's embeddings of held-out prompts"] == 4 * 256 * 4096 * 4, "batches of four are dealt out whole"

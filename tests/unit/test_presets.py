@@ -6,16 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from distilled_t5.train.lengths import differences_besides_lengths
 from distilled_t5.train.presets import Wishes, check_name, preset_names, recipe_of, starter_prompts
 from distilled_t5.train.recipe import load_recipe
 
-WISHES = Wishes("flux.safetensors", "auto", "t5.safetensors", "clip_l.safetensors", "mine")
+WISHES = Wishes("flux.safetensors", None, "t5.safetensors", "clip_l.safetensors", "mine")
 
 
 def test_without_wishes_only_models_name_and_seed_differ_from_the_preset():
     for preset in preset_names():
         changed = {line.partition(":")[0] for line in load_recipe(preset).differences(recipe_of(preset, WISHES))}
-        assert changed <= {"teacher.t5", "teacher.clip_l", "diffusion_model.file", "diffusion_model.dtype", "output.name", "seed"}
+        assert changed <= {"teacher.t5", "teacher.clip_l", "diffusion_model.file", "output.name", "seed"}
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -29,6 +30,39 @@ def test_every_preset_becomes_shorter_or_longer_with_its_stages_in_proportion(pr
     assert asked.optimizer.warmup_steps <= min(usual.optimizer.warmup_steps, steps // 10)
     for part in ("validation", "checkpoints", "preview"):
         assert 1 <= getattr(asked, part).every_steps <= getattr(usual, part).every_steps
+
+
+def test_a_number_format_takes_the_place_of_the_presets():
+    assert recipe_of("schnell-16gb", replace(WISHES, dtype="bf16")).diffusion_model.dtype == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("before", "taken", "after", "expected"),
+    [
+        (100, 0, 200, [100, 100]),
+        (100, 30, 200, [100, 100]),
+        (100, 50, 200, [50, 150]),
+        (100, 70, 200, [50, 150]),
+        (100, 100, 200, [50, 150]),
+        (100, 30, 50, [30, 20]),
+        (100, 70, 100, [50, 50]),
+        (100, 70, 70, [50, 20]),
+    ],
+)
+def test_a_run_that_continues_keeps_the_stages_that_are_over_and_all_other_numbers(before, taken, after, expected):
+    begun = recipe_of("schnell-12gb", replace(WISHES, steps=before))
+    asked = recipe_of("schnell-12gb", replace(WISHES, steps=after), begun, taken)
+    assert [stage.steps for stage in asked.stages] == expected
+    assert differences_besides_lengths(begun, asked) == []
+    assert recipe_of("schnell-12gb", replace(WISHES, steps=after), asked, taken) == asked
+
+
+def test_steps_that_are_too_few_are_refused_with_the_fewest_that_are_possible():
+    begun = recipe_of("schnell-12gb", replace(WISHES, steps=100))
+    with pytest.raises(ValueError, match=r"60 steps are too few .*, 70 of which are taken\.\nWhat to do: set steps to 70 or more"):
+        recipe_of("schnell-12gb", replace(WISHES, steps=60), begun, 70)
+    with pytest.raises(ValueError, match=r"1 steps are too few .*\nWhat to do: set steps to 2 or more"):
+        recipe_of("schnell-12gb", replace(WISHES, steps=1))
 
 
 def test_prompts_take_the_place_of_those_of_every_stage_and_one_in_ten_is_held_out(tmp_path: Path):

@@ -432,8 +432,8 @@ def test_recipe_cannot_be_changed():
 
 
 def test_layout_of_named_and_free_sizes():
-    assert load_recipe("flux-dev-xl").student.student_layout(4096) == StudentLayout.named("xl")
-    layout = load_recipe("smoke").student.student_layout(256)
+    assert load_recipe("flux-dev-xl").student_layout(4096) == StudentLayout.named("xl")
+    layout = load_recipe("smoke").student_layout(256)
     assert layout == StudentLayout(64, 128, 2, 2, 32, True, hidden_width=128, projected_width=256)
 
 

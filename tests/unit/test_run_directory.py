@@ -48,10 +48,25 @@ def test_a_run_that_saved_nothing_is_started_over(tmp_path):
 def test_a_run_with_checkpoints_is_not_started_over(tmp_path, name):
     with RunDirectory(tmp_path).start(RECIPE) as run:
         (run.checkpoints / name).mkdir()
-    with pytest.raises(RunError, match=r"holds a run with checkpoints.\nWhat to do: resume it with --resume"):
+    with pytest.raises(RunError, match=r"holds a run with checkpoints.\nWhat to do: continue with --resume"):
         RunDirectory(tmp_path).start("other")
     assert (tmp_path / "recipe.toml").read_text() == RECIPE
     RunDirectory(tmp_path).resume().close()
+
+
+def test_prompts_are_written_under_the_lock_and_never_over_a_users_own(tmp_path):
+    own, run = tmp_path / "own", tmp_path / "run"
+    own.mkdir()
+    (own / "prompts.txt").write_text("mine")
+    with pytest.raises(RunError, match="holds files but no run"):
+        RunDirectory(own).start(RECIPE, "a red heart\n")
+    assert (own / "prompts.txt").read_text() == "mine"
+    with RunDirectory(run).start(RECIPE, "a red heart\n"):
+        with pytest.raises(RunError, match=r"Another process writes(.|\n)*in ComfyUI: give another name"):
+            RunDirectory(run).start(RECIPE, "a blue ring\n")
+        assert (run / "prompts.txt").read_text() == "a red heart\n"
+    RunDirectory(run).start(RECIPE, "a blue ring\n").close()
+    assert (run / "prompts.txt").read_text() == "a blue ring\n"
 
 
 def test_a_run_is_refused_in_a_folder_with_other_files_and_in_place_of_a_file(tmp_path):

@@ -192,7 +192,7 @@ def test_smoke_needs_no_file_and_is_small():
     assert (recipe.teacher.clip_l, recipe.preview.vae, recipe.student.start) == ("none", "", "random")
     assert {corpus.kind for stage in recipe.stages for corpus in stage.corpora} == {"lines"}
     assert {stage.objective for stage in recipe.stages} == set(OBJECTIVES)
-    assert recipe.student.student_layout(4096).parameters < 4_000_000
+    assert recipe.student_layout(4096).parameters < 4_000_000
     assert sum(stage.steps for stage in recipe.stages) <= 100
 
 
@@ -203,7 +203,7 @@ def test_students_of_the_miniature_differ_in_size_alone_and_are_as_large_as_they
         recipe = load_recipe(f"miniature-{size}")
         others = {line.split(":")[0] for line in load_recipe("miniature-half").differences(recipe)}
         assert others <= {"name", "output.name", "student.projection_width"} | {key for key in others if key.startswith("student.layout.")}
-        shares[size] = replace(recipe.student.student_layout(LAYOUT.d_model), vocab_size=0).parameters / teacher
+        shares[size] = replace(recipe.student_layout(LAYOUT.d_model), vocab_size=0).parameters / teacher
     assert shares == pytest.approx({"half": 1 / 2, "quarter": 1 / 4, "tenth": 1 / 10, "fortieth": 1 / 40}, rel=0.2)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from distilled_t5.runtime.logs import logging_to
 from distilled_t5.train.contact_sheet import GAP_PX, LINE_PX, PAPER, contact_sheet, image_difference
+from distilled_t5.train.curves import Curves
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.report import Reporter, cut_metrics
 from distilled_t5.train.run_directory import RunDirectory
@@ -102,6 +103,18 @@ def test_incomplete_lines_of_metrics_are_cut_off_and_complete_lines_are_kept(tmp
     assert cut_metrics(path, 3) == bool(torn)
     assert path.read_bytes() == b'{"step": 1}\n'
     assert cut_metrics(tmp_path / "none", 3) == 0
+
+
+@pytest.mark.parametrize(
+    "damage", ['"loss": "x"', '"held_out_by_band": 1', '"held_out_by_band": {"a": []}', '"loss": NaN', '"loss": {"a": 1}']
+)
+def test_a_damaged_line_of_metrics_is_left_out_of_the_curves_and_removed(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "loss": 0.5}}\n{{"step": 2, {damage}}}\n')
+    curves = Curves()
+    curves.add_lines(path.read_bytes().splitlines(keepends=True))
+    assert curves.loss[0].points() == [(1, 0.5)]
+    assert cut_metrics(path, 3) == 1
 
 
 def test_an_image_is_written_with_its_step(run):
@@ -279,7 +292,7 @@ def test_a_board_that_fails_is_left_out_and_the_image_is_kept(run, capsys):
     assert "Broken cannot be written to ([Errno 28] No space left on device); the run continues without it." in capsys.readouterr().err
 
 
-def test_what_a_board_raises_is_no_failed_image(run):
+def test_an_error_of_a_board_does_not_count_as_a_failed_image(run):
     class Full(Broken):
         def image(self, *_arguments: object) -> None:
             raise RuntimeError("the board's own")
