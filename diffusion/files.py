@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .frozen import FrozenModel
 DTYPES = {"auto": None, **CHOICES}
 # The miniature has 1.9 million weights, the smallest published model of a family some 600 million.
 SMALL_WEIGHTS = 20_000_000
+QUOTED = re.compile(r"'([^']+)'")
 # What ComfyUI's model detection raises for files that are not diffusion models, some of which resemble one.
 DETECTION_ERRORS = (RuntimeError, LookupError, AttributeError, TypeError, ValueError)
 
@@ -100,6 +102,7 @@ def _load_patcher(path: Path, dtype: torch.dtype | None, family: Family) -> Any:
             if is_of_the_driver(error, str(path)):
                 raise ValueError(f"{path.name} could not be loaded: {told}\nWhat to do: check the GPU and its driver.") from error
             raise _refused(f"{path.name} is not a diffusion model that ComfyUI knows.\n{told}", family) from error
-    if missing:
-        raise _refused(f"{path.name} is not a complete diffusion model. ComfyUI reports: {printable(missing[0])}", family)
+    needed = [line for line in missing if set(QUOTED.findall(line)) - family.unused]
+    if needed:
+        raise _refused(f"{path.name} is not a complete diffusion model. ComfyUI reports: {printable(needed[0])}", family)
     return patcher

@@ -20,7 +20,7 @@ from distilled_t5.runtime.failure import explained
 from distilled_t5.runtime.model_folders import SHIPPED
 from distilled_t5.tests.support.small_models import SMALL_MODELS, SmallModel
 from safetensors import SafetensorError
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 
 FLUX = FAMILIES["flux"]
 
@@ -58,6 +58,22 @@ def test_a_model_of_another_family_is_refused_with_its_name_and_the_setting_that
         )
         with pytest.raises(ValueError, match=re.escape(message)):
             check_family("file.safetensors", every_model[other.name], family)
+
+
+@pytest.mark.parametrize(("file", "own"), [("pixart_sigma_1024_ms", "pixart_sigma"), ("pixart_alpha_1024_ms", "pixart_alpha")])
+def test_a_pixart_in_the_names_of_diffusers_is_loaded_for_its_own_family_alone(stand_ins: Path, file: str, own: str) -> None:
+    path = stand_ins / "models" / "diffusion_models" / f"{file}.safetensors"
+    assert open_diffusion_model(path, "auto", FAMILIES[own]).text_width == 4096
+    [other] = {"pixart_sigma", "pixart_alpha"} - {own}
+    with pytest.raises(ValueError, match=f'{file}.safetensors is a {FAMILIES[own].display_name}, not .*(.|\n)*family = "{own}"'):
+        open_diffusion_model(path, "auto", FAMILIES[other])
+
+
+def test_a_pixart_that_lacks_a_tensor_is_refused(stand_ins: Path, tmp_path: Path) -> None:
+    tensors = load_file(stand_ins / "models" / "diffusion_models" / "pixart_sigma_1024_ms.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if name != "proj_out.bias"}, tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match=r"is not a complete diffusion model. ComfyUI reports: unet missing.*final_layer.linear.bias"):
+        open_diffusion_model(tmp_path / "part.safetensors", "auto", FAMILIES["pixart_sigma"])
 
 
 SD3, CHROMA = FAMILIES["sd3"], FAMILIES["chroma"]
