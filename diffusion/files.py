@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,19 @@ from typing import Any
 import comfy.sd
 import torch
 
+from ..families import FAMILIES
 from ..families.family import Family
 from ..runtime.comfyui import logged_lines
 from ..runtime.errors import StudentFileError, printable
 from ..runtime.failure import is_of_the_driver, is_out_of_memory
 from ..runtime.weights import CHOICES, read_header
+from ..students.foreign import ADDED_TO_A_MODEL, foreign_kind
 from .frozen import FrozenModel
 
 DTYPES = {"auto": None, **CHOICES}
 # The miniature has 1.9 million weights, the smallest published model of a family some 600 million.
 SMALL_WEIGHTS = 20_000_000
+QUOTED = re.compile(r"'([^']+)'")
 # What ComfyUI's model detection raises for files that are not diffusion models, some of which resemble one.
 DETECTION_ERRORS = (RuntimeError, LookupError, AttributeError, TypeError, ValueError)
 
@@ -26,9 +30,22 @@ DETECTION_ERRORS = (RuntimeError, LookupError, AttributeError, TypeError, ValueE
 def open_diffusion_model(path: Path, dtype: str, family: Family, exact_gradients: bool = True) -> FrozenModel:
     """A diffusion model with weights held in `dtype` (a name of DTYPES). Raises ValueError if the file is not one of this family."""
     patcher = _load_patcher(path, DTYPES[dtype], family)
-    if reason := family.refuse(patcher.model):
-        raise _refused(f"{path.name} {reason}", family)
+    check_family(path.name, patcher.model, family)
     return FrozenModel(patcher, family, exact_gradients)
+
+
+def check_family(name: str, model: Any, family: Family) -> None:
+    """Raise ValueError for a model of another family, with the name of that family if it is registered."""
+    reason = family.refuse(model)
+    if reason is None:
+        return
+    for other in FAMILIES.values():
+        if other.refuse(model) is None:
+            raise ValueError(
+                f"{name} is a {other.display_name}, not a {family.display_name}.\n"
+                f'What to do: name a {family.display_name} file in diffusion_model.file, or set diffusion_model.family = "{other.name}".'
+            )
+    raise _refused(f"{name} {reason}", family)
 
 
 def use_one_thread_if_small(model: FrozenModel) -> None:
@@ -67,9 +84,11 @@ def _load_patcher(path: Path, dtype: torch.dtype | None, family: Family) -> Any:
     if path.suffix.lower() == ".gguf":
         raise _refused(f"{path.name} is a GGUF file, which ComfyUI itself does not load.", family)
     try:
-        read_header(path)
+        kind = foreign_kind(read_header(path)[0], family.kind)
     except StudentFileError as error:
         raise _refused(error.problem, family) from error
+    if kind is not None and kind.name in ADDED_TO_A_MODEL:
+        raise _refused(f"{path.name} is {kind.name}, not a diffusion model.", family)
     with logged_lines("unet missing: ") as missing:
         try:
             # As ComfyUI's own training node does: with dynamic VRAM, weights are replaced while autograd needs them.
@@ -83,6 +102,7 @@ def _load_patcher(path: Path, dtype: torch.dtype | None, family: Family) -> Any:
             if is_of_the_driver(error, str(path)):
                 raise ValueError(f"{path.name} could not be loaded: {told}\nWhat to do: check the GPU and its driver.") from error
             raise _refused(f"{path.name} is not a diffusion model that ComfyUI knows.\n{told}", family) from error
-    if missing:
-        raise _refused(f"{path.name} is not a complete diffusion model. ComfyUI reports: {printable(missing[0])}", family)
+    needed = [line for line in missing if set(QUOTED.findall(line)) - family.unused]
+    if needed:
+        raise _refused(f"{path.name} is not a complete diffusion model. ComfyUI reports: {printable(needed[0])}", family)
     return patcher

@@ -8,7 +8,8 @@ from pathlib import Path
 import comfy.utils
 from torch import Tensor
 
-from ..runtime.errors import StudentFileError
+from ..families.family import Family
+from ..runtime.errors import StudentFileError, printable
 from ..runtime.progress import Progress, silent, waiting
 from ..runtime.weights import check_finite, load_tensors, read_header, widest_float
 from .needed_tensors import CLIPS, check_companion, naming_of
@@ -25,6 +26,17 @@ def in_order(companions: Mapping[str, str | None], student: str) -> tuple[dict[s
         if swapped is not None:
             given[swapped], student = student, given[swapped]
     return {_companion_in(path) or name: path for name, path in given.items()}, student
+
+
+def taken_by(family: Family, companions: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """The companions that a family can use, and a line about those that it ignores: all, where it takes none, as PixArt and Chroma.
+
+    The loader's list starts with CLIP-L, so a workflow for these families names one without meaning it.
+    """
+    if family.companions or not companions:
+        return dict(companions), ""
+    files = " and ".join(printable(Path(path).name) for path in companions.values())
+    return {}, f"not used: {files}, because {family.display_name} takes T5 alone"
 
 
 def _companion_in(path: str) -> str | None:

@@ -136,7 +136,11 @@ class Suite(_Tables):
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"expected a different name for every task, got {', '.join(names)}")
-        FAMILIES[self.diffusion_model.family].check_side(self.sampling.resolution_px)
+        family = FAMILIES[self.diffusion_model.family]
+        family.check_side(self.sampling.resolution_px)
+        for name in self.teacher.companions:
+            if name not in family.companions:
+                raise ValueError(f'teacher.{name}: expected "{NO_FILE}", as {family.display_name} takes none')
         for task in self.tasks:
             for metric in task.metrics:
                 if METRICS[metric].part and self.table_of(METRICS[metric]) is None:

@@ -18,9 +18,10 @@ def text_classes() -> tuple[Any, Any]:
 
 def refuse(model: Any) -> str | None:
     """Why a loaded diffusion model cannot be used as a Chroma, or None."""
-    if model.model_config.unet_config.get("image_model") != "chroma":
-        return f"is a {type(model).__name__}, not a Chroma."
-    return None
+    found = model.model_config.unet_config.get("image_model")
+    if found == "chroma_radiance":
+        return "is a Chroma Radiance, which draws pixels; expected a Chroma that draws latents (Chroma1-HD, Chroma1-Base)."
+    return None if found == "chroma" else f"is a {type(model).__name__}, not a Chroma."
 
 
 # Two blocks of one head.
@@ -66,5 +67,6 @@ CHROMA = Family(
     block_width_of=lambda model: model.diffusion_model.hidden_size,
     takes_guidance=lambda _model: False,
     refuse=refuse,
+    sources={"Chroma1-HD.safetensors": "https://huggingface.co/lodestones/Chroma1-HD"},
     small=("Chroma", SMALL),
 )

@@ -41,6 +41,8 @@ class Family:
     block checkpointing. The default values are upper bounds for Flux's blocks. training_sigmas: noise levels [T + 1] for a model, a
     number of steps, and latent height and width, where ComfyUI's `simple` scheduler is not what the model was trained with.
 
+    unused: tensors that ComfyUI's model has and does not use, so that a file may lack them.
+
     sources: where the model files of the family's recipes can be downloaded, by file name; those of text encoders are the student kind's.
 
     small: the class in ComfyUI's supported_models and the configuration of a small model of the family, which takes text of the family's
@@ -81,6 +83,7 @@ class Family:
     companions_optional: bool = False
     rows_before: Callable[[Mapping[str, Tensor]], Tensor] | None = None
     most_rows_before: int = 0
+    unused: frozenset[str] = frozenset()
     sources: Mapping[str, str] = field(default_factory=dict)
 
     @property

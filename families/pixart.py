@@ -31,6 +31,16 @@ def refuse_all_but(image_model: str, display_name: str) -> Callable[[Any], str |
     return refuse
 
 
+# As Hugging Face's repositories have it, in the names of diffusers; ComfyUI converts them.
+FILE = "transformer/diffusion_pytorch_model.safetensors of https://huggingface.co/PixArt-alpha/{}, saved under this name"
+ALPHA_SOURCES = {
+    "pixart_alpha_1024_ms.safetensors": FILE.format("PixArt-XL-2-1024-MS"),
+    "vae-ft-mse-840000-ema-pruned.safetensors": "https://huggingface.co/stabilityai/sd-vae-ft-mse-original",
+}
+SIGMA_SOURCES = {
+    "pixart_sigma_1024_ms.safetensors": FILE.format("PixArt-Sigma-XL-2-1024-MS"),
+    "sdxl_vae.safetensors": "https://huggingface.co/stabilityai/sdxl-vae",
+}
 # One block of four heads.
 SMALL = {
     "image_model": "pixart_alpha",
@@ -64,6 +74,9 @@ PIXART_ALPHA = Family(
     block_width_of=lambda model: model.diffusion_model.hidden_size,
     takes_guidance=lambda _model: False,
     refuse=refuse_all_but("pixart_alpha", "PixArt-alpha"),
+    # The text of dropped prompts in PixArt's own training; files in the names of diffusers lack it.
+    unused=frozenset({"y_embedder.y_embedding"}),
+    sources=ALPHA_SOURCES,
     small=("PixArtAlpha", SMALL),
 )
 PIXART_SIGMA = replace(
@@ -72,5 +85,6 @@ PIXART_SIGMA = replace(
     display_name="PixArt-Sigma",
     modelspec="pixart-sigma",
     refuse=refuse_all_but("pixart_sigma", "PixArt-Sigma"),
+    sources=SIGMA_SOURCES,
     small=("PixArtSigma", SMALL | {"image_model": "pixart_sigma", "model_max_length": 300, "micro_condition": False}),
 )

@@ -37,9 +37,11 @@ def text_encoder_files(clip: Any, family: Family) -> tuple[str, str | None]:
 
     Raises UserError for another kind of CLIP, for one that other nodes have changed, and for one whose files are not known.
     """
-    if not hasattr(clip.cond_stage_model, family.part):
+    # An SD3 CLIP may be loaded without its T5.
+    if getattr(clip.cond_stage_model, family.part, None) is None:
         kind = type(clip.cond_stage_model).__name__
-        raise UserError(f"The teacher is a {kind}; expected a text encoder of {family.display_name}.", f"{LOADERS['teacher']}.")
+        expected = f"one of {family.display_name} with {family.teacher_layout.size_name}"
+        raise UserError(f"The teacher is a {kind}; expected {expected}.", f"{LOADERS['teacher']}.")
     at_clip = (clip.layer_idx, clip.tokenizer_options, clip.use_clip_schedule, clip.apply_hooks_to_conds)
     paths, second, options, *_ = (*_loaded_from(clip.patcher, "teacher", any(at_clip)), None, None)
     if isinstance(options, ServingOptions) and (options.dtype or options.token_length):

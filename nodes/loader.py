@@ -7,7 +7,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..encoder.companions import in_order
+from ..encoder.companions import in_order, taken_by
 from ..encoder.served import ServingOptions, load_encoder
 from ..families import DEFAULT, FAMILIES
 from ..runtime.comfyui import NO_FILE
@@ -47,7 +47,8 @@ class DistilledT5Loader(io.ComfyNode):
                 io.Combo.Input(
                     "clip_name1",
                     options=clip_l_names(),
-                    tooltip="The CLIP-L file (clip_l.safetensors), from models/text_encoders. 'none': its pooled vector is zeros.",
+                    tooltip="The CLIP-L file (clip_l.safetensors), from models/text_encoders. 'none': its pooled vector is zeros. "
+                    "PixArt and Chroma do not use it.",
                 ),
                 io.Combo.Input(
                     "clip_name2",
@@ -85,7 +86,8 @@ class DistilledT5Loader(io.ComfyNode):
     ) -> io.NodeOutput:
         given = {"clip_l": clip_name1, "clip_g": clip_name3}
         paths = {name: None if file == NO_FILE else path_of(file) for name, file in given.items()}
-        companions, t5_path = in_order(paths, path_of(clip_name2))
+        found, t5_path = in_order(paths, path_of(clip_name2))
+        companions, ignored = taken_by(FAMILIES[type], found)
         options = ServingOptions(
             family=type,
             dtype=dtype_of(dtype, DTYPES),
@@ -94,7 +96,8 @@ class DistilledT5Loader(io.ComfyNode):
             embedding_folders=tuple(folder_paths.get_folder_paths("embeddings")),
         )
         served = load_encoder(t5_path, companions, options, progress_bar())
-        return io.NodeOutput(served.clip, served.info, ui=ui.PreviewText(served.info))
+        info = "\n".join(filter(None, [served.info, ignored]))
+        return io.NodeOutput(served.clip, info, ui=ui.PreviewText(info))
 
     @classmethod
     def fingerprint_inputs(cls, clip_name1: str | None, clip_name2: str | None, clip_name3: str = NO_FILE, **_settings: object) -> str:

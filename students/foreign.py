@@ -26,6 +26,11 @@ KINDS = (
         (".lora_down.", ".lora_up.", "lora.down.", ".lora_A.", ".lora_B.", ".hada_w1_a", ".lokr_w1"),
         "load it with LoraLoader; ",
     ),
+    ForeignKind(
+        "a ControlNet",
+        ("controlnet_blocks.", "controlnet_cond_embedding.", "control_model.", "controlnet.0."),
+        "load it with Load ControlNet Model; ",
+    ),
     ForeignKind("a diffusion model", ("double_blocks.0.", "single_transformer_blocks.0."), "load it with Load Diffusion Model; "),
     ForeignKind("a checkpoint with a diffusion model", ("model.diffusion_model.",), "load it with Load Checkpoint; "),
     ForeignKind(
@@ -37,6 +42,8 @@ KINDS = (
     ForeignKind("a VAE", ("decoder.conv_in.", "decoder.up.0.", "taesd_decoder."), "load it with Load VAE; "),
     ForeignKind("a language model (Llama, Qwen, Gemma or the like)", ("model.layers.0.self_attn.",)),
 )
+# Kinds that have tensor names of the diffusion model that they are used with.
+ADDED_TO_A_MODEL = {"a LoRA", "a ControlNet"}
 # Endings of tensor names that quantisation adds -> what it is called. The first that is found counts.
 QUANTISED = {
     ".weight_scale_2": "NVFP4",

@@ -17,8 +17,8 @@ from ..runtime.errors import StudentFileError, UserError
 from ..runtime.header import read_entries, read_strings
 from ..runtime.optional import pip_install
 from ..students import KINDS, kind_of
+from ..students.foreign import ADDED_TO_A_MODEL, foreign_kind
 from ..students.foreign import KINDS as FOREIGN
-from ..students.foreign import foreign_kind
 from ..students.kind import StudentKind
 from .recipe import RANDOM, STAND_IN, Recipe
 
@@ -160,7 +160,7 @@ def _check_kind(path: Path, model: Model) -> None:
     names = read_entries(path)
     found = _kind(names)
     suits = any(sign in name for sign in model.signs for name in names)
-    if found is not None and (found == "a LoRA" or not suits):
+    if found is not None and (found in ADDED_TO_A_MODEL or not suits):
         raise StudentFileError(f"{path.name} is {found}; expected {model.kind}.", f"name {model.kind} of models/{model.folder}.")
 
 

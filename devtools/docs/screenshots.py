@@ -65,6 +65,10 @@ CARDS = {
     ),
     "14-What-encoders-cost": Card("What encoders cost", "Memory and time, on your own machine", "MB, ms"),
     "15-Save-a-copy": Card("Save a copy", "An encoder file in another number format", "bf16\u2192fp8"),
+    "16-Stable-Diffusion-3-5-medium": Card("Stable Diffusion 3.5", "CLIP-L, CLIP-G and a distilled T5; you train it", "SD 3.5"),
+    "17-PixArt-Sigma": Card("PixArt-Sigma", "With a distilled T5, which you train", "Sigma"),
+    "18-PixArt-alpha": Card("PixArt-alpha", "With a distilled T5, by the paper's Appendix B", "alpha"),
+    "19-Chroma": Card("Chroma", "With a distilled T5, which you train", "Chroma"),
 }
 
 # Only the graph: no tabs, no sidebar, no menus, no note.

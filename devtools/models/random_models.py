@@ -4,10 +4,14 @@ The student and CLIP-L have their real sizes, because ComfyUI fixes them; the VA
 two blocks of each kind. The T5-XXL file has only its token table, its norms and the tensor by which ComfyUI detects it. ComfyUI leaves the
 other weights as allocated: on Linux zero pages that never become resident, 0.35 GB instead of 9.5 GB (devtools/comfyui/server.py ensures
 that the memory is fresh; patching the model, as a LoRA does, makes all of it resident).
+
+Stable Diffusion 3.5 is 128 wide, PixArt has one block; they have random weights. Chroma and CLIP-G have sizes that ComfyUI fixes, so most
+of their weights are zeros, which take no room on the disk.
 """
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,10 +20,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ...families import flux_tensors
+from ...encoder.files import write_student
+from ...encoder.metadata import StudentMetadata
+from ...encoder.needed_tensors import NAMINGS
+from ...families import FAMILIES, flux_tensors
 from ...families.flux_tensors import HEAD_WIDTH, PATCH_VALUES, FluxLayout, Shapes, linear
 from ...miniature.autoencoder import vae_tensors
 from ...runtime.random_weights import drawn
@@ -32,18 +38,24 @@ ROOT = Path(__file__).resolve().parents[2]
 FLUX = FluxLayout(width=HEAD_WIDTH, double=2, single=2)
 CLIP_WIDTH, CLIP_LAYERS, CLIP_VOCABULARY, CLIP_POSITIONS = 768, 12, 49408, 77
 LORA_RANK = 1
+# What ComfyUI fixes: the widths of PixArt and of Chroma's guidance layer. A Stable Diffusion 3.5 has as many blocks as its width has 64s.
+SD35_WIDTH, PIXART_WIDTH, CHROMA_GUIDE_WIDTH = 128, 1152, 5120
 IMAGE = "input/example.png"
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 
 
 def ensure_all(folder: Path) -> Path:
     """Write every stand-in below `folder` (models/<kind>/<name>, input/<name>) unless it is up to date; returns `folder`."""
     sources = (__file__, layout.__file__, flux_tensors.__file__)
     key, stamp = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest(), folder / "made-by.txt"
-    if stamp.is_file() and stamp.read_text() == key and all((folder / name).is_file() for name in (*MODEL_FILES, IMAGE)):
+    if stamp.is_file() and stamp.read_text() == key and all((folder / name).is_file() for name in FILES):
         return folder
     print(f"Making stand-in models in {folder} ...", flush=True)
     for relative, make in MODEL_FILES.items():
-        _write_aside(folder / relative, lambda path, make=make: save_file(make(), path))
+        _write_aside(folder / relative, lambda path, make=make: _save(make(), path))
+    for relative, (family, pooled) in STUDENTS.items():
+        metadata = StudentMetadata(family=family.name, token_length=family.token_length, pooled=pooled)
+        write_student(folder / relative, _weights(SMALL_STUDENT.tensors(), seed=11), metadata)
     # For the ControlNet.
     _write_aside(folder / IMAGE, lambda path: Image.open(ROOT / "assets" / "icon.png").convert("RGB").resize((512, 512)).save(path, "PNG"))
     _write_aside(stamp, lambda path: path.write_text(key))
@@ -52,7 +64,7 @@ def ensure_all(folder: Path) -> Path:
 
 def link_into(folder: Path, base: Path) -> None:
     """Add the stand-ins of `folder` to ComfyUI's base folder `base` as hard links, or as copies on another disk; existing files stay."""
-    for relative in (*MODEL_FILES, IMAGE):
+    for relative in FILES:
         target = base / relative
         if target.exists():
             continue
@@ -68,6 +80,24 @@ def _write_aside(path: Path, write: Callable[[Path], object]) -> None:
     aside = path.with_name(f".{os.getpid()}.{path.name}")
     write(aside)
     aside.replace(path)
+
+
+def _save(weights: Weights, path: Path) -> None:
+    """Write a safetensors file in which tensors of zeros are holes."""
+    header, end = {}, 0
+    for name, weight in weights.items():
+        begin, end = end, end + weight.numel() * weight.element_size()
+        header[name] = {"dtype": SAFETENSORS_NAMES[weight.dtype], "shape": list(weight.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for weight in weights.values():
+            if weight.float().any():
+                file.write(weight.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                file.seek(weight.numel() * weight.element_size(), os.SEEK_CUR)
+        file.truncate()
 
 
 def _weights(shapes: Shapes, seed: int, dtype: torch.dtype = torch.bfloat16) -> Weights:
@@ -154,6 +184,75 @@ def lora() -> Weights:
     return _weights(shapes, seed=7) | {f"{name}.alpha": torch.tensor(0.1 * LORA_RANK) for name in layers}
 
 
+def sd35() -> Weights:
+    """A checkpoint of a small Stable Diffusion 3.5 for images of up to 1024 pixels, with the VAE."""
+    width, patches = SD35_WIDTH, (1024 // 16) ** 2
+    shapes: Shapes = {"pos_embed": (1, patches, width), "x_embedder.proj.weight": (width, 16, 2, 2), "x_embedder.proj.bias": (width,)}
+    for name, inputs in {"y_embedder": 2048, "t_embedder": 256}.items():
+        shapes |= linear(f"{name}.mlp.0", width, inputs) | linear(f"{name}.mlp.2", width, width)
+    shapes |= linear("context_embedder", width, 4096) | linear("final_layer.linear", PATCH_VALUES, width)
+    shapes |= linear("final_layer.adaLN_modulation.1", 2 * width, width)
+    last = SD35_WIDTH // 64 - 1
+    for block in range(last + 1):
+        for stream in ("context_block", "x_block"):
+            shapes |= _sd35_stream(f"joint_blocks.{block}.{stream}", width, only_first=stream == "context_block" and block == last)
+    diffusion = {f"model.diffusion_model.{name}": weight for name, weight in _weights(shapes, seed=8).items()}
+    return diffusion | {f"first_stage_model.{name}": weight for name, weight in vae_tensors().items()}
+
+
+def _sd35_stream(name: str, width: int, only_first: bool) -> Shapes:
+    """One stream of a joint block; with `only_first`, no more than its keys and values are used."""
+    shapes = linear(f"{name}.attn.qkv", 3 * width, width) | linear(f"{name}.adaLN_modulation.1", (2 if only_first else 6) * width, width)
+    shapes |= {f"{name}.attn.{norm}.weight": (64,) for norm in ("ln_q", "ln_k")}
+    if only_first:
+        return shapes
+    shapes |= linear(f"{name}.attn.proj", width, width)
+    return shapes | linear(f"{name}.mlp.fc1", 4 * width, width) | linear(f"{name}.mlp.fc2", width, 4 * width)
+
+
+def pixart(alpha: bool) -> Weights:
+    """A PixArt of one block, by the names of diffusers; alpha has embedders of the image's size and shape."""
+    width, times, block = PIXART_WIDTH, "adaln_single.emb", "transformer_blocks.0"
+    shapes: Shapes = {"pos_embed.proj.weight": (width, 4, 2, 2), "pos_embed.proj.bias": (width,), "scale_shift_table": (2, width)}
+    shapes |= linear(f"{times}.timestep_embedder.linear_1", width, 256) | linear(f"{times}.timestep_embedder.linear_2", width, width)
+    for name in ("resolution_embedder", "aspect_ratio_embedder") if alpha else ():
+        shapes |= linear(f"{times}.{name}.linear_1", width // 3, 256) | linear(f"{times}.{name}.linear_2", width // 3, width // 3)
+    shapes |= linear("caption_projection.linear_1", width, 4096) | linear("caption_projection.linear_2", width, width)
+    shapes |= linear("adaln_single.linear", 6 * width, width) | linear("proj_out", 32, width) | {f"{block}.scale_shift_table": (6, width)}
+    for attention in ("attn1", "attn2"):
+        for part in ("to_q", "to_k", "to_v", "to_out.0"):
+            shapes |= linear(f"{block}.{attention}.{part}", width, width)
+    return _weights(shapes | linear(f"{block}.ff.net.0.proj", 4 * width, width) | linear(f"{block}.ff.net.2", width, 4 * width), seed=9)
+
+
+def chroma() -> Weights:
+    """A Chroma of two blocks. Only what embeds and returns the image has weights other than zeros: it returns noise."""
+    full = FluxLayout(double=1, single=1)
+    others = ("_in.in_layer", "_in.out_layer", "_mod.lin", "modulation.lin", "adaLN_modulation")
+    shapes = {name: shape for name, shape in full.tensors().items() if not any(part in name for part in others)}
+    guide, width = "distilled_guidance_layer", CHROMA_GUIDE_WIDTH
+    shapes |= linear(f"{guide}.in_proj", width, 64) | linear(f"{guide}.out_proj", full.width, width)
+    for index in range(5):
+        shapes |= linear(f"{guide}.layers.{index}.in_layer", width, width) | linear(f"{guide}.layers.{index}.out_layer", width, width)
+        shapes |= {f"{guide}.norms.{index}.scale": (width,)}
+    drawn_ones = {name: shape for name, shape in shapes.items() if name.startswith(("img_in", "final_layer"))}
+    return {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()} | _weights(drawn_ones, seed=10)
+
+
+def clip_g() -> Weights:
+    """CLIP-G's text model, all zeros."""
+    naming = NAMINGS["clip_g"][1]
+    return {name: torch.zeros(shape, dtype=torch.float16) for name, shape in naming.needed({naming.positions: (77, 1280)}).items()}
+
+
+def vae_of_four_channels() -> Weights:
+    """The VAE with the first four channels of its latent alone, as Stable Diffusion 1.5 and XL have."""
+    weights = vae_tensors()
+    first, last = "taesd_decoder.1.weight", "taesd_encoder.14"
+    kept = {first: weights[first][:, :4]} | {f"{last}.{part}": weights[f"{last}.{part}"][:4] for part in ("weight", "bias")}
+    return weights | kept
+
+
 def _matrices(shapes: Shapes, part: str) -> dict[str, tuple[int, int]]:
     """Linear layers whose name holds `part`, with underscores for dots as LoRA files have them."""
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight") and part in name}
@@ -167,7 +266,23 @@ MODEL_FILES: dict[str, Callable[[], Weights]] = {
     "models/diffusion_models/flux1-dev.safetensors": flux_dev,
     "models/diffusion_models/flux1-dev-fp8-e4m3fn.safetensors": flux_dev_fp8,
     "models/diffusion_models/flux1-schnell.safetensors": flux_schnell,
+    "models/text_encoders/clip_g.safetensors": clip_g,
+    "models/checkpoints/sd3.5_medium.safetensors": sd35,
+    "models/diffusion_models/pixart_sigma_1024_ms.safetensors": lambda: pixart(alpha=False),
+    "models/diffusion_models/pixart_alpha_1024_ms.safetensors": lambda: pixart(alpha=True),
+    "models/diffusion_models/Chroma1-HD.safetensors": chroma,
     "models/vae/ae.safetensors": vae_tensors,
+    "models/vae/sdxl_vae.safetensors": vae_of_four_channels,
+    "models/vae/vae-ft-mse-840000-ema-pruned.safetensors": vae_of_four_channels,
     "models/loras/FLUX-dev-lora-add_details.safetensors": lora,
     "models/controlnet/flux-canny-controlnet-v3.safetensors": controlnet,
 }
+# Students of the other families, by the names that recipes give them: small ones, with their family and companions in their metadata.
+SMALL_STUDENT = StudentLayout(d_model=64, d_ff=128, num_layers=2, num_heads=2, d_kv=32, hidden_width=64, projected_width=4096)
+STUDENTS = {
+    "models/text_encoders/distilled_t5_base_sd35_medium.safetensors": (FAMILIES["sd3"], "clip_l+clip_g"),
+    "models/text_encoders/distilled_t5_base_pixart_sigma.safetensors": (FAMILIES["pixart_sigma"], "zero"),
+    "models/text_encoders/distilled_t5_base_pixart_alpha.safetensors": (FAMILIES["pixart_alpha"], "zero"),
+    "models/text_encoders/distilled_t5_base_chroma.safetensors": (FAMILIES["chroma"], "zero"),
+}
+FILES = (*MODEL_FILES, *STUDENTS, IMAGE)

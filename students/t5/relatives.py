@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ...runtime.errors import StudentFileError, UndistilledError
 from .. import foreign
 from ..kind import Shape
-from .layout import NAMED_SIZES, POSITION_BIAS, PROJECTION, SHARED
+from .layout import NAMED_SIZES, POSITION_BIAS, PROJECTION, SHARED, T5_VOCABULARY
 
 PICK_STUDENT = foreign.PICK_STUDENT.format("T5")
 BIAS_OF_BLOCK_1 = POSITION_BIAS.replace("block.0", "block.1")
@@ -24,7 +24,8 @@ def refuse_relatives(shapes: Mapping[str, Shape], where: str, described: bool) -
             "only an encoder that was distilled for this diffusion model works here; " + PICK_STUDENT,
         )
     if table and BIAS_OF_BLOCK_1 in shapes:
-        raise StudentFileError(f"{where} is a umT5 (a position bias in every block), not a distilled T5.", PICK_STUDENT)
+        name = "a Pile-T5, AuraFlow's encoder" if table[0] == T5_VOCABULARY else "a umT5"
+        raise StudentFileError(f"{where} is {name} (a position bias in every block), not a distilled T5.", PICK_STUDENT)
     if len(table) == 2 and table[0] in OTHER_VOCABULARIES:
         name = OTHER_VOCABULARIES[table[0]]
         raise StudentFileError(f"{where} has the vocabulary of {name} ({table[0]:,} pieces); it is not a distilled T5.", PICK_STUDENT)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import comfy.sd
 import pytest
 import torch
-from distilled_t5.diffusion.files import check_guidance, open_diffusion_model, use_one_thread_if_small
+from distilled_t5.diffusion.files import check_family, check_guidance, open_diffusion_model, use_one_thread_if_small
 from distilled_t5.diffusion.frozen import FrozenModel
 from distilled_t5.families import FAMILIES
+from distilled_t5.families.family import Family
 from distilled_t5.miniature.files import FLUX_FILE, place
 from distilled_t5.runtime.failure import explained
 from distilled_t5.runtime.model_folders import SHIPPED
-from distilled_t5.tests.support.small_models import SMALL_MODELS
+from distilled_t5.tests.support.small_models import SMALL_MODELS, SmallModel
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 
 FLUX = FAMILIES["flux"]
 
@@ -31,6 +35,88 @@ def test_guidance_is_given_exactly_to_models_that_take_it() -> None:
         check_guidance("schnell", unguided, [2.0, 3.5])
     with pytest.raises(ValueError, match=r"dev needs guidance, but sampling.guidance is empty.\nWhat to do: set it to 3.5"):
         check_guidance("dev", guided, [])
+
+
+@pytest.fixture(scope="module")
+def every_model() -> dict[str, Any]:
+    """A small model of each family."""
+    return {name: model_of(*family.small) for name, family in FAMILIES.items()}
+
+
+def model_of(kind: str, config: Mapping[str, Any]) -> Any:
+    return SmallModel(kind, config, (), 0, 0.7).patcher().model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_of_another_family_is_refused_with_its_name_and_the_setting_that_fits(name: str, every_model: dict[str, Any]) -> None:
+    family = FAMILIES[name]
+    check_family("own", every_model[name], family)
+    for other in [other for other in FAMILIES.values() if other is not family]:
+        message = (
+            f"file.safetensors is a {other.display_name}, not a {family.display_name}.\n"
+            f'What to do: name a {family.display_name} file in diffusion_model.file, or set diffusion_model.family = "{other.name}".'
+        )
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check_family("file.safetensors", every_model[other.name], family)
+
+
+@pytest.mark.parametrize(("file", "own"), [("pixart_sigma_1024_ms", "pixart_sigma"), ("pixart_alpha_1024_ms", "pixart_alpha")])
+def test_a_pixart_in_the_names_of_diffusers_is_loaded_for_its_own_family_alone(stand_ins: Path, file: str, own: str) -> None:
+    path = stand_ins / "models" / "diffusion_models" / f"{file}.safetensors"
+    assert open_diffusion_model(path, "auto", FAMILIES[own]).text_width == 4096
+    [other] = {"pixart_sigma", "pixart_alpha"} - {own}
+    with pytest.raises(ValueError, match=f'{file}.safetensors is a {FAMILIES[own].display_name}, not .*(.|\n)*family = "{own}"'):
+        open_diffusion_model(path, "auto", FAMILIES[other])
+
+
+def test_a_pixart_that_lacks_a_tensor_is_refused(stand_ins: Path, tmp_path: Path) -> None:
+    tensors = load_file(stand_ins / "models" / "diffusion_models" / "pixart_sigma_1024_ms.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if name != "proj_out.bias"}, tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match=r"is not a complete diffusion model. ComfyUI reports: unet missing.*final_layer.linear.bias"):
+        open_diffusion_model(tmp_path / "part.safetensors", "auto", FAMILIES["pixart_sigma"])
+
+
+SD3, CHROMA = FAMILIES["sd3"], FAMILIES["chroma"]
+# fmt: off
+RADIANCE = {
+    **CHROMA.small[1], "image_model": "chroma_radiance", "in_channels": 3, "out_channels": 3, "patch_size": 16, "nerf_hidden_size": 8,
+    "nerf_mlp_ratio": 2, "nerf_depth": 1, "nerf_max_freqs": 2, "nerf_tile_size": 32, "nerf_final_head_type": "linear",
+    "nerf_embedder_dtype": torch.float32, "use_x0": False, "use_sequential_txt_ids": False,
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "config", "message"),
+    [
+        (CHROMA, "ChromaRadiance", RADIANCE, "is a Chroma Radiance, which draws pixels; expected a Chroma that draws latents (Chroma1-HD"),
+        (SD3, "SD3", {**SD3.small[1], "in_channels": 33}, "takes 33 channels, expected the 16 of a latent: it also takes an image."),
+        (SD3, "SD3", {**SD3.small[1], "adm_in_channels": 768}, "takes pooled text of width 768, expected 2048"),
+    ],
+    ids=["Chroma Radiance", "SD3 for inpainting", "SD3 of another pooled width"],
+)
+def test_a_variant_that_cannot_be_followed_is_refused_by_name(family: Family, kind: str, config: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"file.safetensors {message}")) as caught:
+        check_family("file.safetensors", model_of(kind, config), family)
+    assert f"What to do: name a complete {family.display_name} file" in str(caught.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.gguf", b"GGUF" + bytes(100), "is a GGUF file, which ComfyUI itself does not load."),
+        ("control.safetensors", save({"controlnet_blocks.0.weight": torch.zeros(2)}), "is a ControlNet, not a diffusion model."),
+        ("lora.safetensors", save({"transformer.blocks.0.lora_A.weight": torch.zeros(2)}), "is a LoRA, not a diffusion model."),
+    ],
+    ids=["GGUF", "ControlNet", "LoRA"],
+)
+def test_what_is_not_a_diffusion_model_is_refused_for_every_family(
+    family: Family, name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{name} {message}\nWhat to do: name a complete {family.display_name} file")):
+        open_diffusion_model(tmp_path / name, "auto", family)
 
 
 def test_an_error_of_the_driver_is_not_blamed_on_the_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.samplers
 import comfy.sd
 import pytest
 import torch
+from comfy.text_encoders.sd3_clip import sd3_clip
 from distilled_t5.diffusion.denoise import denoise
 from distilled_t5.diffusion.files import check_guidance
 from distilled_t5.diffusion.frozen import FrozenModel
@@ -19,6 +21,7 @@ from distilled_t5.evaluate.encoders import EncoderFile, LoadedEncoder
 from distilled_t5.evaluate.suite import load_suite
 from distilled_t5.families import DEFAULT, FAMILIES
 from distilled_t5.families.family import Family
+from distilled_t5.nodes.loaded_files import text_encoder_files
 from distilled_t5.students import KINDS
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.students.t5.trained import DistilledT5
@@ -226,3 +229,9 @@ def test_clip_l_is_refused_by_a_family_without_companions(t5_alone: Family, t5_a
 def test_images_smaller_than_the_family_allows_are_refused(t5_alone: Family, load: Any, name: str, key: str):
     with pytest.raises(ValueError, match="expected at least 320 pixels for T5 alone, got 304"):
         load(name, [f"diffusion_model.family={t5_alone.name}", f"{key}=304"])
+
+
+def test_a_clip_of_stable_diffusion_3_without_its_t5_cannot_teach():
+    clip = SimpleNamespace(cond_stage_model=sd3_clip(clip_l=False, clip_g=False, t5=False)())
+    with pytest.raises(ValueError, match=r"expected one of Stable Diffusion 3 with T5-XXL.(.|\n)*What to do: connect"):
+        text_encoder_files(clip, FAMILIES["sd3"])

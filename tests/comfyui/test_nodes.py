@@ -13,12 +13,14 @@ import torch
 from comfy.cli_args import args
 from comfy_extras.nodes_flux import CLIPTextEncodeFlux
 from distilled_t5.encoder.files import open_student
+from distilled_t5.families import FAMILIES
 from distilled_t5.nodes import DistilledT5Extension, DistilledT5Loader, DistilledT5Save, DistilledT5TextEncode
 from distilled_t5.runtime.weights import FLOAT_NAMES
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.tests.support.small_encoders import PROMPT, TINY, embedding, pooled, random_tensors, student_file
 from safetensors.torch import load_file, save_file
 
+CLIP_L = "clip_l.safetensors"
 SNAPSHOT = Path(__file__).parent / "schemas.json"
 FILE_LISTS = ("clip_name1", "clip_name2", "clip_name3", "preset", "preview_vae")
 
@@ -50,6 +52,16 @@ def test_loader_gives_a_clip_and_says_what_it_loaded(models):
         "clip_l",
     ):
         assert part in info
+
+
+@pytest.mark.parametrize("family", ["pixart_alpha", "pixart_sigma", "chroma"])
+def test_clip_l_is_not_used_and_reported_where_the_family_takes_t5_alone(models, family):
+    student_file(models, name="alone.safetensors", family=family, token_length=1, pooled="zero")
+    (_, expected), (clip, info) = (DistilledT5Loader.execute(first, "alone.safetensors", family).args for first in ("none", CLIP_L))
+    assert info == f"{expected}\nnot used: {CLIP_L}, because {FAMILIES[family].display_name} takes T5 alone"
+    assert not hasattr(clip.cond_stage_model, "clip_l")
+    swapped, _ = DistilledT5Loader.execute("alone.safetensors", CLIP_L, family).args
+    assert torch.equal(embedding(swapped), embedding(clip))
 
 
 def test_loader_takes_its_two_files_in_either_order_as_DualCLIPLoader_does(models):

@@ -18,7 +18,7 @@ def found(comfyui_path: Path, pack_root: Path, tmp_path_factory: pytest.TempPath
 
 def test_the_pack_pulls_no_module_into_comfyui_but_its_own(found: dict[str, Any], pack_root: Path) -> None:
     assert found["nodes"] == sorted(json.loads((Path(__file__).parent / "schemas.json").read_text(encoding="utf-8")))
-    parts = ("__init__.py", "nodes", "runtime", "config", "prompts", "students", "families", "encoder", "evaluate")
+    parts = ("__init__.py", "nodes", "runtime", "config", "prompts", "students", "families", "encoder", "train", "evaluate")
     folders = [str(pack_root / part) for part in parts]
     foreign = {name: file for name, file in found["modules"].items() if not str(file).startswith(tuple(folders))}
     assert foreign == {}, "modules that ComfyUI had not imported itself"

@@ -82,8 +82,8 @@ def broken(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
         ("text_encoders/clip_l.safetensors", "clip_l.safetensors is not a diffusion model"),
         ("text_encoders/t5xxl_fp16.safetensors", "t5xxl_fp16.safetensors is not a diffusion model"),
         ("text_encoders/distilled_t5_base.safetensors", "distilled_t5_base.safetensors is not a diffusion model"),
-        ("loras/FLUX-dev-lora-add_details.safetensors", "seems to be a Lora"),
-        ("controlnet/flux-canny-controlnet-v3.safetensors", "unet missing: ['final_layer"),
+        ("loras/FLUX-dev-lora-add_details.safetensors", "FLUX-dev-lora-add_details.safetensors is a LoRA, not a diffusion model."),
+        ("controlnet/flux-canny-controlnet-v3.safetensors", "flux-canny-controlnet-v3.safetensors is a ControlNet, not a diffusion model."),
     ],
 )
 def test_a_file_that_is_not_a_diffusion_model_is_refused(models, file, message):

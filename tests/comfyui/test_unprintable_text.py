@@ -88,7 +88,7 @@ def test_a_models_folder_that_is_not_valid_unicode_is_printed_escaped(tmp_path, 
         assert told(lambda name=name: DistilledT5Save.execute(clip, name, "as loaded")).encode()
     assert (folder / "mine.safetensors").is_file()
     with pytest.raises(ValueError, match="its path is not valid Unicode") as caught:
-        load_teacher(folder / FILE, None)
+        load_teacher(folder / FILE, {})
     assert "".join(traceback.format_exception(caught.value)).encode()
 
 

@@ -16,7 +16,7 @@ from distilled_t5.world.scenes import NEW_IN_TASK
 
 MINIATURE = (SHIPPED / "miniature.toml").read_text(encoding="utf-8")
 METRICS_PAGE = SHIPPED.parent / "METRICS.md"
-NAMES = ("miniature", "paper", "quick", "quick-sd35")
+NAMES = ("miniature", "paper", "paper-pixart", "quick", "quick-sd35")
 OPTIONS = {
     "": ["name", "seed", "students"],
     "teacher.": ["t5", "clip_l", "clip_g"],
@@ -85,7 +85,7 @@ def test_the_example_for_prompts_with_target_texts_is_a_valid_task():
 
 def test_the_shipped_suites_are_those_promised():
     assert tuple(sorted(path.stem for path in SHIPPED.glob("*.toml"))) == NAMES
-    miniature, paper, quick, _ = (load_suite(name) for name in NAMES)
+    miniature, paper, _, quick, _ = (load_suite(name) for name in NAMES)
     assert [task.prompts.category for task in miniature.tasks] == list(NEW_IN_TASK)
     assert {task.metrics for task in miniature.tasks} == {("readback",)}
     assert sum(task.prompts.limit for task in quick.tasks) == 200
@@ -93,6 +93,13 @@ def test_the_shipped_suites_are_those_promised():
         assert [task.prompts.category for task in suite.tasks if task.prompts.kind == "compbench"] == list(COMPBENCH_CATEGORIES)
     assert [task.prompts.mix for task in paper.tasks if task.prompts.kind == "common_text"] == ["paper"]
     assert {metric for task in paper.tasks for metric in task.metrics} == {"ocr", "compbench", "fid", "clip_score", "lpips"}
+
+
+def test_the_suite_for_pixart_is_the_papers_without_written_words():
+    paper, pixart = load_suite("paper"), load_suite("paper-pixart")
+    assert pixart.tasks == tuple(task for task in paper.tasks if task.metrics != ("ocr",))
+    assert (pixart.diffusion_model.family, pixart.sampling.cfg, pixart.sampling.guidance) == ("pixart_alpha", 4.5, None)
+    assert (pixart.sampling.resolution_px, pixart.sampling.steps) == (paper.sampling.resolution_px, paper.sampling.steps)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -145,6 +152,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path):
         ('task.0.metrics=["readback", "readback"]', "task single_object: expected different metrics, got readback, readback"),
         ('task.0.metrics=["taste"]', "expected metrics out of ocr, readback"),
         ("diffusion_model.family=sd9", "diffusion_model.family: expected one of flux"),
+        ("teacher.clip_g=clip_g.safetensors", 'teacher.clip_g: expected "none", as Flux.1 takes none'),
         ("task.1.name=single_object", "expected a different name for every task, got single_object, single_object"),
         ("sampling.resolution_px=100", "multiple of 16"),
         ("sampling.guidance=true", "expected a valid number"),
@@ -165,5 +173,5 @@ def test_photographs_are_asked_for_where_fid_is(tmp_path):
 def test_a_suite_that_is_not_there_is_refused_with_the_shipped_names():
     with pytest.raises(ConfigError, match=r"quik is neither a suite file \(it does not exist\) nor the name of a shipped suite") as caught:
         load_suite("quik")
-    assert "shipped: miniature, paper, quick, quick-sd35" in str(caught.value)
+    assert "shipped: miniature, paper, paper-pixart, quick, quick-sd35" in str(caught.value)
     assert "did you mean quick?" in str(caught.value)

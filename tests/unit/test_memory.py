@@ -153,6 +153,8 @@ def test_the_largest_recipe_that_a_card_holds_is_named():
     # What cards of 8, 12, 16, 24 and 80 GB show.
     sizes = [8_363_704_320, 12_621_709_312, 16_892_723_200, 25_386_352_640, 85_024_112_640]
     assert [shipped_for(size, FAMILIES["flux"]) for size in sizes] == [None, "schnell-12gb", "schnell-16gb", "schnell-24gb", "schnell-24gb"]
+    named = {family: shipped_for(sizes[-1], FAMILIES[family]) for family in ("sd3", "pixart_sigma", "chroma", "pixart_alpha")}
+    assert named == {"sd3": "sd35-medium-24gb", "pixart_sigma": "pixart-sigma-24gb", "chroma": "chroma-24gb", "pixart_alpha": None}
 
 
 def test_recipes_of_two_families_with_the_same_memory_size_do_not_hide_each_other():

@@ -8,15 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 from distilled_t5.config.files import SHIPPED
+from distilled_t5.encoder.needed_tensors import check_teacher_tensors
 from distilled_t5.prompts.corpora import PACK, SOURCES, PromptError, located
 from distilled_t5.runtime.errors import StudentFileError
 from distilled_t5.runtime.header import read_entries
 from distilled_t5.runtime.model_folders import SHIPPED as MODELS
+from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.tests.support.tiny_students import joined, published_file, tiny_tensors
 from distilled_t5.train.preflight import SOURCES as MODEL_SOURCES
 from distilled_t5.train.preflight import models_of
 from distilled_t5.train.recipe import load_recipe
 
+# Encoders that teach nothing here, as tensors by the names of Hugging Face, and what each is called.
+XXL = {name.removeprefix("encoder."): shape for name, shape in StudentLayout.named("xxl", None).tensors().items()}
+XL = {name.removeprefix("encoder."): shape for name, shape in StudentLayout.named("xl", None).tensors().items()}
+BIAS_OF_BLOCK_1 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+OTHER_TEACHERS = {
+    "umT5-XXL": (XXL | {"shared.weight": (256384, 4096), BIAS_OF_BLOCK_1: (32, 64)}, "is a umT5 (a position bias in every block)"),
+    "Pile-T5-XL": (XL | {BIAS_OF_BLOCK_1: (32, 32)}, "is a Pile-T5, AuraFlow's encoder (a position bias in every block)"),
+    "mT5-XXL": (XXL | {"shared.weight": (250112, 4096)}, "has the vocabulary of mT5 (250,112 pieces)"),
+    "ByT5-XXL": (XXL | {"shared.weight": (384, 4096)}, "has the vocabulary of ByT5 (384 pieces)"),
+}
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 
@@ -39,6 +51,14 @@ def test_a_corpus_that_is_missing_is_refused_with_where_to_get_it(tmp_path, monk
         PromptError, match="git clone https://github.com/Karine-Huang/T2I-CompBench " + f'"{tmp_path / "corpora" / "bench"}"'
     ):
         located("corpora/bench", "compbench")
+
+
+@pytest.mark.parametrize(("shapes", "found"), OTHER_TEACHERS.values(), ids=OTHER_TEACHERS)
+def test_a_teacher_of_another_kind_is_named_from_its_header(shapes, found):
+    check_teacher_tensors(XXL, {}, "t5xxl.safetensors", ["clip_l"])
+    with pytest.raises(StudentFileError) as caught:
+        check_teacher_tensors(shapes, {}, "other.safetensors", ["clip_l"])
+    assert f"other.safetensors {found}" in str(caught.value)
 
 
 def test_a_header_is_read_without_torch_as_safetensors_reads_it(tmp_path):

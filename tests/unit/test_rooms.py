@@ -20,7 +20,7 @@ BELOW = {
     "students": {"runtime", "config"},
     "families": {"runtime", "students"},
     "encoder": {"runtime", "students", "families"},
-    "diffusion": {"runtime", "families"},
+    "diffusion": {"runtime", "students", "families"},
     "train": GROUND - {"world"},
     "evaluate": GROUND | {"train"},
     "miniature": GROUND | {"train"},

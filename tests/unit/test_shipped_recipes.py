@@ -81,6 +81,9 @@ def test_shipped_recipes_are_those_promised():
         "schnell-16gb",
         "schnell-12gb",
         "sd35-medium-24gb",
+        "pixart-alpha-paper",
+        "pixart-sigma-24gb",
+        "chroma-24gb",
         "smoke",
         *(f"miniature-{size}" for size in MINIATURE),
     ]
@@ -140,6 +143,28 @@ def test_the_papers_recipe_says_where_it_differs_from_the_paper_and_the_authors_
     learning_rate = linear_schedule(recipe.optimizer.learning_rate, recipe.optimizer.warmup_steps, *recipe.periods)
     assert f"stage 3 starts at {learning_rate(120_000):.1e}".replace("e-0", "e-") in comments
     assert not recipe.optimizer.restart_per_stage
+
+
+def test_the_recipe_of_pixart_alpha_is_that_of_appendix_b():
+    recipe, comments = load_recipe("pixart-alpha-paper"), (SHIPPED / "pixart-alpha-paper.toml").read_text(encoding="ascii")
+    assert recipe.family.name == "pixart_alpha"
+    assert recipe.sampling.cfg == tuple(half / 2 for half in range(10, 21))
+    assert (recipe.sampling.steps, recipe.sampling.guidance) == (20, ())
+    optimizer = recipe.optimizer
+    assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (1e-4, 0.9, 0.999, 0.01)
+    assert {stage.resolution_px for stage in recipe.stages} == {512}
+    assert {stage.batch * stage.accumulate for stage in recipe.stages} == {32}
+    assert {corpus.kind for stage in recipe.stages for corpus in stage.corpora} == {"parquet", "compbench"}
+    for difference in ("Stages and steps", "Learning rate", "Guidance", "Negatives", "Checkpoint", "Prompts"):
+        assert f"#   {difference}: " in comments
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if load_recipe(name).sampling.cfg])
+def test_guided_recipes_train_on_negatives_and_say_that_they_were_not_tried_with_the_real_weights(name):
+    recipe = load_recipe(name)
+    assert recipe.sampling.negatives == 0.1
+    assert set(recipe.teacher.companions) <= set(recipe.family.companions)
+    assert "not tried with the real weights" in (SHIPPED / f"{name}.toml").read_text(encoding="ascii")
 
 
 @pytest.mark.parametrize("name", SCHNELL)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from distilled_t5 import __version__
 from distilled_t5.devtools.comfyui.workflow import NOTE_TYPES
+from distilled_t5.families import FAMILIES
 from distilled_t5.tests.support.workflows import (
     AGAINST_T5XXL,
     CONTROLNET,
@@ -26,6 +27,7 @@ from distilled_t5.tests.support.workflows import (
     blueprint_inside,
     example,
 )
+from distilled_t5.train.recipe import load_recipe
 from PIL import Image
 
 TITLE_PX = 30
@@ -35,9 +37,12 @@ SMALLEST_ZOOM = 0.65
 SHOW_THEIR_IMAGE = {"DistilledT5AttentionMapImage", "DistilledT5OCRAccuracy", "DistilledT5EncoderMap", "DistilledT5EncoderReport"}
 SHOW_IMAGES = {"SaveImage", "PreviewImage"}
 OLDEST_COMFYUI = "0.16.3"
-LOADERS = {"UNETLoader", "VAELoader", "DualCLIPLoader", "LoraLoader", "ControlNetLoader", "DistilledT5Loader"}
-FOLDERS = {"text_encoders", "diffusion_models", "vae", "loras", "controlnet"}
+LOADERS = {"UNETLoader", "VAELoader", "DualCLIPLoader", "LoraLoader", "ControlNetLoader", "DistilledT5Loader", "CheckpointLoaderSimple"}
+FOLDERS = {"checkpoints", "text_encoders", "diffusion_models", "vae", "loras", "controlnet"}
 SHIPPED = {path.name for path in (ROOT / "miniature" / "models").rglob("*.safetensors")}
+# Students that nobody has published, by the recipe that trains each.
+TRAINED = {f"{load_recipe(path.stem).output.name}.safetensors": path.stem for path in (ROOT / "recipes").glob("*.toml")}
+NO_ADDRESS = {*SHIPPED, *TRAINED}
 # A line of a note's list of files: [name](address) into models/folder (remark).
 FILE_LINE = re.compile(r"^- \[([^\]]+)\]\((https://[^)]+)\) into models/(\w+) \(", re.MULTILINE)
 
@@ -150,8 +155,24 @@ def test_every_node_says_which_pack_it_comes_from(name: str) -> None:
 def test_loaders_name_every_model_file_that_they_load(name: str) -> None:
     for node in real_nodes(example(name)):
         if node["type"] in LOADERS:
-            loaded = [value for value in node["widgets_values"] if str(value).endswith(".safetensors") and value not in SHIPPED]
+            loaded = [
+                value for value in node["widgets_values"] if str(value).endswith(".safetensors") and value not in {*SHIPPED, *TRAINED}
+            ]
             assert [model["name"] for model in node["properties"].get("models", [])] == loaded
+
+
+@each_example
+def test_the_note_says_which_recipe_trains_a_student_and_what_was_not_tried(name: str) -> None:
+    loaded = {value for node in real_nodes(example(name)) for value in node["widgets_values"] if value in TRAINED and value not in SHIPPED}
+    for student in loaded:
+        assert f"- {student} into models/text_encoders: **you train it**" in note_of(name)
+        assert f"train {TRAINED[student]}`" in note_of(name)
+        assert "**not tried with the real weights**" in note_of(name)
+
+
+def test_each_family_has_an_example() -> None:
+    loaders = [node for name in EXAMPLE_NAMES for node in example(name)["nodes"] if node["type"] == "DistilledT5Loader"]
+    assert {node["widgets_values"][2] for node in loaders} == set(FAMILIES)
 
 
 @each_example
