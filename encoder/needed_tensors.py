@@ -127,7 +127,7 @@ def check_companion(shapes: Mapping[str, Shape], where: str, name: str) -> Namin
 
 
 def _pick(name: str) -> str:
-    return f"pick {name}.safetensors in {CLIPS[name].widget}, or none for a pooled vector of zeros."
+    return f"pick {name}.safetensors as the {CLIPS[name].display_name} file ({CLIPS[name].widget}), or none for a pooled vector of zeros."
 
 
 def _other_file(shapes: Mapping[str, Shape], where: str, name: str) -> StudentFileError:

@@ -57,7 +57,7 @@ def test_asynchronous_offload_is_off_unless_requested(comfyui_path, flags, strea
 def test_fast_products_without_a_gradient_are_refused_before_anything_is_loaded(comfyui_path, tmp_path, flags):
     said = finish([*command(comfyui_path, tmp_path, tmp_path / "run"), *flags], tmp_path, code=1)
     assert "has no gradient" in said
-    assert "What to do: leave --fast out" in said
+    assert "What to do: start ComfyUI without --fast" in said
     assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
 

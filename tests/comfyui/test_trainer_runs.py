@@ -150,7 +150,7 @@ def test_another_recipe_is_not_resumed_and_the_differences_are_listed(whole, com
 
 def test_a_run_that_is_there_is_not_started_over(whole, comfyui_path, tmp_path):
     said = finish(command(comfyui_path, tmp_path, whole[0]), tmp_path, code=1)
-    assert "resume it with --resume" in said
+    assert "continue with --resume" in said
 
 
 @pytest.mark.parametrize(
