@@ -18,9 +18,9 @@ SMALL_STUDENT = (
 STAND_INS = [
     "teacher.t5=stand-in",
     "teacher.clip_l=none",
+    "teacher.clip_g=none",
     "diffusion_model.file=stand-in",
     f"student={SMALL_STUDENT}",
-    "sampling.guidance=[3.5]",
     "sampling.token_lengths=[16]",
     "validation.prompts=2",
     "preview.vae=''",
@@ -31,7 +31,8 @@ SMALL_STAGE = ['corpora=[{kind="lines", path="prompts/words/sentences.txt"}]', "
 def on_stand_ins(name: str) -> Recipe:
     """A shipped recipe with small models and pictures; its stages, steps, dtypes and optimizer are its own."""
     stages = [f"stage.{number}.{setting}" for number in range(len(load_recipe(name).stages)) for setting in SMALL_STAGE]
-    return load_recipe(name, STAND_INS + stages)
+    guidance = f"sampling.guidance={[] if load_recipe(name).sampling.cfg else [3.5]}"
+    return load_recipe(name, [*STAND_INS, guidance, *stages])
 
 
 @pytest.mark.parametrize("name", NAMES)
