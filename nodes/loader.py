@@ -12,7 +12,7 @@ from ..encoder.served import ServingOptions, load_encoder
 from ..families import DEFAULT, FAMILIES
 from ..runtime.comfyui import NO_FILE
 from ..runtime.weights import CHOICES
-from .model_files import FOLDER, clip_l_names, dtype_of, fingerprint, path_of, text_encoder_names
+from .model_files import FOLDER, choice_of, clip_l_names, fingerprint, path_of, text_encoder_names
 from .progress import progress_bar
 
 DTYPES = {"auto": None, **CHOICES}
@@ -87,10 +87,10 @@ class DistilledT5Loader(io.ComfyNode):
         given = {"clip_l": clip_name1, "clip_g": clip_name3}
         paths = {name: None if file == NO_FILE else path_of(file) for name, file in given.items()}
         found, t5_path = in_order(paths, path_of(clip_name2))
-        companions, ignored = taken_by(FAMILIES[type], found)
+        companions, ignored = taken_by(choice_of(type, FAMILIES, "type"), found)
         options = ServingOptions(
             family=type,
-            dtype=dtype_of(dtype, DTYPES),
+            dtype=choice_of(dtype, DTYPES),
             token_length=token_length or None,
             device=torch_device(device),
             embedding_folders=tuple(folder_paths.get_folder_paths("embeddings")),

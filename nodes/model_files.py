@@ -73,10 +73,10 @@ def path_of(name: str) -> str:
     return path
 
 
-def dtype_of(name: str, choices: Mapping[str, Choice]) -> Choice:
+def choice_of(name: str, choices: Mapping[str, Choice], what: str = "dtype") -> Choice:
     """The choice of that name. A linked input can give any name: raises ValueError that lists the valid ones."""
     if name not in choices:
-        raise ValueError(f"There is no dtype {name[:80]!r}.\nWhat to do: set dtype to one of {', '.join(choices)}.")
+        raise ValueError(f"There is no {what} {name[:80]!r}.\nWhat to do: set {what} to one of {', '.join(choices)}.")
     return choices[name]
 
 

@@ -10,7 +10,7 @@ from ..encoder.files import write_student
 from ..encoder.served import metadata_in_use, student_tensors
 from ..runtime.errors import escaped
 from ..runtime.weights import CHOICES
-from .model_files import dtype_of, folder_for, listed_name, new_file
+from .model_files import choice_of, folder_for, listed_name, new_file
 from .progress import progress_bar
 
 DTYPES = {"as loaded": None, **CHOICES}
@@ -55,7 +55,7 @@ class DistilledT5Save(io.ComfyNode):
     @classmethod
     def execute(cls, clip: Any, filename: str, dtype: str) -> io.NodeOutput:
         metadata = metadata_in_use(clip)
-        path, chosen, show = new_file(filename), dtype_of(dtype, DTYPES), progress_bar()
+        path, chosen, show = new_file(filename), choice_of(dtype, DTYPES), progress_bar()
         tensors = student_tensors(clip, chosen, show)
         with folder_for(path):
             path = write_student(path, tensors, metadata, show, overwrite=False)

@@ -25,14 +25,16 @@ STAND_INS = [
     "validation.prompts=2",
     "preview.vae=''",
 ]
-SMALL_STAGE = ['corpora=[{kind="lines", path="prompts/words/sentences.txt"}]', "resolution_px=32", "batch=1", "accumulate=2"]
+SMALL_STAGE = ['corpora=[{kind="lines", path="prompts/words/sentences.txt"}]', "batch=1", "accumulate=2"]
 
 
 def on_stand_ins(name: str) -> Recipe:
     """A shipped recipe with small models and pictures; its stages, steps, dtypes and optimizer are its own."""
     stages = [f"stage.{number}.{setting}" for number in range(len(load_recipe(name).stages)) for setting in SMALL_STAGE]
-    guidance = f"sampling.guidance={[] if load_recipe(name).sampling.cfg else [3.5]}"
-    return load_recipe(name, [*STAND_INS, guidance, *stages])
+    shipped = load_recipe(name)
+    sides = [f"stage.{number}.resolution_px={max(32, shipped.family.least_side_px)}" for number in range(len(shipped.stages))]
+    guidance = f"sampling.guidance={[] if shipped.sampling.cfg else [3.5]}"
+    return load_recipe(name, [*STAND_INS, guidance, *stages, *sides])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import comfy.sd
 import folder_paths
 import pytest
 import torch
@@ -19,6 +20,7 @@ from comfy_api.latest import io
 from distilled_t5.encoder.teacher import load_teacher
 from distilled_t5.nodes import ENCODER_NODES, EVALUATION_NODES
 from distilled_t5.nodes.common_text import DistilledT5CommonTextPrompt
+from distilled_t5.nodes.distil import DistilledT5Distil
 from distilled_t5.nodes.save import DistilledT5Save
 from distilled_t5.nodes.text_encode import DistilledT5TextEncode
 from distilled_t5.tests.support.small_encoders import serve, student_file
@@ -26,6 +28,7 @@ from distilled_t5.tests.support.small_encoders import serve, student_file
 NODES = [*ENCODER_NODES, *EVALUATION_NODES]
 TEXTS = ("\ud800", "odd\udcff.safetensors", "a fox\udfff")
 FILE = "tiny.safetensors"
+MINIATURE = Path(__file__).resolve().parents[2] / "miniature" / "models" / "diffusion_models" / "miniature_flux.safetensors"
 # Values of the other inputs, by their names.
 GOOD = {"clip_name1": "none", "clip_name2": FILE, "type": "flux", "dtype": "auto", "text": "a fox", "prompt": "a fox", "word": "fox"}
 GOOD |= {"guidance": 3.5, "filename": "mine", "seed": 0, "expected": "open", "reader": "tesseract", "repeats": 1, "model": None}
@@ -67,6 +70,14 @@ def test_every_node_that_takes_text_is_tried():
 def test_no_text_input_brings_unprintable_text_into_a_message(models, node):
     clip = serve(models / FILE).clip
     good = {**GOOD, "clip": clip, "clip_1": clip, "image": torch.zeros(1, 8, 8, 3), "split": "train", "prompts": "a"}
+    if node is DistilledT5Distil:
+        good |= {
+            "teacher": clip,
+            "model": comfy.sd.load_diffusion_model(str(MINIATURE)),
+            "preset": "schnell-16gb",
+            "name": "mine",
+            "steps": 1,
+        }
     if node is DistilledT5Save:
         good["dtype"] = "as loaded"
     ids = [each.id for each in node.define_schema().inputs]
