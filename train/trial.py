@@ -48,7 +48,6 @@ def _trial(workshop: Workshop, number: int) -> float:
     learner, objective = workshop.learner, OBJECTIVES[workshop.recipe.stages[number].objective]
     batches = workshop.schedule.batches(number, 0)
     with undisturbed():
-        workshop.load_model()
         encode_s, positions = timed(lambda: workshop.starts(batches, texts_of(workshop.teacher, batches)))
         passes = [
             timed(lambda: [gap_at(one, workshop.model, learner.embed, objective)[0].mean().backward() for one in positions])[0]

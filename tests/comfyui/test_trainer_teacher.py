@@ -104,11 +104,12 @@ def test_teacher_and_diffusion_model_change_places_once_per_chunk(tmp_path, monk
     asked = {workshop.need.room(weights, has_moments, usable) for has_moments in (False, True)}
     assert set(room) == asked, "ComfyUI must leave room for training, with AdamW's moments from the first step on"
     # One prompt gives the teacher's width before training; held-out prompts are encoded once for three validations.
-    assert turns == ["teacher", "diffusion"] * (CHUNKS + 1)
+    assert turns == ["teacher", "diffusion"] * (CHUNKS + 2), "and once for the trial of the second stage"
     trained = [batch for stage, count in ((0, 1), (1, 5)) for number in range(count) for batch in workshop.schedule.batches(stage, number)]
     batches = [(batch.prompts, batch.drawn.token_length) for batch in [*trained, *workshop.schedule.held_out_batches()]]
     assert sum(len(prompts) for prompts, _ in batches) == 6 * 4 + 3
-    assert sorted(encoded) == sorted([(("a",), 2), *batches])
+    trial = [(batch.prompts, batch.drawn.token_length) for batch in workshop.schedule.batches(1, 0)]
+    assert sorted(encoded) == sorted([(("a",), 2), *trial, *batches])
 
 
 def test_after_a_resume_every_batch_is_encoded_with_the_same_composition(encoded):
