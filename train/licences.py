@@ -23,6 +23,9 @@ class Licence:
 
 APACHE = Licence("apache-2.0")
 FLUX_DEV = Licence("flux-1-dev-non-commercial-license", False, f"{HUGGING_FACE}{DEV}/blob/main/LICENSE.md")
+SD35 = "stabilityai/stable-diffusion-3.5-medium"
+STABILITY_AI = Licence("stabilityai-ai-community", False, f"{HUGGING_FACE}{SD35}/blob/main/LICENSE.md")
+RAIL = Licence("openrail++", False)
 UNKNOWN = Licence("unknown", False)
 
 
@@ -49,6 +52,10 @@ ENDING = r"([-_.](bf16|fp16|fp32|fp8([-_]e4m3fn)?(_scaled)?))?(\.(safetensors|sf
 KNOWN = (
     (r"flux1?[-_.]?(1[-_])?dev", DEV, FLUX_DEV),
     (r"flux1?[-_.]?(1[-_])?schnell", "black-forest-labs/FLUX.1-schnell", APACHE),
+    (r"sd3\.5_medium", SD35, STABILITY_AI),
+    (r"pixart_alpha_1024_ms", "PixArt-alpha/PixArt-XL-2-1024-MS", RAIL),
+    (r"pixart_sigma_1024_ms", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", RAIL),
+    (r"chroma1[-_]hd", "lodestones/Chroma1-HD", APACHE),
     (r"t5xxl|t5[-_]v1_1[-_]xxl", "google/t5-v1_1-xxl", APACHE),
     (r"(google[-_])?(?P<name>(flan-t5|t5-v1_1)-(small|base|large|xl))", "google/{name}", APACHE),
     (r"miniature_(teacher|flux|student_(quarter|tenth|fortieth))", "", APACHE),

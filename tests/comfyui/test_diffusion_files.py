@@ -11,6 +11,7 @@ from typing import Any
 import comfy.sd
 import pytest
 import torch
+from comfy.ldm.chroma_radiance.model import ChromaRadianceParams
 from distilled_t5.diffusion.files import check_family, check_guidance, open_diffusion_model, use_one_thread_if_small
 from distilled_t5.diffusion.frozen import FrozenModel
 from distilled_t5.families import FAMILIES
@@ -81,7 +82,8 @@ SD3, CHROMA = FAMILIES["sd3"], FAMILIES["chroma"]
 RADIANCE = {
     **CHROMA.small[1], "image_model": "chroma_radiance", "in_channels": 3, "out_channels": 3, "patch_size": 16, "nerf_hidden_size": 8,
     "nerf_mlp_ratio": 2, "nerf_depth": 1, "nerf_max_freqs": 2, "nerf_tile_size": 32, "nerf_final_head_type": "linear",
-    "nerf_embedder_dtype": torch.float32, "use_x0": False, "use_sequential_txt_ids": False,
+    "nerf_embedder_dtype": torch.float32, "use_x0": False,
+    **dict.fromkeys({"use_sequential_txt_ids"} & set(ChromaRadianceParams.__dataclass_fields__), False),
 }
 # fmt: on
 

@@ -132,6 +132,20 @@ def test_the_licence_follows_from_the_models(settings, licence, repos):
     assert [model.repo for model, repo in zip(models, repos, strict=True) if repo is not ...] == [repo for repo in repos if repo is not ...]
 
 
+@pytest.mark.parametrize(
+    ("name", "licence", "repo"),
+    [
+        ("sd35-medium-24gb", "stabilityai-ai-community", "stabilityai/stable-diffusion-3.5-medium"),
+        ("pixart-alpha-paper", "openrail++", "PixArt-alpha/PixArt-XL-2-1024-MS"),
+        ("pixart-sigma-24gb", "openrail++", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
+        ("chroma-24gb", "apache-2.0", "lodestones/Chroma1-HD"),
+    ],
+)
+def test_the_licence_of_a_shipped_recipe_s_student_is_that_of_its_diffusion_model(name, licence, repo):
+    models = origins(load_recipe(name))
+    assert (licence_of(models).name, models[0].repo) == (licence, repo)
+
+
 def test_the_miniature_s_files_are_known_by_their_names():
     shipped = [
         path.name for path in (ROOT / "miniature" / "models").glob("*/*.safetensors") if "text" in str(path) or "diffusion" in str(path)
