@@ -67,29 +67,7 @@ class DistilledT5Distil(io.ComfyNode):
                     placeholder="One prompt on each line. Empty: the preset's own prompts.",
                     tooltip="What is trained on, one prompt on each line; thousands are better than these. Empty: the preset's own.",
                 ),
-                io.String.Input(
-                    "name",
-                    default="my_student",
-                    tooltip="The encoder becomes models/text_encoders/NAME.safetensors, the run is in output/distilled_t5/NAME.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MOST_SEED,
-                    # Another seed after each run would be another run.
-                    control_after_generate=False,
-                    tooltip="Decides every random draw: the same seed, the same student.",
-                ),
-                io.Combo.Input(
-                    "preview_vae",
-                    display_name="preview VAE",
-                    options=[OF_THE_PRESET, NO_FILE, *folder_paths.get_filename_list("vae")],
-                    default=OF_THE_PRESET,
-                    advanced=True,
-                    optional=True,
-                    tooltip="The VAE of the images that are shown while the student is trained; none: no images.",
-                ),
+                *_run_inputs(),
             ],
             outputs=[
                 io.Clip.Output(display_name="CLIP", tooltip="The trained encoder, as Distilled T5 Loader gives it."),
@@ -111,6 +89,35 @@ class DistilledT5Distil(io.ComfyNode):
         report = "\n".join([served.info, *outcome(run), f"run: {run.path}"])
         shows = ui.PreviewText(report).as_dict() if sheet is None else shown(image_of(sheet), report, cls)
         return io.NodeOutput(served.clip, report, ui=shows)
+
+
+def _run_inputs() -> list[io.Input]:
+    """The inputs that name a run and say how it is shown."""
+    return [
+        io.String.Input(
+            "name",
+            default="my_student",
+            tooltip="The encoder becomes models/text_encoders/NAME.safetensors, the run is in output/distilled_t5/NAME.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=MOST_SEED,
+            # Another seed after each run would be another run.
+            control_after_generate=False,
+            tooltip="Decides every random draw: the same seed, the same student.",
+        ),
+        io.Combo.Input(
+            "preview_vae",
+            display_name="preview VAE",
+            options=[OF_THE_PRESET, NO_FILE, *folder_paths.get_filename_list("vae")],
+            default=OF_THE_PRESET,
+            advanced=True,
+            optional=True,
+            tooltip="The VAE of the images that are shown while the student is trained; none: no images.",
+        ),
+    ]
 
 
 def _run_and_recipe(
