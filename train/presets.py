@@ -57,7 +57,7 @@ def recipe_of(preset: str, wishes: Wishes, begun: Recipe | None = None, taken: i
     Raises UserError for a number of steps that is too small, ConfigError for other values.
     """
     recipe = load_recipe(preset)
-    settings = [*_model_settings(wishes), *_length_settings(recipe, wishes.steps, begun, taken), *_prompt_settings(recipe, wishes)]
+    settings = [*_model_settings(recipe, wishes), *_length_settings(recipe, wishes.steps, begun, taken), *_prompt_settings(recipe, wishes)]
     return load_recipe(preset, settings)
 
 
@@ -91,14 +91,15 @@ def check_name(name: str) -> None:
         raise UserError(f"{printable(name)!r} cannot be the name of the encoder: {error}.", 'give a name such as "my_student".') from error
 
 
-def _model_settings(wishes: Wishes) -> Iterator[str]:
+def _model_settings(recipe: Recipe, wishes: Wishes) -> Iterator[str]:
     values = {
         "teacher.t5": wishes.t5,
-        "teacher.clip_l": wishes.clip_l,
         "diffusion_model.file": wishes.diffusion_model,
         "output.name": wishes.name,
         "seed": wishes.seed,
     }
+    if "clip_l" in recipe.family.companions:
+        values["teacher.clip_l"] = wishes.clip_l
     if wishes.dtype is not None:
         values["diffusion_model.dtype"] = wishes.dtype
     if wishes.vae is not None:
