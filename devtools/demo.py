@@ -202,6 +202,9 @@ def main() -> None:
     except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"The demo failed: {error}")
     print(report(facts, arguments.out))
+    if arguments.train:
+        file = arguments.keep / "models" / "text_encoders" / f"{TRAINED}.safetensors"
+        print(f"The trained student is {file}. To measure it: python evaluate miniature --student {file} --limit 20")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,6 @@ def attention(host: ComfyServer, seed: int, step: int = 0, **of_the_map: str) ->
 
 def test_comfyuis_cache_gives_neither_an_old_nor_an_empty_map(host: ComfyServer) -> None:
     first = attention(host, seed=1)
-    assert np.array_equal(attention(host, seed=1), first), "nothing changed"
     other_seed = attention(host, seed=2)
     assert np.abs(other_seed - first).mean() > 0.5
     of_step = attention(host, seed=2, step=3)
