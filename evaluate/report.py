@@ -92,8 +92,9 @@ def _sentence(origin: Mapping[str, Any]) -> str:
     """The origin of the numbers as a sentence."""
     machine, versions = origin["machine"], origin["versions"]
     commit = origin["commit"][:12] if origin["commit"] else "not in a repository"
+    where = f"on {machine['gpu']}" if machine["gpu"] else "without a GPU"
     return (
-        f"Measured {origin['date'][:10]} {'on ' + machine['gpu'] if machine['gpu'] else 'without a GPU'}, on {machine['cpu']} ({machine['cores']} cores), ComfyUI "
+        f"Measured {origin['date'][:10]} {where}, on {machine['cpu']} ({machine['cores']} cores), ComfyUI "
         f"{versions['comfyui']}, torch {versions['torch']}, commit {commit}, sources {origin['sources_sha256'][:12]}."
     )
 
