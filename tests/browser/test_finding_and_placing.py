@@ -40,7 +40,7 @@ def test_the_loader_is_found_by_name_and_by_alias_and_placed(comfy: ComfyTab, no
     comfy.place_from_search(query, "Distilled T5 Loader")
     comfy.wait_for_node("DistilledT5Loader")
     [node] = comfy.graph()["nodes"]
-    assert node["widgets_values"] == ["clip_l.safetensors", "distilled_t5_base.safetensors", "flux", "default", "auto", 0]
+    assert node["widgets_values"] == ["clip_l.safetensors", "distilled_t5_base.safetensors", "flux", "default", "auto", 0, "none"]
 
 
 def test_the_loader_is_found_by_every_name_in_use(comfy: ComfyTab) -> None:

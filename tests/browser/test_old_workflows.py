@@ -55,7 +55,7 @@ def test_the_old_loader_is_replaced_and_the_workflow_runs(comfy: ComfyTab, nodes
     panel.get_by_role("button", name="Replace Node", exact=True).click()
     comfy.wait_for_node("DistilledT5Loader")
     [loader] = [node for node in comfy.graph()["nodes"] if node["type"] == "DistilledT5Loader"]
-    assert loader["widgets_values"] == ["t5base_fp16.safetensors", "clip_l.safetensors", "flux", "default", "auto", 0]
+    assert loader["widgets_values"] == ["t5base_fp16.safetensors", "clip_l.safetensors", "flux", "default", "auto", 0, "none"]
     assert comfy.missing_nodes() == []
     # Frontend 1.58.1 still draws the replaced node, with an error in every frame until a reload; 1.47.12 does not.
     if comfy.draws_removed_nodes():
