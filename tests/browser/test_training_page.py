@@ -123,7 +123,9 @@ def test_a_run_that_ended_says_how_and_one_that_was_killed_is_noticed(tab, run):
     html = run.page.read_text(encoding="utf-8")
     run.page.write_text(re.sub(r'"written": (\d+)', lambda at: f'"written": {int(at[1]) - 3600}', html), encoding="utf-8")
     tab.reload()
-    expect(tab.locator("#written")).to_have_text("Not updated for 1 h: the run may have been killed. Continue it with --resume, in ComfyUI with Run.")
+    expect(tab.locator("#written")).to_have_text(
+        "Not updated for 1 h: the run may have been killed. Continue it with --resume, in ComfyUI with Run."
+    )
 
 
 def test_the_page_that_is_served_follows_the_run_from_its_end_to_its_resume(tab, run):
