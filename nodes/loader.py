@@ -46,12 +46,14 @@ class DistilledT5Loader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "clip_name1",
+                    display_name="CLIP-L file",
                     options=clip_l_names(),
                     tooltip="The CLIP-L file (clip_l.safetensors), from models/text_encoders. 'none': its pooled vector is zeros. "
                     "PixArt and Chroma do not use it.",
                 ),
                 io.Combo.Input(
                     "clip_name2",
+                    display_name="Distilled T5 file",
                     options=text_encoder_names(),
                     tooltip="The distilled T5 file, from models/text_encoders; distilled files come first. T5-XXL needs ComfyUI's loader.",
                 ),
@@ -145,6 +147,7 @@ def _advanced_inputs() -> list[io.Input]:
         ),
         io.Int.Input(
             "token_length",
+            display_name="token length",
             default=0,
             min=0,
             max=MAX_TOKEN_LENGTH,
@@ -154,6 +157,7 @@ def _advanced_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "clip_name3",
+            display_name="CLIP-G file",
             options=[NO_FILE, *text_encoder_names()],
             default=NO_FILE,
             advanced=True,
