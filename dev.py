@@ -364,7 +364,7 @@ def command_line() -> Parser:
     """The parser of the five commands."""
     parser = Parser(prog="dev.py", description="Set up, test, show and measure Distilled T5.")
     commands = parser.add_subparsers(dest="command", required=True)
-    testing = commands.add_parser("test", help="ruff, pyright and pytest: unit, ComfyUI and browser tests, 20 minutes")
+    testing = commands.add_parser("test", help="ruff, pyright and pytest: unit, ComfyUI and browser tests, half an hour")
     extent = testing.add_mutually_exclusive_group()
     extent.add_argument("--fast", action="store_true", help="ruff and the unit tests, one minute")
     extent.add_argument("--full", action="store_true", help="every test, and those about ComfyUI on every supported version: an hour")
