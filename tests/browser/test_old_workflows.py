@@ -45,7 +45,9 @@ def old_file(server: ComfyServer) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("old_file")
-@pytest.mark.parametrize("nodes_2", [pytest.param(False, id="canvas", marks=pytest.mark.every_version), pytest.param(True, id="nodes-2")])
+@pytest.mark.parametrize(
+    "nodes_2", [pytest.param(False, id="canvas", marks=pytest.mark.every_version), pytest.param(True, id="nodes-2", marks=pytest.mark.full)]
+)
 def test_the_old_loader_is_replaced_and_the_workflow_runs(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open(nodes_2=nodes_2)
     comfy.drop("authors", json.dumps(old_workflow()))

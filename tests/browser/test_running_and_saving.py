@@ -19,6 +19,10 @@ SHOWN = """(text) => app.graph.nodes.some(node => node.type === 'PreviewAny'
     && node.widgets?.some(widget => String(widget.value).startsWith(text)))"""
 IN_DRAFT = "(text) => Object.values(localStorage).some(draft => draft.includes(text))"
 
+# In the default run a test of one renderer is enough: both run the same code of ours.
+ONE_ON_THE_CANVAS = [pytest.param(False, id="canvas"), pytest.param(True, id="nodes-2", marks=pytest.mark.full)]
+ONE_IN_NODES_2 = [pytest.param(False, id="canvas", marks=pytest.mark.full), pytest.param(True, id="nodes-2")]
+
 
 def content(graph: dict[str, Any]) -> dict[str, Any]:
     """What must be kept: everything but the view and the order in which nodes run."""
@@ -44,6 +48,7 @@ def test_a_dropped_workflow_runs_to_its_picture(comfy: ComfyTab, server: ComfySe
     expect(comfy.page.locator(f"img[src*='{image['filename']}']").first).to_be_visible()
 
 
+@pytest.mark.parametrize("nodes_2", ONE_IN_NODES_2)
 def test_the_text_of_what_was_loaded_stays_and_returns_after_a_reload_without_loading_again(
     comfy: ComfyTab, server: ComfyServer, nodes_2: bool
 ) -> None:
@@ -65,6 +70,7 @@ def test_the_text_of_what_was_loaded_stays_and_returns_after_a_reload_without_lo
     assert kept == set(entry["prompt"][2])
 
 
+@pytest.mark.parametrize("nodes_2", ONE_IN_NODES_2)
 def test_a_saved_and_loaded_workflow_is_unchanged(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open(nodes_2=nodes_2)
     for path in sorted(FOLDER.glob("*.json")):
@@ -74,6 +80,7 @@ def test_a_saved_and_loaded_workflow_is_unchanged(comfy: ComfyTab, nodes_2: bool
         assert content(comfy.graph()) == content(before), path.name
 
 
+@pytest.mark.parametrize("nodes_2", ONE_ON_THE_CANVAS)
 def test_a_reload_and_saving_keep_every_value(comfy: ComfyTab, server: ComfyServer, nodes_2: bool) -> None:
     name = f"mine-{'new' if nodes_2 else 'old'}"
     comfy.open_template(LORA, nodes_2=nodes_2)

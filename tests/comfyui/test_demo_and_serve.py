@@ -122,6 +122,7 @@ def test_a_demo_that_cannot_write_says_so(comfyui_path: Path, tmp_path: Path) ->
     assert failed_demo(comfyui_path, tmp_path / "out").startswith("The demo failed: [Errno 17] File exists")
 
 
+@pytest.mark.full
 def test_the_student_that_demo_has_trained_is_in_what_serve_serves(comfyui_path: Path, tmp_path: Path) -> None:
     made, served = tmp_path / "made", tmp_path / "base"
     (made / "models" / "text_encoders").mkdir(parents=True)

@@ -321,6 +321,7 @@ def test_cancel_saves_and_the_next_run_continues_to_the_same_student(trained, se
     assert "memory leak" not in server.log().lower()
 
 
+@pytest.mark.full
 def test_the_template_trains_a_student_and_draws_with_it(server: ComfyServer):
     prompt = to_api_prompt(example("10-Miniature-distil-an-encoder"), server.object_info())
     set_inputs(prompt, "DistilledT5Distil", steps=STEPS)

@@ -16,7 +16,7 @@ LOADER = {"clip_name1": "clip_l.safetensors", "clip_name2": "distilled_t5_base.s
     [
         (("--fp8_e4m3fn-text-enc", "--force-fp32"), "fp8_e4m3fn"),
         # Weights are never kept in a wider format than the file's.
-        (("--fp32-text-enc", "--disable-dynamic-vram"), "bf16"),
+        pytest.param(("--fp32-text-enc", "--disable-dynamic-vram"), "bf16", marks=pytest.mark.full),
     ],
 )
 def test_loads_and_encodes_under_comfyuis_flags(comfyui_path, pack_root, stand_ins, tmp_path, flags, dtype):

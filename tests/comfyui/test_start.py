@@ -44,6 +44,7 @@ NODE_CLASS_MAPPINGS = {}
 """
 
 
+@pytest.mark.full
 def test_a_pack_that_does_touch_something_is_seen(comfyui_path: Path, tmp_path: Path) -> None:
     (tmp_path / "nosy").mkdir()
     (tmp_path / "nosy" / "__init__.py").write_text(NOSY_PACK)

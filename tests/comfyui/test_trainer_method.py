@@ -237,6 +237,7 @@ def test_micro_batches_give_the_same_step_as_the_full_batch(flow, text):
     assert results[0][0].gradient_norm == pytest.approx(results[1][0].gradient_norm, rel=1e-4)
 
 
+@pytest.mark.full
 def test_overfitting_sixteen_prompts_lowers_the_loss_on_unseen_noise_twentyfold(flow, text):
     student = make_student(TINY, "random", 0.0, 1)
     trained = learner(student, rate=3e-3, steps=160)

@@ -23,9 +23,8 @@ def pytest_in(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "name", ["Distilled T5 (copy)", *(pytest.param(name, marks=pytest.mark.full) for name in ("distilled-t5", "distilled.t5-main"))]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["Distilled T5 (copy)", "distilled-t5", "distilled.t5-main"])
 def test_the_unit_tests_run_in_a_folder_of_any_name_without_comfyui(name, tmp_path):
     copy = Path(shutil.copytree(ROOT, tmp_path / name, ignore=NOT_SOURCES))
     said = pytest_in(copy, "tests/unit/test_layout.py", "tests/unit/test_imports.py")
