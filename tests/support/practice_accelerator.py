@@ -121,6 +121,14 @@ class PracticeTensor(Tensor):
         """As of any tensor; torch has it for its own class only."""
         return self.raw.tolist()
 
+    def data_ptr(self) -> int:
+        """An address, which tells tensors of one allocation from those of another."""
+        return self.raw.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """The allocation, see `data_ptr`."""
+        return self.raw.untyped_storage()
+
     @property
     def data(self) -> Tensor:
         """As of any tensor; assigned, it also takes over the numbers."""
@@ -156,9 +164,9 @@ def compute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _same(given: PracticeTensor, raw: Tensor) -> PracticeTensor:
-    """An argument that an operator returns, after a check that its shape is still that of the wrapper."""
+    """An argument that an operator returns, in the shape that it has now."""
     if given.shape != raw.shape or given.stride() != raw.stride():
-        raise NotImplementedError(f"The practice accelerator cannot change a tensor's shape in place: {given.shape} to {raw.shape}.")
+        given.data = PracticeTensor(raw)
     return given
 
 
