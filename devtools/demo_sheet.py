@@ -38,14 +38,16 @@ def verdict_sheet(questions: Sequence[tuple[Scene, str]], columns: Mapping[str, 
     font = ImageFont.load_default(TEXT_PX)
     rows = -(-len(questions) // BLOCKS)
     block_px = CAPTION_PX + len(columns) * (IMAGE_PX + GAP_PX) + GAP_PX
-    sheet = Image.new("RGB", (BLOCKS * block_px, GAP_PX + LINE_PX + ROW_PX * rows), PAPER)
+    titles = [_broken(name.replace("_", " "), font, IMAGE_PX) for name in columns]
+    head_px = GAP_PX + LINE_PX * max(title.count("\n") + 1 for title in titles)
+    sheet = Image.new("RGB", (BLOCKS * block_px, head_px + ROW_PX * rows), PAPER)
     draw = ImageDraw.Draw(sheet)
     for block in range(BLOCKS):
-        for number, name in enumerate(columns):
-            draw.text((block * block_px + _left(number), GAP_PX), _short(name, font), fill=INK, font=font)
+        for number, title in enumerate(titles):
+            draw.multiline_text((block * block_px + _left(number), GAP_PX), title, fill=INK, font=font)
     for index, (scene, caption) in enumerate(questions):
-        left, top = index // rows * block_px, GAP_PX + LINE_PX + index % rows * ROW_PX
-        draw.multiline_text((left + GAP_PX, top), _broken(caption, font), fill=INK, font=font)
+        left, top = index // rows * block_px, head_px + index % rows * ROW_PX
+        draw.multiline_text((left + GAP_PX, top), _broken(caption, font, CAPTION_PX - 2 * GAP_PX), fill=INK, font=font)
         for number, images in enumerate(columns.values()):
             shown = images[index].convert("RGB").resize((IMAGE_PX, IMAGE_PX), Image.Resampling.NEAREST)
             sheet.paste(shown, (left + _left(number), top))
@@ -65,12 +67,12 @@ def _short(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str
     return text
 
 
-def _broken(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The caption, wrapped to the width of its column."""
+def _broken(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> str:
+    """The text, wrapped to a width."""
     lines = [""]
-    for word in caption.split():
+    for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) > CAPTION_PX - 2 * GAP_PX:
+        if font.getlength(longer) > width_px:
             lines.append(word)
         else:
             lines[-1] = longer

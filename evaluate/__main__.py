@@ -12,10 +12,11 @@ def command_line() -> argparse.ArgumentParser:
     """What the command takes."""
     parser = argparse.ArgumentParser(
         prog="evaluate",
-        description="Compare text encoders by their pictures, in numbers and side by side. Flags after -- are ComfyUI's (--cpu ...). "
-        "After an interruption, the same command continues.",
+        description="Compare text encoders by their images, in numbers and side by side. Flags after -- are ComfyUI's (--cpu ...). "
+        "After an interruption, the same command continues. Students of earlier evaluations in the same folder are compared, too.",
     )
-    parser.add_argument("suite", help="a suite file, or the name of a shipped one: miniature, quick, paper")
+    shipped = sorted(path.stem for path in Path(__file__).parent.glob("suites/*.toml"))
+    parser.add_argument("suite", help=f"a suite file, or the name of a shipped one: {', '.join(shipped)}")
     parser.add_argument(
         "--student",
         action="append",
@@ -24,11 +25,15 @@ def command_line() -> argparse.ArgumentParser:
         help="an encoder to compare with the teacher, and what to call it (default: as its file); may be repeated",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="use at most N prompts of each task")
-    parser.add_argument("--out", metavar="DIR", help="folder of pictures and results (default: evaluations/NAME-OF-SUITE)")
+    parser.add_argument("--out", metavar="DIR", help="folder of images and results (default: evaluations/NAME-OF-SUITE)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="part.key=value", help="change one value of the suite; may be repeated"
     )
-    parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one in whose custom_nodes this pack is)")
+    parser.add_argument(
+        "--comfyui",
+        metavar="DIR",
+        help="folder of ComfyUI (default: the one in whose custom_nodes this pack is, else the one that dev.py set up)",
+    )
     return parser
 
 
@@ -60,7 +65,8 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
             print("Stopped; the same command continues.")
         else:
             print((path.parent / "summary.txt").read_text(encoding="utf-8"))
-            print(f"Done: {path}\nOpen it in a browser; results.json, table.md and plots/ are in the same folder.")
+            beside = [name for name in ("results.json", "table.md", "plots/") if (path.parent / name).exists()]
+            print(f"Done: {path}\nOpen it in a browser. In the same folder: {', '.join(beside)}.")
     return 130 if path is None else 0
 
 

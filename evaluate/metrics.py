@@ -30,12 +30,22 @@ class OcrPart(Part):
     languages: Annotated[tuple[Text, ...], FROM_LIST, NOT_EMPTY] = Field(description="languages it reads, by EasyOCR's codes")
 
 
-class WeightsPart(Part):
-    """A network that judges images, from this machine; nothing is downloaded."""
+class ClipScorePart(Part):
+    """The CLIP that compares image and prompt."""
 
-    weights: FilePath = Field(
-        description="clip_score: a Hugging Face folder of CLIP; fid: the file of Inception; lpips: the file of AlexNet"
-    )
+    weights: FilePath = Field(description="a Hugging Face folder of CLIP")
+
+
+class FidPart(Part):
+    """The Inception whose features FID compares."""
+
+    weights: FilePath = Field(description="the file of Inception, as torch-fidelity publishes it")
+
+
+class LpipsPart(Part):
+    """The AlexNet below LPIPS."""
+
+    weights: FilePath = Field(description="the file of AlexNet, as torchvision publishes it")
 
 
 class CompbenchPart(Part):
@@ -211,7 +221,7 @@ def _ocr(table: OcrPart, _category: str, device: str) -> Judge:
     return judge
 
 
-def _clip_score(table: WeightsPart, _category: str, device: str) -> Judge:
+def _clip_score(table: ClipScorePart, _category: str, device: str) -> Judge:
     from .pictures import ClipScorer
 
     scorer = ClipScorer(Path(table.weights).expanduser(), device)
@@ -222,7 +232,7 @@ def _clip_score(table: WeightsPart, _category: str, device: str) -> Judge:
     return judge
 
 
-def _lpips(table: WeightsPart, _category: str, device: str) -> Judge:
+def _lpips(table: LpipsPart, _category: str, device: str) -> Judge:
     from .distances import Lpips
 
     network = Lpips(Path(table.weights).expanduser(), device)
@@ -233,7 +243,7 @@ def _lpips(table: WeightsPart, _category: str, device: str) -> Judge:
     return judge
 
 
-def _fid(table: WeightsPart, device: str) -> FeatureNetwork:
+def _fid(table: FidPart, device: str) -> FeatureNetwork:
     from .pictures import Inception
 
     return Inception(Path(table.weights).expanduser(), device)
@@ -290,7 +300,7 @@ METRIC_RECORDS = (
     Metric(
         name="readback",
         about="the miniature's exact reader",
-        numbers={"readback": Number("Share of the images that show all that the caption asks for.", "right")},
+        numbers={"readback": Number("Share of the images that show everything that the caption asks for.", "correct")},
         fits=lambda prompts: prompts.kind == "miniature",
         judge=_readback,
     ),
@@ -302,7 +312,7 @@ METRIC_RECORDS = (
                 "How well image and prompt match: 100 times their cosine in CLIP.", "CLIP", "", 1.0, ".2f", most=100.0, proportion=False
             )
         },
-        part=WeightsPart,
+        part=ClipScorePart,
         weights=("weights",),
         judge=_clip_score,
     ),
@@ -311,7 +321,7 @@ METRIC_RECORDS = (
         about="against the photographs",
         numbers={"FID": plain("Distance of the images to photographs of the same captions in Inception's features; smaller is better.")},
         fits=lambda prompts: bool(prompts.pictures),
-        part=WeightsPart,
+        part=FidPart,
         weights=("weights",),
         features=_fid,
         least=2,
@@ -329,7 +339,7 @@ METRIC_RECORDS = (
         name="lpips",
         about="against the teacher's image of the same seed",
         numbers={"lpips": plain("Perceptual distance to the teacher's image of the same seed: 0 if they are equal.", "LPIPS", form=".3f")},
-        part=WeightsPart,
+        part=LpipsPart,
         weights=("weights",),
         judge=_lpips,
         against_teacher=True,

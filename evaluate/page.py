@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..runtime.pages import filled, page_template
 from .measured import Measured
 from .metrics import number_of
 from .questions import Question
-from .results import INTERVALS, Report, Scores, Table, answer, index, ranged, spaced, tables, written_share
+from .results import INTERVALS, Report, Scores, Table, answer, index, left_out, ranged, spaced, tables, written_share
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
-PLACE = ">DATA<"
 JPEG_QUALITY = 85
 # Images of at most this side are shown enlarged, without smoothing.
 SMALL_PX = 128
@@ -33,16 +32,14 @@ def page(report: Report, rows: Sequence[dict[str, Any]], maps: Mapping[str, str]
         "encoders": report.encoders,
         **notes,
         "answers": [{"sentence": answer(report, student), "shares": _shares(shares)} for student, shares in report.shares.items()],
-        "left_out": [spaced(task) for task in report.tasks if report.shares and all(task not in one for one in report.shares.values())],
+        "left_out": left_out(report),
         "tables": [_table(one) for one in tables(report)],
         "intervals": INTERVALS,
         "index": index(report),
-        "maps": [{"name": name, "picture": picture} for name, picture in maps.items()],
+        "maps": [{"name": name, "image": image} for name, image in maps.items()],
         "rows": list(rows),
     }
-    # No prompt can end the element that holds the data.
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, f">{text}<")
+    return filled(page_template(TEMPLATE), data)
 
 
 def _shares(shares: Mapping[str, Measured]) -> list[dict[str, Any]]:
@@ -87,7 +84,7 @@ def row(question: Question, scores: Scores, lost: Lost, encoders: Sequence[str],
         "seed": question.seed,
         "encoders": {
             encoder: {
-                "picture": _picture(file_of(encoder, question), side_px),
+                "image": _image(file_of(encoder, question), side_px),
                 "scores": _scores_of(scores.get(question.task, {}), encoder, question.index),
                 "loss": (loss := losses[encoder][question.index] if encoder in losses else 0.0),
                 "points": round(-100 * loss) if points else 0,
@@ -106,18 +103,18 @@ def _scores_of(numbers: Mapping[str, Mapping[str, Sequence[float]]], encoder: st
     )
 
 
-def _picture(path: Path, side_px: int) -> str:
+def _image(path: Path, side_px: int) -> str:
     """An image as a data URI: PNG, or scaled down to `side_px` as JPEG if it is larger."""
     from PIL import Image
 
     content = io.BytesIO()
     with Image.open(path) as opened:
-        picture = opened.convert("RGB")
-    if max(picture.size) <= side_px:
-        picture.save(content, "PNG", optimize=True)
+        image = opened.convert("RGB")
+    if max(image.size) <= side_px:
+        image.save(content, "PNG", optimize=True)
         return data_uri(content.getvalue(), "png")
-    picture.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
-    picture.save(content, "JPEG", quality=JPEG_QUALITY)
+    image.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
+    image.save(content, "JPEG", quality=JPEG_QUALITY)
     return data_uri(content.getvalue(), "jpeg")
 
 

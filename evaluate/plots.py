@@ -20,12 +20,13 @@ log = logging.getLogger(__name__)
 
 def write_plots(folder: Path, report: Report, maps: Mapping[str, Any]) -> None:
     """Write the chart of shares and the maps (figures by name) into a folder; without matplotlib the log says what to install."""
-    folder.mkdir(exist_ok=True)
     try:
-        figures = {**maps, **({"share_of_teacher": shares_figure(report)} if report.shares else {})}
+        figures = {f"embeddings_{name.replace(' ', '_')}": figure for name, figure in maps.items()}
+        figures |= {"share_of_teacher": shares_figure(report)} if report.shares else {}
     except ValueError as missing:
         log.warning("%s", missing)
         return
+    folder.mkdir(exist_ok=True)
     for name, figure in figures.items():
         for kind in KINDS:
             replace_file(folder / f"{name}.{kind}", plot_file(figure, kind))
@@ -43,7 +44,7 @@ def plot_file(figure: Any, kind: str) -> bytes:
 
 def shares_figure(report: Report) -> Any:
     """Each student's share of the teacher by task, with its interval. Raises ValueError without matplotlib."""
-    figures = needed("matplotlib.figure", "matplotlib", "A chart in plots/")
+    figures = needed("matplotlib.figure", "matplotlib", "The chart in plots/")
     tasks, students = [*dict.fromkeys(task for shares in report.shares.values() for task in shares)], [*report.shares]
     figure = figures.Figure(figsize=(7, 1.2 + 0.22 * len(tasks) * (len(students) + 1)), layout="constrained")
     axes = figure.add_subplot()

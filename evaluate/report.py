@@ -44,8 +44,8 @@ def write_all(work: Evaluation, verdicts: Verdicts, measured: Measurements, seco
     asked = sum(map(len, work.questions.values()))
     small = work.suite.sampling.resolution_px <= SMALL_PX
     notes = {"provenance": _sentence(origin), "chosen": _chosen(len(rows), asked), "small": small}
-    pictures = {name: data_uri(plot_file(figure, "png"), "png") for name, figure in maps.items()}
-    replace_file(work.out / "page.html", page(report, rows, pictures, notes).encode())
+    map_images = {name: data_uri(plot_file(figure, "png"), "png") for name, figure in maps.items()}
+    replace_file(work.out / "page.html", page(report, rows, map_images, notes).encode())
     return work.out / "page.html"
 
 

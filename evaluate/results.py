@@ -23,15 +23,16 @@ LEAST_TEACHER = 0.1
 MEANINGS = (
     (
         "share of the teacher",
-        "Mean score of the student divided by the teacher's, on the same prompts and seeds; over all tasks: of their sums.",
+        "The student's mean score divided by the teacher's, on the same prompts and seeds. All tasks: the student's mean over the tasks, "
+        "divided by the teacher's.",
     ),
-    ("lost", "The mean of what each image scores below the teacher's image of the same prompt and seed. Points: percent of the range."),
+    ("lost", "By how much an image scores less than the teacher's image of the same prompt and seed, on average."),
 )
 MOST_COLUMNS = 6
 SCORES = "Scores, with 95 % interval and number of prompts"
 INTERVALS = (
-    "95 % intervals: Wilson's for shares of right images, the bootstrap's for means (Student's of fewer than ten) and shares of the "
-    "teacher, the jackknife's for collapse. n: prompts."
+    "95 % intervals: Wilson's for shares of correct images; the bootstrap's for means (of fewer than ten values Student's) and for shares "
+    "of the teacher; the jackknife's for collapse. n: the number of prompts; of memory and time, the number of measurements."
 )
 
 
@@ -147,7 +148,7 @@ def spaced(name: str) -> str:
 def written_share(share: Measured) -> str:
     """A share of the teacher with its interval, in percent."""
     if share.low is None or share.high is None:
-        spread = f"identical on all {share.n}" if share.identical else f"interval not known, n = {share.n}"
+        spread = f"identical on all {share.n}" if share.identical else f"no interval, n = {share.n}"
     else:
         spread = f"{100 * share.low:.0f} to {100 * share.high:.0f}"
     return f"{100 * share.value:.0f} % ({spread})"
@@ -155,10 +156,25 @@ def written_share(share: Measured) -> str:
 
 def answer(report: Report, student: str) -> str:
     """What a student keeps of the teacher, in a sentence."""
-    of_all, *tasks = sorted(report.shares[student].items(), key=lambda one: (one[0] != ALL, one[1].value))
-    said = f"{student} keeps {written_share(of_all[1]).replace('%', '% of the teacher', 1)}"
-    least, most = (f"{100 * kept.value:.0f} %" for _, kept in (tasks[0], tasks[-1]))
-    return f"{said}." if least == most else f"{said}: least in {spaced(tasks[0][0])} ({least}), most in {spaced(tasks[-1][0])} ({most})."
+    kept = {task: round(100 * share.value) for task, share in report.shares[student].items() if task != ALL}
+    said = f"{student} keeps {written_share(report.shares[student][ALL]).replace('%', '% of the teacher', 1)}"
+    least, most = min(kept.values()), max(kept.values())
+    return f"{said}." if least == most else f"{said}: least in {_tasks_at(kept, least)}, most in {_tasks_at(kept, most)}."
+
+
+def _tasks_at(kept: Mapping[str, int], percent: int) -> str:
+    """The tasks with this percentage, by name if there are at most two."""
+    tasks = [spaced(task) for task, of_task in kept.items() if of_task == percent]
+    return f"{' and '.join(tasks) if len(tasks) <= 2 else f'{len(tasks)} tasks'} ({percent} %)"
+
+
+def left_out(report: Report) -> str:
+    """Which tasks have no share of the teacher, and why; "" if all of them have one."""
+    without = [task for task in report.tasks if report.shares and all(task not in shares for shares in report.shares.values())]
+    weak = [spaced(task) for task in without if any(number_of(name).proportion for name in report.tasks[task])]
+    others = [spaced(task) for task in without if spaced(task) not in weak]
+    reasons = ((weak, f"the teacher itself scores below {100 * LEAST_TEACHER:.0f} %"), (others, "no score counts successes"))
+    return " ".join(f"Left out because {reason}: {', '.join(tasks)}." for tasks, reason in reasons if tasks)
 
 
 def index(report: Report) -> list[tuple[str, str]]:
@@ -185,8 +201,8 @@ class Table:
     rows: list[tuple[str, list[Cell]]]
 
 
-def _cell(name: str, measured: Measured | None, without: str = "interval not known, n = {}") -> Cell:
-    """A number as it is written; `without`: instead of an interval that is not known."""
+def _cell(name: str, measured: Measured | None, without: str = "no interval, n = {}") -> Cell:
+    """A number as it is written; `without`: where there is no interval."""
     if measured is None:
         return Cell()
     number = number_of(name)
@@ -226,9 +242,9 @@ def _probe_table(report: Report, probe: str) -> Table:
 def tables(report: Report) -> list[Table]:
     """All tables of a report: scores, what each student loses, and a table for each probe."""
     scores = _score_table(SCORES, report.tasks, report.encoders, _cell, "%")
-    caption = "Lost against the teacher on the same prompts and seeds (mean difference)"
+    caption = "Lost against the teacher, on the same prompts and seeds"
     has_losses = report.encoders[1:] and report.losses
-    lost = [_score_table(caption, report.losses, report.encoders[1:], _lost_cell, "points")] if has_losses else []
+    lost = [_score_table(caption, report.losses, report.encoders[1:], _lost_cell, "percentage points")] if has_losses else []
     return [scores, *lost, *(_probe_table(report, probe) for probe in report.probes)]
 
 

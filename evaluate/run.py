@@ -21,7 +21,7 @@ from .metrics import METRICS, PROBES
 from .probe_encoders import measure_all
 from .processes import Processes, Stopped, progress_bar
 from .report import write_all
-from .suite import Suite
+from .suite import Suite, load_suite
 
 NOTICE = "\nStopping after the current batch: the same command continues. A second signal ends it at once.\n"
 
@@ -45,6 +45,7 @@ def evaluate(suite: Suite, students: Sequence[str], out: Path, ranks: Ranks) -> 
             verdicts, measured = judge_all(work), measure_all(work)
         except Stopped:
             return None
+        bar.close()
         return write_all(work, verdicts, measured, time.monotonic() - started_s) if ranks.is_main else out
 
 
@@ -67,14 +68,23 @@ def start(suite: Suite, students: Sequence[str], out: Path, processes: Processes
     """Open an evaluation and claim its folder, once everything that it needs has been checked. Raises ValueError."""
     if processes.ranks.is_main:
         check_judges(suite)
-    work = open_evaluation(suite, students, out, processes)
+    earlier = processes.ranks.share(earlier_students(out) if processes.ranks.is_main else [])
+    work = open_evaluation(suite, [*earlier, *students], out, processes)
     if processes.ranks.is_main:
+        suite = suite.model_copy(update={"students": tuple(f"{student.name}={student.path}" for student in work.students)})
         for encoder in work.encoders:
             for task, asked in work.questions.items():
                 work.images(encoder, task).claim(work.made_of(encoder, asked))
         replace_file(out / "suite.toml", suite.to_toml().encode())
     processes.ranks.barrier()
     return work
+
+
+def earlier_students(out: Path) -> list[str]:
+    """The students of the last evaluation in this folder, as NAME=FILE, whose files and images are still there."""
+    record = out / "suite.toml"
+    named = [student.partition("=") for student in (load_suite(str(record)).students if record.is_file() else ())]
+    return [f"{name}={file}" for name, _, file in named if Path(file).is_file() and (out / "pictures" / name).is_dir()]
 
 
 def _generate(work: Evaluation) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 # A curve has at most this many points; each is the mean of neighbouring steps.
 MOST_POINTS = 400
 DIGITS = 5
+# The throughput that is shown is that of so many steps: single ones also encode a chunk of prompts, and are slow.
+RECENT_STEPS = 50
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Curves:
     held_out: dict[str, Curve] = field(default_factory=dict)
     learning_rate: Curve = field(default_factory=Curve)
     throughput: Curve = field(default_factory=Curve)
+    recent_rates: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     newest: dict[str, Any] = field(default_factory=dict)
     best: tuple[int, float] | None = None
 
@@ -66,7 +71,16 @@ class Curves:
         self.loss.setdefault(row.get("stage", 0), Curve()).add(step, row.get("loss"))
         self.learning_rate.add(step, row.get("learning_rate"))
         self.throughput.add(step, row.get("samples_per_s"))
+        if row.get("stage") != self.newest.get("stage"):
+            self.recent_rates.clear()
+        if rate := row.get("samples_per_s"):
+            self.recent_rates.append(rate)
         self.newest = dict(row)
+
+    @property
+    def prompts_per_s(self) -> float:
+        """Prompts per second of the recent steps of the stage, each of which has equally many prompts; 0 before the first."""
+        return statistics.harmonic_mean(self.recent_rates) if self.recent_rates else 0.0
 
     def add_lines(self, lines: Iterable[bytes]) -> None:
         """Add the complete lines of metrics.jsonl."""

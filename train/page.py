@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import time
@@ -12,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.disk import replace_file
+from ..runtime.pages import filled, page_template
 from .curves import Curves
 from .recipe import Recipe, load_recipe
 from .run_directory import RunDirectory
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
-PLACE = ">DATA<"
 SAMPLE = re.compile(r"step-(\d{6,})-([\w-]+)\.jpg")
 # The page is written at most this often, and takes at most this share of the time.
 INTERVAL_S, SHARE = 10.0, 0.01
@@ -39,7 +38,7 @@ class RunPage:
         self.state, self.failure = "training", ""
         self.curves = Curves()
         # Read once: the pack may be updated while a long run trains.
-        self._template = TEMPLATE.read_text(encoding="utf-8")
+        self._template = page_template(TEMPLATE)
         self._next_s = 0.0
         self._works = True
         if run.metrics.is_file():
@@ -66,14 +65,13 @@ class RunPage:
 
     def html(self, step: int, left_s: float | None) -> str:
         """The page, after `step` steps."""
-        # No text of the run can end the element that holds the data.
-        data = json.dumps(self._data(step, left_s), ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
-        return self._template.replace(PLACE, f">{data}<")
+        return filled(self._template, self._data(step, left_s))
 
     def _data(self, step: int, left_s: float | None) -> dict[str, Any]:
         curves = self.curves
         return {
-            "name": self.recipe.name,
+            "name": self.recipe.output.name,
+            "recipeName": self.recipe.name,
             "state": self.state,
             "failure": self.failure,
             "written": round(time.time()),
@@ -96,11 +94,11 @@ class RunPage:
     def _numbers(self) -> Iterator[tuple[str, str]]:
         newest, best = self.curves.newest, self.curves.best
         if "loss" in newest:
-            yield "loss", "not finite" if newest["loss"] is None else f"{newest['loss']:.4g}"
+            yield "loss, last step", "not finite" if newest["loss"] is None else f"{newest['loss']:.4g}"
         if best is not None:
             yield "lowest held-out loss", f"{best[1]:.4g} at step {best[0]:,}"
-        if newest.get("samples_per_s"):
-            yield "throughput", f"{newest['samples_per_s']:.3g} prompts/s"
+        if steps := len(self.curves.recent_rates):
+            yield f"throughput, last {steps} steps" if steps > 1 else "throughput", f"{self.curves.prompts_per_s:.3g} prompts/s"
         for name, label in UNITS.items():
             if name in newest:
                 yield label, f"{newest[name] / 1000:.2f} GB"

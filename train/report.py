@@ -100,8 +100,8 @@ class Reporter:
         samples_per_s = round(samples / max(seconds, 1e-9), 3)
         self._write({"loss": loss, **numbers, "stage": stage, "samples_per_s": samples_per_s, **memory}, "train")
         (memory_name, memory_value), *_ = memory.items()
-        if self._bar is not None:
-            shown = {"loss": f"{loss:.4g}", "samples/s": f"{samples_per_s:.3g}", memory_name: f"{memory_value:,.0f}"}
+        if self._bar is not None and self._page is not None:
+            shown = {"loss": f"{loss:.4g}", "prompts/s": f"{self._page.curves.prompts_per_s:.3g}", memory_name: f"{memory_value:,.0f}"}
             self._bar.set_description_str(self._stage_name(stage), refresh=False)
             self._bar.set_postfix(shown, refresh=False)
             self._bar.left_s = self.time_left.seconds(step)

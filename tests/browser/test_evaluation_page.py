@@ -87,7 +87,7 @@ def test_teacher_and_students_stand_side_by_side_and_every_picture_shows(shown):
     expect(shown).to_have_title("Distilled T5: miniature")
     expect(rows_of(shown)).to_have_count(2 * COUNT)
     expect(rows_of(shown).first.locator("figcaption strong")).to_have_text(ENCODERS)
-    expect(rows_of(shown).locator("figcaption span")).to_have_text(["\u2212100 points"] * 4 + ["+100 points"])
+    expect(rows_of(shown).locator("figcaption span")).to_have_text(["\u2212100 percentage points"] * 4 + ["+100 percentage points"])
     tops = rows_of(shown).first.locator("figure").evaluate_all("all => all.map(one => one.getBoundingClientRect().top)")
     assert len(set(tops)) == 1
     shown.evaluate("() => document.querySelectorAll('#rows img').forEach(one => { one.loading = 'eager' })")
@@ -119,8 +119,10 @@ def test_tables_and_the_index_of_numbers_are_folded_and_the_first_column_stays(s
     scrolled.evaluate("area => { area.scrollLeft = 60 }")
     assert scrolled.evaluate("area => area.scrollLeft") > 0
     assert name.bounding_box() == before
+    rights = shown.locator("#numbers .caption").evaluate_all("all => all.map(one => one.getBoundingClientRect().right)")
+    assert len(rights) == 4 and max(rights) <= 390
     shown.get_by_text("What the numbers mean").click()
-    expect(shown.get_by_role("term")).to_have_text(["share of the teacher", "lost", "right", "memory", "effective rank"])
+    expect(shown.get_by_role("term")).to_have_text(["share of the teacher", "lost", "correct", "memory", "effective rank"])
     shown.get_by_text("Maps of the embeddings").click()
     expect(shown.get_by_role("img", name="t-SNE map: teacher and velocity")).to_be_visible()
 
@@ -172,6 +174,8 @@ def test_a_picture_is_enlarged_by_the_keyboard_and_closed_again(shown):
     shown.keyboard.press("Enter")
     dialog = shown.get_by_role("dialog")
     expect(dialog).to_be_visible()
+    expect(dialog.get_by_role("slider")).to_have_value("50")
+    expect(dialog).to_contain_text("Drag across the image, or move the slider")
     expect(dialog.get_by_role("img").last).to_have_attribute("alt", "teacher: " + rows_of(shown).first.locator(".prompt").inner_text())
     shown.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
@@ -208,6 +212,8 @@ def test_two_images_are_wiped_between_and_the_next_and_the_previous_prompt_follo
     expect(left).to_have_attribute("alt", f"teacher: {prompts[-1]}")
     dialog.get_by_label("Right").select_option("velocity")
     expect(right).to_have_attribute("alt", f"velocity: {prompts[-1]}")
+    dialog.get_by_label("Right").select_option("teacher")
+    expect(dialog.get_by_role("slider")).to_be_hidden()
 
 
 def test_on_a_narrow_screen_nothing_is_wider_than_the_page(shown):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from distilled_t5.tests.support.accessibility import serious_faults
 from distilled_t5.tests.support.runs import STAGES, made_up_run
+from distilled_t5.train import page as page_module
 from distilled_t5.train.page import RunPage, starting
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.run_directory import RunDirectory
@@ -64,11 +65,11 @@ def test_a_double_click_shows_state_curves_images_and_recipe_and_nothing_is_wide
     written_now(run, 100 - 35, 3720.0)
     tab.set_viewport_size(size)
     tab.goto(run.page.as_uri())
-    expect(tab).to_have_title("65 % smoke")
-    expect(tab.get_by_role("heading", level=1)).to_have_text("smoke")
+    expect(tab).to_have_title("65 % distilled_t5_smoke")
+    expect(tab.get_by_role("heading", level=1)).to_have_text("distilled_t5_smoke recipe smoke")
     expect(tab.locator("#state")).to_have_text("Training:about 1 h 2 min left")
     expect(tab.locator("#stage")).to_have_text("Step 65 of 100, stage 2 of 2: follow-the-steps, step 25 of 60")
-    expect(tab.locator(".chart h3")).to_have_text(CHARTS)
+    expect(tab.locator(".chart h3")).to_have_text([f"{title}log scale" for title in CHARTS[:3]] + CHARTS[3:])
     for title in CHARTS:
         expect(tab.get_by_role("img", name=title)).to_be_visible()
     assert tab.locator(".chart path").evaluate_all("paths => paths.every(path => path.getTotalLength() > 50)")
@@ -97,6 +98,16 @@ def test_the_strip_is_scrubbed_and_a_reload_shows_the_same_image(tab, run):
     tab.reload()
     expect(name).to_have_text("preview at step 25, 1 of 4")
     expect(tab.locator("#recipe-details")).to_have_attribute("open", "")
+
+
+def test_the_only_sample_has_no_slider(tab, run):
+    for later in sorted(run.samples.iterdir())[1:]:
+        later.unlink()
+    written_now(run, 40, 60.0)
+    tab.goto(run.page.as_uri())
+    expect(tab.locator("#picture-name")).to_have_text("preview at step 25, the only sample so far")
+    expect(tab.locator("#picture")).to_be_visible()
+    expect(tab.get_by_role("slider", name="Sample")).to_be_hidden()
 
 
 def test_the_pointer_reads_the_curves(tab, run):
@@ -139,13 +150,14 @@ def test_the_page_that_is_served_follows_the_run_from_its_end_to_its_resume(tab,
             with starting(run):
                 expect(tab.locator("#state")).to_have_text("Starting:the models are being loaded.", timeout=15_000)
             written_now(run, 70, 60.0)
-            expect(tab).to_have_title("70 % smoke")
+            expect(tab).to_have_title("70 % distilled_t5_smoke")
         finally:
             server.shutdown()
             thread.join()
 
 
-def test_axe_finds_no_serious_fault(tab, run):
+def test_axe_finds_no_serious_fault(tab, run, monkeypatch):
+    monkeypatch.setattr(page_module, "INTERVAL_S", 3600)  # a reload would end what axe does
     written_now(run, 65, 3720.0)
     tab.goto(run.page.as_uri())
     assert serious_faults(tab) == []

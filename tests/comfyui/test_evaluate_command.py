@@ -86,7 +86,7 @@ def test_the_command_leaves_pictures_results_table_and_page(whole):
         assert scores["teacher"]["high"] == pytest.approx(3.8415 / (count + 3.8415), abs=1e-4)
     assert len(found["made"]["commit"]) == 40 and found["made"]["machine"]["cores"] > 0
     assert "Done: " in whole.said and "left for all of it" in whole.said
-    assert re.search(r"objects: right, % +0\.0 +0\.0 +0\.0$", whole.said, re.MULTILINE), whole.said
+    assert re.search(r"objects: correct, % +0\.0 +0\.0 +0\.0$", whole.said, re.MULTILINE), whole.said
     assert "<title>" in (whole.out / "page.html").read_text(encoding="utf-8")
     assert "velocity gap" in (whole.out / "evaluate.log").read_text(encoding="utf-8")
 

@@ -60,9 +60,9 @@ def test_prompts_scores_losses_and_pictures_stand_in_the_page(html):
     data = data_of(html)
     first, second = data["rows"]
     assert (first["prompt"], first["target"], first["seed"], first["task"]) == (EVIL, "FOX", 5, "things")
-    assert (first["encoders"]["s"]["scores"], first["encoders"]["s"]["loss"], first["encoders"]["t"]["loss"]) == ("right 0.0 %", 1.0, 0.0)
-    assert second["encoders"]["s"]["scores"] == "right 100.0 %"
-    kind, picture = decoded(first["encoders"]["t"]["picture"])
+    assert (first["encoders"]["s"]["scores"], first["encoders"]["s"]["loss"], first["encoders"]["t"]["loss"]) == ("correct 0.0 %", 1.0, 0.0)
+    assert second["encoders"]["s"]["scores"] == "correct 100.0 %"
+    kind, picture = decoded(first["encoders"]["t"]["image"])
     assert (kind, picture.size, picture.convert("RGB").getpixel((0, 0))) == ("png", (8, 8), (255, 128, 0))
     assert [table["caption"].split(":")[0] for table in data["tables"]][-1] == "Memory and time"
     assert data["tables"][0]["rows"][1] == ["s", ["50.0", "10.0 to 90.0, n = 2"]]
@@ -81,19 +81,19 @@ def test_points_are_rounded_and_of_numbers_with_an_upper_end_only(tmp_path):
 
 def test_nothing_in_a_prompt_ends_the_script_or_becomes_markup(html):
     assert "alert(1)</script>" not in html
-    assert html.count("</script") == 2 and html.count("<script") == 2
+    assert html.count("</script") == 3 and html.count("<script") == 3
 
 
 def test_the_page_asks_no_server_for_anything(html):
     written = re.sub("base64,[A-Za-z0-9+/=]+", "", html)
-    assert not re.search(r"https?:|//[a-z]|@import|url\(|<link|src=\"(?!data:)|fetch\(|XMLHttpRequest", written)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|<link (?!rel=.icon. href=.data:)|src=\"(?!data:)|fetch\(|XMLHttpRequest", written)
     assert "default-src 'none'" in html
 
 
 def test_large_pictures_are_scaled_down_and_small_ones_kept_to_the_pixel(tmp_path):
     def shown(side_px: int) -> tuple[str, Image.Image]:
         one = row(Question("things", 0, "a star", 1), {}, {}, ["t"], lambda *_: picture_file(tmp_path, side_px), 64)
-        return decoded(one["encoders"]["t"]["picture"])
+        return decoded(one["encoders"]["t"]["image"])
 
     kind, picture = shown(200)
     assert (kind, picture.size) == ("jpeg", (64, 64))
@@ -105,7 +105,7 @@ def test_the_page_begins_with_the_answer_and_its_chart(html):
     [answer] = data_of(html)["answers"]
     assert answer["sentence"] == "s keeps 50 % of the teacher (20 to 80)."
     assert answer["shares"][1] == {"task": "things", "value": 50.0, "low": 20.0, "high": 80.0, "text": "50 % (20 to 80)"}
-    assert data_of(html)["left_out"] == []
+    assert data_of(html)["left_out"] == ""
 
 
 def questions(task: str, count: int) -> list[Question]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from distilled_t5.evaluate.results import (
     Report,
     answer,
     index,
+    left_out,
     losses,
     markdown,
     measured_scores,
@@ -81,8 +83,8 @@ def test_the_first_table_is_plain_and_the_others_say_interval_and_count():
     text = markdown(report())
     lines = text.splitlines()
     assert lines[0] == "# tiny"
-    assert lines[2] == "s keeps 55 % of the teacher (interval not known, n = 6): least in text (40 %), most in things (67 %)."
-    assert lines[4] == "| Encoder | things: right, % | text: characters, % | text: words, % | text: LPIPS |"
+    assert lines[2] == "s keeps 55 % of the teacher (no interval, n = 6): least in text (40 %), most in things (67 %)."
+    assert lines[4] == "| Encoder | things: correct, % | text: characters, % | text: words, % | text: LPIPS |"
     assert lines[6:8] == ["| t | 75.0 | 75.0 | 50.0 |  |", "| s | 50.0 | 50.0 | 0.0 | 0.200 |"]
     assert "| t | 75.0 (30.1 to 95.4, n = 4) |" in text
     assert "| s | 259.0 |" in text and "memory, MB" in text
@@ -108,7 +110,7 @@ def test_losses_are_written_in_points_and_identical_results_as_such():
     same = {"things": {"readback": {"t": [1.0] * 12, "s": [1.0] * 12, "r": [0.0] * 12}}}
     found = Report("tiny", ["t", "s", "r"], measured_scores(same), losses(same, "t"), {}, shares(same, "t", ["s", "r"]))
     table = tables(found)[1]
-    assert table.heads == ["things: right, points"]
+    assert table.heads == ["things: correct, percentage points"]
     assert [(cell.value, cell.spread) for _, [cell] in table.rows] == [("0.0", "identical on all 12"), ("100.0", "the same on all 12")]
     assert answer(found, "s") == "s keeps 100 % of the teacher (identical on all 12)."
 
@@ -117,7 +119,7 @@ def test_identical_is_said_only_of_identical_scores():
     one_less = [1.0] * 19 + [0.0]
     equal = {"word": {"readback": {"t": one_less, "s": one_less[::-1]}}, "count": {"readback": {"t": [1.0], "s": [1.0]}}}
     found = Report("tiny", ["t", "s"], measured_scores(equal), losses(equal, "t"), {}, shares(equal, "t", ["s"]))
-    assert answer(found, "s") == "s keeps 100 % of the teacher (interval not known, n = 21)."
+    assert answer(found, "s") == "s keeps 100 % of the teacher (no interval, n = 21)."
 
 
 def test_a_velocity_gap_of_zero_has_no_interval_of_a_share():
@@ -136,6 +138,11 @@ def test_a_share_leaves_out_distances_and_tasks_at_which_the_teacher_fails():
     assert {task: round(one.value, 3) for task, one in found.items()} == {ALL: 0.75, "words": 0.75}, "CLIP scores are left out"
     assert found["words"].low is not None and 0.6 < found["words"].low < 0.75
     assert shares({"distances": scores["distances"]}, "t", ["s"]) == {}
+    report = Report("tiny", ["t", "s"], measured_scores(scores), {}, {}, {"s": found})
+    assert left_out(report) == (
+        "Left out because the teacher itself scores below 10 %: new word. Left out because no score counts successes: coco, distances."
+    )
+    assert left_out(replace(report, shares={})) == "", "nothing is shown that a task could be left out of"
 
 
 def test_the_summary_is_aligned_with_a_line_for_each_number():
@@ -151,7 +158,7 @@ def test_the_summary_is_aligned_with_a_line_for_each_number():
 
 def test_the_index_says_what_each_number_means_once():
     labels = [label for label, _ in index(report())]
-    assert labels == ["share of the teacher", "lost", "characters", "words", "right", "LPIPS", "memory", "after step"]
+    assert labels == ["share of the teacher", "lost", "characters", "words", "correct", "LPIPS", "memory", "after step"]
     assert all(number.meaning.endswith(".") for number in NUMBERS.values())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from distilled_t5.runtime.disk import replace_file
+from distilled_t5.runtime.pages import HEAD
 from distilled_t5.tests.support.runs import BANDS, STAGES, made_up_run
 from distilled_t5.train import page as page_module
 from distilled_t5.train.curves import MOST_POINTS, Curve, Curves
@@ -40,6 +41,7 @@ def test_the_page_of_a_finished_run_has_everything_of_it(tmp_path):
     assert len(data["throughput"]) == 100
     assert [(one["step"], one["file"]) for one in data["samples"]] == [(step, f"step-{step:06d}-preview.jpg") for step in (25, 50, 75, 100)]
     assert load_recipe("smoke", STAGES).to_toml() == data["recipe"]
+    assert (data["name"], data["recipeName"]) == ("distilled_t5_smoke", "smoke")
     assert data["numbers"]["lowest held-out loss"].endswith("at step 100")
     assert data["facts"] == {"Recipe": "smoke", "Student": "T5 of width 64"}
 
@@ -110,6 +112,16 @@ def test_numbers_that_are_not_finite_leave_a_gap_and_never_count_as_the_lowest()
     assert curves.best is None
 
 
+def test_one_slow_step_is_not_the_throughput_and_a_stage_has_its_own():
+    curves = Curves()
+    for step in range(1, 99):
+        curves.add({"step": step, "loss": 1.0, "stage": 0, "samples_per_s": 40.0})
+    curves.add({"step": 99, "loss": 1.0, "stage": 0, "samples_per_s": 0.8})
+    assert curves.prompts_per_s == pytest.approx(50 / (49 / 40 + 1 / 0.8))
+    curves.add({"step": 100, "loss": 1.0, "stage": 1, "samples_per_s": 2.0})
+    assert curves.prompts_per_s == 2.0
+
+
 def test_lines_of_metrics_that_are_not_complete_are_left_out():
     curves = Curves()
     curves.add_lines([b"\x00\x00\n", b"[1]\n", b'{"loss": 2}\n', b'{"step": 1, "loss": 0.5, "stage": 0}\n', b'{"step": 2, "lo'])
@@ -121,7 +133,7 @@ def test_nothing_of_a_run_ends_the_script_or_becomes_markup(tmp_path):
     with RunDirectory(tmp_path / "run").start(recipe.to_toml()) as run:
         html = RunPage(run, recipe).html(0, None)
     assert "alert(1)</script>" not in html
-    assert html.count("<script") == 2
+    assert html.count("<script") == html.count("</script") == 3
     for address in ("http://", "https://"):
         assert address not in html.replace("http://www.w3.org/2000/svg", "")
 
@@ -157,5 +169,5 @@ def test_a_page_that_cannot_be_written_is_one_warning_and_ends_nothing(tmp_path,
 
 def test_the_template_is_packed():
     text = (Path(page_module.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    assert page_module.TEMPLATE.is_file()
-    assert '"train/*.html"' in text
+    assert page_module.TEMPLATE.is_file() and HEAD.is_file()
+    assert '"train/*.html"' in text and '"runtime/*.html"' in text

@@ -57,7 +57,7 @@ def test_bar_shows_loss_speed_and_memory_and_counts_from_the_resumed_step(run, c
     assert shown.startswith("stage 2/2 follow-the-steps: ")
     assert "9/10" in shown
     assert "loss=0.5" in shown
-    assert "samples/s=" in shown
+    assert "prompts/s=" in shown
     assert "_mb=" in shown
 
 
