@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT
@@ -27,6 +27,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent
 DEV, VENV, TOOLS = ROOT / ".dev", ROOT / ".venv", ROOT / ".dev" / "tools"
 KNOWN = json.loads((ROOT / "devtools" / "set_up.json").read_text(encoding="utf-8"))
+COMMANDS = json.loads((ROOT / "devtools" / "command_line.json").read_text(encoding="utf-8"))
 PARTS = ("comfyui", "frontend", "uv", "pip", "packages", "test_tools", "registry_tools", "programs")
 VERSIONS, FRONTEND, UV, PIP, PACKAGES, TEST_TOOLS, REGISTRY_TOOLS, PROGRAMS = (KNOWN[name] for name in PARTS)
 OLDEST, *_, NEWEST = VERSIONS
@@ -360,35 +361,44 @@ class Parser(argparse.ArgumentParser):
         raise Trouble(f"{self.prog}: {message}; see {self.prog} --help.")
 
 
+def absolute(path: str) -> Path:
+    """An option that is a path: relative to where the user is, while the commands start in the root of the repository."""
+    return Path(path).absolute()
+
+
 def command_line() -> Parser:
-    """The parser of the five commands."""
-    parser = Parser(prog="dev.py", description="Set up, test, show and measure Distilled T5.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    testing = commands.add_parser("test", help="ruff, pyright and pytest: unit, ComfyUI and browser tests, half an hour")
-    extent = testing.add_mutually_exclusive_group()
-    extent.add_argument("--fast", action="store_true", help="ruff and the unit tests, one minute")
-    extent.add_argument("--full", action="store_true", help="every test, and those about ComfyUI on every supported version: an hour")
-    testing.add_argument("-k", metavar="EXPR", help="only the tests whose names match, as in pytest")
-    commands.add_parser("demo", help="draw with teacher and student in ComfyUI, into demo-output/; --train trains a student first")
-    serving = commands.add_parser("serve", help="run ComfyUI with the pack in the foreground")
-    serving.add_argument("--port", type=int, default=8188)
-    serving.add_argument("--base", type=Path, default=DEV / "serve", help="folder of models, pictures and settings (default: .dev/serve)")
-    commands.add_parser("bench", help="run benchmarks/*.py; further arguments go to them")
-    commands.add_parser("miniature", help="train the missing parts of the miniature, hours, and measure it; further arguments go to it")
+    """The parser of the commands in command_line.json; the modules behind them have the defaults of their options."""
+    types: dict[str, Callable[[str], object]] = {"int": int, "path": absolute}
+    parser = Parser(prog="dev.py", description="Set up, test, show and measure Distilled T5. `dev.py COMMAND --help` lists a command's options.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, about in COMMANDS.items():
+        command = commands.add_parser(name, help=about["help"], description=f"{about['help']}.")
+        one_of = command.add_mutually_exclusive_group() if "one_of" in about else command
+        for group, options in ((one_of, about.get("one_of", {})), (command, about["options"])):
+            for option, how in options.items():
+                group.add_argument(option, **how | ({"type": types[how["type"]]} if "type" in how else {}))
     return parser
+
+
+def passed_on(options: argparse.Namespace) -> Iterator[str]:
+    """The given options of a command as words of a command line."""
+    for name, value in vars(options).items():
+        if name != "command" and value is not None and value is not False:
+            yield f"--{name.replace('_', '-')}"
+            yield from map(str, value if isinstance(value, list) else [] if value is True else [value])
 
 
 def run(argv: list[str]) -> int:
     """Run one command; returns its exit status."""
     if sys.version_info < (3, 11):
         raise Trouble(f"dev.py needs Python 3.11 or newer and this is {sys.version.split()[0]}: try python3.11 dev.py.")
-    options, rest = command_line().parse_known_args(argv)
-    if rest and options.command in ("test", "serve"):
-        raise Trouble(f"dev.py {options.command} does not know {' '.join(rest)}; see dev.py {options.command} --help.")
-    if options.command in ("test", "bench"):
-        return test(options) if options.command == "test" else bench(rest)
-    arguments = ["--port", str(options.port), "--base", str(options.base.absolute())] if options.command == "serve" else []
-    return run_python("-m", f"distilled_t5.devtools.{options.command}", "--comfyui", str(set_up()), *arguments, *rest)
+    options = command_line().parse_args(argv)
+    if options.command == "test":
+        return test(options)
+    given = [*passed_on(options)]
+    if options.command == "bench":
+        return bench(given)
+    return run_python("-m", f"distilled_t5.devtools.{options.command}", "--comfyui", str(set_up()), *given)
 
 
 def main(argv: list[str]) -> int:

@@ -23,7 +23,8 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from ..runtime.disk import replace_file, unfinished
+from ..runtime.disk import replace_file
+from ..train.run_directory import RunDirectory
 from ..world.pictures import TASKS, Scene
 from ..world.questions import questions
 from ..world.reader import verdict
@@ -40,7 +41,7 @@ OF_EACH_TASK = 2
 TRAIN_STEPS = 1_600
 # Minutes of so many steps; drawing takes one more.
 TRAIN_MINUTES = 4
-SHEET, NUMBERS = "contact-sheet.png", "demo.json"
+SHEET, NUMBERS, RUN = "contact-sheet.png", "demo.json", "run"
 Question = tuple[Scene, str]
 
 
@@ -71,30 +72,25 @@ def settings_of(steps: int) -> list[str]:
     ]
 
 
-def train_student(comfyui: Path, base: Path, steps: int) -> list[str]:
-    """Train a small student with the trainer's command; the names of its files after the first steps and at the end."""
+def train_student(comfyui: Path, base: Path, run: Path, steps: int) -> dict[str, Path]:
+    """Train a small student with the trainer's command, into the folder that `serve` shows, with a workflow that draws with it.
+
+    Returns its files after the first steps and at the end, by the names to draw with. Replaces what an earlier demo has left.
+    """
+    trained, workflow = base / "models" / "text_encoders" / f"{TRAINED}.safetensors", base / WORKFLOWS / f"{TRAINED}.json"
+    if RunDirectory(run).is_run:
+        shutil.rmtree(run)
+    trained.unlink(missing_ok=True)
+    workflow.unlink(missing_ok=True)
     sets = [part for setting in settings_of(steps) for part in ("--set", setting)]
-    run = base / "runs" / TRAINED
     command = [sys.executable, str(ROOT / "train"), "miniature-tenth", "--run", str(run), "--comfyui", str(comfyui), *sets]
     code = subprocess.run([*command, "--", "--base-directory", str(base)], check=False).returncode
     if code:
         raise RuntimeError(f"The trainer ended with status {code}.\nWhat to do: see its output above.")
+    workflow.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(workflow, WORKFLOW.read_text(encoding="utf-8").replace(STUDENT, trained.name).encode())
     early = min((run / "checkpoints").glob("step-*"))
-    before = f"{TRAINED}_{early.name}.safetensors"
-    shutil.copyfile(early / "student.safetensors", base / "models" / "text_encoders" / before)
-    return [before, f"{TRAINED}.safetensors"]
-
-
-def keep_student(base: Path, served: Path) -> None:
-    """Copy the trained student, and a workflow that draws with it, to the folder that `serve` shows."""
-    encoders = Path("models") / "text_encoders"
-    file, workflow = served / encoders / f"{TRAINED}.safetensors", served / WORKFLOWS / f"{TRAINED}.json"
-    for path in (file, workflow):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished(file) as aside:
-        shutil.copyfile(base / encoders / file.name, aside)
-        os.replace(aside, file)
-    replace_file(workflow, WORKFLOW.read_text(encoding="utf-8").replace(STUDENT, file.name).encode())
+    return {f"{TRAINED}_{early.name}.safetensors": early / "student.safetensors", trained.name: trained}
 
 
 def draw(server: ComfyServer, prompt: dict[str, Any], encoders: Sequence[str]) -> dict[str, list[Image.Image]]:
@@ -115,11 +111,13 @@ def run_demo(comfyui: Path, out: Path, train_steps: int, served: Path) -> dict[s
     """Draw, check and write everything; returns the content of demo.json."""
     print(f"Expected time: {expected_time(train_steps)} on two CPU cores.", flush=True)
     out.mkdir(parents=True, exist_ok=True)
+    trained = train_student(comfyui, served, out / RUN, train_steps) if train_steps else {}
+    encoders = [TEACHER, *(trained or [STUDENT])]
     with tempfile.TemporaryDirectory(prefix="distilled-t5-demo-") as folder:
         base = Path(folder)
-        encoders = [TEACHER, *(train_student(comfyui, base, train_steps) if train_steps else [STUDENT])]
-        if train_steps:
-            keep_student(base, served)
+        (base / "models" / "text_encoders").mkdir(parents=True)
+        for name, path in trained.items():
+            shutil.copyfile(path, base / "models" / "text_encoders" / name)
         print("Starting ComfyUI with the pack in custom_nodes ...", flush=True)
         started = time.monotonic()
         server = ComfyServer(comfyui, base, ROOT)
@@ -164,6 +162,11 @@ def describe(server: ComfyServer) -> dict[str, Any]:
     }
 
 
+def shown(path: Path) -> str:
+    """A path as it is typed in the root of the repository, where the commands start."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def report(facts: dict[str, Any], out: Path) -> str:
     """The report on the terminal."""
     lines = [f"\nComfyUI {facts['comfyui']} on {facts['device']} drew with {facts['workflow']} (20 steps). Right images:"]
@@ -174,37 +177,48 @@ def report(facts: dict[str, Any], out: Path) -> str:
         [
             *lines,
             f"  ComfyUI's start {facts['server_start_s']} s, images {facts['drawing_s']} s",
-            f"The images with their verdicts: {out / SHEET}",
+            f"The images with their verdicts: {shown(out / SHEET)}",
             "A dozen images are not a measurement: miniature/README.md has 200 of each task.",
-            "To draw in a browser: python dev.py serve.",
+        ]
+    )
+
+
+def report_of_training(out: Path, base: Path) -> str:
+    """Where the student and the run are, and what to do with them."""
+    file = shown(base / "models" / "text_encoders" / f"{TRAINED}.safetensors")
+    return "\n".join(
+        [
+            f"How the student was trained: {shown(out / RUN / 'page.html')}; its model card: {shown(out / RUN / 'README.md')}",
+            f"The student: {file}",
+            f"To measure it, in 5 minutes: {shown(Path(sys.executable))} evaluate miniature --student {file} --limit 20",
         ]
     )
 
 
 def main() -> None:
-    """Read the command line, run the demo and print the report."""
+    """Read the command line, which dev.py describes, run the demo and print the report."""
     # Models this small run faster on one thread on a busy machine.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     parser = argparse.ArgumentParser(description="Draw the miniature in a real ComfyUI.")
-    parser.add_argument("--comfyui", type=Path, required=True, help="folder of ComfyUI's main.py")
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the contact sheet, demo.json and server.log")
-    parser.add_argument("--train", action="store_true", help="first train a small student for a few minutes")
-    parser.add_argument("--train-steps", type=int, default=TRAIN_STEPS, help=f"optimizer steps of --train (default: {TRAIN_STEPS})")
-    parser.add_argument("--keep", type=Path, default=BASE, help="folder that keeps the student of --train for serve (default: .dev/serve)")
+    parser.add_argument("--comfyui", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=ROOT / "demo-output")
+    parser.add_argument("--train", action="store_true")
+    parser.add_argument("--train-steps", type=int, default=TRAIN_STEPS)
+    parser.add_argument("--base", type=Path, default=BASE)
     arguments = parser.parse_args()
     if arguments.train_steps < 2:
         parser.error(f"--train-steps is {arguments.train_steps}: expected at least 2.\nWhat to do: leave it out for {TRAIN_STEPS} steps.")
     interrupt_when_asked()
     try:
-        facts = run_demo(arguments.comfyui, arguments.out, arguments.train_steps if arguments.train else 0, arguments.keep)
+        facts = run_demo(arguments.comfyui, arguments.out, arguments.train_steps if arguments.train else 0, arguments.base)
     except KeyboardInterrupt:
         sys.exit(130)
     except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"The demo failed: {error}")
     print(report(facts, arguments.out))
     if arguments.train:
-        file = arguments.keep / "models" / "text_encoders" / f"{TRAINED}.safetensors"
-        print(f"The trained student is {file}. To measure it: python evaluate miniature --student {file} --limit 20")
+        print(report_of_training(arguments.out, arguments.base))
+    print("To draw in a browser: python dev.py serve")
 
 
 if __name__ == "__main__":

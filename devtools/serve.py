@@ -1,6 +1,7 @@
 """`python dev.py serve`: ComfyUI with the pack and stand-in models in the foreground."""
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -27,30 +28,52 @@ def drawing_templates() -> list[str]:
     return [name for name, text in texts.items() if '"VAEDecode"' in text and {*MODEL_FILE.findall(text)} <= shipped]
 
 
+def also_served(comfyui: Path, base: Path) -> tuple[str, ...]:
+    """The flags with which ComfyUI also lists the encoders that `train` writes: into the folder of ComfyUI, not into `base`."""
+    base.mkdir(parents=True, exist_ok=True)
+    config = base / "extra_model_paths.yaml"
+    config.write_text(json.dumps({"train": {"text_encoders": str(encoders_of(comfyui))}}), encoding="utf-8")  # JSON is YAML
+    return "--extra-model-paths-config", str(config)
+
+
+def encoders_of(comfyui: Path) -> Path:
+    """The folder that the trainer's command writes encoders to."""
+    return comfyui.absolute() / "models" / "text_encoders"
+
+
+def welcome(url: str, comfyui: Path, base: Path) -> str:
+    """What to open, and which models are there."""
+    lines = ["Ready. Open one of these links; each template draws in seconds with models of the pack:"]
+    lines += [f"  {url}/?template={name}&source={ROOT.name}" for name in drawing_templates()]
+    if (base / WORKFLOWS / f"{TRAINED}.json").exists():
+        lines.append(f"The student of demo --train draws with {TRAINED}: press W (Workflows) and choose it.")
+    lines += [
+        f"Students that the command train has written to {encoders_of(comfyui)} are in the list of Distilled T5 Loader.",
+        f"{url} alone opens ComfyUI's own first workflow, whose model is not here.",
+        "The templates of Flux and other families open as well, but their models have random weights here and draw noise:",
+        f"for images, replace them in {base / 'models'} by the real files.",
+    ]
+    return "\n".join(lines)
+
+
 def serve(comfyui: Path, port: int, base: Path) -> None:
     """Serve until stopped; images, settings, saved workflows and the user's own models stay in `base`."""
     # Models this small run faster on one thread on a busy machine.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     link_into(ensure_all(WORK / "stand-ins"), base)
     print("Starting ComfyUI ...", flush=True)
-    with ComfyServer(comfyui, base, ROOT, port=port) as server:
-        print(f"Ready: {server.url}", flush=True)
-        print("These templates draw in seconds with the models of the pack; open one in a browser:")
-        for name in drawing_templates():
-            print(f"  {server.url}/?template={name}&source={ROOT.name}")
-        if (base / WORKFLOWS / f"{TRAINED}.json").exists():
-            print(f"The student that demo --train has trained draws with {TRAINED}, under Workflows.")
-        print("All templates are under Templates. The models of the others are stand-ins; their images are noise.")
-        print(f"Put real models into {base / 'models'}, log in {server.log_path}. Ctrl-C stops it.", flush=True)
+    with ComfyServer(comfyui, base, ROOT, also_served(comfyui, base), port) as server:
+        print(welcome(server.url, comfyui, base))
+        print(f"ComfyUI's log: {server.log_path}. Ctrl-C stops it.", flush=True)
         server.wait_for_end()
 
 
 def main() -> None:
-    """Read the command line and serve."""
+    """Read the command line, which dev.py describes, and serve."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--comfyui", type=Path, required=True, help="folder of ComfyUI's main.py")
-    parser.add_argument("--port", type=int, default=8188, help="port to serve on (default: 8188)")
-    parser.add_argument("--base", type=Path, default=BASE, help="folder of models, images and settings (default: .dev/serve)")
+    parser.add_argument("--comfyui", type=Path, required=True)
+    parser.add_argument("--port", type=int, default=8188)
+    parser.add_argument("--base", type=Path, default=BASE)
     arguments = parser.parse_args()
     interrupt_when_asked()
     try:

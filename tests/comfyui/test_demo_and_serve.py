@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from distilled_t5.devtools.comfyui.server import free_port
-from distilled_t5.devtools.demo import expected_time, keep_student, settings_of
+from distilled_t5.devtools.demo import expected_time, settings_of
 from distilled_t5.encoder.files import open_student
 from distilled_t5.tests.support.tiny_students import published_file
 from distilled_t5.train.recipe import load_recipe
@@ -52,7 +53,7 @@ def command(module: str, comfyui: Path, *arguments: str) -> list[str]:
 
 def demo(comfyui: Path, out: Path, *options: str) -> tuple[str, dict[str, Any]]:
     """What the demo prints and what demo.json says."""
-    command_line = command("demo", comfyui, "--out", str(out), "--keep", str(out / "kept"), *options)
+    command_line = command("demo", comfyui, "--out", str(out), "--base", str(out / "kept"), *options)
     done = subprocess.run(command_line, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr, json.loads((out / "demo.json").read_text(encoding="utf-8"))
@@ -85,6 +86,7 @@ def test_demo_draws_with_teacher_and_student_and_judges_every_picture(comfyui_pa
     assert "python dev.py serve" in said
     assert said.startswith("Expected time: about a minute")
     assert "Image 7 of 24, " in said and not (tmp_path / "out" / "kept").exists()
+    assert "WARNING" not in said
     with Image.open(tmp_path / "out" / "contact-sheet.png") as sheet:
         assert sheet.height > 6 * 168
         assert len(sheet.convert("RGB").getcolors(1 << 24) or []) > 10
@@ -92,12 +94,20 @@ def test_demo_draws_with_teacher_and_student_and_judges_every_picture(comfyui_pa
 
 @pytest.mark.full
 def test_demo_with_train_shows_a_new_student_before_and_after(comfyui_path: Path, tmp_path: Path) -> None:
-    said, told = demo(comfyui_path, tmp_path / "out", "--train", "--train-steps", "16")
+    kept = tmp_path / "out" / "kept"
+    for _ in range(2):  # the second student replaces the first
+        said, told = demo(comfyui_path, tmp_path / "out", "--train", "--train-steps", "16")
     teacher, before, after = told["right"]
     assert (teacher, before, after) == ("miniature_teacher.safetensors", "demo_student_step-000002.safetensors", "demo_student.safetensors")
-    assert "Done: " in said
+    assert "WARNING" not in said
+    named = [
+        Path(path) for path in re.findall(r"(?:Done|Model card|How the student was trained|its model card|The student): ([^\s;]+)", said)
+    ]
+    named += [Path(re.findall(r"^Folder +(.+)$", said, re.MULTILINE)[0])]
+    assert len(named) == 6
+    assert [str(path) for path in named if not path.exists()] == [], "every path that is named exists afterwards"
+    assert "demo_student" in (tmp_path / "out" / "run" / "page.html").read_text(encoding="utf-8")
     assert sum(int(count[0]) for count in told["right"][before].values()) <= 2, "it knows nothing yet"
-    kept = tmp_path / "out" / "kept"
     open_student(kept / "models" / "text_encoders" / after)
     workflow = (kept / "user" / "default" / "workflows" / "demo_student.json").read_text(encoding="utf-8")
     assert after in workflow and "miniature_student_quarter" not in workflow
@@ -122,22 +132,24 @@ def test_a_demo_that_cannot_write_says_so(comfyui_path: Path, tmp_path: Path) ->
     assert failed_demo(comfyui_path, tmp_path / "out").startswith("The demo failed: [Errno 17] File exists")
 
 
-@pytest.mark.full
-def test_the_student_that_demo_has_trained_is_in_what_serve_serves(comfyui_path: Path, tmp_path: Path) -> None:
-    made, served = tmp_path / "made", tmp_path / "base"
-    (made / "models" / "text_encoders").mkdir(parents=True)
-    published_file(made / "models" / "text_encoders" / "demo_student.safetensors")
-    keep_student(made, served)
-    keep_student(made, served)  # the newest one is kept
-    with serving(comfyui_path, tmp_path, port := free_port()) as process:
-        assert "demo_student" in line_of(process, tmp_path, "The student that demo --train has trained")
-        line_of(process, tmp_path, "Put real models")
-        address = f"http://127.0.0.1:{port}"
-        with urllib.request.urlopen(f"{address}/object_info/DistilledT5Loader", timeout=60) as reply:
-            assert "demo_student.safetensors" in reply.read().decode()
-        with urllib.request.urlopen(f"{address}/api/userdata/workflows%2Fdemo_student.json", timeout=60) as reply:
-            workflow = reply.read().decode()
-    assert "demo_student.safetensors" in workflow and "miniature_student_quarter" not in workflow
+def test_serve_shows_the_students_of_demo_and_of_train(comfyui_path: Path, tmp_path: Path) -> None:
+    """In a ComfyUI whose models folder is a new one, since `train` writes to that of the real one."""
+    comfyui, workflows = tmp_path / "ComfyUI", tmp_path / "base" / "user" / "default" / "workflows"
+    comfyui.mkdir()
+    for path in comfyui_path.iterdir():
+        if path.name != "models":
+            (comfyui / path.name).symlink_to(path)
+    for folder, name in ((comfyui, "my_student"), (tmp_path / "base", "demo_student")):
+        (folder / "models" / "text_encoders").mkdir(parents=True)
+        published_file(folder / "models" / "text_encoders" / f"{name}.safetensors")
+    workflows.mkdir(parents=True)
+    (workflows / "demo_student.json").touch()
+    with serving(comfyui, tmp_path, port := free_port()) as process:
+        assert "demo_student" in line_of(process, tmp_path, "The student of demo --train")
+        assert str(comfyui / "models" / "text_encoders") in line_of(process, tmp_path, "Students that the command train")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/object_info/DistilledT5Loader", timeout=60) as reply:
+            shown = reply.read().decode()
+    assert "my_student.safetensors" in shown and "demo_student.safetensors" in shown
 
 
 @contextmanager
@@ -185,8 +197,7 @@ def still_working_in(folder: Path, awaited: bool) -> list[list[str]]:
 def test_serve_prints_its_address_answers_there_and_ends_when_asked(comfyui_path: Path, tmp_path: Path) -> None:
     port = free_port()
     with serving(comfyui_path, tmp_path, port) as process:
-        line_of(process, tmp_path, "Put real models")
-        assert line_of(process, tmp_path, "Ready:").split() == ["Ready:", f"http://127.0.0.1:{port}"]
+        assert line_of(process, tmp_path, f"http://127.0.0.1:{port} ")
         links = [line.split()[0] for line in said_by(tmp_path) if "?template=" in line]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/workflow_templates", timeout=60) as reply:
             offered = {f"template={name}&source={pack}" for pack, names in json.load(reply).items() for name in names}

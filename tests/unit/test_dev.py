@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -100,9 +101,28 @@ def test_a_wrong_comfyui_path_is_reported_in_one_sentence(
     assert "expected a folder with main.py and comfy/" in out
 
 
-def test_an_unknown_argument_is_named(dev: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert dev.main(["test", "--fats"]) == 1
+@pytest.mark.parametrize("command", ["test", "demo", "serve", "bench", "miniature"])
+def test_an_unknown_argument_is_named_before_anything_is_set_up(
+    dev: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setattr(dev, "set_up", lambda: pytest.fail("it was set up"))
+    assert dev.main([command, "--fats"]) == 1
     assert "--fats" in capsys.readouterr().out
+
+
+def test_the_help_of_each_command_says_what_every_option_does(dev: ModuleType) -> None:
+    [commands] = dev.command_line()._subparsers._group_actions
+    assert list(commands.choices) == ["test", "demo", "serve", "bench", "miniature"]
+    for name, command in commands.choices.items():
+        assert command.description
+        assert [action.option_strings for action in command._actions if not action.help] == [], name
+
+
+@pytest.mark.parametrize("name", ["demo", "serve", "miniature"])
+def test_the_options_of_a_command_are_those_of_its_module(dev: ModuleType, name: str) -> None:
+    source = (ROOT / "devtools" / f"{name}.py").read_text(encoding="utf-8")
+    taken = re.findall(r'add_argument\(\s*"(--[\w-]+)"', source)
+    assert {*taken} == {"--comfyui", *dev.COMMANDS[name]["options"]}
 
 
 @pytest.mark.parametrize("words", [["tset"], [], ["serve", "--port", "http"]])
@@ -138,9 +158,9 @@ def test_each_command_passes_its_arguments_to_its_tool(beside_tools: ModuleType,
     said = {
         "demo": ["demo --comfyui /the/comfyui"],
         "demo --train": ["demo --comfyui /the/comfyui --train"],
-        "miniature --only tenth": ["miniature --comfyui /the/comfyui --only tenth"],
-        "serve": [f"serve --comfyui /the/comfyui --port 8188 --base {tmp_path / '.dev' / 'serve'}"],
-        "serve --port 8300 --base /elsewhere": ["serve --comfyui /the/comfyui --port 8300 --base /elsewhere"],
+        "miniature --only tenth half --steps 3": ["miniature --comfyui /the/comfyui --only tenth half --steps 3"],
+        "serve": ["serve --comfyui /the/comfyui"],
+        "serve --port 8300 --base here": [f"serve --comfyui /the/comfyui --port 8300 --base {Path('here').absolute()}"],
         "bench --quick": ["== one.py", "one --quick /the/comfyui", "== two.py", "two --quick /the/comfyui"],
     }
     for words, expected in said.items():

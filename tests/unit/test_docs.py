@@ -64,10 +64,7 @@ def dev() -> ModuleType:
 
 
 def check_dev(arguments: list[str], _folder: Path) -> None:
-    parsed, rest = dev().command_line().parse_known_args(arguments)
-    assert not rest or parsed.command not in ("test", "serve"), f"unknown: {rest}"
-    if parsed.command == "bench":
-        check_benchmark(rest, _folder)
+    dev().command_line().parse_args(arguments)
 
 
 def check_benchmark(arguments: list[str], _folder: Path) -> None:
