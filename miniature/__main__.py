@@ -15,9 +15,7 @@ PROMPTS = 6_000
 
 def command_line() -> argparse.ArgumentParser:
     """The options of the command."""
-    parser = argparse.ArgumentParser(
-        prog="miniature", description="Make the miniature: a T5, a Flux, an SD3 and a VAE of a small world."
-    )
+    parser = argparse.ArgumentParser(prog="miniature", description="Make the miniature: a T5, a Flux, an SD3 and a VAE of a small world.")
     what = ("vae", "teacher", "flux", "lora", "sd3", "all", "prompts")
     parser.add_argument("what", choices=what, help="the file to make; all: every model; prompts: captions for the trainer")
     parser.add_argument("--out", type=Path, default=Path("miniature-out"), metavar="DIR", help="folder of files and runs (%(default)s)")
