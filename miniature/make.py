@@ -32,7 +32,7 @@ DTYPE = torch.bfloat16
 # T5 does not scale its attention scores: at the Flux's Muon rate it learned almost nothing.
 TEACHER_PLAN = Plan(steps=1_500, batch=64, learning_rate=1e-2, muon_learning_rate=5e-3)
 FLUX_PLAN = Plan(steps=3_200, batch=64, learning_rate=2e-3, muon_learning_rate=1e-2)
-SD3_PLAN = Plan(steps=2_200, batch=48, learning_rate=2e-3, muon_learning_rate=1e-2)
+SD3_PLAN = Plan(steps=3_200, batch=48, learning_rate=2e-3, muon_learning_rate=1e-2)
 LORA_PLAN = Plan(steps=400, batch=32, learning_rate=5e-3, muon_learning_rate=5e-2, average_steps=50)
 Stop = Callable[[], bool]
 
