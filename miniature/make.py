@@ -45,7 +45,9 @@ def default_device() -> torch.device:
 def make_vae(out: Path) -> Path:
     """Write the VAE's file; nothing is trained."""
     path = _with_folder(place(out, VAE_FILE))
-    safetensors.torch.save_file({name: tensor.to(DTYPE) for name, tensor in vae_tensors().items()}, path)
+    # Most of it is zeros, for which 8 bits are enough; ComfyUI holds the VAE in a format of its own choice.
+    tensors = {name: tensor.to(DTYPE if tensor.any() else torch.float8_e4m3fn) for name, tensor in vae_tensors().items()}
+    safetensors.torch.save_file(tensors, path)
     return path
 
 

@@ -50,10 +50,10 @@ SIZE = FluxSize(128, 1, 1)
 CAPTION = "a red star left of a blue moon"
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def vae(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(scope="module", params=[False, True], ids=["computed", "file"])
+def vae(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The stock VAE of the tensors as they are, and as they are in the file."""
-    return comfy.sd.VAE(sd={name: tensor.to(request.param) for name, tensor in vae_tensors().items()})
+    return comfy.sd.VAE(sd=load_file(make_vae(tmp_path_factory.mktemp("vae"))) if request.param else vae_tensors())
 
 
 @pytest.fixture(scope="module")
