@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -22,7 +22,7 @@ from ..runtime.model_folders import SHIPPED
 from .comfyui.ending import interrupt_when_asked
 from .commands import ROOT, run_all
 from .docs.miniature_tables import tables, write
-from .miniature_results import MIDDLE, RESULTS, SIZES, UNTRAINED, results
+from .miniature_results import MIDDLE, RESULTS, SD3_STUDENT, SIZES, UNTRAINED, measured, results
 
 WORK = ROOT / ".dev" / "miniature"
 CORPORA = ("objects", "semantics", "text")
@@ -54,7 +54,7 @@ def only(corpus: str) -> tuple[str, ...]:
     return both(f'corpora=[{{kind="lines", path="miniature/prompts/{corpus}.txt"}}]')
 
 
-# The half is not shipped, so that the files of the miniature stay below 30 MB.
+# The half is not shipped, so that the files of the miniature stay below 40 MB.
 SHIPPED_STUDENTS = (MIDDLE, "miniature_student_tenth", "miniature_student_fortieth")
 # The checkpoints of the middle student are the points of the cost curve.
 CURVE = ("checkpoints.every_steps=1000", "checkpoints.keep_last=100")
@@ -70,7 +70,10 @@ RUNS = (
     Run("short_velocity", "miniature-quarter", (*SHORT, *both("objective=velocity"))),
     Run("short_naive", "miniature-quarter", (*SHORT, *NAIVE)),
     *(Run(f"short_naive_{corpus}", "miniature-quarter", (*SHORT, *NAIVE, *only(corpus))) for corpus in CORPORA),
+    Run(SD3_STUDENT, "miniature-sd3-quarter"),
 )
+# Other families that a student of one serves; only where it was measured.
+ALSO = {MIDDLE: ("sd3",)}
 
 
 def student_file(work: Path, name: str) -> Path:
@@ -140,7 +143,8 @@ def in_bfloat16(trained: Path, path: Path) -> Path:
     if not path.is_file() or path.stat().st_mtime < trained.stat().st_mtime:
         file = open_student(trained)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_student(path, {name: tensor.bfloat16() for name, tensor in file.load().items()}, file.metadata, overwrite=True)
+        metadata = replace(file.metadata, also=ALSO.get(path.stem, ()))
+        write_student(path, {name: tensor.bfloat16() for name, tensor in file.load().items()}, metadata, overwrite=True)
     return path
 
 
@@ -162,7 +166,7 @@ def untrained_file(work: Path) -> Path:
 
 
 def students(work: Path) -> dict[str, Path]:
-    """The bfloat16 files of the students to evaluate: trained in `work` or shipped, checkpoints of the middle one, an untrained one."""
+    """The bfloat16 files of the students: trained in `work` or shipped, checkpoints of the middle one, an untrained one."""
     trained = {run.name: student_file(work, run.name) for run in RUNS} | {UNTRAINED: untrained_file(work)}
     checkpoints = sorted((work / "runs" / MIDDLE).glob("checkpoints/step-*/student.safetensors"))[:-1]
     trained |= {f"{MIDDLE}_{file.parent.name}": file for file in checkpoints}
@@ -171,15 +175,15 @@ def students(work: Path) -> dict[str, Path]:
     return {**shipped, **measured}
 
 
-def evaluate(comfyui: Path, files: Iterable[Path], count: int, out: Path) -> str:
+def evaluate(suite: str, comfyui: Path, files: Iterable[Path], count: int, out: Path) -> str:
     """Run the evaluation's command, a process per core; returns it without students. A finished evaluation in `out` is done again."""
     if (out / "results.json").is_file():
         shutil.rmtree(out)
     given = [part for path in files for part in ("--student", path)]
-    ours = ["miniature", "--limit", str(count), *given, "--out", out, "--comfyui", comfyui]
+    ours = [suite, "--limit", str(count), *given, "--out", out, "--comfyui", comfyui]
     command = [ROOT / "evaluate" / "__main__.py", *ours, "--", "--cpu"]
     run_all([["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes()), *command]])
-    return f"evaluate miniature --limit {count}"
+    return f"evaluate {suite} --limit {count}"
 
 
 def ship(files: Iterable[Path]) -> None:
@@ -215,14 +219,18 @@ def make(options: argparse.Namespace) -> None:
     """Train, evaluate, and write the results; what the pack holds is changed only if neither --steps nor --work is given."""
     trial = options.steps is not None or options.work is not None
     work = (options.work or (WORK / "trial" if trial else WORK)).resolve()
+    followed = {run.name: objectives(run) for run in RUNS}
     few = () if options.steps is None else trial_settings(options.steps)
     make_models(options.comfyui, work)
     train_students([Run(run.name, run.recipe, (*run.settings, *few)) for run in RUNS if run.name in options.only], options.comfyui, work)
     files = students(work)
     if not trial:
         ship(files.values())
-    command = evaluate(options.comfyui, files.values(), options.count, work / "evaluation")
-    found = results(work, command, files, {run.name: objectives(run) for run in RUNS})
+    on_sd3 = {name: files.pop(name) for name in (SD3_STUDENT,) if name in files} | {MIDDLE: files[MIDDLE]}
+    command = evaluate("miniature", options.comfyui, files.values(), options.count, work / "evaluation")
+    found = results(work, command, files, followed)
+    command = evaluate("miniature-sd3", options.comfyui, on_sd3.values(), options.count, work / "evaluation-sd3")
+    found["sd3"] = measured(work / "evaluation-sd3", command, on_sd3, followed)
     replace_file(work / "results.json" if trial else RESULTS, (json.dumps(found, indent=2) + "\n").encode())
     if not trial:
         write(found)

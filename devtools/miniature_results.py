@@ -21,6 +21,7 @@ from .commands import ROOT
 RESULTS = ROOT / "miniature" / "results.json"
 SIZES = ("half", "quarter", "tenth", "fortieth")
 TEACHER, MIDDLE, UNTRAINED = "miniature_teacher", "miniature_student_quarter", "untrained"
+SD3_STUDENT = "miniature_sd3_student_quarter"
 # By seed, the student that follows and the one that imitates for as many steps.
 PAIRS = {0: (MIDDLE, "quarter_naive"), 1: ("quarter_seed_1", "quarter_naive_seed_1")}
 PROBES = ("collapse", "velocity_gap")
@@ -30,21 +31,29 @@ Verdicts = np.ndarray
 
 def results(work: Path, command: str, files: Mapping[str, Path], objectives: Mapping[str, str]) -> dict[str, Any]:
     """The content of results.json. `files` and `objectives` by student; checkpoints of MIDDLE become points of the curve."""
-    found = json.loads((work / "evaluation" / "results.json").read_text(encoding="utf-8"))
-    verdicts = {name: verdicts_of(work / "evaluation", name) for name in found["encoders"]}
-    if not verdicts[TEACHER].any():
-        raise ValueError("The teacher got no image right.\nWhat to do: check that Flux and teacher were trained together.")
-    files = {TEACHER: SHIPPED / "text_encoders" / f"{TEACHER}.safetensors", **files}
+    evaluation = work / "evaluation"
+    verdicts = {name: verdicts_of(evaluation, name) for name in (TEACHER, *files)}
     steps = {name: step for name in files if (step := checkpoint_step(name))}
-    encoders = [numbers(found, name) | facts(files[name]) for name in files if name not in steps]
-    for one in encoders[1:]:
-        one |= {"objective": objectives.get(one["name"], "none"), "share": share(verdicts[one["name"]], verdicts[TEACHER])}
+    found = measured(evaluation, command, {name: file for name, file in files.items() if name not in steps}, objectives)
     curve = [
         {"steps": step, "training_s": training_s(work, MIDDLE, step), "share": share(verdicts[name], verdicts[TEACHER])}
         for name, step in steps.items()
     ]
     pairs = [pair(seed, *names, verdicts, work) for seed, names in PAIRS.items() if verdicts.keys() >= {*names}]
-    return {"command": command, "made": found["made"], "encoders": encoders, "pairs": pairs, "curve": curve or kept_curve()}
+    return {**found, "pairs": pairs, "curve": curve or kept("curve")}
+
+
+def measured(evaluation: Path, command: str, files: Mapping[str, Path], objectives: Mapping[str, str]) -> dict[str, Any]:
+    """Command, machine, and the numbers of the teacher and of the students in `files` from an evaluation's folder."""
+    found = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))
+    verdicts = {name: verdicts_of(evaluation, name) for name in (TEACHER, *files)}
+    if not verdicts[TEACHER].any():
+        raise ValueError("The teacher got no image right.\nWhat to do: check that diffusion model and teacher were trained together.")
+    files = {TEACHER: SHIPPED / "text_encoders" / f"{TEACHER}.safetensors", **files}
+    encoders = [numbers(found, name) | facts(file) for name, file in files.items()]
+    for one in encoders[1:]:
+        one |= {"objective": objectives.get(one["name"], "none"), "share": share(verdicts[one["name"]], verdicts[TEACHER])}
+    return {"command": command, "made": found["made"], "encoders": encoders}
 
 
 def checkpoint_step(name: str) -> int:
@@ -52,9 +61,9 @@ def checkpoint_step(name: str) -> int:
     return int(name.rpartition("step-")[2]) if "step-" in name else 0
 
 
-def kept_curve() -> list[dict[str, Any]]:
-    """The curve in the current results.json, for a machine without the checkpoints."""
-    return json.loads(RESULTS.read_text(encoding="utf-8"))["curve"] if RESULTS.is_file() else []
+def kept(part: str) -> Any:
+    """A part of the current results.json, for a machine without what it was measured on."""
+    return json.loads(RESULTS.read_text(encoding="utf-8"))[part] if RESULTS.is_file() else []
 
 
 def verdicts_of(evaluation: Path, name: str) -> Verdicts:

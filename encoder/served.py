@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,6 @@ from comfy.text_encoders import long_clipl
 from torch import Tensor, nn
 
 from ..families import DEFAULT, FAMILIES
-from ..families.family import Family
 from ..runtime.errors import StudentFileError, listed, printable
 from ..runtime.progress import Progress, silent, waiting
 from ..runtime.weights import FLOAT_NAMES, not_finite
@@ -142,8 +141,7 @@ def load_encoder(student_path: str, companions: Mapping[str, str], options: Serv
 
     Raises StudentFileError for a file that is not a complete student of this family, or not that companion; then nothing is loaded.
     """
-    student, family = open_student(student_path), FAMILIES[options.family]
-    check_family(student, family)
+    student, family = open_for(student_path, options.family), FAMILIES[options.family]
     for name in companions:
         if name not in family.companions:
             clip = CLIPS[name].display_name
@@ -161,18 +159,20 @@ def load_encoder(student_path: str, companions: Mapping[str, str], options: Serv
     return ServedEncoder(clip, describe(clip, student.path.name, {name: Path(path).name for name, path in companions.items()}))
 
 
-def check_family(student: StudentFile, family: Family) -> None:
-    """Raise StudentFileError for a student that was distilled for another family."""
-    if student.metadata.family != family.name:
+def open_for(path: str, family: str) -> StudentFile:
+    """A student's file, with the metadata for this family. Raises StudentFileError if it was not distilled for it."""
+    student = open_student(path)
+    if family not in student.metadata.families:
         raise StudentFileError(
-            f"{student.path.name} was distilled for {FAMILIES[student.metadata.family].display_name}; the type is {family.name}.",
+            f"{student.path.name} was distilled for {FAMILIES[student.metadata.family].display_name}; the type is {family}.",
             f"set type to {student.metadata.family}, or pick another file.",
         )
+    return replace(student, metadata=student.metadata.serving(family))
 
 
 def _load_patcher(student_path: str, companions: Mapping[str, str], options: ServingOptions, disable_dynamic: bool = False) -> Any:
     tensors = {name: open_companion(name, Path(path)) for name, path in companions.items()}
-    return _build(open_student(student_path), tensors, options, silent, disable_dynamic).patcher
+    return _build(open_for(student_path, options.family), tensors, options, silent, disable_dynamic).patcher
 
 
 def _build(

@@ -75,7 +75,7 @@ class Teacher:
         model.set_clip_options({"execution_device": self.clip.patcher.load_device})
         longest = max(map(len, token_ids))
         text_BLD = self._encoded(token_ids, longest)
-        companions = [self._companions(prompt) for prompt in prompts]
+        companions = [self._companions(prompt, text_BLD.shape[-1]) for prompt in prompts]
         pooled_BP = torch.stack([pooled_P for pooled_P, _ in companions])
         rows = None
         if not self.family.padded or self.family.rows_before is not None:
@@ -99,8 +99,8 @@ class Teacher:
             text_BLD[group, : rows_GLD.shape[1]] = rows_GLD
         return text_BLD
 
-    def _companions(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """The pooled vector [P] of a prompt, zeros for companions that are absent, and the rows [K, D] that they put before the text."""
+    def _companions(self, prompt: str, text_width: int) -> tuple[Tensor, Tensor]:
+        """The pooled vector [P] of a prompt, zeros for absent companions, and the rows [K, text_width] that they put before the text."""
         rows: dict[str, Tensor] = {}
         pooled = [torch.zeros(0)]
         for name, width in self.family.companions.items():
@@ -111,7 +111,7 @@ class Teacher:
                 rows[name], pooled_1P = encoder.encode_token_weights(chunks)[:2]
                 pooled[-1] = pooled_1P[0].float().cpu()
         before = self.family.rows_before
-        none = torch.zeros(0, self.family.text_width)
+        none = torch.zeros(0, text_width)
         return torch.cat(pooled), none if before is None or not rows else before(rows)[0].float().cpu()
 
 

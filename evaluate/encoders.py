@@ -98,7 +98,7 @@ def _problem(path: Path, width: int, model: str, family: Family) -> str | None:
     try:
         student = open_student(path)
         found = student.layout.output_width
-        if student.metadata.family != family.name:
+        if family.name not in student.metadata.families:
             made_for = FAMILIES[student.metadata.family].display_name
             return f"{path.name} was distilled for {made_for}, but {model} is of the family {family.display_name}."
     except UndistilledError:

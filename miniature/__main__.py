@@ -1,4 +1,4 @@
-"""The command: `python <pack>/miniature {vae,teacher,flux,lora,all,prompts} [options]`."""
+"""The command: `python <pack>/miniature {vae,teacher,flux,lora,sd3,all,prompts} [options]`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PROMPTS = 6_000
 
 def command_line() -> argparse.ArgumentParser:
     """The options of the command."""
-    parser = argparse.ArgumentParser(prog="miniature", description="Make the miniature: a T5 teacher, a Flux and a VAE of a small world.")
-    what = ("vae", "teacher", "flux", "lora", "all", "prompts")
-    parser.add_argument("what", choices=what, help="the file to make; all: the four models; prompts: captions for the trainer")
+    parser = argparse.ArgumentParser(prog="miniature", description="Make the miniature: a T5, a Flux, an SD3 and a VAE of a small world.")
+    what = ("vae", "teacher", "flux", "lora", "sd3", "all", "prompts")
+    parser.add_argument("what", choices=what, help="the file to make; all: every model; prompts: captions for the trainer")
     parser.add_argument("--out", type=Path, default=Path("miniature-out"), metavar="DIR", help="folder of files and runs (%(default)s)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the plan of each model)")
     parser.add_argument("--batch", type=int, help="samples per step")

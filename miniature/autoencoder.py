@@ -5,7 +5,7 @@ residual blocks are zero and pass their input on. ComfyUI subtracts Flux's shift
 are chosen so that the diffusion model gets -1 for 0, 0 for 1/2, +1 for 1, and 0 in the other channels.
 
 The layout clamps latents with tanh(x/3)*3. The decoder's gain restores both ends of the range: 0, 1/2 and 1, the only channel values of
-the world's colours, are exact (measured round-trip error: 3e-8 in float32, 0 as stored in bfloat16); other values are off by up to 0.046
+the world's colours, are exact (measured round-trip error: 3e-8 in float32, 0 as stored in the file); other values are off by up to 0.046
 (at 0.27 and 0.73).
 """
 

@@ -1,16 +1,16 @@
-"""The diffusion model: a small Flux, ComfyUI's own module, trained by flow matching on the frozen teacher's embeddings.
+"""Flow matching on the frozen teacher's embeddings, which trains the diffusion models: what a step draws, and its loss.
 
-The guidance of each sample is drawn from GUIDANCE independently of its image, so the model learns to accept any value and to ignore it.
-(Flux.1-dev was distilled to use guidance; here the caption determines the image, so there is nothing to amplify.)
+The guidance of each sample is drawn from GUIDANCE independently of its image, so a model that takes it learns to accept any value and to
+ignore it. (Flux.1-dev was distilled to use guidance; here the caption determines the image, so there is nothing to amplify.)
 """
 
-# B batch, C H W latent, L text tokens, D text width, P pooled width
+# B batch, C H W latent, L text tokens, D text width
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..families.flux_tensors import HEAD_WIDTH, FluxLayout
-from ..runtime.random_weights import drawn
 from ..world.captions import draw_prompt
 from ..world.pictures import Scene, render
+from ..world.scenes import random_of
 from .autoencoder import RGB, latents
 
 GUIDANCE = (1.0, 6.0)
-# Noise levels are uniform, then shifted towards noise, where layout and letters form; ComfyUI shifts Flux by 1.15.
-SHIFT = 1.6
 # The other 13 channels are constant: easy to predict, and four fifths of an unweighted loss.
 IDLE_CHANNEL_WEIGHT = 0.05
 BATCHES = 1_000
@@ -37,48 +34,36 @@ Velocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class FluxSize:
-    """Width (a multiple of 128, the width of a head) and depth."""
+class DiffusionModel:
+    """One of the miniature's diffusion models: how it is made, trained and saved.
 
-    width: int = 128
-    double_blocks: int = 2
-    single_blocks: int = 6
-
-
-def make_flux(size: FluxSize, text_width: int, seed: int) -> Module:
-    """An untrained float32 Flux with the configuration that ComfyUI detects in its file. Modulations and output layer are zero.
-
-    Raises ValueError if the width is not a multiple of HEAD_WIDTH.
+    make: an untrained one for a text width and a seed. predict: its velocity, of the module and what Velocity takes. names: the published
+    name of a weight. shift: of its noise levels. scale, offset: ComfyUI gives it the latents of `autoencoder.latents` times scale plus
+    offset. empty_share: the share of samples whose caption is empty, which classifier-free guidance needs (arXiv:2207.12598).
     """
-    import comfy.ops
-    from comfy.ldm.flux.model import Flux
-    from comfy.model_detection import detect_unet_config
 
-    if size.width % HEAD_WIDTH:
-        raise ValueError(f"{size.width} is not a valid width for a Flux.\nWhat to do: choose a multiple of {HEAD_WIDTH}.")
-    weights = drawn(FluxLayout(size.width, size.double_blocks, size.single_blocks, text_width).tensors(), seed)
-    zeroed = ("mod.lin.", "modulation", "final_layer.linear.")
-    weights = {name: torch.zeros_like(weight) if any(part in name for part in zeroed) else weight for name, weight in weights.items()}
-    config = detect_unet_config(weights, "")
-    config.pop("disable_unet_model_creation", None)
-    flux = Flux(**config, dtype=torch.float32, device=torch.device("cpu"), operations=comfy.ops.disable_weight_init)
-    flux.load_state_dict(comfyui_names(weights, flux), strict=True)
-    return flux
+    family: str
+    title: str
+    size: Any
+    make: Callable[[Any, int, int], Module]
+    predict: Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]
+    shift: float
+    scale: float = 1.0
+    offset: float = 0.0
+    empty_share: float = 0.0
+    published_name: Callable[[str], str] = str
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides its training, beside the plan."""
+        drawn = {name: getattr(self, name) for name in ("scale", "offset", "empty_share")} if self.empty_share else {}
+        return {self.family: asdict(self.size), "shift": self.shift, **drawn}
 
-def comfyui_names(weights: Mapping[str, Tensor], flux: Module) -> dict[str, Tensor]:
-    """Weights by the names in this ComfyUI: norms are `.scale` in published files and older versions, `.weight` in newer ones."""
-    wanted = flux.state_dict().keys()
-    return {name if name in wanted else name.removesuffix(".scale") + ".weight": weight for name, weight in weights.items()}
-
-
-def load_weights(flux: Module, path: Path) -> None:
-    """Load a file of the miniature into a Flux. Raises ValueError if the sizes differ."""
-    weights = {name: tensor.float() for name, tensor in safetensors.torch.load_file(path).items()}
-    try:
-        flux.load_state_dict(comfyui_names(weights, flux), strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is not a Flux of this size: {error}\nWhat to do: use a file that `miniature flux` made.") from error
+    def save(self, path: Path, weights: Mapping[str, Tensor], facts: Mapping[str, str], dtype: torch.dtype) -> Path:
+        """Write weights under the published names, which the stock UNETLoader reads."""
+        named = {self.published_name(name): tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+        safetensors.torch.save_file(named, path, metadata={"modelspec.title": self.title, **facts})
+        return path
 
 
 @dataclass(frozen=True)
@@ -97,7 +82,7 @@ def as_asked(scene: Scene) -> Scene:
     return scene
 
 
-def draw_batch(seed: int, step: int, batch: int, shown: Callable[[Scene], Scene] = as_asked) -> FlowBatch:
+def draw_batch(model: DiffusionModel, seed: int, step: int, batch: int, shown: Callable[[Scene], Scene] = as_asked) -> FlowBatch:
     """The samples of step `step`, a pure function of the arguments. Noise levels are stratified over the batch.
 
     Captions repeat after BATCHES steps, with other noise, so that their embeddings can be cached.
@@ -107,18 +92,21 @@ def draw_batch(seed: int, step: int, batch: int, shown: Callable[[Scene], Scene]
     prompts = [draw_prompt(seed, index, "train") for index in range(first, first + batch)]
     images_BHWC = torch.from_numpy(np.stack([render(shown(scene)) for scene, _ in prompts]))
     generator = torch.Generator().manual_seed((seed << 32) ^ step)
-    clean_BCHW = latents(images_BHWC)
+    clean_BCHW = latents(images_BHWC) * model.scale + model.offset
     noise_BCHW = torch.randn(clean_BCHW.shape, generator=generator)
     uniform_B = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
     low, high = GUIDANCE
     guidance_B = low + (high - low) * torch.rand(batch, generator=generator)
-    return FlowBatch(clean_BCHW, noise_BCHW, shifted(uniform_B), guidance_B, [caption for _, caption in prompts])
+    # Like the captions, which of them are empty repeats after BATCHES steps.
+    chances = random_of(seed, "empty", first)
+    captions = ["" if chances.random() < model.empty_share else caption for _, caption in prompts]
+    return FlowBatch(clean_BCHW, noise_BCHW, shifted(uniform_B, model.shift), guidance_B, captions)
 
 
-def shifted(t_B: Tensor) -> Tensor:
-    """Noise levels above 0 for times from 0 to 1, with Flux's shift (black-forest-labs/flux, sampling.time_shift)."""
+def shifted(t_B: Tensor, shift: float) -> Tensor:
+    """Noise levels above 0 for times from 0 to 1, shifted as Flux's are (black-forest-labs/flux, sampling.time_shift)."""
     t_B = t_B.clamp(1e-4, 1.0)
-    return math.exp(SHIFT) / (math.exp(SHIFT) + (1 / t_B - 1))
+    return math.exp(shift) / (math.exp(shift) + (1 / t_B - 1))
 
 
 def flow_loss(predicted_BCHW: Tensor, batch: FlowBatch) -> Tensor:
@@ -130,31 +118,9 @@ def flow_loss(predicted_BCHW: Tensor, batch: FlowBatch) -> Tensor:
     return (error_C * weight_C).sum() / weight_C.sum()
 
 
-def predictor(flux: Any) -> Velocity:
-    """ComfyUI's Flux as a function; the pooled vector is zeros."""
-
-    def predict(x_BCHW: Tensor, sigma_B: Tensor, text_BLD: Tensor, guidance_B: Tensor) -> Tensor:
-        pooled_BP = x_BCHW.new_zeros(len(x_BCHW), flux.params.vec_in_dim)
-        return flux(x_BCHW, sigma_B, context=text_BLD, y=pooled_BP, guidance=guidance_B, transformer_options={})
-
-    return predict
-
-
 def loss_of(predict: Velocity, teacher: Callable[[list[str]], Tensor], batch: FlowBatch, device: torch.device) -> Tensor:
     """The loss of a batch, differentiable with respect to the weights behind `predict`."""
     sigma_B111 = batch.sigma_B.view(-1, 1, 1, 1)
     x_BCHW = ((1 - sigma_B111) * batch.clean_BCHW + sigma_B111 * batch.noise_BCHW).to(device)
     text_BLD = teacher(batch.captions).to(device)
     return flow_loss(predict(x_BCHW, batch.sigma_B.to(device), text_BLD, batch.guidance_B.to(device)), batch)
-
-
-def save_flux(path: Path, weights: Mapping[str, Tensor], facts: Mapping[str, str], dtype: torch.dtype) -> Path:
-    """Write the Flux under the published names, which the stock UNETLoader reads."""
-    named = {published_name(name): tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items()}
-    safetensors.torch.save_file(named, path, metadata={"modelspec.title": "miniature Flux", **facts})
-    return path
-
-
-def published_name(name: str) -> str:
-    """A weight's name in published files."""
-    return name.removesuffix(".weight") + ".scale" if name.endswith(("query_norm.weight", "key_norm.weight")) else name

@@ -15,7 +15,7 @@ from torch.nn import Linear, Module, Parameter, ParameterList
 from torch.nn.utils import parametrize
 
 from ..world.pictures import COLOURS, Scene
-from .flow import FluxSize, load_weights, make_flux, published_name
+from .flux import FluxSize, load_weights, make_flux, published_name
 
 RANK = 4
 # Layers of the text and image streams; not norms, embeddings and the output.

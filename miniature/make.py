@@ -1,9 +1,10 @@
-"""Make the miniature's files: the VAE by hand, the teacher from text, the Flux and its LoRA from images. Stock nodes and ours load them."""
+"""Make the miniature's files: the VAE by hand, the teacher from text, Flux, LoRA and SD3 from images. Stock nodes and ours load them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from ..world.pictures import Scene
 from . import flow, teacher
 from .autoencoder import vae_tensors
 from .corruption import load_tokenizer
-from .files import FLUX_FILE, LORA_FILE, TEACHER_FILE, VAE_FILE, place
-from .flow import FluxSize
+from .files import FLUX_FILE, LORA_FILE, SD3_FILE, TEACHER_FILE, VAE_FILE, place
+from .flow import DiffusionModel
+from .flux import FLUX
 from .grounding import QUESTIONS
 from .lora import load_flux, repainted, save_lora, trained_part, with_lora
+from .sd3 import SD3
 from .teacher import FrozenTeacher
 from .training import Plan, train
 
@@ -30,6 +33,7 @@ DTYPE = torch.bfloat16
 # T5 does not scale its attention scores: at the Flux's Muon rate it learned almost nothing.
 TEACHER_PLAN = Plan(steps=1_500, batch=64, learning_rate=1e-2, muon_learning_rate=5e-3)
 FLUX_PLAN = Plan(steps=3_200, batch=64, learning_rate=2e-3, muon_learning_rate=1e-2)
+SD3_PLAN = Plan(steps=3_200, batch=48, learning_rate=2e-3, muon_learning_rate=1e-2)
 LORA_PLAN = Plan(steps=400, batch=32, learning_rate=5e-3, muon_learning_rate=5e-2, average_steps=50)
 Stop = Callable[[], bool]
 
@@ -42,7 +46,9 @@ def default_device() -> torch.device:
 def make_vae(out: Path) -> Path:
     """Write the VAE's file; nothing is trained."""
     path = _with_folder(place(out, VAE_FILE))
-    safetensors.torch.save_file({name: tensor.to(DTYPE) for name, tensor in vae_tensors().items()}, path)
+    # Most of it is zeros, for which 8 bits are enough; ComfyUI holds the VAE in a format of its own choice.
+    tensors = {name: tensor.to(DTYPE if tensor.any() else torch.float8_e4m3fn) for name, tensor in vae_tensors().items()}
+    safetensors.torch.save_file(tensors, path)
     return path
 
 
@@ -64,22 +70,23 @@ def make_teacher(out: Path, comfyui: Path, plan: Plan, resume: bool, stop: Stop)
     return teacher.save_teacher(_with_folder(place(out, TEACHER_FILE)), trainee.averaged(), layout, _facts(plan, what), DTYPE)
 
 
-def make_flux(out: Path, comfyui: Path, plan: Plan, resume: bool, stop: Stop) -> Path | None:
-    """Train the Flux on the teacher in `out` and write its file; None if `stop` returned true. ComfyUI must be importable.
+def make_diffusion_model(model: DiffusionModel, file: str, out: Path, comfyui: Path, plan: Plan, resume: bool, stop: Stop) -> Path | None:
+    """Train a diffusion model on the teacher in `out` and write its file; None if `stop` returned true. ComfyUI must be importable.
 
     Raises ValueError if there is no teacher.
     """
     from ..diffusion.frozen import differentiable
 
-    size, teacher_path = FluxSize(), _existing(out, TEACHER_FILE, "teacher")
+    teacher_path = _existing(out, TEACHER_FILE, "teacher")
     frozen = FrozenTeacher(teacher_path, load_tokenizer(comfyui), default_device())
-    flux = flow.make_flux(size, frozen.width, plan.seed).to(default_device())
-    what: dict[str, Any] = {"flux": asdict(size), "teacher": data_sha256(teacher_path), "shift": flow.SHIFT}
-    with differentiable(flux, blocks_of(flux, FAMILIES["flux"].block_lists), False):
-        trainee = train(flux, _loss_on(flux, frozen, plan), plan, what, out / "flux-run", resume, stop)
+    module = model.make(model.size, frozen.width, plan.seed).to(default_device())
+    what = {"teacher": data_sha256(teacher_path), **model.facts}
+    with differentiable(module, blocks_of(module, FAMILIES[model.family].block_lists), False):
+        trainee = train(module, _loss_on(model, module, frozen, plan), plan, what, out / f"{model.family}-run", resume, stop)
     if trainee is None:
         return None
-    return flow.save_flux(_with_folder(place(out, FLUX_FILE)), trainee.averaged(), _facts(plan, what), DTYPE)
+    weights = {**module.state_dict(), **trainee.averaged()}
+    return model.save(_with_folder(place(out, file)), weights, _facts(plan, what), DTYPE)
 
 
 def make_lora(out: Path, comfyui: Path, plan: Plan, resume: bool, stop: Stop) -> Path | None:
@@ -96,24 +103,29 @@ def make_lora(out: Path, comfyui: Path, plan: Plan, resume: bool, stop: Stop) ->
     flux.to(default_device())
     what = {"lora": len(low_ranks), "flux": data_sha256(flux_path), "teacher": data_sha256(teacher_path)}
     with differentiable(flux, blocks_of(flux, FAMILIES["flux"].block_lists), False):
-        trainee = train(trained_part(low_ranks), _loss_on(flux, frozen, plan, repainted), plan, what, out / "lora-run", resume, stop)
+        trainee = train(trained_part(low_ranks), _loss_on(FLUX, flux, frozen, plan, repainted), plan, what, out / "lora-run", resume, stop)
     if trainee is None:
         return None
     return save_lora(_with_folder(place(out, LORA_FILE)), trainee.averaged(), low_ranks, _facts(plan, what))
 
 
 # The models that are trained, each on those before it: plan and maker by the name on the command line.
-TRAINED = {"teacher": (TEACHER_PLAN, make_teacher), "flux": (FLUX_PLAN, make_flux), "lora": (LORA_PLAN, make_lora)}
+TRAINED = {
+    "teacher": (TEACHER_PLAN, make_teacher),
+    "flux": (FLUX_PLAN, partial(make_diffusion_model, FLUX, FLUX_FILE)),
+    "lora": (LORA_PLAN, make_lora),
+    "sd3": (SD3_PLAN, partial(make_diffusion_model, SD3, SD3_FILE)),
+}
 
 
 def _loss_on(
-    flux: Module, frozen: FrozenTeacher, plan: Plan, shown: Callable[[Scene], Scene] = flow.as_asked
+    model: DiffusionModel, module: Module, frozen: FrozenTeacher, plan: Plan, shown: Callable[[Scene], Scene] = flow.as_asked
 ) -> Callable[[int], torch.Tensor]:
-    """The loss of the Flux as a function of the step; `shown` as in `draw_batch`."""
+    """The loss of a diffusion model as a function of the step; `shown` as in `draw_batch`."""
 
     def loss_at(step: int) -> torch.Tensor:
-        batch = flow.draw_batch(plan.seed, step, plan.batch, shown)
-        return flow.loss_of(flow.predictor(flux), frozen, batch, default_device())
+        batch = flow.draw_batch(model, plan.seed, step, plan.batch, shown)
+        return flow.loss_of(partial(model.predict, module), frozen, batch, default_device())
 
     return loss_at
 

@@ -14,7 +14,7 @@ from .markdown import table
 LAB, PAGE = ROOT / "docs" / "lab.md", ROOT / "miniature" / "README.md"
 PLOT = ROOT / "assets" / "miniature-scaling.png"
 SCALED = (TEACHER, *(f"miniature_student_{size}" for size in SIZES))
-TABLES = {PAGE: ("scaling", "ablation", "pairs", "probes", "curve"), LAB: ("summary",)}
+TABLES = {PAGE: ("scaling", "ablation", "pairs", "probes", "curve", "sd3"), LAB: ("summary", "sd3_summary")}
 MARKS = "<!-- {0}: python dev.py miniature -->\n\n", "\n\n<!-- end of {0} -->"
 Row = Mapping[str, Any]
 
@@ -30,6 +30,8 @@ def tables(found: Row) -> dict[str, str]:
         "pairs": table(["seed", "follows", "imitates", "difference", "n of each", "minutes, follows", "minutes, imitates"], pairs(found)),
         "probes": probes(found["encoders"]),
         "summary": summary(scaled),
+        "sd3": accuracies(found["sd3"]["encoders"]),
+        "sd3_summary": summary(found["sd3"]["encoders"]),
         "curve": table(["optimizer steps", "minutes", "share of teacher", "n of each task"], curve(found)),
     }
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,18 @@ from distilled_t5.diffusion.gradients import blocks_of, differentiable
 from distilled_t5.encoder.files import open_student
 from distilled_t5.families import FAMILIES
 from distilled_t5.miniature import flow
-from distilled_t5.miniature.autoencoder import latents, vae_tensors
+from distilled_t5.miniature.autoencoder import vae_tensors
 from distilled_t5.miniature.corpus import draw_text
 from distilled_t5.miniature.corruption import FIRST_SENTINEL, SENTINELS, corrupt, load_tokenizer, noise_spans
-from distilled_t5.miniature.files import FLUX_FILE, FOLDERS, LORA_FILE, TEACHER_FILE, VAE_FILE, place
+from distilled_t5.miniature.files import FLUX_FILE, FOLDERS, SD3_FILE, TEACHER_FILE, VAE_FILE, place
+from distilled_t5.miniature.flux import FLUX, FluxSize, load_weights, make_flux
 from distilled_t5.miniature.lora import load_flux, save_lora, trained_part, with_lora
-from distilled_t5.miniature.make import make_vae
+from distilled_t5.miniature.make import TRAINED, make_vae
+from distilled_t5.miniature.sd3 import SD3, SD3Size
 from distilled_t5.miniature.teacher import IGNORED, FrozenTeacher, draw_batch, example
 from distilled_t5.miniature.training import Plan, train
 from distilled_t5.runtime.model_folders import add_model_folders
+from distilled_t5.runtime.weights import data_sha256
 from distilled_t5.tests.support.prepared import run_prepared
 from distilled_t5.tests.support.small_encoders import encode, serve
 from distilled_t5.tests.support.spans import restore
@@ -42,14 +46,14 @@ import nodes
 
 PACK = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-SIZE = flow.FluxSize(128, 1, 1)
+SIZE = FluxSize(128, 1, 1)
 CAPTION = "a red star left of a blue moon"
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def vae(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(scope="module", params=[False, True], ids=["computed", "file"])
+def vae(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The stock VAE of the tensors as they are, and as they are in the file."""
-    return comfy.sd.VAE(sd={name: tensor.to(request.param) for name, tensor in vae_tensors().items()})
+    return comfy.sd.VAE(sd=load_file(make_vae(tmp_path_factory.mktemp("vae"))) if request.param else vae_tensors())
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +87,11 @@ def test_a_round_trip_through_the_vae_is_as_exact_as_its_docstring_says():
     assert 0.04 < (round_trip(vae, ramp.contiguous()) - ramp).abs().max() < 0.047
 
 
-def test_the_flux_is_trained_on_what_the_vae_makes_of_pictures():
-    scene = draw_scene(2, 0, "train")
-    encoded = comfy.latent_formats.Flux().process_in(comfy.sd.VAE(sd=vae_tensors()).encode(pixels(scene)))
-    torch.testing.assert_close(latents(torch.from_numpy(render(scene))[None]), encoded, atol=1e-5, rtol=0)
+@pytest.mark.parametrize(("model", "latent_format"), [(FLUX, comfy.latent_formats.Flux), (SD3, comfy.latent_formats.SD3)])
+def test_models_are_trained_on_what_the_vae_makes_of_pictures(model, latent_format):
+    scene = draw_prompt(2, 0, "train")[0]
+    encoded = latent_format().process_in(comfy.sd.VAE(sd=vae_tensors()).encode(pixels(scene)))
+    torch.testing.assert_close(flow.draw_batch(model, 2, 0, 1).clean_BCHW, encoded, atol=1e-4, rtol=0)
 
 
 def test_every_caption_fits_into_the_length_that_it_is_padded_to(tokenizer):
@@ -135,7 +140,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, comfyui_path: Path) -> Path:
 
 
 def test_the_command_makes_files_whose_headers_say_what_made_them(made, comfyui_path):
-    assert {path.name for kind in FOLDERS.values() for path in (made / kind).iterdir()} == {VAE_FILE, TEACHER_FILE, FLUX_FILE, LORA_FILE}
+    assert {path.name for kind in FOLDERS.values() for path in (made / kind).iterdir()} == {*FOLDERS}
     teacher = open_student(place(made, TEACHER_FILE))
     assert (teacher.metadata.projection, teacher.metadata.token_length) == ("none", TOKEN_LENGTH)
     assert len(teacher.metadata.facts["distilled_t5.miniature_plan_sha256"]) == 64
@@ -145,9 +150,9 @@ def test_the_command_makes_files_whose_headers_say_what_made_them(made, comfyui_
 
 @pytest.mark.full
 def test_a_run_that_is_resumed_after_its_end_writes_the_same_files_again(made, comfyui_path):
-    before = {name: place(made, name).read_bytes() for name in (TEACHER_FILE, FLUX_FILE)}
+    before = {name: place(made, name).read_bytes() for name in (TEACHER_FILE, FLUX_FILE, SD3_FILE)}
     output = run(comfyui_path, made, "all", "--steps", "3", "--resume")
-    assert output.count("Done:") == 4
+    assert output.count("Done:") == 5
     for name, content in before.items():
         old, new = load_file(place(made, name)), load_file(_written(made.parent / name, content))
         assert all(torch.equal(old[key], new[key]) for key in old)
@@ -208,14 +213,15 @@ def test_stock_nodes_and_comfyuis_sampler_generate_an_image_from_the_three_files
 
 
 @torch.no_grad()
-def velocities(module: Any, patcher: Any) -> tuple[Tensor, Tensor]:
+def velocities(kind: flow.DiffusionModel, module: Any, patcher: Any) -> tuple[Tensor, Tensor]:
     """The velocity from the module itself, and from a loaded model through ComfyUI's apply_model, as the trainer computes it."""
-    loaded, batch = FrozenModel(patcher, FAMILIES["flux"]), flow.draw_batch(0, 0, 4)
+    family, batch = FAMILIES[kind.family], flow.draw_batch(kind, 0, 0, 4)
+    loaded = FrozenModel(patcher, family)
     loaded.load()
-    text, pooled = torch.randn(4, TOKEN_LENGTH, 128, generator=torch.Generator().manual_seed(1)), torch.zeros(4, 768)
-    told = {"context": text, "y": pooled, "guidance": batch.guidance_B, "transformer_options": {}}
-    found = loaded.velocity(batch.noise_BCHW, batch.sigma_B, text, {"pooled_output": pooled}, batch.guidance_B)
-    return module(batch.noise_BCHW, batch.sigma_B, **told), found
+    text = torch.randn(4, TOKEN_LENGTH, 128, generator=torch.Generator().manual_seed(1))
+    extras = {"pooled_output": torch.zeros(4, sum(family.companions.values()))}
+    found = loaded.velocity(batch.noise_BCHW, batch.sigma_B, text, extras, batch.guidance_B)
+    return kind.predict(module, batch.noise_BCHW, batch.sigma_B, text, batch.guidance_B), found
 
 
 def test_the_lora_that_is_trained_is_the_one_that_the_stock_loader_applies(made, tmp_path):
@@ -224,7 +230,7 @@ def test_the_lora_that_is_trained_is_the_one_that_the_stock_loader_applies(made,
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         flux.final_layer.linear.weight.normal_(0, 0.1, generator=generator)
-    saved = flow.save_flux(tmp_path / "flux.safetensors", dict(flux.state_dict()), {}, torch.float32)
+    saved = FLUX.save(tmp_path / "flux.safetensors", dict(flux.state_dict()), {}, torch.float32)
     low_ranks = with_lora(flux)
     with torch.no_grad():
         for low_rank in low_ranks.values():
@@ -236,46 +242,62 @@ def test_the_lora_that_is_trained_is_the_one_that_the_stock_loader_applies(made,
     patcher, _ = comfy.sd.load_lora_for_models(
         comfy.sd.load_diffusion_model(str(saved), model_options={"dtype": torch.float32}), None, lora, 1.0, 0.0
     )
-    expected, found = velocities(flux, patcher)
-    without, _ = velocities(load_flux(saved, 128), patcher)
+    expected, found = velocities(FLUX, flux, patcher)
+    without, _ = velocities(FLUX, load_flux(saved, 128), patcher)
     assert (expected - without).abs().mean() > 0.02
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-2)
 
 
-def test_what_is_trained_and_what_is_loaded_give_the_same_velocity(made, tmp_path):
-    module = flow.make_flux(SIZE, 128, seed=5)
+@pytest.mark.parametrize("kind", [replace(FLUX, size=SIZE), replace(SD3, size=SD3Size(2))], ids=["flux", "sd3"])
+def test_what_is_trained_and_what_is_loaded_give_the_same_velocity(kind, tmp_path):
+    module = kind.make(kind.size, 128, 5)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         module.final_layer.linear.weight.normal_(0, 0.1, generator=generator)
-    weights = dict(module.state_dict())
-    path = flow.save_flux(tmp_path / "flux.safetensors", weights, {}, torch.float32)
-    expected, found = velocities(module, comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32}))
+    path = kind.save(tmp_path / "model.safetensors", dict(module.state_dict()), {}, torch.float32)
+    expected, found = velocities(kind, module, comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32}))
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_a_diffusion_model_stopped_and_resumed_is_the_one_trained_without_a_stop(kind, made, comfyui_path, tmp_path):
+    """Bit for bit, through the files that the command writes."""
+    teacher = place(tmp_path, TEACHER_FILE)
+    teacher.parent.mkdir()
+    teacher.write_bytes(place(made, TEACHER_FILE).read_bytes())
+    plan, make = replace(TRAINED[kind][0], steps=4, batch=2), TRAINED[kind][1]
+    asked = iter((False, True))
+    assert make(tmp_path, comfyui_path, plan, False, lambda: next(asked)) is None
+    resumed = data_sha256(make(tmp_path, comfyui_path, plan, True, lambda: False))
+    (tmp_path / f"{kind}-run").rename(tmp_path / "before")
+    assert data_sha256(make(tmp_path, comfyui_path, plan, False, lambda: False)) == resumed
+
+
 def test_a_flux_loads_the_weights_of_a_file_and_refuses_another_size(tmp_path):
-    written, begun = flow.make_flux(SIZE, 128, seed=5), flow.make_flux(SIZE, 128, seed=6)
-    path = flow.save_flux(tmp_path / "flux.safetensors", dict(written.state_dict()), {}, torch.float32)
-    flow.load_weights(begun, path)
+    written, begun = make_flux(SIZE, 128, seed=5), make_flux(SIZE, 128, seed=6)
+    path = FLUX.save(tmp_path / "flux.safetensors", dict(written.state_dict()), {}, torch.float32)
+    load_weights(begun, path)
     assert all(torch.equal(weight, written.state_dict()[name]) for name, weight in begun.state_dict().items())
     with pytest.raises(ValueError, match="not a Flux of this size"):
-        flow.load_weights(flow.make_flux(flow.FluxSize(128, 2, 1), 128, seed=0), path)
+        load_weights(make_flux(FluxSize(128, 2, 1), 128, seed=0), path)
 
 
-def test_the_losss_gradient_is_its_numeric_derivative():
-    module = flow.make_flux(SIZE, 128, seed=5)
+@pytest.mark.parametrize("kind", [replace(FLUX, size=SIZE), replace(SD3, size=SD3Size(2))], ids=["flux", "sd3"])
+def test_the_losss_gradient_is_its_numeric_derivative(kind):
+    module = kind.make(kind.size, 128, 5)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in module.parameters():
             weight.add_(torch.randn(weight.shape, generator=generator) * 0.05)
     text = torch.randn(4, TOKEN_LENGTH, 128, generator=generator)
-    batch, watched = flow.draw_batch(0, 0, 4), module.double_blocks[0].img_attn.qkv.weight
+    batch, blocks = flow.draw_batch(kind, 0, 0, 4), blocks_of(module, FAMILIES[kind.family].block_lists)
+    watched = max(blocks[0].parameters(), key=torch.numel)
 
     def loss() -> Tensor:
-        return flow.loss_of(flow.predictor(module), lambda _captions: text, batch, torch.device("cpu"))
+        return flow.loss_of(partial(kind.predict, module), lambda _captions: text, batch, torch.device("cpu"))
 
-    with differentiable(module, blocks_of(module, FAMILIES["flux"].block_lists), False):
+    with differentiable(module, blocks, False):
         loss().backward()
     steepest = watched.grad / watched.grad.norm()
     with torch.no_grad():
@@ -287,7 +309,7 @@ def test_the_losss_gradient_is_its_numeric_derivative():
 
 
 def test_the_loss_of_the_true_velocity_is_zero_and_idle_channels_count_a_twentieth():
-    batch = flow.draw_batch(0, 0, 4)
+    batch = flow.draw_batch(FLUX, 0, 0, 4)
     velocity = batch.noise_BCHW - batch.clean_BCHW
     assert float(flow.flow_loss(velocity, batch)) == 0.0
     off = [velocity.clone() for _ in range(2)]
@@ -297,9 +319,19 @@ def test_the_loss_of_the_true_velocity_is_zero_and_idle_channels_count_a_twentie
     assert idle == pytest.approx(colour * flow.IDLE_CHANNEL_WEIGHT, rel=1e-4)
 
 
+def test_a_share_of_the_samples_of_sd3_has_no_caption_and_the_others_have_those_of_flux():
+    batches = {step: flow.draw_batch(SD3, 0, step, 48) for step in (0, 1, 2, flow.BATCHES)}
+    assert batches[0].captions == batches[flow.BATCHES].captions
+    assert not torch.equal(batches[0].noise_BCHW, batches[flow.BATCHES].noise_BCHW)
+    assert 0 < sum(caption == "" for batch in batches.values() for caption in batch.captions) < 24
+    full = flow.draw_batch(FLUX, 0, 0, 48).captions
+    assert all(one in ("", other) for one, other in zip(batches[0].captions, full, strict=True))
+    assert "" not in full
+
+
 def test_a_step_draws_every_band_of_noise_and_any_guidance():
-    batch = flow.draw_batch(0, 7, 64)
-    assert torch.equal(batch.noise_BCHW, flow.draw_batch(0, 7, 64).noise_BCHW)
+    batch = flow.draw_batch(FLUX, 0, 7, 64)
+    assert torch.equal(batch.noise_BCHW, flow.draw_batch(FLUX, 0, 7, 64).noise_BCHW)
     assert (batch.sigma_B.diff() > 0).all()
     assert batch.sigma_B.min() < 0.1
     assert batch.sigma_B.max() > 0.97
@@ -310,18 +342,18 @@ def test_a_step_draws_every_band_of_noise_and_any_guidance():
 @pytest.mark.full
 def test_a_flux_that_was_trained_on_two_pictures_draws_them_for_their_captions(tmp_path):
     """Learning, saving, stock loading, sampling, decoding and reading agree with each other: less than a minute on one core."""
-    few, generator = flow.draw_batch(0, 0, 2), torch.Generator().manual_seed(0)
+    few, generator = flow.draw_batch(FLUX, 0, 0, 2), torch.Generator().manual_seed(0)
     text_BLD = torch.randn(2, 8, 128, generator=generator)
-    module = flow.make_flux(flow.FluxSize(128, 2, 2), 128, seed=0)
+    module = make_flux(FluxSize(128, 2, 2), 128, seed=0)
 
     def loss_at(step: int) -> Tensor:
-        batch = replace(flow.draw_batch(1, step, 8), clean_BCHW=few.clean_BCHW.repeat(4, 1, 1, 1))
-        return flow.loss_of(flow.predictor(module), lambda _captions: text_BLD.repeat(4, 1, 1), batch, torch.device("cpu"))
+        batch = replace(flow.draw_batch(FLUX, 1, step, 8), clean_BCHW=few.clean_BCHW.repeat(4, 1, 1, 1))
+        return flow.loss_of(partial(FLUX.predict, module), lambda _captions: text_BLD.repeat(4, 1, 1), batch, torch.device("cpu"))
 
     with differentiable(module, blocks_of(module, FAMILIES["flux"].block_lists), False):
         trainee = train(module, loss_at, Plan(steps=360, warmup_steps=10, average_steps=20), {}, tmp_path / "run", resume=False)
     assert trainee is not None
-    path = flow.save_flux(tmp_path / "flux.safetensors", trainee.averaged(), {}, torch.bfloat16)
+    path = FLUX.save(tmp_path / "flux.safetensors", trainee.averaged(), {}, torch.bfloat16)
     model, vae = comfy.sd.load_diffusion_model(str(path)), comfy.sd.VAE(sd=vae_tensors())
     for index in range(2):
         conditioning = [[text_BLD[index : index + 1], {"pooled_output": torch.zeros(1, 768), "guidance": 3.5}]]
@@ -334,7 +366,7 @@ def test_a_flux_that_was_trained_on_two_pictures_draws_them_for_their_captions(t
 
 def test_a_width_that_no_head_fits_is_refused():
     with pytest.raises(ValueError, match="choose a multiple of 128"):
-        flow.make_flux(flow.FluxSize(width=100), 128, seed=0)
+        make_flux(FluxSize(width=100), 128, seed=0)
 
 
 def test_the_vaes_file_is_the_same_every_time(tmp_path):

@@ -16,7 +16,7 @@ from distilled_t5.world.scenes import NEW_IN_TASK
 
 MINIATURE = (SHIPPED / "miniature.toml").read_text(encoding="utf-8")
 METRICS_PAGE = SHIPPED.parent / "METRICS.md"
-NAMES = ("miniature", "paper", "paper-pixart", "quick", "quick-sd35")
+NAMES = ("miniature", "miniature-sd3", "paper", "paper-pixart", "quick", "quick-sd35")
 OPTIONS = {
     "": ["name", "seed", "students"],
     "teacher.": ["t5", "clip_l", "clip_g"],
@@ -85,7 +85,8 @@ def test_the_example_for_prompts_with_target_texts_is_a_valid_task():
 
 def test_the_shipped_suites_are_those_promised():
     assert tuple(sorted(path.stem for path in SHIPPED.glob("*.toml"))) == NAMES
-    miniature, paper, _, quick, _ = (load_suite(name) for name in NAMES)
+    miniature, sd3, paper, _, quick, _ = (load_suite(name) for name in NAMES)
+    assert (sd3.tasks, sd3.diffusion_model.family) == (miniature.tasks, "sd3")
     assert [task.prompts.category for task in miniature.tasks] == list(NEW_IN_TASK)
     assert {task.metrics for task in miniature.tasks} == {("readback",)}
     assert sum(task.prompts.limit for task in quick.tasks) == 200
@@ -173,5 +174,5 @@ def test_photographs_are_asked_for_where_fid_is(tmp_path):
 def test_a_suite_that_is_not_there_is_refused_with_the_shipped_names():
     with pytest.raises(ConfigError, match=r"quik is neither a suite file \(it does not exist\) nor the name of a shipped suite") as caught:
         load_suite("quik")
-    assert "shipped: miniature, paper, paper-pixart, quick, quick-sd35" in str(caught.value)
+    assert "shipped: miniature, miniature-sd3, paper, paper-pixart, quick, quick-sd35" in str(caught.value)
     assert "did you mean quick?" in str(caught.value)

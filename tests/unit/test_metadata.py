@@ -52,6 +52,7 @@ def test_file_without_our_metadata_is_the_authors(header, tmp_path):
         (TINY, StudentMetadata()),
         (TINY, StudentMetadata(token_length=77, pooled="zero", title="My student")),
         (NARROW, StudentMetadata(text_width=16)),
+        (NARROW, StudentMetadata(text_width=16, pooled="zero", also=("sd3", "chroma"))),
         (PLAIN, StudentMetadata(projection="none", text_width=16)),
         (
             TINY,
@@ -62,7 +63,7 @@ def test_file_without_our_metadata_is_the_authors(header, tmp_path):
 def test_metadata_survives_writing_and_reading(layout, metadata, tmp_path):
     path = write_student(tmp_path / "file.safetensors", tiny_tensors(layout), metadata)
     found = open_student(path).metadata
-    for name in ("family", "token_length", "pooled", "projection", "text_width"):
+    for name in ("family", "also", "token_length", "pooled", "projection", "text_width"):
         assert getattr(found, name) == getattr(metadata, name)
     assert found.title == (metadata.title or f"Distilled {layout.size_name} for Flux.1")
     assert metadata.facts.items() <= found.facts.items()
@@ -108,6 +109,9 @@ def test_output_width_of_another_diffusion_model_is_not_called_wrong_metadata(tm
     [
         ({"distilled_t5.family": "sdxl"}, "one of flux"),
         ({"distilled_t5.family": ""}, "one of flux"),
+        ({"distilled_t5.also": "flux"}, "families with the same teacher and pooled vector"),
+        ({"distilled_t5.also": "sd3+sdxl"}, "families with the same teacher and pooled vector"),
+        ({"distilled_t5.also": "sd3+chroma"}, "families with the same teacher and pooled vector"),
         *(
             ({"distilled_t5.token_length": value}, f"from 1 to {MAX_TOKENS}")
             for value in ("0", "-1", "4097", "many", "2.5", "", "1" * 5000, " 256")

@@ -37,6 +37,7 @@ FOUND: dict[str, Any] = {
     "pairs": [
         {"seed": 1, "following": 0.99, "naive": 0.8, "difference": share(0.19, low=0.16, high=0.22), "minutes": [38.06, None]},
     ],
+    "sd3": {"encoders": [row(TEACHER, 0.95), row("sd3_student", 0.94, share=share(0.981, low=0.97, high=0.99))]},
     "curve": [{"steps": 200, "training_s": 90.0, "share": share(0.5, 50)}],
 }
 EMPTY = "\n".join(mark.format(name) for name in TABLES[PAGE] for mark in MARKS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from distilled_t5.config.files import SHIPPED, options
-from distilled_t5.miniature.files import FLUX_FILE, TEACHER_FILE, VAE_FILE
+from distilled_t5.miniature.files import FLUX_FILE, SD3_FILE, TEACHER_FILE, VAE_FILE
 from distilled_t5.miniature.teacher import LAYOUT
 from distilled_t5.train.distill import linear_schedule
 from distilled_t5.train.objectives import OBJECTIVES
@@ -86,6 +86,7 @@ def test_shipped_recipes_are_those_promised():
         "chroma-24gb",
         "smoke",
         *(f"miniature-{size}" for size in MINIATURE),
+        "miniature-sd3-quarter",
     ]
     assert sorted(promised) == sorted(NAMES)
 
@@ -207,9 +208,15 @@ def test_students_of_the_miniature_differ_in_size_alone_and_are_as_large_as_they
     assert shares == pytest.approx({"half": 1 / 2, "quarter": 1 / 4, "tenth": 1 / 10, "fortieth": 1 / 40}, rel=0.2)
 
 
-def test_students_of_the_miniature_need_nothing_but_the_pack():
-    recipe = load_recipe("miniature-quarter")
-    assert {recipe.teacher.t5, recipe.diffusion_model.file, recipe.preview.vae} == {TEACHER_FILE, FLUX_FILE, VAE_FILE}
+def test_the_student_of_the_miniatures_sd3_is_trained_as_that_of_its_flux():
+    others = {line.split(":")[0] for line in load_recipe("miniature-quarter").differences(load_recipe("miniature-sd3-quarter"))}
+    assert others == {"name", "diffusion_model.file", "diffusion_model.family", "sampling.guidance", "output.name"}
+
+
+@pytest.mark.parametrize(("name", "model"), [("miniature-quarter", FLUX_FILE), ("miniature-sd3-quarter", SD3_FILE)])
+def test_students_of_the_miniature_need_nothing_but_the_pack(name, model):
+    recipe = load_recipe(name)
+    assert {recipe.teacher.t5, recipe.diffusion_model.file, recipe.preview.vae} == {TEACHER_FILE, model, VAE_FILE}
     assert all((SHIPPED.parent / corpus.path).is_file() for stage in recipe.stages for corpus in stage.corpora)
     assert recipe.stages[0].resolution_px == SIDE * CELL_PX
     assert recipe.sampling.token_lengths == (TOKEN_LENGTH,)
