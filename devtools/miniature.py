@@ -80,9 +80,9 @@ def student_file(work: Path, name: str) -> Path:
 
 def processes() -> int:
     """The number of processes that train or generate images at the same time: one per core as far as memory allows; one on a GPU."""
-    import torch
+    from ..runtime.accelerator import accelerator_type
 
-    if torch.cuda.is_available():
+    if accelerator_type():
         return 1
     return max(1, min(os.cpu_count() or 1, int(psutil.virtual_memory().available / PROCESS_BYTES)))
 

@@ -47,11 +47,10 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
     from distilled_t5.runtime.comfyui import find_comfyui, start_comfyui
 
     suite = load_suite(options.suite, options.set, options.limit)
-    start_comfyui(find_comfyui(options.comfyui), flags)
-    import torch
+    device_type = start_comfyui(find_comfyui(options.comfyui), flags)
     from distilled_t5.runtime.ranks import Ranks
 
-    with Ranks.open("cuda" if torch.cuda.is_available() and "--cpu" not in flags else "cpu") as ranks:
+    with Ranks.open(device_type) as ranks:
         # Only now: ComfyUI selects the current GPU when it is imported, which must be that of the process.
         from distilled_t5.evaluate.run import evaluate
 

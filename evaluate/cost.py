@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ..encoder.prompt_length import encoder_tokens, tokenized
+from ..runtime.accelerator import device_name, timed
 from ..runtime.progress import Progress
 from .annotate import table_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Found = TypeVar("Found")
 HEADING = ("encoder", "parameters", "weights", "tokens", "runs on", "kept on", "load", "encode", "prompt change")
 EVERYTHING = 1e30  # bytes
 
@@ -76,21 +75,6 @@ def measure(clip: Any, name: str, prompt: str, repeats: int, progress: Progress 
     return Cost(name, *sizes, str(patcher.load_device), str(patcher.offload_device), *map(tuple, times))
 
 
-def timed(action: Callable[[], Found], device: Any) -> tuple[float, Found]:
-    """Wall-clock seconds of an action, work queued on the device included, and its result."""
-    import torch
-
-    def wait() -> None:
-        if device.type in ("cuda", "xpu", "npu", "mlu"):
-            torch.get_device_module(device).synchronize(device)
-
-    wait()
-    start = time.perf_counter()
-    result = action()
-    wait()
-    return time.perf_counter() - start, result
-
-
 def unload(clip: Any) -> None:
     """Unload an encoder, and nothing else, from the device that it runs on."""
     import comfy.model_management
@@ -135,9 +119,8 @@ def machine(costs: Sequence[Cost]) -> str:
     import torch
 
     kinds = sorted({cost.runs_on for cost in costs})
-    named = [torch.cuda.get_device_name(kind) if kind.startswith("cuda") else kind for kind in kinds]
     cpu = f"{platform.processor() or platform.machine()} CPU with {torch.get_num_threads()} threads"
-    return f"{', '.join(cpu if name == 'cpu' else name for name in named)}, torch {torch.__version__}"
+    return f"{', '.join(cpu if kind == 'cpu' else device_name(kind) for kind in kinds)}, torch {torch.__version__}"
 
 
 def text_table(costs: Sequence[Cost]) -> str:

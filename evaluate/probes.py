@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..diffusion.frozen import held_bytes
+from ..runtime.accelerator import timed
 from ..train.trajectory import Position
-from .cost import timed
 from .distances import latent_rms, velocity_gaps
 from .embeddings import effective_rank, pooled_distance
 from .encoders import LoadedEncoder, Text, by_length, together

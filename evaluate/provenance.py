@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import torch
 
+from ..runtime.accelerator import accelerator_type, device_name
+
 ROOT = Path(__file__).resolve().parent.parent
 # The rooms whose code decides a number.
 ROOMS = ("config", "diffusion", "encoder", "evaluate", "families", "prompts", "runtime", "students", "train", "world")
@@ -57,11 +59,12 @@ def sources_sha256(root: Path = ROOT) -> str:
 
 def machine() -> dict[str, Any]:
     """Processor, memory and GPU."""
+    kind = accelerator_type()
     return {
         "cpu": processor(),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": kind and device_name(kind),
         "system": platform.platform(terse=True),
     }
 

@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from ..diffusion.gradients import blocks_of
 from ..families import FAMILIES
+from ..runtime.accelerator import accelerator_type
 from ..runtime.weights import data_sha256
 from ..world.pictures import Scene
 from . import flow, teacher
@@ -34,8 +35,8 @@ Stop = Callable[[], bool]
 
 
 def default_device() -> torch.device:
-    """CUDA if available, else the CPU. A run resumes bit for bit only on the kind of device on which it started."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The accelerator if torch finds one, else the CPU. A run resumes bit for bit only on the kind of device on which it started."""
+    return torch.device(accelerator_type() or "cpu")
 
 
 def make_vae(out: Path) -> Path:

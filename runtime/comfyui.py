@@ -61,12 +61,13 @@ def _version(folder: Path) -> str:
     return found[1] if found else "without a version"
 
 
-def start_comfyui(folder: Path, flags: Sequence[str], before_torch: Callable[[], object] = lambda: None) -> None:
+def start_comfyui(folder: Path, flags: Sequence[str], before_torch: Callable[[], object] = lambda: None) -> str:
     """Make `comfy` importable with these flags, as ComfyUI's main.py does: arguments first, then model paths. Once per process.
 
-    `before_torch` is called when model files can be found and torch is not imported yet. Sets `--cpu` if torch finds no accelerator, since
-    ComfyUI would stop, and adds `--disable-async-offload` unless the flags say otherwise: ComfyUI reuses the buffers of weights that it
-    copies asynchronously, but autograd needs the weights later. Raises ValueError for a ComfyUI that is too old and for flags with which
+    Returns the type of the device that it uses, "cpu" without an accelerator. `before_torch` is called when model files can be found and
+    torch is not imported yet. Sets `--cpu` if torch finds no accelerator, since ComfyUI would stop, and adds `--disable-async-offload`
+    unless the flags say otherwise: ComfyUI reuses the buffers of weights that it copies asynchronously, but autograd needs the weights
+    later. Raises ValueError for a ComfyUI that is too old and for flags with which
     nothing can be trained.
     """
     version = _version(folder)
@@ -89,16 +90,11 @@ def start_comfyui(folder: Path, flags: Sequence[str], before_torch: Callable[[],
     _add_model_paths(folder, arguments.extra_model_paths_config)
     before_torch()
     # As ComfyUI's own tests do; only modules that are imported later read it.
-    arguments.cpu = arguments.cpu or not _has_accelerator()
+    from .accelerator import accelerator_type
 
-
-def _has_accelerator() -> bool:
-    import torch
-
-    if hasattr(torch, "accelerator"):
-        return torch.accelerator.is_available()
-    # torch before 2.6
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
+    kind = None if arguments.cpu else accelerator_type()
+    arguments.cpu = kind is None
+    return kind or "cpu"
 
 
 def _refuse_flags_of_main(given: Set[str]) -> None:

@@ -9,17 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from .accelerator import accelerator_type, module_of
+
+# The states that are not those of devices.
+EVERYWHERE = {"python", "numpy", "torch", "generators"}
+CHANGED = "dropout will differ from an uninterrupted run."
 
 
 def random_states(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators (CPU and every GPU), and of `generators` by name, as CPU tensors."""
+    """The states of Python's, NumPy's and torch's generators (CPU and every accelerator), and of `generators` by name, as CPU tensors."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002 (for libraries that use the global generator)
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
+        **_device_states(),
         "generators": {name: generator.get_state() for name, generator in generators.items()},
     }
 
@@ -37,16 +43,15 @@ def restore_random_states(states: Mapping[str, Any], generators: Mapping[str, to
     torch.set_rng_state(states["torch"])
     for name, generator in generators.items():
         generator.set_state(states["generators"][name])
+    here = _device_states()
     notes = []
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if len(states["cuda"]) == gpus:
-        torch.cuda.set_rng_state_all(states["cuda"])
-    else:
-        notes.append(_elsewhere(len(states["cuda"]), gpus, "CUDA devices"))
-    if not torch.backends.mps.is_available():
-        notes += [_elsewhere(1, 0, "MPS devices")] * len(states["mps"])
-    elif states["mps"]:
-        torch.mps.set_rng_state(states["mps"][0])
+    for kind in sorted(({*states} | {*here}) - EVERYWHERE):
+        before, now = states.get(kind, []), here.get(kind, [])
+        if len(before) != len(now):
+            notes.append(f"The run had {len(before)} {kind.upper()} devices and this machine has {len(now)}: {CHANGED}")
+            continue
+        for index, state in enumerate(before):
+            module_of(kind).set_rng_state(state, index)  # pyright: ignore[reportOptionalMemberAccess]
     return notes
 
 
@@ -60,5 +65,8 @@ def undisturbed() -> Iterator[None]:
         restore_random_states(before, {})
 
 
-def _elsewhere(before: int, now: int, what: str) -> str:
-    return f"The run had {before} {what} and this machine has {now}: dropout will differ from an uninterrupted run."
+def _device_states() -> dict[str, list[Tensor]]:
+    """The states of the accelerators by type; empty without one."""
+    kind = accelerator_type()
+    module = module_of(kind)
+    return {} if kind is None or module is None else {kind: [module.get_rng_state(index) for index in range(module.device_count())]}

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
+from .accelerator import module_of
 from .packing import pack, unpack
+from .randomness import undisturbed
 
 # Longer than anything that one rank does alone while the others wait: saving, preview images.
 TIMEOUT_S = 1800.0
@@ -40,17 +42,16 @@ class Ranks:
 
     @classmethod
     def open(cls, device_type: str = "cpu", timeout_s: float = TIMEOUT_S) -> Ranks:
-        """Join the other processes if torchrun started this one; with "cuda", select this process's GPU.
+        """Join the other processes if torchrun started this one; with a type of accelerators, select this process's device.
 
-        CPU tensors are sent by gloo, CUDA tensors by nccl where torch has it. A process without response for `timeout_s` counts as lost.
+        CPU tensors are sent by gloo, those of accelerators by the library that torch has for their type (CUDA: nccl, without it gloo). A
+        process without response for `timeout_s` counts as lost.
         """
         if not (dist.is_available() and dist.is_torchelastic_launched()):
             return cls()
         local_rank = dist.distributed_c10d.get_node_local_rank()
-        if device_type == "cuda":
-            _take_gpu(local_rank)
-        on_gpus = "nccl" if dist.is_nccl_available() else "gloo"
-        backend = f"cpu:gloo,cuda:{on_gpus}" if device_type == "cuda" else "gloo"
+        _take_device(device_type, local_rank)
+        backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:{_library_for(device_type)}"
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         except (dist.DistError, RuntimeError) as error:
@@ -127,7 +128,7 @@ class Ranks:
             return module
         device = next(module.parameters()).device
         with self._explained():
-            return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+            return DistributedDataParallel(module, device_ids=None if device.type == "cpu" else [device], gradient_as_bucket_view=True)
 
     def warm_up(self, wrapped: Module, example: Tensor) -> None:
         """A backward pass through a wrapped module whose gradients are discarded; random states are kept.
@@ -138,7 +139,7 @@ class Ranks:
         if not isinstance(wrapped, DistributedDataParallel):
             return
         device = next(wrapped.parameters()).device
-        with self._explained(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with self._explained(), undisturbed():
             wrapped(example.to(device)).sum().backward()
         wrapped.zero_grad(set_to_none=True)
 
@@ -182,14 +183,23 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
 
 
-def _take_gpu(local_rank: int) -> None:
-    gpus = torch.cuda.device_count()
+def _library_for(device_type: str) -> str:
+    usual = dist.Backend.default_device_backend_map.get(device_type, "gloo")
+    return usual if usual != "nccl" or dist.is_nccl_available() else "gloo"
+
+
+def _take_device(device_type: str, local_rank: int) -> None:
+    module = module_of(device_type)
+    if module is None:
+        return
+    gpus = module.device_count()
     if local_rank >= gpus:
         raise RanksError(
             f"Process {local_rank + 1} of this machine has no GPU: torch finds {gpus}.\n"
             "What to do: start torchrun with --nproc-per-node of at most that number."
         )
-    torch.cuda.set_device(local_rank)
+    if hasattr(module, "set_device"):  # Apple's has one device
+        module.set_device(local_rank)
 
 
 def _first_line(error: BaseException) -> str:

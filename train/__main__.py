@@ -93,11 +93,10 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
     from distilled_t5.train.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)
-    start_comfyui(find_comfyui(options.comfyui), flags, before_torch=lambda: preflight(recipe))
-    import torch
+    device_type = start_comfyui(find_comfyui(options.comfyui), flags, before_torch=lambda: preflight(recipe))
     from distilled_t5.runtime.ranks import Ranks
 
-    with Ranks.open("cuda" if torch.cuda.is_available() and "--cpu" not in flags else "cpu") as ranks:
+    with Ranks.open(device_type) as ranks:
         # Only now: ComfyUI selects the current GPU when it is imported, which must be that of the process.
         from distilled_t5.train.estimate import estimate
         from distilled_t5.train.run import train

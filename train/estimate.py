@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import comfy.model_management
 
 from ..diffusion.frozen import held_bytes
+from ..runtime.accelerator import timed
 from ..runtime.ranks import Ranks
 from .distill import train_step
 from .memory import GB, SAVED_BYTES, part_lines, ram_parts
@@ -15,7 +16,6 @@ from .objectives import OBJECTIVES
 from .recipe import Recipe
 from .report import memory_mb, reset_peak_memory
 from .teacher_chunks import chunk_of, texts_of
-from .trial import timed
 from .workshop import Workshop, open_workshop
 
 MEASURED_STEPS = 3
@@ -58,17 +58,17 @@ def estimate(recipe: Recipe, ranks: Ranks) -> str:
 
 def _measure(workshop: Workshop, number: int) -> StageEstimate:
     stage, schedule = workshop.recipe.stages[number], workshop.schedule
-    batches = schedule.batches(number, 0)
+    batches, device = schedule.batches(number, 0), workshop.model.device
     # As before each chunk of a run, the diffusion model is on the device.
     workshop.load_model()
     reset_peak_memory()
-    teacher_comes_s, _ = timed(workshop.teacher.clip.load_model)
-    encode_s, texts = timed(lambda: texts_of(workshop.teacher, batches))
-    model_comes_s, positions = timed(lambda: workshop.starts(batches, texts))
+    teacher_comes_s, _ = timed(workshop.teacher.clip.load_model, device)
+    encode_s, texts = timed(lambda: texts_of(workshop.teacher, batches), device)
+    model_comes_s, positions = timed(lambda: workshop.starts(batches, texts), device)
     seconds = []
     for _ in range(min(MEASURED_STEPS, len(positions[0].sigmas_T) - 1)):
         step_s, (_, positions) = timed(
-            lambda places=positions: train_step(places, workshop.model, workshop.learner, OBJECTIVES[stage.objective])
+            lambda places=positions: train_step(places, workshop.model, workshop.learner, OBJECTIVES[stage.objective]), device
         )
         seconds.append(step_s)
     # The first step of a size is slower: memory is allocated and kernels are chosen.

@@ -17,9 +17,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import psutil
-import torch
 from tqdm import tqdm
 
+from ..runtime.accelerator import counting_module
 from ..runtime.disk import replace_file
 from ..runtime.logs import FILE_INTERVAL_S, TERMINAL_INTERVAL_S, logging_to
 from .boards import Board, Boards, open_boards
@@ -233,15 +233,14 @@ def cut_metrics(path: Path, last_step: int) -> int:
 def memory_mb() -> dict[str, float]:
     """By name: the peak of memory taken by tensors on the GPU since `reset_peak_memory`, if there is a GPU, and the process's RAM now."""
     ram = {"ram_mb": round(psutil.Process().memory_info().rss / MB, 1)}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return {"gpu_peak_mb": round(torch.cuda.max_memory_allocated() / MB, 1)} | ram
-    return ram
+    module = counting_module()
+    return ram if module is None else {"gpu_peak_mb": round(module.max_memory_allocated() / MB, 1)} | ram
 
 
 def reset_peak_memory() -> None:
     """Restart the measurement of peak GPU memory."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
+    if (module := counting_module()) is not None:
+        module.reset_peak_memory_stats()
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

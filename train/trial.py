@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import TypeVar
-
-import comfy.model_management
-import torch
-
+from ..runtime.accelerator import timed
 from ..runtime.randomness import undisturbed
 from .objectives import OBJECTIVES
 from .recipe import Stage
@@ -19,7 +13,6 @@ from .workshop import Workshop
 
 # The first pass of a size allocates memory and chooses kernels; the last one is measured.
 PASSES = 2
-Result = TypeVar("Result")
 
 
 def trials(workshop: Workshop) -> dict[int, float]:
@@ -46,22 +39,12 @@ def _cost_of(stage: Stage) -> tuple[object, ...]:
 
 def _trial(workshop: Workshop, number: int) -> float:
     learner, objective = workshop.learner, OBJECTIVES[workshop.recipe.stages[number].objective]
-    batches = workshop.schedule.batches(number, 0)
+    batches, device = workshop.schedule.batches(number, 0), workshop.model.device
     with undisturbed():
-        encode_s, positions = timed(lambda: workshop.starts(batches, texts_of(workshop.teacher, batches)))
+        encode_s, positions = timed(lambda: workshop.starts(batches, texts_of(workshop.teacher, batches)), device)
         passes = [
-            timed(lambda: [gap_at(one, workshop.model, learner.embed, objective)[0].mean().backward() for one in positions])[0]
+            timed(lambda: [gap_at(one, workshop.model, learner.embed, objective)[0].mean().backward() for one in positions], device)[0]
             for _ in range(PASSES)
         ]
         learner.optimizer.zero_grad(set_to_none=True)
     return passes[-1] + encode_s / workshop.recipe.sampling.steps
-
-
-def timed(work: Callable[[], Result]) -> tuple[float, Result]:
-    """Seconds until some work is finished on the GPU, and its result."""
-    begin = time.perf_counter()
-    result = work()
-    comfy.model_management.synchronize()
-    if torch.backends.mps.is_available():  # ComfyUI's waits for other devices only
-        torch.mps.synchronize()
-    return time.perf_counter() - begin, result

@@ -224,14 +224,9 @@ def server_command(base: Path, pack: Path, port: int, flags: tuple[str, ...]) ->
     command = [sys.executable, "main.py", "--port", str(port), "--disable-auto-launch", "--base-directory", str(base)]
     command += ["--database-url", f"sqlite:///{(base / DATABASE).as_posix()}", "--disable-api-nodes", "--disable-all-custom-nodes"]
     command += ["--whitelist-custom-nodes", pack.name]
-    return command + ([] if has_accelerator() else ["--cpu"]) + list(flags)
+    from ...runtime.accelerator import accelerator_type  # which imports torch
 
-
-def has_accelerator() -> bool:
-    """Whether torch can use a GPU."""
-    import torch
-
-    return torch.cuda.is_available()
+    return command + ([] if accelerator_type() else ["--cpu"]) + list(flags)
 
 
 def server_environment() -> dict[str, str]:

@@ -48,7 +48,7 @@ def prepare_comfyui() -> None:
     sys.path.insert(0, str(COMFYUI))
     from comfy.cli_args import args
 
-    args.cpu = not torch.cuda.is_available()
+    args.cpu = not torch.accelerator.is_available()
     args.base_directory = BASE.name
     # As main.py does: in older versions `nodes` puts comfy/ first on sys.path, whose utils.py would then hide the package `utils`.
     import utils.extra_config  # noqa: F401 (stays in sys.modules; it imports folder_paths, which reads the arguments once)
