@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from distilled_t5.benchmarks.support import measuring
+from distilled_t5.benchmarks.support.random_files import draw_t5
 from distilled_t5.devtools.comfyui.in_process import start_comfyui
 from distilled_t5.devtools.docs.markdown import table
+from distilled_t5.encoder.files import write_student
 from distilled_t5.students.t5.layout import StudentLayout
 from torch import Tensor
 
@@ -42,8 +44,7 @@ def compare(found_NLD: Tensor, expected_NLD: Tensor) -> dict[str, float]:
 
 def initial_weights(layout: StudentLayout, spread_norms: bool) -> dict[str, Tensor]:
     """Float32 weights with T5's initialisation; spread_norms: layer norms vary as after training, instead of being exactly 1."""
-    generator = torch.Generator().manual_seed(0)
-    draw = measuring.initial_weight(layout, generator)
+    draw, generator = draw_t5(layout), torch.Generator().manual_seed(1)
     tensors = {name: draw(name, shape) for name, shape in layout.tensors().items()}
     if spread_norms:
         for name in filter(lambda name: "norm" in name, tensors):
@@ -75,8 +76,8 @@ def embed_as_trained(layout: StudentLayout, tensors: dict[str, Tensor], clip: An
 @torch.inference_mode()
 def measure_formats(folder: Path, layout: StudentLayout, prompts: tuple[str, ...], spread_norms: bool) -> dict[str, dict[str, float]]:
     """A row for each format."""
-    tensors, path = initial_weights(layout, spread_norms), folder / "student.safetensors"
-    measuring.write_streamed(path, layout.tensors(), torch.float32, lambda name, _: tensors[name])
+    tensors = initial_weights(layout, spread_norms)
+    path = write_student(folder / "student.safetensors", tensors)
     exact = serve(path, torch.float32)
     expected_NLD = embed(exact, prompts)
     rows = {"transformers, fp32": compare(embed_as_trained(layout, tensors, exact, prompts), expected_NLD)}
@@ -88,7 +89,7 @@ def measure_formats(folder: Path, layout: StudentLayout, prompts: tuple[str, ...
 def main() -> None:
     """Measure, print the tables, write the JSON."""
     options = measuring.command_line(__doc__ or "").parse_args()
-    start_comfyui(options.gpu)
+    start_comfyui("--cpu")
     size, prompts = ("small", PROMPTS[:1]) if options.quick else ("base", PROMPTS)
     layout, found = StudentLayout.named(size), {}
     with measuring.scratch_folder(2) as folder:
@@ -98,7 +99,7 @@ def main() -> None:
             body = [[name, *(f"{row[key]:.6g}" for key in COLUMNS)] for name, row in found[title].items()]
             print(table(["weights", *COLUMNS], body))
     result = {"machine": measuring.machine(options.note), "size": size, "prompts": len(prompts), "rows": found}
-    print(f"\nwritten: {measuring.save_result(result, 'precision', options)}")
+    print(f"\nwritten: {measuring.save_result(result, measuring.result_path('precision', options))}")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ def start_cost(comfyui: Path, repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write the JSON."""
     options = measuring.command_line(__doc__ or "").parse_args()
-    start = start_cost(start_comfyui(), 1 if options.quick else 5)
+    start = start_cost(start_comfyui("--cpu"), 1 if options.quick else 5)
     print(f"ComfyUI's imports {start['comfyui_s']:.2f} s, the pack's {start['pack_s']:.3f} s (expected: below {EXPECTED_START_S} s)")
-    print(f"written: {measuring.save_result({'machine': measuring.machine(options.note), 'start': start}, 'start', options)}")
+    result = {"machine": measuring.machine(options.note), "start": start}
+    print(f"written: {measuring.save_result(result, measuring.result_path('start', options))}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""What a step of the trainer costs: ours against the order of the method's authors, and against the unavoidable arithmetic.
+"""What a step of the trainer costs on a CPU: ours against the order of the method's authors.
 
-Both get the same random weights, prompts and noise and must have the same losses. On a CPU a small Flux on one thread; with --gpu Flux dev,
-T5-XXL, CLIP-L and T5-Base of full size at 512 px.
+Both get the same random weights, prompts and noise and must have the same losses. A small Flux, on one thread.
 """
 
 from __future__ import annotations
@@ -16,35 +15,29 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from distilled_t5.benchmarks.support import measuring
-from distilled_t5.benchmarks.support.training_worlds import GUIDANCE, TRAJECTORY_STEPS, TrainingWorld, real_world, small_world
+from distilled_t5.benchmarks.support.training_worlds import GUIDANCE, TRAJECTORY_STEPS, TrainingWorld, small_world
 from distilled_t5.devtools.comfyui.in_process import start_comfyui
 from distilled_t5.devtools.docs.markdown import table
 from torch import Tensor
 
-REAL_TEXT_TOKENS = (77, 256, 512)
-# Relative difference of losses that is allowed: none on a CPU; a GPU sums in any order, so that the students drift apart a little.
-SAME_LOSS = 1e-2
 OURS, AUTHORS = "ours", "authors"
-RATES = ("ratio", "ratio_cpu", "floor_share", "floor_share_cpu", "sample_cost_cpu")
+RATES = ("ratio", "ratio_cpu", "sample_cost_cpu")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A world to measure: formats of the diffusion model's weights, batches, with and without block checkpointing, timed steps."""
+    """A world to measure: batches, with and without block checkpointing, timed steps."""
 
     world: TrainingWorld
-    weights: tuple[str, ...] = ("fp32",)
     batches: tuple[int, ...] = (1, 2, 4, 8)
     checkpointing: tuple[bool, ...] = (False, True)
     repeats: int = 4
 
 
-def cases(quick: bool, gpu: bool) -> dict[str, Case]:
+def cases(quick: bool) -> dict[str, Case]:
     """What is measured."""
     if quick:
         return {"tiny": Case(small_world(128, 1, 1, side_px=64, text_tokens=16), batches=(1, 2), repeats=1)}
-    if gpu:
-        return {"full size": Case(real_world(256), ("bf16", "fp8_e4m3fn"), (1, 2, 4), (True,))}
     return {"real proportions": Case(small_world(384, 2, 4)), "small diffusion model": Case(small_world(128, 1, 2), checkpointing=(False,))}
 
 
@@ -67,9 +60,8 @@ def torch_checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 class Models:
     """The models of a case in this process, and a step of each order of operations."""
 
-    def __init__(self, world: TrainingWorld, folder: Path, weights: str, gpu: bool) -> None:
-        self.world, self.gpu = world, gpu
-        self.flow, self.teacher = world.load_flow(folder, weights), world.load_teacher(folder)
+    def __init__(self, world: TrainingWorld, folder: Path) -> None:
+        self.world, self.flow, self.teacher = world, world.load_flow(folder), world.load_teacher(folder)
 
     def encode(self, batch: int) -> Any:
         """What the trainer does once per trajectory: encode the prompts, move the diffusion model back to its device."""
@@ -146,26 +138,21 @@ class Models:
 
 @dataclasses.dataclass
 class Progress:
-    """One order of operations during a measurement: learner, position, losses and times of its steps, peak GPU memory."""
+    """One order of operations during a measurement: learner, position, losses and times of its steps."""
 
     order: str
     learner: Any
     position: Any
     losses: list[float] = dataclasses.field(default_factory=list)
     times: list[measuring.Timing] = dataclasses.field(default_factory=list)
-    peak_bytes: int = 0
 
     def step(self, models: Models, checkpointed: bool) -> None:
         # The same dropout in both orders.
         torch.manual_seed(len(self.losses))
-        if models.gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
         with models.in_order(self.order, checkpointed) as step:
-            timing, (loss, self.position) = measuring.timed(lambda: step(self.position, self.learner), models.gpu)
+            timing, (loss, self.position) = measuring.timed(lambda: step(self.position, self.learner))
         self.losses.append(loss)
         self.times.append(timing)
-        self.peak_bytes = torch.cuda.max_memory_allocated() if models.gpu else 0
 
 
 def median_timing(times: list[measuring.Timing]) -> measuring.Timing:
@@ -175,10 +162,9 @@ def median_timing(times: list[measuring.Timing]) -> measuring.Timing:
 
 def measure(models: Models, batch: int, checkpointed: bool, repeats: int) -> dict[str, Any]:
     """Both orders alternately, after a step to warm up: seconds per step, losses. Raises RuntimeError if the losses differ."""
-    texts = [measuring.timed(lambda: models.encode(batch), models.gpu) for _ in range(1 + repeats)]
+    texts = [measuring.timed(lambda: models.encode(batch)) for _ in range(1 + repeats)]
     encoding = median_timing([timing for timing, _ in texts[1:]])
-    autocast = torch.bfloat16 if models.gpu else None
-    both = [Progress(order, models.world.learner(models.flow.device, autocast), models.start(texts[0][1])) for order in (OURS, AUTHORS)]
+    both = [Progress(order, models.world.learner(models.flow.device), models.start(texts[0][1])) for order in (OURS, AUTHORS)]
     for number in range(1 + repeats):
         for progress in both if number % 2 else reversed(both):
             progress.step(models, checkpointed)
@@ -188,85 +174,68 @@ def measure(models: Models, batch: int, checkpointed: bool, repeats: int) -> dic
         shared = 1 / TRAJECTORY_STEPS if progress.order == OURS else 0
         wall_s, cpu_s = step.wall_s + shared * encoding.wall_s, step.cpu_s + shared * encoding.cpu_s
         rates = {"step_s": wall_s, "step_cpu_s": cpu_s, "steps_per_s": 1 / wall_s, "samples_per_s": batch / wall_s}
-        row[progress.order] = rates | {"gpu_peak_gb": progress.peak_bytes / 1e9 or None, "losses": progress.losses}
+        row[progress.order] = rates | {"losses": progress.losses}
     ours, authors = both
-    if any(abs(loss - expected) > SAME_LOSS * expected for loss, expected in zip(authors.losses, ours.losses, strict=True)):
+    if authors.losses != ours.losses:
         raise RuntimeError(f"The losses of both orders differ: {ours.losses} and {authors.losses}")
     return row
 
 
-def product_flops_per_s(gpu: bool) -> dict[str, float]:
-    """Operations per second of a large matrix product in the format of the run, by both clocks: the best of several."""
-    side, dtype = (8192, torch.bfloat16) if gpu else (1536, torch.float32)
-    left, right = (torch.randn(side, side, device="cuda" if gpu else "cpu").to(dtype) for _ in range(2))
-    times = [measuring.timed(lambda: left @ right, gpu)[0] for _ in range(6)]
-    return {clock: 2 * side**3 / min(getattr(time, clock) for time in times) for clock in ("wall_s", "cpu_s")}
-
-
-def compared(world: TrainingWorld, row: dict[str, Any], rate: dict[str, float], smallest: dict[str, Any]) -> dict[str, float]:
-    """The authors' time over ours, the unavoidable arithmetic over our time, our cost per sample over that of the smallest batch."""
+def compared(row: dict[str, Any], smallest: dict[str, Any]) -> dict[str, float]:
+    """By both clocks, the authors' time over ours, and our cost per sample over that of the smallest batch."""
     found = {}
-    for clock, key, suffix in (("wall_s", "step_s", ""), ("cpu_s", "step_cpu_s", "_cpu")):
-        floor_s = row["batch"] * world.step_flops(row["checkpointing"]) / rate[clock]
+    for key, suffix in (("step_s", ""), ("step_cpu_s", "_cpu")):
         per_sample, least = (which[OURS][key] / which["batch"] for which in (row, smallest))
-        found |= {f"ratio{suffix}": row[AUTHORS][key] / row[OURS][key], f"floor{suffix}_s": floor_s}
-        found |= {f"floor_share{suffix}": floor_s / row[OURS][key], f"sample_cost{suffix}": per_sample / least}
+        found |= {f"ratio{suffix}": row[AUTHORS][key] / row[OURS][key], f"sample_cost{suffix}": per_sample / least}
     return found
 
 
-def perform(task: dict[str, Any]) -> dict[str, Any]:
-    """Measure a case with one format of weights: a row per checkpointing and batch."""
+def perform(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Measure a case: a row per checkpointing and batch."""
     torch.set_num_threads(1)
     # ComfyUI uses torch's attention on NVIDIA cards; here on the CPU as well.
-    start_comfyui(task["gpu"], use_pytorch_cross_attention=True)
-    case = cases(task["quick"], task["gpu"])[task["case"]]
-    models, rate, rows = Models(case.world, Path(task["folder"]), task["weights"], task["gpu"]), product_flops_per_s(task["gpu"]), []
+    start_comfyui("--cpu", "--use-pytorch-cross-attention")
+    case = cases(task["quick"])[task["case"]]
+    models, rows = Models(case.world, Path(task["folder"])), []
     for checkpointed in case.checkpointing:
         part = [measure(models, batch, checkpointed, case.repeats) for batch in case.batches]
-        rows += [row | compared(case.world, row, rate, part[0]) for row in part]
-    return {"matmul_flops_per_s": rate, "rows": rows}
+        rows += [row | compared(row, part[0]) for row in part]
+    yield {"rows": rows}
 
 
-def measure_case(name: str, case: Case, folder: Path, quick: bool, gpu: bool) -> dict[str, Any]:
-    """Write the files of a case, measure it in a fresh process for each format of weights, delete the files."""
+def measure_case(name: str, case: Case, folder: Path, quick: bool) -> dict[str, Any]:
+    """Write the files of a case and measure it in a fresh process."""
     world = case.world
-    world.write(folder, torch.bfloat16 if gpu else torch.float32)
-    found: dict[str, Any] = {"world": dataclasses.asdict(world), "forward_flops": world.forward_flops(), "weights": {}}
-    found |= {"checkpointed_forwards": world.checkpointed_forwards(), "teacher_share": world.teacher_share()}
-    for weights in case.weights:
-        task = {"case": name, "folder": str(folder), "weights": weights, "quick": quick, "gpu": gpu}
-        found["weights"][weights] = measuring.in_fresh_process(__file__, task)
-        print(f"\n{name}, {weights}\n{rows_table(found['weights'][weights]['rows'])}", flush=True)
-    for file in folder.iterdir():
-        file.unlink()
+    world.write(folder, torch.float32)
+    found: dict[str, Any] = {"world": dataclasses.asdict(world)}
+    for measured in measuring.in_fresh_process(__file__, {"case": name, "folder": str(folder), "quick": quick}):
+        found |= measured
+    print(f"\n{name}\n{rows_table(found['rows'])}", flush=True)
     return found
 
 
 def rows_table(rows: list[dict[str, Any]]) -> str:
     """Speeds of both orders and how they compare."""
-    heads = ["checkpointing", "batch", "steps/s", "samples/s", "authors: steps/s", *RATES, "GPU GB", "authors: GPU GB"]
+    heads = ["checkpointing", "batch", "steps/s", "samples/s", "authors: steps/s", *RATES]
     body = []
     for row in rows:
         ours, authors = row[OURS], row[AUTHORS]
         speeds = [ours["steps_per_s"], ours["samples_per_s"], authors["steps_per_s"], *(row[key] for key in RATES)]
-        body.append(["with" if row["checkpointing"] else "without", row["batch"], *speeds, ours["gpu_peak_gb"], authors["gpu_peak_gb"]])
+        body.append(["with" if row["checkpointing"] else "without", row["batch"], *speeds])
     return table(heads, body)
 
 
 def main() -> None:
     """Measure, print the tables, write the JSON."""
-    options = measuring.options_or_task(__doc__ or "", perform)
+    options = measuring.with_task(measuring.command_line(__doc__ or ""), perform)
     if options is None:
         return
-    start_comfyui(options.gpu)
+    start_comfyui("--cpu")
     facts = measuring.machine(options.note) | {"torch_threads": 1}
-    with measuring.scratch_folder(36 if options.gpu and not options.quick else 1) as folder:
-        found = {
-            name: measure_case(name, case, folder, options.quick, options.gpu) for name, case in cases(options.quick, options.gpu).items()
-        }
-    real = {str(tokens): real_world(tokens).teacher_share() for tokens in REAL_TEXT_TOKENS}
-    result = {"machine": facts, "quick": options.quick, "trajectory_steps": TRAJECTORY_STEPS, "real_teacher_share": real, "cases": found}
-    print(f"\nwritten: {measuring.save_result(result, 'train-step', options)}")
+    with measuring.scratch_folder(1) as folder:
+        found = {name: measure_case(name, case, folder, options.quick) for name, case in cases(options.quick).items()}
+    result = {"machine": facts, "quick": options.quick, "trajectory_steps": TRAJECTORY_STEPS, "cases": found}
+    print(f"\nwritten: {measuring.save_result(result, measuring.result_path('train-step', options))}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What the benchmarks share: options, encoder files of real sizes, timing, memory, facts about the machine, tables."""
+"""What the benchmarks share: options, processes, a folder for large files, timing, memory, facts about the machine."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import gc
+import importlib
 import json
 import os
 import re
@@ -13,93 +15,85 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from ...devtools.comfyui.in_process import ROOT
-from ...encoder.stream import write_stream
 from ...evaluate import provenance
-from ...students.t5.layout import Shape, StudentLayout
+from ...runtime.disk import replace_file
+
+# Begins a line of a process's output that holds a result.
+RESULT = "result: "
 
 
 def command_line(description: str) -> argparse.ArgumentParser:
     """The options of every benchmark, since `dev.py bench` passes its own to all of them."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="small sizes, one repetition, to see that it runs")
-    parser.add_argument("--gpu", action="store_true", help="measure on the first CUDA device instead of the CPU")
     parser.add_argument("--note", default="", help="a remark for the JSON, such as 'shared machine'")
     parser.add_argument("--out", type=Path, help="folder of the JSON (default: benchmarks/results; with --quick, .dev/benchmarks)")
     return parser
 
 
-def options_or_task(description: str, perform: Callable[[dict[str, Any]], Any]) -> argparse.Namespace | None:
+def with_task(parser: argparse.ArgumentParser, perform: Callable[[dict[str, Any]], Iterable[Any]]) -> argparse.Namespace | None:
     """The options of a benchmark that measures in fresh processes (`in_fresh_process`); None in such a process, after its task."""
-    parser = command_line(description)
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.task:
         return options
-    print("\n" + json.dumps(perform(options.task)))
+    for result in perform(options.task):
+        print(f"\n{RESULT}{json.dumps(result)}", flush=True)
     return None
 
 
-def in_fresh_process(script: str, task: dict[str, Any]) -> Any:
-    """The result of `perform(task)` in a new process of a benchmark. Raises RuntimeError if it fails."""
-    command = [sys.executable, str(Path(script).resolve()), "--task", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"Measuring {task} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def in_fresh_process(script: str, task: dict[str, Any], limit_s: float = threading.TIMEOUT_MAX) -> Iterator[Any]:
+    """The results of `perform(task)` in a new process of a benchmark, each as soon as it is there.
+
+    Raises RuntimeError with the end of its log if the process fails, or is ended after `limit_s` seconds.
+    """
+    command, begin = [sys.executable, str(Path(script).resolve()), "--task", json.dumps(task)], time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as log, subprocess.Popen(command, stdout=PIPE, stderr=log, text=True) as process:
+        timer = threading.Timer(limit_s, process.kill)
+        timer.start()
+        try:
+            for line in process.stdout or ():
+                if line.startswith(RESULT):
+                    yield json.loads(line.removeprefix(RESULT))
+            status = process.wait()
+        finally:
+            timer.cancel()
+            process.kill()
+        if status:
+            log.seek(0)
+            why = f"status {status}" if time.monotonic() - begin < limit_s else f"ended after {limit_s:.0f} s"
+            raise RuntimeError(f"Measuring {task} failed ({why}):\n{log.read()[-3000:]}")
 
 
 @contextlib.contextmanager
-def scratch_folder(needed_gb: float) -> Iterator[Path]:
-    """A folder for large files, removed at the end, also on SIGTERM. Raises ValueError if the disk has too little space."""
-    parent = ROOT / ".dev"
-    parent.mkdir(exist_ok=True)
+def scratch_folder(needed_gb: float, parent: Path = ROOT / ".dev") -> Iterator[Path]:
+    """A folder for large files, removed at the end, also on SIGTERM; those of killed processes are removed first.
+
+    Raises ValueError if the disk has too little space.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob("benchmark-*-*"):
+        if not psutil.pid_exists(int(left.name.split("-")[1])):
+            shutil.rmtree(left)
     free_gb = shutil.disk_usage(parent).free / 1e9
     if free_gb < needed_gb:
         raise ValueError(
             f"The disk of {parent} has {free_gb:.0f} GB free: the benchmark needs {needed_gb:.0f} GB.\nWhat to do: free space."
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with tempfile.TemporaryDirectory(dir=parent, prefix="benchmark-") as folder:
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f"benchmark-{os.getpid()}-") as folder:
         yield Path(folder)
-
-
-def initial_weight(layout: StudentLayout, generator: torch.Generator) -> Callable[[str, Shape], Tensor]:
-    """A function that draws a float32 tensor by its published name with T5's initialisation.
-
-    Deviations as in transformers' T5PreTrainedModel; the projection as torch.nn.Linear.
-    """
-    width, inner = layout.d_model, layout.num_heads * layout.d_kv
-    deviations = {
-        "shared": 1.0,
-        "relative_attention_bias": width**-0.5,
-        "q": (width * layout.d_kv) ** -0.5,
-        **dict.fromkeys(("k", "v", "wi", "wi_0", "wi_1"), width**-0.5),
-        "o": inner**-0.5,
-        "wo": layout.d_ff**-0.5,
-    }
-
-    def draw(name: str, shape: Shape) -> Tensor:
-        if "norm" in name:
-            return torch.ones(shape)
-        deviation = deviations.get(name.split(".")[-2], (3 * shape[-1]) ** -0.5)
-        return torch.empty(shape).normal_(0.0, deviation, generator=generator)
-
-    return draw
-
-
-def write_streamed(path: Path, shapes: dict[str, Shape], dtype: torch.dtype, draw: Callable[[str, Shape], Tensor]) -> None:
-    """Write a safetensors file one tensor at a time, so that it may be larger than the memory."""
-    write_stream(path, {name: (dtype, shape) for name, shape in shapes.items()}, lambda name: draw(name, shapes[name]).to(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +104,33 @@ class Timing:
     cpu_s: float
 
 
-def timed(action: Callable[[], Any], gpu: bool) -> tuple[Timing, Any]:
-    """The time of an action, including the GPU's work, and its result."""
+def device() -> torch.device:
+    """The device that ComfyUI computes on."""
+    return importlib.import_module("comfy.model_management").get_torch_device()
+
+
+def timed(action: Callable[[], Any]) -> tuple[Timing, Any]:
+    """The time of an action, including the work of ComfyUI's device, and its result."""
+    module = torch.get_device_module(device())
     wall, cpu = time.perf_counter(), time.process_time()
     result = action()
-    if gpu:
-        torch.cuda.synchronize()
+    module.synchronize()
     return Timing(time.perf_counter() - wall, time.process_time() - cpu), result
+
+
+def peak_gb() -> float | None:
+    """The peak of the memory of tensors on the device since `restart_peak`, GB; None where the device has no count."""
+    module = torch.get_device_module(device())
+    return module.max_memory_allocated() / 1e9 if hasattr(module, "max_memory_allocated") else None
+
+
+def restart_peak() -> None:
+    """Count the peak from now on, after returning unused memory to the device."""
+    gc.collect()
+    importlib.import_module("comfy.model_management").soft_empty_cache()
+    module = torch.get_device_module(device())
+    if hasattr(module, "reset_peak_memory_stats"):
+        module.reset_peak_memory_stats()
 
 
 def evict(path: Path) -> None:
@@ -145,13 +159,18 @@ def machine(note: str) -> dict[str, Any]:
     }
 
 
-def save_result(result: dict[str, Any], kind: str, options: argparse.Namespace) -> Path:
-    """Write a result as `<date>-<kind>.json`, with a number if that exists; returns the path."""
+def result_path(kind: str, options: argparse.Namespace) -> Path:
+    """Where to write a result: `<date>-<kind>.json`, with a number if that exists."""
     folder = options.out or (ROOT / ".dev" / "benchmarks" if options.quick else ROOT / "benchmarks" / "results")
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{result['machine']['date'][:10]}-{kind}"
+    stem = f"{time.strftime('%Y-%m-%d', time.gmtime())}-{kind}"
     path, number = folder / f"{stem}.json", 2
     while path.exists():
         path, number = folder / f"{stem}-{number}.json", number + 1
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def save_result(result: dict[str, Any], path: Path) -> Path:
+    """Write a result as JSON, atomically; returns the path."""
+    replace_file(path, (json.dumps(result, indent=2) + "\n").encode())
     return path

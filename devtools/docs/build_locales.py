@@ -54,7 +54,7 @@ def plain_messages(texts: NodeTexts) -> NodeTexts:
 
 def main() -> None:
     """Write the English file."""
-    start_comfyui()
+    start_comfyui("--cpu")
     path = locale_path("en")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plain_messages(schema_texts(pack_nodes())), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -30,7 +30,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def flow(files: Path) -> FrozenModel:
-    flow = WORLD.load_flow(files, "fp32")
+    flow = WORLD.load_flow(files)
     flow.load()
     return flow
 
@@ -114,8 +114,9 @@ def test_the_last_products_of_blocks_are_not_computed_again(flow):
             result = flow.velocity(text_BLD=text(), **given())
             backward[checkpoint_blocks], _ = flops(lambda result=result: result.square().sum().backward())
     again = (backward[True] - backward[False]) / BATCH
-    forward = WORLD.forward_flops()["diffusion_model"]
-    expected = (WORLD.checkpointed_forwards() - 3) * forward
+    flux, tokens = WORLD.flux, WORLD.text_tokens + (WORLD.side_px // 16) ** 2
+    forward = flops(lambda: flow.velocity(text_BLD=text().detach(), **given()))[0] / BATCH
+    expected = forward - 2 * tokens * flux.width**2 * (4 * flux.double + 5 * flux.single)
     # The embedders and the last layer, a few percent of the operations, are not in blocks.
     assert 0.9 * expected < again < expected
     assert again < 0.65 * forward
@@ -130,18 +131,3 @@ def test_an_error_while_computing_again_leaves_the_model_as_it_was(flow):
             result.sum().backward()
         failing.remove()
     assert not any("forward" in vars(module) for module in model.modules())
-
-
-def test_operations_are_counted_as_torch_counts_them(flow, files):
-    teacher, counted = WORLD.load_teacher(files), WORLD.forward_flops()
-    prompts = WORLD.prompts(BATCH)
-    ids = torch.tensor(teacher.token_ids(prompts, WORLD.text_tokens))
-    learner = WORLD.learner(flow.device, None)
-    with torch.no_grad():
-        found = {
-            "diffusion_model": flops(lambda: flow.velocity(text_BLD=text(), **given()))[0],
-            "teacher": flops(lambda: teacher.text_model.encode(ids.tolist()))[0],
-            "clip_l": flops(lambda: teacher.encode(prompts, WORLD.text_tokens))[0] - counted["teacher"] * BATCH,
-            "student": flops(lambda: learner.embed(ids))[0],
-        }
-    assert found == {name: BATCH * count for name, count in counted.items()}

@@ -92,9 +92,9 @@ def test_it_encodes_what_transformers_encodes_with_the_same_numbers(teacher):
 def test_a_student_learns_from_it(teacher, weights):
     loaded, _ = teacher
     text = loaded.encode(PROMPTS, LENGTH)
-    flow = WORLD.load_flow(weights[0], "fp32")
+    flow = WORLD.load_flow(weights[0])
     flow.load()
-    learner = WORLD.learner(flow.device, None)
+    learner = WORLD.learner(flow.device)
     drawn = draw(0, 0, len(PROMPTS), flow.family.latent_shape(WORLD.side_px), (2.0, 3.5), (LENGTH,))
     sigmas_T, extras = flow.training_sigmas(4, *drawn.noise.shape[-2:]), {"pooled_output": text.pooled_BP}
     position = Position(0, drawn.noise, sigmas_T, text.text_BLD, extras, drawn.guidance_B, text.token_ids_BL)
