@@ -216,7 +216,8 @@ def _attention(
     raw = [one.raw if isinstance(one, PracticeTensor) else one for one in (query, key, value, attn_mask)]
     how = {"scale": scale, "enable_gqa": enable_gqa}
     choice = torch.ops.aten._fused_sdp_choice(*raw[:3], raw[3], dropout_p, is_causal, **how)
-    if choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value and not enable_gqa:
+    learned_mask = attn_mask is not None and attn_mask.requires_grad
+    if choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value and not enable_gqa and not learned_mask:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return flash(query, key, value, dropout_p, is_causal, attn_mask=_float_mask(attn_mask, query), scale=scale)[0]
     math = torch.ops.aten._scaled_dot_product_attention_math
