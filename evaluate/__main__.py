@@ -10,6 +10,8 @@ from pathlib import Path
 
 def command_line() -> argparse.ArgumentParser:
     """What the command takes."""
+    from distilled_t5.runtime.command import add_comfyui_option
+
     parser = argparse.ArgumentParser(
         prog="evaluate",
         description="Compare text encoders by their images, in numbers and side by side. Flags after -- are ComfyUI's (--cpu ...). "
@@ -29,11 +31,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", action="append", default=[], metavar="part.key=value", help="change one value of the suite; may be repeated"
     )
-    parser.add_argument(
-        "--comfyui",
-        metavar="DIR",
-        help="folder of ComfyUI (default: the one in whose custom_nodes this pack is, else the one that dev.py set up)",
-    )
+    add_comfyui_option(parser)
     return parser
 
 

@@ -41,7 +41,7 @@ class Prompts(Part):
     column: str = Field(default="", description="column of csv and parquet, or key of json's objects, that holds the prompt")
     target: str = Field(default="", description="the same for the text that the image must show, which the metric ocr compares with")
     category: str = Field(default="", description="category of compbench, or task of the miniature")
-    pictures: OptionalPath = Field(default="", description="coco: folder of the photographs that FID compares with")
+    photographs: OptionalPath = Field(default="", description="coco: folder of the photographs that FID compares with")
     limit: Count = Field(description="prompts used, from the first; fewer if there are not so many")
     mix: MixName | None = Field(default=None, description=MIX_DESCRIPTION)
 
@@ -55,8 +55,8 @@ class Prompts(Part):
             raise ValueError(f"prompts of kind {self.kind} have no columns: expected no column and no target")
         if not self.column and (self.target or self.kind in ("csv", "parquet")):
             raise ValueError(f"prompts of kind {self.kind}{' with a target' * bool(self.target)} need the column that holds the prompt")
-        if self.pictures and self.kind != "coco":
-            raise ValueError(f"prompts of kind {self.kind} have no photographs: expected no pictures")
+        if self.photographs and self.kind != "coco":
+            raise ValueError(f"prompts of kind {self.kind}: expected no photographs, which coco has")
         if self.mix and self.kind != "common_text":
             raise ValueError(f"prompts of kind {self.kind}: expected no mix, which common_text has")
         known = CATEGORIES.get(self.kind, ())
@@ -156,9 +156,9 @@ def _coco(source: Prompts) -> list[dict[str, Any]]:
     chosen = [number for number in sorted(captions) if number in names and captions[number]][: source.limit]
     if not chosen:
         raise PromptError(f"{path} has no caption of a photograph.", remedy)
-    folder = located(source.pictures, "photographs") if source.pictures else None
+    folder = located(source.photographs, "photographs") if source.photographs else None
     missing = [str(folder / names[number]) for number in chosen if folder and not (folder / names[number]).is_file()]
     if missing:
-        advice = "set pictures to the folder of the photographs that the captions describe."
+        advice = "set photographs to the folder of the photographs that the captions describe."
         raise PromptError(f"{len(missing)} of {len(chosen)} photographs are not in {folder}.", advice, f"The first: {missing[0]}")
     return [{"prompt": captions[number], "photograph": folder / names[number] if folder else None} for number in chosen]

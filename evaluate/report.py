@@ -34,7 +34,7 @@ def write_all(work: Evaluation, verdicts: Verdicts, measured: Measurements, seco
     maps = _maps(work, measured)
     write_plots(work.out / "plots", report, maps)
     lost = picture_losses(scores, teacher, names[1:])
-    chosen = chosen_questions(work.questions, lost, work.suite.page.pictures)
+    chosen = chosen_questions(work.questions, lost, work.suite.page.prompts)
     by_name = {encoder.name: encoder for encoder in work.encoders}
 
     def file_of(encoder: str, question: Question) -> Path:

@@ -101,7 +101,7 @@ class Task(Part):
 class PagePart(Part):
     """The page of images."""
 
-    pictures: Count = Field(description="prompts shown of each task: half of them those on which a student loses most")
+    prompts: Count = Field(description="prompts shown of each task: half of them those on which a student loses most")
     side_px: Count = Field(description="side in pixels to which larger images are scaled down")
 
 

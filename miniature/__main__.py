@@ -15,6 +15,8 @@ PROMPTS = 6_000
 
 def command_line() -> argparse.ArgumentParser:
     """The options of the command."""
+    from distilled_t5.runtime.command import add_comfyui_option
+
     parser = argparse.ArgumentParser(prog="miniature", description="Make the miniature: a T5, a Flux, an SD3 and a VAE of a small world.")
     what = ("vae", "teacher", "flux", "lora", "sd3", "all", "prompts")
     parser.add_argument("what", choices=what, help="the file to make; all: every model; prompts: captions for the trainer")
@@ -27,7 +29,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--bf16", action="store_true", default=None, help="compute in bfloat16, which is faster on some processors")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, bit for bit")
     parser.add_argument("--count", type=int, default=PROMPTS, help="prompts: captions of each corpus (%(default)s)")
-    parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one in whose custom_nodes this pack is)")
+    add_comfyui_option(parser)
     return parser
 
 

@@ -5,6 +5,7 @@ Imports the standard library alone: this must also run in a Python that lacks th
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -18,6 +19,12 @@ from .failure import ADVICE, ISSUES, explained
 def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
     """The arguments of the command, and those for ComfyUI after `--`."""
     return (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+
+
+def add_comfyui_option(parser: argparse.ArgumentParser) -> None:
+    """Add --comfyui, which `find_comfyui` takes."""
+    default = "the one in whose custom_nodes this pack is, else the one that dev.py set up"
+    parser.add_argument("--comfyui", metavar="DIR", help=f"folder of ComfyUI (default: {default})")
 
 
 def exit_status(run: Callable[[], int], command: str, memory_advice: Callable[[], str] | None = None) -> int:

@@ -38,6 +38,8 @@ COMMANDS = {
 
 def command_line() -> argparse.ArgumentParser:
     """The parser of the command's arguments."""
+    from distilled_t5.runtime.command import add_comfyui_option
+
     parser = argparse.ArgumentParser(
         prog="train",
         description="Distil a text encoder. Flags after -- are ComfyUI's (--reserve-vram, --cpu ...).",
@@ -54,7 +56,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--estimate", action="store_true", help="measure three steps of each stage and report what the run will take, without training"
     )
-    parser.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one in whose custom_nodes this pack is)")
+    add_comfyui_option(parser)
     return parser
 
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 from pathlib import Path
 
+from ..runtime.command import add_comfyui_option
 from ..runtime.errors import UserError
 from .run_directory import RunDirectory
 from .watch import PORT
@@ -20,7 +21,7 @@ def command_line() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a checkpoint as an encoder file, also while the run goes on")
     export.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     export.add_argument("--out", metavar="FILE", help="file to write (default: models/text_encoders/NAME-step-N.safetensors)")
-    export.add_argument("--comfyui", metavar="DIR", help="folder of ComfyUI (default: the one in whose custom_nodes this pack is)")
+    add_comfyui_option(export)
     card = commands.add_parser("card", help="write the model card RUN/README.md")
     card.add_argument("--evaluation", metavar="DIR", help="folder of an evaluation, whose numbers the card shows")
     upload = commands.add_parser("upload", help="send encoder, card, recipe and samples to Hugging Face")

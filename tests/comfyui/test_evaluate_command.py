@@ -21,6 +21,7 @@ from distilled_t5.evaluate.judge_images import read_image
 from distilled_t5.evaluate.processes import Processes
 from distilled_t5.evaluate.provenance import computed_with, fingerprint
 from distilled_t5.evaluate.questions import read_questions
+from distilled_t5.evaluate.run import earlier_students
 from distilled_t5.evaluate.suite import load_suite
 from distilled_t5.families import FAMILIES
 from distilled_t5.miniature.files import VAE_FILE
@@ -183,8 +184,7 @@ def test_a_finished_evaluation_takes_one_more_student_draws_an_exchanged_image_a
     del before["student/words/00001.png"]
     fourth = tmp_path / "a.safetensors"
     fourth.write_bytes((whole.base / "models" / "text_encoders" / "other.safetensors").read_bytes())
-    arguments = command(comfyui_path, whole.base, whole.out, "--student", "other.safetensors", "--student", f"fourth={fourth}")
-    finish(arguments, tmp_path)
+    finish(command(comfyui_path, whole.base, whole.out, "--student", f"fourth={fourth}"), tmp_path)
     assert np.abs(read_image(exchanged).astype(int) - generated).max() <= 3
     assert "00001.png is not the image that was generated" in (whole.out / "evaluate.log").read_text(encoding="utf-8")
     found = results(whole.out)
@@ -192,6 +192,10 @@ def test_a_finished_evaluation_takes_one_more_student_draws_an_exchanged_image_a
     assert {name: made_at(whole.out)[name] for name in before} == before
     scores = found["probes"]["velocity_gap"]["sigma 0.50-0.75"]
     assert scores["fourth"] == scores["other"], "the same weights in another file"
+    assert earlier_students(whole.out)[1:] == [f"other={whole.base / 'models' / 'text_encoders' / 'other.safetensors'}", f"fourth={fourth}"]
+    fourth.unlink()
+    assert [one.partition("=")[0] for one in earlier_students(whole.out)] == ["student", "other"]
+    assert earlier_students(tmp_path) == []
 
 
 @pytest.mark.parametrize(

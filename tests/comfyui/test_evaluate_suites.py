@@ -68,7 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     models = ["teacher.t5=teacher.safetensors", "teacher.clip_l=none", 'students=["student.safetensors"]']
     painter = ["diffusion_model.file=flux.safetensors", "diffusion_model.vae=miniature_vae.safetensors", "diffusion_model.dtype=fp32"]
     small = ["sampling.resolution_px=96", "sampling.steps=2", "embedding.prompts=8", "velocity_gap.prompts=4", "latent_distance.prompts=4"]
-    return Place(base, [*models, *painter, *small, "cost.repeats=2", "page.pictures=2", "ocr.reader=tesseract", *judges])
+    return Place(base, [*models, *painter, *small, "cost.repeats=2", "page.prompts=2", "ocr.reader=tesseract", *judges])
 
 
 def prompts_set(suite: str, base: Path) -> list[str]:
@@ -79,7 +79,7 @@ def prompts_set(suite: str, base: Path) -> list[str]:
         if task.prompts.kind == "compbench":
             settings.append(f"task.{number}.prompts.path={base / 't2i-compbench'}")
         if task.prompts.kind == "coco":
-            settings += [f"task.{number}.prompts.path={base / 'captions.json'}", f"task.{number}.prompts.pictures={base / 'val2014'}"]
+            settings += [f"task.{number}.prompts.path={base / 'captions.json'}", f"task.{number}.prompts.photographs={base / 'val2014'}"]
     return settings
 
 

@@ -51,7 +51,7 @@ prompts = 6
 [cost]
 repeats = 2
 [page]
-pictures = 6
+prompts = 6
 side_px = 96
 [[task]]
 name = "objects"

@@ -6,12 +6,14 @@ import base64
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distilled_t5.evaluate.measured import Measured, exact
 from distilled_t5.evaluate.page import chosen_questions, data_uri, page, row
+from distilled_t5.evaluate.plots import write_plots
 from distilled_t5.evaluate.questions import Question, in_turn, read_questions
 from distilled_t5.evaluate.results import Report
 from distilled_t5.evaluate.suite import load_suite
@@ -108,6 +110,15 @@ def test_the_page_begins_with_the_answer_and_its_chart(html):
     assert data_of(html)["left_out"] == ""
 
 
+def test_charts_are_png_and_svg_and_without_matplotlib_there_is_no_empty_folder(tmp_path, monkeypatch, caplog):
+    write_plots(tmp_path / "plots", REPORT, {})
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"share_of_teacher.png", "share_of_teacher.svg"}
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    write_plots(tmp_path / "none", REPORT, {})
+    assert not (tmp_path / "none").exists()
+    assert "The chart in plots/ needs the package matplotlib.\nWhat to do: run " in caplog.text
+
+
 def questions(task: str, count: int) -> list[Question]:
     return [Question(task, index, f"{task} {index}", index) for index in range(count)]
 
@@ -146,7 +157,7 @@ def coco(folder: Path, **changes: Any) -> Path:
 
 
 def coco_questions(captions: Path, pictures: Path) -> list[Question]:
-    suite = load_suite("paper", [f"task.7.prompts.path={captions}", f"task.7.prompts.pictures={pictures}", "seed=40"])
+    suite = load_suite("paper", [f"task.7.prompts.path={captions}", f"task.7.prompts.photographs={pictures}", "seed=40"])
     assert len(suite.tasks) == PAPER_TASKS
     return read_questions({"coco": suite.tasks[7].prompts}, suite.seed)["coco"]
 

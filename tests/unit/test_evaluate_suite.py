@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from distilled_t5.config.files import ConfigError, options
+from distilled_t5.evaluate.__main__ import command_line
 from distilled_t5.evaluate.metrics import METRICS, PROBES, RECORDS
 from distilled_t5.evaluate.suite import SHIPPED, Suite, Task, load_suite
 from distilled_t5.prompts.corpora import COMPBENCH_CATEGORIES
@@ -31,9 +32,9 @@ OPTIONS = {
     "velocity_gap.": ["prompts", "sigma_bands"],
     "latent_distance.": ["prompts"],
     "cost.": ["repeats"],
-    "page.": ["pictures", "side_px"],
+    "page.": ["prompts", "side_px"],
     "task.": ["name", "metrics"],
-    "task.prompts.": ["kind", "path", "column", "target", "category", "pictures", "limit", "mix"],
+    "task.prompts.": ["kind", "path", "column", "target", "category", "photographs", "limit", "mix"],
 }
 
 
@@ -63,6 +64,12 @@ def test_the_list_of_options_is_frozen_and_each_is_described():
     tables = {key.rpartition(".")[0] for key in found}
     assert sorted(set(found) - tables) == sorted(part + key for part, keys in OPTIONS.items() for key in keys)
     assert all(field.description for field in found.values())
+
+
+def test_the_commands_help_names_every_shipped_suite():
+    said = " ".join(command_line().format_help().split())
+    assert f"the name of a shipped one: {', '.join(sorted(path.stem for path in SHIPPED.glob('*.toml')))}" in said
+    assert "else the one that dev.py set up" in said
 
 
 def test_a_suite_without_a_family_is_for_flux(tmp_path):
@@ -140,7 +147,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path):
     [
         ("task.0.prompts.category=shape", "a category, one of single_object, colour_shape_binding"),
         ("task.0.prompts.path=x.txt", "prompts of kind miniature are generated: expected no path"),
-        ("task.0.prompts.pictures=x", "prompts of kind miniature have no photographs: expected no pictures"),
+        ("task.0.prompts.photographs=x", "prompts of kind miniature: expected no photographs, which coco has"),
         ("task.0.prompts.mix=paper", "prompts of kind miniature: expected no mix"),
         ("task.0.prompts.kind=lines", "prompts of kind lines need a path"),
         ("task.0.prompts.target=text", "prompts of kind miniature have no columns: expected no column and no target"),
@@ -167,7 +174,7 @@ def test_what_does_not_fit_is_refused_in_words(setting, expected, tmp_path):
 
 def test_photographs_are_asked_for_where_fid_is(tmp_path):
     paper = (SHIPPED / "paper.toml").read_text(encoding="utf-8")
-    [problem] = problems(tmp_path, paper.replace(', pictures = "corpora/coco/val2014"', ""))
+    [problem] = problems(tmp_path, paper.replace(', photographs = "corpora/coco/val2014"', ""))
     assert "task coco: metric fid does not apply to prompts of kind coco" in problem
 
 
