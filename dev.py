@@ -369,7 +369,7 @@ def absolute(path: str) -> Path:
 def command_line() -> Parser:
     """The parser of the commands in command_line.json; the modules behind them have the defaults of their options."""
     types: dict[str, Callable[[str], object]] = {"int": int, "path": absolute}
-    parser = Parser(prog="dev.py", description="Set up, test, show and measure Distilled T5. `dev.py COMMAND --help` lists a command's options.")
+    parser = Parser(prog="dev.py", description="Set up, test, show and measure Distilled T5. Each command has its own --help.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, about in COMMANDS.items():
         command = commands.add_parser(name, help=about["help"], description=f"{about['help']}.")

@@ -22,10 +22,11 @@ MODEL_FILE = re.compile(r'"([^"]+\.safetensors)"')
 
 
 def drawing_templates() -> list[str]:
-    """The names of the templates that draw, and whose models all come with the pack."""
+    """The names of the templates that draw, whose models all come with the pack, and that need no package for OCR."""
     shipped = {path.name for path in SHIPPED.rglob("*.safetensors")}
     texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "example_workflows").glob("*.json"))}
-    return [name for name, text in texts.items() if '"VAEDecode"' in text and {*MODEL_FILE.findall(text)} <= shipped]
+    drawing = {name: text for name, text in texts.items() if '"VAEDecode"' in text and "DistilledT5OCRAccuracy" not in text}
+    return [name for name, text in drawing.items() if {*MODEL_FILE.findall(text)} <= shipped]
 
 
 def also_served(comfyui: Path, base: Path) -> tuple[str, ...]:
@@ -43,15 +44,15 @@ def encoders_of(comfyui: Path) -> Path:
 
 def welcome(url: str, comfyui: Path, base: Path) -> str:
     """What to open, and which models are there."""
-    lines = ["Ready. Open one of these links; each template draws in seconds with models of the pack:"]
+    lines = ["Ready. Open a link: each is a template that draws in seconds (number 10 trains first, for two minutes):"]
     lines += [f"  {url}/?template={name}&source={ROOT.name}" for name in drawing_templates()]
     if (base / WORKFLOWS / f"{TRAINED}.json").exists():
-        lines.append(f"The student of demo --train draws with {TRAINED}: press W (Workflows) and choose it.")
+        lines.append(f"The student of demo --train draws with the workflow {TRAINED}: press W in ComfyUI and open it.")
     lines += [
-        f"Students that the command train has written to {encoders_of(comfyui)} are in the list of Distilled T5 Loader.",
-        f"{url} alone opens ComfyUI's own first workflow, whose model is not here.",
-        "The templates of Flux and other families open as well, but their models have random weights here and draw noise:",
-        f"for images, replace them in {base / 'models'} by the real files.",
+        f"Students of train, in {encoders_of(comfyui)}, are in the list of Distilled T5 Loader.",
+        f"{url} alone opens ComfyUI's own first workflow, which cannot draw here: use the links.",
+        "The templates of Flux and other families open, too. Their models here are stand-ins with random weights, which draw noise;",
+        f"to get images, replace the stand-ins in {base / 'models'} with the real files.",
     ]
     return "\n".join(lines)
 

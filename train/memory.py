@@ -205,7 +205,7 @@ def check_ram(parts: Mapping[str, int], total_bytes: int, processes: int) -> Non
 
 
 def without_gpu(recipe: Recipe, weights: int) -> str:
-    """What a run on the CPU means in time, for a diffusion model of this many weights."""
+    """What a run on the CPU means in time, for a diffusion model of this many weights; "" for less than an hour."""
     tokens = 0.0
     for stage in recipe.stages:
         if OBJECTIVES[stage.objective].needs_velocity:
@@ -213,10 +213,10 @@ def without_gpu(recipe: Recipe, weights: int) -> str:
             tokens += stage.steps * stage.batch * stage.accumulate * (recipe.family.image_tokens(stage.resolution_px) + text)
     passes = PASSES + (RECOMPUTED if recipe.diffusion_model.checkpoint_blocks else 0) + (UNCONDITIONAL if recipe.sampling.cfg else 0)
     hours = 2 * weights * passes * tokens / CPU_FLOPS / 3600
-    said = "No GPU is used (none was found, or --cpu was given): the run is computed on the CPU."
     if hours < 1:
-        return said
+        return ""
     time = f"{hours / 24:,.0f} days" if hours >= 48 else f"{hours:.0f} hours"
+    said = "No GPU is used (none was found, or --cpu was given): the run is computed on the CPU."
     said += f" It takes about {time} at an assumed {CPU_FLOPS / 1e12:g} TFLOP/s."
     if hours <= 24 * NOT_PRACTICAL_DAYS:
         return said

@@ -93,8 +93,8 @@ def check_before_loading(recipe: Recipe, ranks: Ranks) -> None:
     here = ranks.on_this_machine()
     with contextlib.suppress(StudentFileError):
         size = size_in_file(read_entries(files["diffusion_model.file"]), recipe.diffusion_model.dtype, recipe.family)
-        if ranks.is_main and device.type == "cpu":
-            log.warning(without_gpu(recipe, size.weights))
+        if ranks.is_main and device.type == "cpu" and (slow := without_gpu(recipe, size.weights)):
+            log.warning(slow)
         encoders = [read_entries(path) for key, path in files.items() if key.startswith("teacher.")]
         teacher, layout = teacher_bytes_in(encoders), recipe.student_layout(text_width_in(encoders, recipe.family))
         need = memory_need(recipe, layout, size, teacher, device.type != "cpu")

@@ -146,7 +146,7 @@ def test_serve_shows_the_students_of_demo_and_of_train(comfyui_path: Path, tmp_p
     (workflows / "demo_student.json").touch()
     with serving(comfyui, tmp_path, port := free_port()) as process:
         assert "demo_student" in line_of(process, tmp_path, "The student of demo --train")
-        assert str(comfyui / "models" / "text_encoders") in line_of(process, tmp_path, "Students that the command train")
+        assert str(comfyui / "models" / "text_encoders") in line_of(process, tmp_path, "Students of train")
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/object_info/DistilledT5Loader", timeout=60) as reply:
             shown = reply.read().decode()
     assert "my_student.safetensors" in shown and "demo_student.safetensors" in shown
