@@ -1,8 +1,8 @@
 """A practice accelerator: a device of its own with the CPU's numbers and a memory that is counted and bounded.
 
-`install()` registers it for the process as `npu:0`, a name that ComfyUI knows, before ComfyUI and transformers are imported. Its kernels
-are the CPU's. As on a GPU, mixing its tensors with the CPU's raises RuntimeError, going beyond its memory raises `torch.OutOfMemoryError`,
-and its random numbers come from a generator of its own.
+`install()` registers it for the process as `npu`, a name that ComfyUI knows, before ComfyUI and transformers are imported. Its kernels are
+the CPU's, and under torchrun gloo connects the processes. As on a GPU, mixing its tensors with the CPU's raises RuntimeError, going beyond
+its memory raises `torch.OutOfMemoryError`, and its random numbers come from a generator of its own.
 
 Other code uses `install`, `set_budget`, `allocated_bytes`, `peak_bytes` and `reset_peak`.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.machinery
+import os
 import sys
 import types
 import weakref
@@ -18,12 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "npu"
-DEVICE = torch.device("cpu")  # until the name is registered
 # What a device without a bound says that it has.
 PLENTY_BYTES = 64 << 30
 # Operators that take tensors of both devices on a GPU too: copies, and indices.
@@ -37,6 +38,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.allocated = self.peak = 0
+        self.device = torch.device("cpu")  # until the name is registered
         self.budget = PLENTY_BYTES
         self._held: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()
 
@@ -103,7 +105,7 @@ class PracticeTensor(Tensor):
     def __new__(cls, raw: Tensor) -> PracticeTensor:
         held = memory.hold(raw)
         made = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=DEVICE
+            cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=memory.device
         )
         made.raw, made.held = raw, held
         return made
@@ -178,7 +180,9 @@ def refuse_mixed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None
     written = {id(one) for one, argument in zip(args, func._schema.arguments, strict=False) if argument.is_write}
     for one in flat:
         if isinstance(one, Tensor) and one.device.type == "cpu" and (one.dim() > 0 or id(one) in written):
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {DEVICE} and cpu! ({func})")
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two devices, {memory.device} and cpu! ({func})"
+            )
 
 
 def _empty(
@@ -212,7 +216,8 @@ def _attention(
     raw = [one.raw if isinstance(one, PracticeTensor) else one for one in (query, key, value, attn_mask)]
     how = {"scale": scale, "enable_gqa": enable_gqa}
     choice = torch.ops.aten._fused_sdp_choice(*raw[:3], raw[3], dropout_p, is_causal, **how)
-    if choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value and not enable_gqa:
+    learned_mask = attn_mask is not None and attn_mask.requires_grad
+    if choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value and not enable_gqa and not learned_mask:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return flash(query, key, value, dropout_p, is_causal, attn_mask=_float_mask(attn_mask, query), scale=scale)[0]
     math = torch.ops.aten._scaled_dot_product_attention_math
@@ -256,13 +261,13 @@ class DeviceModule(types.ModuleType):
         return False
 
     def device_count(self) -> int:
-        return 1
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # one for each process that torchrun starts
 
     def current_device(self) -> int:
         return 0
 
     def set_device(self, device: Any) -> None:
-        assert torch.device(NAME, 0) == torch.device(NAME, device if isinstance(device, int) else torch.device(device).index or 0)
+        """Nothing: torch's autograd knows one device of a backend in Python, so each process calls its own one 0."""
 
     def get_device_name(self, device: Any = None) -> str:
         return "practice accelerator"
@@ -303,12 +308,37 @@ class DeviceModule(types.ModuleType):
         generator.state = state.clone()
 
 
+class PracticeGroup(dist.ProcessGroup):
+    """The processes of a run, connected by gloo: it gets the CPU tensors behind those of the device."""
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
+        super().__init__(rank, size)
+        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+
+    def _passed_on(self, name: str, *arguments: Any) -> Any:
+        raw = tree_map_only(PracticeTensor, lambda one: one.raw, arguments)
+        getattr(self._gloo, name)(*raw).wait()
+        done: torch.futures.Future[Any] = torch.futures.Future()
+        done.set_result(arguments[0] if arguments else [])
+        return torch._C._distributed_c10d._create_work_from_future(done)
+
+    def getBackendName(self) -> str:
+        return "practice"
+
+
+def _of_gloo(name: str) -> Callable[..., Any]:
+    return lambda self, *arguments: self._passed_on(name, *arguments)
+
+
+for _name in ("allreduce", "broadcast", "allgather", "barrier", "scatter", "_allgather_base"):
+    setattr(PracticeGroup, _name, _of_gloo(_name))
+
+
 def install(budget_bytes: int | None = None) -> None:
     """Make the practice accelerator this process's accelerator, with so much memory; once, before ComfyUI is imported."""
-    global DEVICE  # noqa: PLW0603 (the name is registered now)
     set_budget(budget_bytes)
     _setup_privateuseone_for_python_backend(NAME, DeviceModule(f"torch.{NAME}"))
-    DEVICE = torch.device(NAME, 0)
+    memory.device = torch.device(NAME, 0)
     # ComfyUI takes a torch that was built for CUDA for one that has an NVIDIA GPU.
     torch.version.cuda = None
     vendor = types.ModuleType("torch_npu")
@@ -322,6 +352,7 @@ def install(budget_bytes: int | None = None) -> None:
     library.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
     library.impl("scaled_dot_product_attention", _attention, "PrivateUse1")
     fallback.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    dist.Backend.register_backend("practice", PracticeGroup, devices=[NAME])
     for name in LOWERED:
         library.impl(name, _lowered(name), "AutocastPrivateUse1")
     _libraries.extend((library, fallback))

@@ -1,4 +1,4 @@
-"""A Python script with the practice accelerator: `python practice_accelerator_command.py BYTES|none SCRIPT ARGUMENTS`."""
+"""A Python script with the practice accelerator: `python practice_accelerator_command.py SCRIPT ARGUMENTS`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from pathlib import Path
 
 if __name__ == "__main__":
     device = runpy.run_path(str(Path(__file__).with_name("practice_accelerator.py")), run_name="practice_accelerator")
-    bound, *sys.argv = sys.argv[1:]
-    device["install"](None if bound == "none" else int(bound))
+    device["install"]()
+    sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

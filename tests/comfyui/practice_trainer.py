@@ -1,0 +1,139 @@
+"""On the practice accelerator: the trainer. `test_practice_accelerator.py` runs these in a process of their own."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import pytest
+import torch
+from distilled_t5.miniature.make import make_vae
+from distilled_t5.runtime.ranks import Ranks
+from distilled_t5.tests.support import practice_accelerator as practice
+from distilled_t5.tests.support.exact import same
+from distilled_t5.tests.support.trainer import metrics
+from distilled_t5.train.distill import train_step
+from distilled_t5.train.estimate import estimate
+from distilled_t5.train.objectives import OBJECTIVES
+from distilled_t5.train.recipe import load_recipe
+from distilled_t5.train.run import train
+from distilled_t5.train.state import TrainerState, read_checkpoint
+from distilled_t5.train.workshop import Workshop, open_workshop
+
+# With so little, ComfyUI leaves the diffusion model in RAM while the student trains.
+LITTLE_BYTES = 1_200_000_000
+QUICK = ["stage.0.steps=2", "stage.1.steps=4", "sampling.steps=4", "sampling.token_lengths=[16]", "validation.prompts=2"]
+# Dropout draws on the device.
+SETTINGS = [*QUICK, "student.dropout=0.1", "optimizer.autocast=bf16", "checkpoints.every_steps=2", "checkpoints.keep_last=9"]
+
+
+@pytest.fixture(autouse=True)
+def free_device() -> Iterator[None]:
+    comfy.model_management.unload_all_models()
+    yield
+    practice.set_budget(None)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    vae = make_vae(tmp_path_factory.mktemp("models"))
+    return [*SETTINGS, f"preview.vae={vae}", "preview.every_steps=3", "validation.every_steps=3"]
+
+
+@pytest.fixture(scope="module")
+def done(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps on a device with plenty of memory."""
+    run = tmp_path_factory.mktemp("done") / "run"
+    assert train(load_recipe("smoke", settings), run, False, Ranks()) is not None
+    return run
+
+
+def state(run: Path, step: int) -> TrainerState:
+    return read_checkpoint(run / "checkpoints" / f"step-{step:06d}")
+
+
+def test_a_run_reports_its_device_the_peak_of_its_memory_the_held_out_loss_and_images(done):
+    assert "Diffusion model  stand-in (Flux.1) on npu:0" in (done / "train.log").read_text(encoding="utf-8")
+    rows = metrics(done)
+    assert all(0 < row["gpu_peak_mb"] < 1000 for row in rows if "gpu_peak_mb" in row) and any("gpu_peak_mb" in row for row in rows)
+    assert any(math.isfinite(row["held_out_loss"]) for row in rows if "held_out_loss" in row)
+    assert len(list((done / "samples").glob("*"))) >= 2
+
+
+def test_a_resumed_run_ends_with_the_same_bits_though_its_device_has_little_memory(done, settings, tmp_path):
+    shutil.copytree(done, tmp_path / "run")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:06d}")
+    practice.set_budget(LITTLE_BYTES)
+    train(load_recipe("smoke", settings), tmp_path / "run", True, Ranks())
+    ours, theirs = state(tmp_path / "run", 6), state(done, 6)
+    for part in ("student", "optimizer", "rng", "position", "best"):
+        assert same(getattr(ours, part), getattr(theirs, part)), part
+
+
+def test_the_state_of_the_devices_random_numbers_is_saved(done):
+    saved = [state(done, step).rng["0"]["npu"][0] for step in (2, 4, 6)]
+    assert not torch.equal(saved[0], saved[1])
+    assert not torch.equal(saved[1], saved[2])
+
+
+def opened(*more: str) -> tuple[Workshop, list[Any]]:
+    """What a process of the run works with, and the start of a trajectory of the last stage."""
+    workshop = open_workshop(load_recipe("smoke", [*QUICK, *more]), Ranks())
+    place = workshop.schedule.place(workshop.schedule.total_steps - 1)
+    return workshop, workshop.starts_at(workshop.schedule.place(workshop.schedule.total_steps - 1 - place.step))
+
+
+def stepped(workshop: Workshop, positions: list[Any]) -> Any:
+    with workshop.model.differentiable(workshop.recipe.diffusion_model.checkpoint_blocks):
+        return train_step(positions, workshop.model, workshop.learner, OBJECTIVES["velocity"])
+
+
+def test_teacher_and_diffusion_model_change_places_on_a_device_with_little_memory():
+    practice.set_budget(LITTLE_BYTES)
+    workshop, positions = opened()
+    assert workshop.teacher.clip.patcher.loaded_size() == 0
+    report, _ = stepped(workshop, positions)
+    assert workshop.model.patcher.loaded_size() < workshop.model.patcher.model_size()
+    practice.set_budget(None)
+    workshop, positions = opened()
+    assert stepped(workshop, positions)[0] == report
+
+
+def test_a_diffusion_model_in_fp16_is_computed_in_fp16_and_its_loss_is_scaled():
+    workshop, positions = opened("diffusion_model.dtype=fp16")
+    assert workshop.model.compute_dtype == torch.float16
+    assert workshop.learner.scaler.is_enabled()
+    before = {name: weight.clone() for name, weight in workshop.student.tensors().items()}
+    report, _ = stepped(workshop, positions)
+    assert not report.dropped
+    exact, positions = opened("diffusion_model.dtype=fp32")
+    expected, _ = stepped(exact, positions)
+    assert report.loss == pytest.approx(expected.loss, rel=0.02)
+    assert report.gradient_norm == pytest.approx(expected.gradient_norm, rel=0.05)
+    assert not same(workshop.student.tensors(), before)
+
+
+def test_the_estimate_counts_the_memory_of_the_device():
+    text = estimate(load_recipe("smoke", QUICK), Ranks())
+    assert "Memory on npu:0" in text
+    assert "gpu_peak_mb" in text
+
+
+@pytest.mark.parametrize("checkpoint_blocks", ["true", "false"], ids=["checkpointed", "kept"])
+def test_comfyui_is_asked_for_the_memory_that_a_step_takes(checkpoint_blocks, monkeypatch):
+    """With it a step fits; with a tenth less it does not."""
+    workshop, positions = opened(f"diffusion_model.checkpoint_blocks={checkpoint_blocks}", "stage.1.resolution_px=256", "stage.1.batch=4")
+    asked: list[int] = []
+    monkeypatch.setattr(workshop.model, "load", asked.append)
+    workshop.load_model()
+    practice.set_budget(practice.allocated_bytes() + asked[0] * 9 // 10)
+    with pytest.raises(torch.OutOfMemoryError):
+        stepped(workshop, positions)
+    workshop.learner.optimizer.zero_grad(set_to_none=True)
+    practice.set_budget(practice.allocated_bytes() + asked[0])
+    stepped(workshop, positions)

@@ -1,0 +1,60 @@
+"""The pack on an accelerator: each file of checks runs in a process with the practice accelerator, and each check is a test here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from distilled_t5.tests.support.prepared import run_prepared
+
+HERE = Path(__file__).parent
+PYTEST = HERE.parent / "support" / "practice_pytest.py"
+BOUND_S = 900
+Verdicts = dict[str, str]
+
+
+def checks(file: str) -> list[str]:
+    """The checks of a file, by name."""
+    return re.findall(r"^def (test_\w+)", (HERE / file).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def run_checks(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Verdicts]:
+    """Runs files of checks, once each; by name, what went wrong in a check, nothing if it passed."""
+    found: dict[tuple[str, ...], Verdicts] = {}
+
+    def run(*files: str) -> Verdicts:
+        if files not in found:
+            found[files] = _run(comfyui_path, tmp_path_factory.mktemp("report") / "report.xml", files)
+        return found[files]
+
+    return run
+
+
+def _run(comfyui: Path, report: Path, files: tuple[str, ...]) -> Verdicts:
+    arguments = [str(PYTEST), *(str(HERE / file) for file in files), "-q", "--tb=short", f"--junitxml={report}"]
+    _, said = run_prepared(arguments, HERE.parents[1], BOUND_S, COMFYUI_PATH=str(comfyui), OMP_NUM_THREADS="1")
+    assert report.is_file(), said
+    verdicts: Verdicts = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = case.get("name", "").partition("[")[0]
+        verdicts[name] = verdicts.get(name, "") + "".join(each.text or "" for kind in ("failure", "error") for each in case.iter(kind))
+    return verdicts
+
+
+@pytest.mark.parametrize("check", checks("practice_device.py"))
+def test_the_practice_accelerator_keeps_the_rules_of_a_device(check, run_checks):
+    assert run_checks("practice_device.py", "practice_encoder.py")[check] == ""
+
+
+@pytest.mark.parametrize("check", checks("practice_encoder.py"))
+def test_encoders_on_an_accelerator(check, run_checks):
+    assert run_checks("practice_device.py", "practice_encoder.py")[check] == ""
+
+
+@pytest.mark.parametrize("check", checks("practice_trainer.py"))
+def test_the_trainer_on_an_accelerator(check, run_checks):
+    assert run_checks("practice_trainer.py")[check] == ""
