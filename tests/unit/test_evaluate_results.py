@@ -115,6 +115,20 @@ def test_losses_are_written_in_points_and_identical_results_as_such():
     assert answer(found, "s") == "s keeps 100 % of the teacher (identical on all 12)."
 
 
+def test_equal_tasks_are_named_if_there_are_two_and_counted_if_there_are_more():
+    def said(**kept: float) -> str:
+        return answer(
+            replace(report(), shares={"s": {ALL: Measured(0.9, 40, 0.8, 1.0), **{name: Measured(one, 10) for name, one in kept.items()}}}),
+            "s",
+        )
+
+    assert (
+        said(word=1.0, two_words=0.5, count=0.999)
+        == "s keeps 90 % of the teacher (80 to 100): least in two words (50 %), most in word and count (100 %)."
+    )
+    assert said(a=1.0, b=1.0, c=1.0, d=0.2).endswith(": least in d (20 %), most in 3 tasks (100 %).")
+
+
 def test_identical_is_said_only_of_identical_scores():
     one_less = [1.0] * 19 + [0.0]
     equal = {"word": {"readback": {"t": one_less, "s": one_less[::-1]}}, "count": {"readback": {"t": [1.0], "s": [1.0]}}}
