@@ -58,16 +58,16 @@ def expected_time(train_steps: int) -> str:
 
 def settings_of(steps: int) -> list[str]:
     """The recipe's settings for so many steps, at least two."""
-    followed = max(steps // 10, 1)
+    followed, every_steps = max(steps // 10, 1), max(steps // 8, 1)
     return [
         f"output.name={TRAINED}",
         f"stage.0.steps={steps - followed}",
         f"stage.1.steps={followed}",
         f"optimizer.warmup_steps={min(steps, 100)}",
-        f"checkpoints.every_steps={max(1, steps // 8)}",
+        f"checkpoints.every_steps={every_steps}",
         "checkpoints.keep_last=8",
-        f"validation.every_steps={steps}",
-        f"preview.every_steps={steps}",
+        f"validation.every_steps={every_steps}",
+        f"preview.every_steps={every_steps}",
         "validation.prompts=32",
     ]
 
