@@ -27,14 +27,16 @@ FLUX = "flux1-dev.safetensors"
 # Bytes of weights by file, GB. Flux is written in bf16, as all of them but the fp8 one.
 SIZES_GB = {STUDENT: 0.26, BF16: 9.5, FP8: 4.8, FLUX: 23.8, "flux1-schnell.safetensors": 23.8, "Chroma1-HD.safetensors": 17.8}
 SIZES_GB |= {"sd3.5_medium.safetensors": 4.9, "pixart_alpha_1024_ms.safetensors": 1.2, "pixart_sigma_1024_ms.safetensors": 1.2}
-# The shipped recipes for models of full size, the first the most telling.
+# The shipped recipes for models of full size; small runs have the first ones, of every family.
 RECIPES = (
-    *("flux-dev-paper", "pixart-sigma-24gb", "schnell-24gb", "sd35-medium-24gb", "chroma-24gb", "flux-dev-large", "flux-dev-xl"),
-    *("schnell-16gb", "schnell-12gb", "pixart-alpha-paper", "flux-dev-small"),
+    *("flux-dev-paper", "pixart-sigma-24gb", "schnell-24gb", "sd35-medium-24gb", "chroma-24gb", "pixart-alpha-paper"),
+    *("flux-dev-large", "flux-dev-xl", "schnell-16gb", "schnell-12gb", "flux-dev-small"),
 )
+EVERY_FAMILY = RECIPES[:6]
 # ComfyUI's own default on NVIDIA and AMD; the trainer cannot use it.
 TWO_STREAMS, ONE_STREAM = ("--async-offload",), ("--disable-async-offload",)
 STREAMS = {"two streams": TWO_STREAMS, "one stream": ONE_STREAM}
+FP16 = ", fp16"
 # All weights stay in RAM and are brought for every layer.
 IN_RAM = ("--novram",)
 # Guesses for the plan: seconds until a process has ComfyUI and a context, GB per second from the page cache into a model, and the share of
@@ -60,11 +62,10 @@ class Part:
     files: tuple[str, ...] = ()
     flop: float = 0.0
 
-    def expected_s(self, device: dict[str, Any], there: set[str]) -> float:
-        """A guess of its seconds at full size, with files that are there already."""
-        written = sum(SIZES_GB[name] for name in self.files if name not in there)
-        writing, computing = written / device["write_gb_per_s"], self.flop / (SHARE * device["product_flops_per_s"])
-        return START_S + writing + sum(SIZES_GB[name] for name in self.files) / LOAD_GB_PER_S + computing
+    def expected_s(self, device: dict[str, Any], missing_gb: float, size_gb: float) -> float:
+        """A guess of its seconds at full size, of `size_gb` of files with `missing_gb` to be written."""
+        computing = self.flop / (SHARE * device["product_flops_per_s"])
+        return START_S + missing_gb / device["write_gb_per_s"] + size_gb / LOAD_GB_PER_S + computing
 
 
 def of_recipe(name: str, steps: int = 10, label: str = "", flags: tuple[str, ...] = ONE_STREAM, settings: tuple[str, ...] = ()) -> Part:
@@ -83,14 +84,14 @@ def parts(recipes: tuple[str, ...] = RECIPES) -> Iterator[Part]:
     """Everything after the facts about the device, the most important first; a part that shares a large file comes soon after."""
     image_flop = 8 * 1e9 * SIZES_GB[FLUX] * (4096 + 256)
     yield Part("resume to the bit", "resume", {})
-    yield Part("encoders", "encoders", {}, TWO_STREAMS, (STUDENT, BF16, FP8))
+    yield Part("encoders", "encoders", {"encoders": (STUDENT, BF16, FP8)}, TWO_STREAMS, (STUDENT, BF16, FP8))
     both = {"encoders": (STUDENT, BF16), "modes": ("resident", "offload")}
     yield Part("pipeline", "pipeline", both, TWO_STREAMS, (STUDENT, BF16, FLUX), 12 * image_flop)
     yield of_recipe(recipes[0])
     for name, flags in STREAMS.items():
         one = {"encoders": (STUDENT,), "modes": ("resident",)}
         yield Part(f"pipeline, weights in RAM, {name}", "pipeline", one, flags + IN_RAM, (STUDENT, FLUX), 3 * image_flop)
-    yield of_recipe(recipes[0], label=", fp16", settings=("diffusion_model.dtype=fp16",))
+    yield of_recipe(recipes[0], label=FP16, settings=("diffusion_model.dtype=fp16",))
     yield of_recipe(recipes[1])
     for name, flags in STREAMS.items():
         yield of_recipe(recipes[1], label=f", weights in RAM, {name}", flags=flags + IN_RAM)
@@ -115,88 +116,110 @@ def perform(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"part": name, "seconds": time.monotonic() - begin}
 
 
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What is left for a part: seconds, GB of disk and RAM, and the files that are there already."""
+
+    time_s: float
+    disk_gb: float
+    ram_gb: float
+    there: set[str]
+
+    def too_small_for(self, part: Part, device: dict[str, Any]) -> str | None:
+        """Why a part of full size cannot be measured. Whether a recipe fits RAM and device is for the trainer to say."""
+        missing, size = (sum(SIZES_GB[name] for name in names) for names in ({*part.files} - self.there, part.files))
+        expected_s = part.expected_s(device, missing, size)
+        if expected_s > self.time_s:
+            return f"time: about {expected_s:.0f} s needed, {self.time_s:.0f} s left"
+        if missing > self.disk_gb:
+            return f"disk: {missing:.1f} GB of files to write, {self.disk_gb:.1f} GB free"
+        too_large = part.measure != "recipe" and size > self.ram_gb
+        return f"RAM: {size:.1f} GB of weights to load, {self.ram_gb:.1f} GB available" if too_large else None
+
+
 class Run:
     """A run of the benchmark: what it found so far, written after every row, and how much time is left."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        self.options, self.folder, self.begin = options, folder, time.monotonic()
-        flags = ["--base-directory", str(folder)]
-        [self.device] = measuring.in_fresh_process(__file__, {"flags": flags, "folder": str(folder), "device": self._asked()}, self.left_s)
-        self.options.quick = not self.device["full"]
+        self.folder, self.end = folder, time.monotonic() + 60 * options.minutes
+        task = {"flags": (), "folder": str(folder), "device": {"quick": options.quick, "note": options.note}}
+        [self.device] = measuring.in_fresh_process(__file__, task, self.left_s)
+        self.full: bool = self.device["full"]
+        options.quick = not self.full
         self.path = measuring.result_path("gpu", options)
         self.found: dict[str, Any] = {"machine": self.device, "parts": {}, "left_out": {}, "failed": {}, "seconds": {}}
-        self._save()
-        print(f"{rows_table('device', {'': [self.device]})}\n\nwritten as it is measured: {self.path}", flush=True)
-
-    def _asked(self) -> dict[str, Any]:
-        return {"quick": self.options.quick, "note": self.options.note}
+        self.save()
+        print(f"{rows_table('device', 'device', [self.device])}\n\nwritten after every part: {self.path}", flush=True)
 
     @property
     def left_s(self) -> float:
-        return 60 * self.options.minutes - (time.monotonic() - self.begin)
+        return self.end - time.monotonic()
 
     def measure(self, group: list[Part], later: list[Part]) -> None:
         """Measure some parts in one process, unless they are left out."""
-        if self.device["full"] and (why := self._too_much(group[0], later)):
-            self.found["left_out"][group[0].name] = why
-        else:
-            names = ", ".join(part.name for part in group)
-            print(f"\n{names}: {self.left_s:.0f} s left", flush=True)
-            task = {"flags": group[0].flags, "folder": str(self.folder), "full": self.device["full"]}
-            task["parts"] = [(part.name, part.measure, part.arguments) for part in group]
-            try:
-                for result in measuring.in_fresh_process(__file__, task, max(1.0, self.left_s)):
-                    self._keep(result)
-            except RuntimeError as error:
-                self.found["failed"][names] = str(error)
-                shutil.rmtree(self.folder / "models", ignore_errors=True)
-        self._save()
+        names = ", ".join(part.name for part in group)
+        print(f"\n{names}: {self.left_s:.0f} s left", flush=True)
+        why = self._room(group[0], later).too_small_for(group[0], self.device) if self.full else None
+        if why or self.left_s < 1:
+            self._keep({"part": names, "left_out": why or "time: none left"})
+            return
+        task: dict[str, Any] = {"flags": group[0].flags, "folder": str(self.folder), "full": self.full}
+        task["parts"] = [(part.name, part.measure, part.arguments) for part in group]
+        try:
+            for result in measuring.in_fresh_process(__file__, task, self.left_s):
+                self._keep(result)
+        except RuntimeError as error:
+            self._keep({"part": names, "failed": str(error)})
+            shutil.rmtree(self.folder / "models", ignore_errors=True)
         for part in group:
-            self._show(part)
+            if rows := self.found["parts"].get(part.name):
+                print(f"\n{part.name}\n{rows_table(part.measure, part.name, rows)}", flush=True)
 
-    def _too_much(self, part: Part, later: list[Part]) -> str | None:
-        """Why a part cannot be measured. Files that only later parts need make room for its own."""
-        there = {path.name: path for path in self.folder.glob("models/*/*.safetensors")}
-        kept = {name for one in (part, *later) for name in one.files}
-        size = sum(SIZES_GB[name] for name in part.files)
-        missing = sum(SIZES_GB[name] for name in part.files if name not in there)
-        for name, path in there.items():
-            if name in SIZES_GB and name not in part.files and (name not in kept or missing > shutil.disk_usage(self.folder).free / 1e9):
-                path.unlink()
-        expected_s = part.expected_s(self.device, {*there})
-        disk_gb, ram_gb = shutil.disk_usage(self.folder).free / 1e9, psutil.virtual_memory().available / 1e9
-        if expected_s > self.left_s:
-            return f"time: about {expected_s:.0f} s, {self.left_s:.0f} s left"
-        if missing > disk_gb:
-            return f"disk: {missing:.1f} GB of files, {disk_gb:.1f} GB free"
-        return f"RAM: {size:.1f} GB of weights, {ram_gb:.1f} GB available" if size > ram_gb else None
+    def _room(self, part: Part, later: list[Part]) -> Room:
+        """What is left, after removing files that no later part needs, and those of later parts if this one needs their disk space."""
+        files = {path.name: path for path in self.folder.glob("models/*/*.safetensors") if path.name in SIZES_GB}
+        missing = sum(SIZES_GB[name] for name in {*part.files} - {*files})
+        for kept in ({name for one in later for name in one.files}, set[str]()):
+            if missing > shutil.disk_usage(self.folder).free / 1e9 or kept:
+                for name in {*files} - kept - {*part.files}:
+                    files.pop(name).unlink()
+        return Room(self.left_s, shutil.disk_usage(self.folder).free / 1e9, psutil.virtual_memory().available / 1e9, {*files})
 
     def _keep(self, result: dict[str, Any]) -> None:
+        """Add a row, a part's seconds, or why it is left out or failed, which is printed."""
         name = result.pop("part")
-        if row := result.get("row"):
-            if "tflop_per_s" in row:
-                row["share_of_product"] = row["tflop_per_s"] * 1e12 / self.device["product_flops_per_s"]
-            self.found["parts"].setdefault(name, []).append(row)
+        [(kind, value)] = result.items()
+        if kind == "row":
+            if "tflop_per_s" in value:
+                value["share_of_product"] = value["tflop_per_s"] * 1e12 / self.device["product_flops_per_s"]
+            self.found["parts"].setdefault(name, []).append(value)
         else:
-            [(kind, value)] = result.items()
             self.found[kind][name] = value
-        self._save()
+        if kind in ("left_out", "failed"):
+            print(f"{name}: {kind.replace('_', ' ')}: {value}", flush=True)
+        self.save()
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write what was found so far."""
+        self.found["compared"] = compared(self.found["parts"])
         measuring.save_result(self.found, self.path)
 
-    def _show(self, part: Part) -> None:
-        if rows := self.found["parts"].get(part.name):
-            print(f"\n{part.name}\n{rows_table(part.measure, {part.name: rows})}", flush=True)
-        for kind in ("left_out", "failed"):
-            if why := self.found[kind].get(part.name):
-                print(f"\n{part.name}: {kind.replace('_', ' ')}: {why}", flush=True)
+
+def compared(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What parts say together: whether two streams change an image or losses, and how far losses in fp16 are from those in bf16."""
+    one, two = (
+        [row.get("losses") or row["latent_sha256"] for name in sorted(found) if name.endswith(stream) for row in found[name]]
+        for stream in STREAMS
+    )
+    bf16, fp16 = ([loss for row in found.get(f"{RECIPES[0]}{label}", ()) for loss in row["losses"]] for label in ("", FP16))
+    gaps = [abs(half - usual) / usual for half, usual in zip(fp16, bf16, strict=False)]
+    return {"two_streams_change_nothing": one == two if one and len(one) == len(two) else None, "fp16_losses_differ_by": max(gaps, default=None)}
 
 
-def rows_table(measure: str, found: dict[str, list[dict[str, Any]]]) -> str:
+def rows_table(measure: str, name: str, rows: list[dict[str, Any]]) -> str:
     """A table of the rows' main columns."""
-    named = [(row.get("encoder") or row.get("stage") or row.get("format") or name, row) for name, rows in found.items() for row in rows]
-    return table(["", *COLUMNS[measure]], [[name, *(row[key] for key in COLUMNS[measure])] for name, row in named])
+    first = {"encoders": "encoder", "pipeline": "encoder", "recipe": "stage", "resume": "format"}.get(measure, "device")
+    return table([name, *COLUMNS[measure]], [[row[first], *(row[key] for key in COLUMNS[measure])] for row in rows])
 
 
 def main() -> int:
@@ -209,10 +232,10 @@ def main() -> int:
         return 0
     with measuring.scratch_folder(2, options.files) as folder:
         run = Run(options, folder)
-        everything = list(parts())
-        # A fault must not cost the parts after it; at small sizes starting would take most of the time.
+        everything = list(parts(RECIPES if run.full else EVERY_FAMILY))
+        # A fault must not cost the parts after it. At small sizes starting would take most of the time.
         groups = [[part] for part in everything]
-        if not run.device["full"]:
+        if not run.full:
             ordered = sorted(everything, key=lambda part: part.flags)
             groups = [list(group) for _, group in itertools.groupby(ordered, lambda part: part.flags)]
         for number, group in enumerate(groups):

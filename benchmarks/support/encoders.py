@@ -42,14 +42,18 @@ class Encoder:
     def stock(self) -> bool:
         return self.layout.hidden_width is None
 
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The tensors of its file: a student's by their published names, T5-XXL's by those that the stock loader reads."""
+        shapes = self.layout.tensors()
+        return DETECTED_BY | {name.removeprefix("encoder."): shape for name, shape in shapes.items()} if self.stock else shapes
+
     def write(self, path: Path) -> Path:
-        """Write the file as it is published: a student by its names, T5-XXL by those that the stock loader reads. Returns the path."""
-        shapes, draw = self.layout.tensors(), draw_t5(self.layout)
+        """Write the file with T5's initialisation; returns the path."""
+        draw = draw_t5(self.layout)
         if self.with_checksum:
-            return write_student(path, {name: draw(name, shape).to(self.dtype) for name, shape in shapes.items()})
-        if self.stock:
-            shapes = DETECTED_BY | {name.removeprefix("encoder."): shape for name, shape in shapes.items()}
-        return fill(lay_out(path, shapes, self.dtype), draw)
+            return write_student(path, {name: draw(name, shape).to(self.dtype) for name, shape in self.shapes.items()})
+        return fill(lay_out(path, self.shapes, self.dtype), draw)
 
     def load(self, path: Path, clip_l: Path) -> Any:
         """The CLIP, as the loader nodes make it."""
@@ -64,9 +68,12 @@ class Encoder:
         return comfy.sd.load_clip([str(clip_l), str(path)], clip_type=comfy.sd.CLIPType.FLUX, model_options=options)
 
 
+CLIP_L_SHAPES = random_models.clip_l_shapes() | {"text_projection.weight": (768, 768)}
+
+
 def write_clip_l(path: Path) -> Path:
     """Write a CLIP-L of full size; returns the path."""
-    return fill(lay_out(path, random_models.clip_l_shapes() | {"text_projection.weight": (768, 768)}, torch.float16), draw_any())
+    return fill(lay_out(path, CLIP_L_SHAPES, torch.float16), draw_any())
 
 
 def encode(clip: Any, prompt: str) -> Any:

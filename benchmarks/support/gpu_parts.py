@@ -20,10 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...devtools.models import random_models
 from ...encoder.files import open_student
+from ...families import DEFAULT
+from ...families.family import Family
 from ...families.flux_tensors import FluxLayout
 from ...runtime.disk import sha256
 from ...runtime.ranks import Ranks
-from ...students.t5.layout import StudentLayout
+from ...students.t5.layout import Shape, StudentLayout
 from ...train.checkpoint_files import STUDENT, TENSORS
 from ...train.distill import train_step
 from ...train.models import check_before_loading
@@ -33,8 +35,8 @@ from ...train.run import train
 from ...train.teacher_chunks import texts_of
 from ...train.workshop import Workshop, open_workshop
 from . import measuring
-from .encoders import PROMPTS, XXL, Encoder, encode, measure_encoder, write_clip_l
-from .random_files import draw_any, fill, lay_out, published_shapes
+from .encoders import CLIP_L_SHAPES, PROMPTS, XXL, Encoder, encode, measure_encoder
+from .random_files import PUBLISHED, Draw, draw_any, draw_t5, fill, lay_out, published_shapes
 
 Row = dict[str, Any]
 STUDENT_FILE, BF16_FILE, FP8_FILE = "distilled_t5_base.safetensors", "t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"
@@ -52,11 +54,10 @@ FORMATS = {"fp32": [], "bf16": ["diffusion_model.dtype=bf16", "optimizer.autocas
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """The sizes to measure: encoders by file name, Flux, images, trainer steps. `full`: recipes have their own models, not stand-ins."""
+    """The sizes to measure: encoders by file name, images, trainer steps. `full`: diffusion models have the published sizes."""
 
     full: bool
     encoders: dict[str, Encoder]
-    flux: FluxLayout
     side_px: int
     denoising_steps: int
     images: int
@@ -69,32 +70,52 @@ def _encoders(student: StudentLayout, teacher: StudentLayout) -> dict[str, Encod
 
 
 TINY_STUDENT, TINY = StudentLayout(64, 128, 2, 2, hidden_width=64, projected_width=4096), StudentLayout(4096, 64, 1, 1)
-FULL = Scale(True, _encoders(StudentLayout.named("base"), XXL), FluxLayout(), 1024, 8, 3, 10)
-SMALL = Scale(False, _encoders(TINY_STUDENT, TINY), FluxLayout(128, 1, 1), 64, 2, 2, 2)
+SMALL_FLUX = FluxLayout(128, 1, 1)
+FULL = Scale(True, _encoders(StudentLayout.named("base"), XXL), 1024, 8, 3, 10)
+SMALL = Scale(False, _encoders(TINY_STUDENT, TINY), 64, 2, 2, 2)
 
 
-def model_file(scale: Scale, name: str) -> Path:
-    """A model of ComfyUI's folders, written now if it is not there: encoders, CLIP-L, and the Flux of the pipeline."""
-    folder = Path(folder_paths.models_dir, "diffusion_models" if name == FLUX_DEV else "text_encoders")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    if path.exists():
-        return path
+@dataclasses.dataclass(frozen=True)
+class ModelFile:
+    """A model file in ComfyUI's folders: its tensors, and what draws them; its content is a hole until `filled`."""
+
+    path: Path
+    shapes: dict[str, Shape]
+    dtype: torch.dtype
+    draw: Draw
+
+    def laid_out(self) -> bool:
+        """Make the file with a hole for its numbers; False if it is there already."""
+        if self.path.exists():
+            return False
+        lay_out(self.path, self.shapes, self.dtype)
+        return True
+
+    def filled(self) -> Path:
+        """The path of the complete file, which is written if it is missing."""
+        return fill(self.path, self.draw) if self.laid_out() else self.path
+
+
+def model_file(scale: Scale, name: str, family: Family = DEFAULT) -> ModelFile:
+    """The encoder, CLIP or diffusion model of this name."""
+    folder = Path(folder_paths.models_dir, "diffusion_models" if name in PUBLISHED else "text_encoders")
+    if name in scale.encoders:
+        encoder = scale.encoders[name]
+        return ModelFile(folder / name, encoder.shapes, encoder.dtype, draw_t5(encoder.layout))
     if name == CLIP_L:
-        return write_clip_l(path)
+        return ModelFile(folder / name, CLIP_L_SHAPES, torch.float16, draw_any())
     if name == CLIP_G:
-        return lay_out(path, {name: tuple(tensor.shape) for name, tensor in random_models.clip_g().items()}, torch.float16)
-    if name == FLUX_DEV:
-        return fill(lay_out(path, scale.flux.tensors(), torch.bfloat16), draw_any())
-    return scale.encoders[name].write(path)
+        shapes = {key: tuple(tensor.shape) for key, tensor in random_models.clip_g().items()}
+        return ModelFile(folder / name, shapes, torch.float16, draw_any())
+    return ModelFile(folder / name, published_shapes(family, name) if scale.full else SMALL_FLUX.tensors(), torch.bfloat16, draw_any())
 
 
-def measure_encoders(scale: Scale) -> Iterator[Row]:
+def measure_encoders(scale: Scale, encoders: Sequence[str]) -> Iterator[Row]:
     """Load, encode and change of prompt of each encoder, one after the other."""
-    for name, encoder in scale.encoders.items():
-        path, clip_l = model_file(scale, name), model_file(scale, CLIP_L)
+    for name in encoders:
+        path, clip_l = model_file(scale, name).filled(), model_file(scale, CLIP_L).filled()
         comfy.model_management.unload_all_models()
-        row = measure_encoder(encoder, path, clip_l)
+        row = measure_encoder(scale.encoders[name], path, clip_l)
         yield {"encoder": name} | {key: value for key, value in row.items() if not key.startswith(("rss", "private"))}
 
 
@@ -104,9 +125,9 @@ def measure_pipeline(scale: Scale, encoders: Sequence[str], modes: Sequence[str]
 
     Mode `offload`: all models leave the device between encoding and sampling. `resident`: ComfyUI moves what does not fit.
     """
-    model = comfy.sd.load_diffusion_model(str(model_file(scale, FLUX_DEV)))
+    model = comfy.sd.load_diffusion_model(str(model_file(scale, FLUX_DEV).filled()))
     for name in encoders:
-        clip = scale.encoders[name].load(model_file(scale, name), model_file(scale, CLIP_L))
+        clip = scale.encoders[name].load(model_file(scale, name).filled(), model_file(scale, CLIP_L).filled())
         for mode in modes:
             comfy.model_management.unload_all_models()
             measuring.restart_peak()
@@ -162,20 +183,17 @@ def recipe_of(scale: Scale, name: str, settings: Sequence[str] = ()) -> Recipe:
 
 
 def _write_models(scale: Scale, recipe: Recipe) -> None:
-    """Write the models of a recipe, if its run fits: the trainer's own check reads headers alone, so files of holes are enough for it."""
-    path = Path(folder_paths.models_dir, "diffusion_models", recipe.diffusion_model.file)
-    missing = not path.exists()
-    if missing:
-        lay_out(path, published_shapes(recipe.family, path.name), torch.bfloat16)
-    for name in (recipe.teacher.t5, *recipe.teacher.companions.values()):
-        model_file(scale, name)
+    """Write the models of a recipe if its run fits: the trainer's own check reads headers alone, so that it can be asked first."""
+    names = (recipe.diffusion_model.file, recipe.teacher.t5, *recipe.teacher.companions.values())
+    missing = [file for name in names if (file := model_file(scale, name, recipe.family)).laid_out()]
     try:
         check_before_loading(recipe, Ranks())
     except ValueError:
-        path.unlink()
+        for file in missing:
+            file.path.unlink()
         raise
-    if missing:
-        fill(path, draw_any())
+    for file in missing:
+        fill(file.path, file.draw)
 
 
 def measure_recipe(scale: Scale, name: str, settings: Sequence[str] = ()) -> Iterator[Row]:

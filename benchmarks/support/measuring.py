@@ -27,6 +27,7 @@ import torch
 
 from ...devtools.comfyui.in_process import ROOT
 from ...evaluate import provenance
+from ...runtime.accelerator import counting_module
 from ...runtime.disk import replace_file
 
 # Begins a line of a process's output that holds a result.
@@ -112,6 +113,7 @@ def device() -> torch.device:
 def timed(action: Callable[[], Any]) -> tuple[Timing, Any]:
     """The time of an action, including the work of ComfyUI's device, and its result."""
     module = torch.get_device_module(device())
+    module.synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
     result = action()
     module.synchronize()
@@ -119,17 +121,16 @@ def timed(action: Callable[[], Any]) -> tuple[Timing, Any]:
 
 
 def peak_gb() -> float | None:
-    """The peak of the memory of tensors on the device since `restart_peak`, GB; None where the device has no count."""
-    module = torch.get_device_module(device())
-    return module.max_memory_allocated() / 1e9 if hasattr(module, "max_memory_allocated") else None
+    """The peak of the memory of tensors on the accelerator since `restart_peak`, GB; None without one that counts."""
+    module = counting_module()
+    return None if module is None else module.max_memory_allocated() / 1e9
 
 
 def restart_peak() -> None:
     """Count the peak from now on, after returning unused memory to the device."""
     gc.collect()
     importlib.import_module("comfy.model_management").soft_empty_cache()
-    module = torch.get_device_module(device())
-    if hasattr(module, "reset_peak_memory_stats"):
+    if (module := counting_module()) is not None:
         module.reset_peak_memory_stats()
 
 

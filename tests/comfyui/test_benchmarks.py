@@ -1,4 +1,4 @@
-"""Every benchmark runs and writes its numbers; the losses of both orders of a training step are equal."""
+"""Every benchmark runs at small sizes and writes its numbers; what the GPU's measures also runs on the practice accelerator."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distilled_t5.benchmarks import gpu
+from distilled_t5.benchmarks.support.measuring import RESULT
 from distilled_t5.devtools.comfyui.server import link_folder
 
 pytestmark = pytest.mark.full
-
-RATES = {"step_s", "step_cpu_s", "steps_per_s", "samples_per_s", "losses"}
-JUDGED = {"ratio", "ratio_cpu", "floor_s", "floor_cpu_s", "floor_share", "floor_share_cpu", "sample_cost", "sample_cost_cpu"}
-
 
 Quick = Callable[[str], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def quick(comfyui_path: Path, pack_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Quick:
+def environment(comfyui_path: Path, pack_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a benchmark's process."""
+    folder = tmp_path_factory.mktemp("python")
+    link_folder(folder / "distilled_t5", pack_root)
+    return {**os.environ, "PYTHONPATH": str(folder), "COMFYUI_PATH": str(comfyui_path)}
+
+
+@pytest.fixture(scope="module")
+def quick(environment: dict[str, str], pack_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Quick:
     """Runs a benchmark with --quick; returns what it wrote."""
     folder = tmp_path_factory.mktemp("benchmark")
-    (folder / "python").mkdir()
-    link_folder(folder / "python" / "distilled_t5", pack_root)
-    environment = {**os.environ, "PYTHONPATH": str(folder / "python"), "COMFYUI_PATH": str(comfyui_path)}
 
     def run(name: str) -> dict[str, Any]:
         command = [sys.executable, str(pack_root / "benchmarks" / f"{name}.py"), "--quick", "--out", str(folder / name)]
@@ -43,14 +46,8 @@ def quick(comfyui_path: Path, pack_root: Path, tmp_path_factory: pytest.TempPath
     return run
 
 
-@pytest.fixture(scope="module")
-def result(quick: Quick) -> dict[str, Any]:
-    """What `train_step.py --quick` wrote."""
-    return quick("train_step")
-
-
 def test_every_benchmark_is_tried_here(pack_root: Path) -> None:
-    assert {path.stem for path in (pack_root / "benchmarks").glob("*.py")} == {"encode", "precision", "start", "train_step"}
+    assert {path.stem for path in (pack_root / "benchmarks").glob("*.py")} == {"encode", "gpu", "precision", "start"}
 
 
 def test_encode_measures_load_encode_memory_and_a_picture(quick: Quick) -> None:
@@ -79,30 +76,29 @@ def test_start_measures_what_the_pack_adds(quick: Quick) -> None:
     assert found["start"]["modules"] > 10
 
 
-def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return result["cases"]["tiny"]["weights"]["fp32"]["rows"]
+def test_gpu_measures_every_part_at_small_sizes(quick: Quick) -> None:
+    found = quick("gpu")
+    assert not found["left_out"] and not found["failed"]
+    assert set(found["parts"]) == {part.name for part in gpu.parts(gpu.EVERY_FAMILY)} == set(found["seconds"])
+    assert found["compared"]["two_streams_change_nothing"] is True
+    assert 0 < found["compared"]["fp16_losses_differ_by"] < 0.1
+    assert all(row["same_bits"] for row in found["parts"]["resume to the bit"])
+    for name in gpu.EVERY_FAMILY:
+        [row] = found["parts"][name]
+        assert row["share_of_product"] > 0 and row["skipped"] == 0
 
 
-def test_both_orders_give_the_same_losses(result):
-    for row in rows_of(result):
-        losses = row["ours"]["losses"]
-        assert len(losses) == 2 and min(losses) > 0
-        assert row["authors"]["losses"] == losses
-
-
-def test_rows_hold_rates_ratios_and_shares_with_and_without_checkpointing(result):
-    rows = rows_of(result)
-    assert [(row["checkpointing"], row["batch"]) for row in rows] == [(False, 1), (False, 2), (True, 1), (True, 2)]
-    for row in rows:
-        assert row.keys() >= JUDGED | {"encode_s", "ours", "authors"}
-        assert row["ours"].keys() >= RATES and row["authors"].keys() >= RATES
-        assert row["ours"]["samples_per_s"] == pytest.approx(row["batch"] * row["ours"]["steps_per_s"])
-        assert row["ratio"] == pytest.approx(row["authors"]["step_s"] / row["ours"]["step_s"])
-    assert [row["sample_cost"] for row in rows if row["batch"] == 1] == [1, 1]
-
-
-def test_the_result_says_where_it_was_measured_and_what_the_real_sizes_would_share(result):
-    assert result["machine"]["torch_threads"] == 1
-    shares = result["real_teacher_share"]
-    assert 0.01 < shares["77"] < shares["256"] < shares["512"] < 0.1
-    assert 3 < result["cases"]["tiny"]["checkpointed_forwards"] < 4
+def test_everything_that_needs_no_resume_runs_on_the_practice_accelerator(
+    pack_root: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    wanted = {"encoders", "pipeline", "pipeline, weights in RAM, one stream", "flux-dev-paper", "flux-dev-paper, fp16"}
+    parts = [(part.name, part.measure, part.arguments) for part in gpu.parts(gpu.EVERY_FAMILY) if part.name in wanted]
+    task = {"flags": gpu.ONE_STREAM, "folder": str(tmp_path), "full": False, "device": {"quick": True, "note": ""}, "parts": parts}
+    accelerator = pack_root / "tests" / "support" / "practice_accelerator_command.py"
+    command = [sys.executable, str(accelerator), "none", str(pack_root / "benchmarks" / "gpu.py"), "--task", json.dumps(task)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    device, *results = [json.loads(line.removeprefix(RESULT)) for line in done.stdout.splitlines() if line.startswith(RESULT)]
+    assert (device["device"], device["device_name"]) == ("npu:0", "npu:0 practice accelerator")
+    assert {result["part"] for result in results if "row" in result} == wanted
+    assert all(result["row"]["device_peak_gb"] > 0 for result in results if "row" in result)

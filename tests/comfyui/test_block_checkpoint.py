@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from distilled_t5.benchmarks.support.training_worlds import TrainingWorld, small_world
 from distilled_t5.diffusion.frozen import FrozenModel
 from distilled_t5.diffusion.gradients import blocks_of, differentiable
 from distilled_t5.families import FAMILIES
+from distilled_t5.tests.support.training_worlds import TrainingWorld, small_world
 from distilled_t5.train.trajectory import draw
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode

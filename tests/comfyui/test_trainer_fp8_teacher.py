@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distilled_t5.benchmarks.support.training_worlds import small_world
 from distilled_t5.encoder.teacher import Teacher
 from distilled_t5.students.t5.trained import DistilledT5
+from distilled_t5.tests.support.training_worlds import small_world
 from distilled_t5.train.distill import train_step
 from distilled_t5.train.objectives import OBJECTIVES
 from distilled_t5.train.trajectory import Position, draw

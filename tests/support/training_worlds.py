@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 
+from ...benchmarks.support.encoders import Encoder
+from ...benchmarks.support.random_files import draw_any, fill, lay_out
 from ...devtools.models.random_models import clip_l_shapes
 from ...families.flux_tensors import FluxLayout
 from ...students.t5.layout import StudentLayout
-from .encoders import Encoder
-from .random_files import draw_any, fill, lay_out
 
-TRAJECTORY_STEPS = 20
-GUIDANCE = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
 SUBJECTS = ("a red fox", "three sailing ships", "an old sailor", "a small workshop", "a wet street", "two owls", "a lighthouse")
 
 
