@@ -39,21 +39,27 @@ class StudentMetadata:
     """The checked metadata of one file.
 
     token_length: tokens to which prompts were padded in training. pooled: the companions that gave the pooled vector in training, joined by
-    +, or zero.
-    text_width: set when it is not the family's (a miniature). described: whether the file has metadata of ours. facts: every other string
-    of the header, kept when the encoder is saved again. sha256, header_sha256: the expected hashes of data and header, where known.
+    +, or zero. also_serves: the other families that the encoder serves. text_width: set when it is not the family's (a miniature).
+    described: whether the file has metadata of ours. facts: every other string of the header, kept when the encoder is saved again. sha256,
+    header_sha256: the expected hashes of data and header, where known.
     """
 
     family: str = DEFAULT.name
     token_length: int = DEFAULT.token_length
     pooled: str = "clip_l"
     projection: str = "mlp"
+    also_serves: tuple[str, ...] = ()
     text_width: int | None = None
     title: str = ""
     sha256: str | None = None
     header_sha256: str | None = None
     described: bool = False
     facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Every family that the encoder serves."""
+        return (self.family, *self.also_serves)
 
 
 # The model whose licence covers whatever is made of these weights.
@@ -93,6 +99,7 @@ def read_metadata(header: Mapping[str, str], where: str) -> StudentMetadata:
     return replace(
         common,
         family=family.name,
+        also_serves=_also_serves(header, family, where),
         token_length=_integer(header, KEY + "token_length", family.token_length, MAX_TOKENS, where),
         pooled=_choice(header, KEY + "pooled", _pooled(family), where),
         projection=_choice(header, KEY + "projection", PROJECTIONS, where),
@@ -100,6 +107,36 @@ def read_metadata(header: Mapping[str, str], where: str) -> StudentMetadata:
         header_sha256=_digest(header, HEADER_HASH_KEY, where),
         described=True,
     )
+
+
+def _also_serves(header: Mapping[str, str], family: Family, where: str) -> tuple[str, ...]:
+    """The other families of a file. Raises StudentFileError for one whose prompts are not padded alike."""
+    value = header.get(KEY + "also_serves", "")
+    names, others = tuple(value.split(", ")) if value else (), alike(family)
+    if not set(names) <= set(others):
+        raise _wrong(where, KEY + "also_serves", value, f"some of the families that pad text alike ({', '.join(others) or 'none'})")
+    return names
+
+
+def alike(family: Family) -> tuple[str, ...]:
+    """The other families whose text has the same width and is padded alike, so that an encoder can serve them too."""
+    return tuple(
+        other.name
+        for other in FAMILIES.values()
+        if other.name != family.name
+        and (other.text_width, other.token_length, other.padded) == (family.text_width, family.token_length, family.padded)
+    )
+
+
+def served_as(metadata: StudentMetadata, family: Family, where: str) -> StudentMetadata:
+    """The metadata of a file that is served for a family. Raises StudentFileError if it does not say that it serves this one."""
+    families = metadata.families
+    if family.name not in families:
+        names = " and ".join(FAMILIES[name].display_name for name in families)
+        raise StudentFileError(
+            f"{where} was distilled for {names}; the type is {family.name}.", f"set type to {' or '.join(families)}, or pick another file."
+        )
+    return replace(metadata, family=family.name, also_serves=tuple(name for name in families if name != family.name))
 
 
 def _pooled(family: Family) -> tuple[str, ...]:
@@ -135,6 +172,7 @@ def described(metadata: StudentMetadata, layout: Layout, dtype: str) -> dict[str
     ours = {
         VERSION_KEY: FORMAT_VERSION,
         KEY + "family": metadata.family,
+        **({KEY + "also_serves": ", ".join(metadata.also_serves)} if metadata.also_serves else {}),
         KEY + "token_length": str(metadata.token_length),
         KEY + "pooled": metadata.pooled,
         KEY + "projection": _projection(layout),
@@ -162,7 +200,7 @@ def described(metadata: StudentMetadata, layout: Layout, dtype: str) -> dict[str
 # Computed for each new file, so not copied from the file that was loaded.
 _REWRITTEN = re.compile(
     r"format|modelspec\.(sai_model_spec|architecture|implementation|title|date|description|usage_hint|tags|hash_sha256)"
-    r"|distilled_t5\.(format_version|family|token_length|pooled|projection|text_width|header_sha256)"
+    r"|distilled_t5\.(format_version|family|also_serves|token_length|pooled|projection|text_width|header_sha256)"
 )
 
 

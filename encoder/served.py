@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,7 @@ from ..students.kind import StudentKind
 from .companions import open_companion
 from .files import StudentFile, open_student
 from .lora_log import fold_lora_lines
-from .metadata import MAX_TOKENS, StudentMetadata, of_changed_weights
+from .metadata import MAX_TOKENS, StudentMetadata, of_changed_weights, served_as
 from .needed_tensors import CLIPS
 from .prompt_length import TokenWeight, seen_by_encoder
 
@@ -142,8 +142,8 @@ def load_encoder(student_path: str, companions: Mapping[str, str], options: Serv
 
     Raises StudentFileError for a file that is not a complete student of this family, or not that companion; then nothing is loaded.
     """
-    student, family = open_student(student_path), FAMILIES[options.family]
-    check_family(student, family)
+    family = FAMILIES[options.family]
+    student = _opened(student_path, family)
     for name in companions:
         if name not in family.companions:
             clip = CLIPS[name].display_name
@@ -161,18 +161,15 @@ def load_encoder(student_path: str, companions: Mapping[str, str], options: Serv
     return ServedEncoder(clip, describe(clip, student.path.name, {name: Path(path).name for name, path in companions.items()}))
 
 
-def check_family(student: StudentFile, family: Family) -> None:
-    """Raise StudentFileError for a student that was distilled for another family."""
-    if student.metadata.family != family.name:
-        raise StudentFileError(
-            f"{student.path.name} was distilled for {FAMILIES[student.metadata.family].display_name}; the type is {family.name}.",
-            f"set type to {student.metadata.family}, or pick another file.",
-        )
+def _opened(student_path: str, family: Family) -> StudentFile:
+    """A student's file as that of a family. Raises StudentFileError for one that does not say that it serves this family."""
+    student = open_student(student_path)
+    return replace(student, metadata=served_as(student.metadata, family, student.path.name))
 
 
 def _load_patcher(student_path: str, companions: Mapping[str, str], options: ServingOptions, disable_dynamic: bool = False) -> Any:
     tensors = {name: open_companion(name, Path(path)) for name, path in companions.items()}
-    return _build(open_student(student_path), tensors, options, silent, disable_dynamic).patcher
+    return _build(_opened(student_path, FAMILIES[options.family]), tensors, options, silent, disable_dynamic).patcher
 
 
 def _build(

@@ -98,8 +98,8 @@ def _problem(path: Path, width: int, model: str, family: Family) -> str | None:
     try:
         student = open_student(path)
         found = student.layout.output_width
-        if student.metadata.family != family.name:
-            made_for = FAMILIES[student.metadata.family].display_name
+        if family.name not in student.metadata.families:
+            made_for = " and ".join(FAMILIES[name].display_name for name in student.metadata.families)
             return f"{path.name} was distilled for {made_for}, but {model} is of the family {family.display_name}."
     except UndistilledError:
         try:

@@ -161,6 +161,7 @@ def metadata_of(recipe: Recipe, steps: int) -> StudentMetadata:
         family=recipe.diffusion_model.family,
         token_length=served_length(recipe),
         pooled="+".join(recipe.teacher.companions) or "zero",
+        also_serves=recipe.output.also_serves,
         title=recipe.output.name,
         facts={
             "distilled_t5.teacher": Path(recipe.teacher.t5).name,
