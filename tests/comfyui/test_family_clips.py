@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=list(CASES))
-def case(request: pytest.FixtureRequest, folder: Path, stand_ins: Path) -> Iterator[SimpleNamespace]:
+def case(request: pytest.FixtureRequest, folder: Path, stand_ins: Path) -> SimpleNamespace:
     """A family, a student of it and its CLIP, another one's CLIP, and ComfyUI's own CLIP of the family."""
     name, with_clip_l = request.param
     family, clip_l = FAMILIES[name], stand_ins / "models" / "text_encoders" / "clip_l.safetensors" if with_clip_l else None
@@ -59,7 +58,7 @@ def case(request: pytest.FixtureRequest, folder: Path, stand_ins: Path) -> Itera
     files = [student_file(folder, name=f"{name}-{with_clip_l}-{seed}.safetensors", seed=seed, **facts) for seed in (0, 1)]
     clip, other = (serve(file, clip_l, family=name).clip for file in files)
     stock = stock_clip(family, *(["clip_l"] if with_clip_l else []))
-    yield SimpleNamespace(family=family, clip_l=clip_l, clip=clip, other=other, stock=stock)
+    return SimpleNamespace(family=family, clip_l=clip_l, clip=clip, other=other, stock=stock)
 
 
 def rows_of_t5(case: SimpleNamespace, text: str, clip: Any = None) -> torch.Tensor:
