@@ -36,6 +36,7 @@ CHROMA = Family(
     tokenizer_part="clip_t5xxl",
     token_length=1,
     padded=False,
+    masked=True,
     network="comfy.ldm.chroma.model.Chroma",
     block_lists=BLOCK_LISTS,
     last_layers=LAST_LAYERS,

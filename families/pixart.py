@@ -55,6 +55,7 @@ PIXART_ALPHA = Family(
     tokenizer_part="clip_t5xxl",
     token_length=1,
     padded=False,
+    masked=True,
     network="comfy.ldm.pixart.pixartms.PixArtMS",
     block_lists=("blocks",),
     cross_attention=("cross_attn", "q_linear", "kv_linear"),
