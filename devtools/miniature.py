@@ -143,7 +143,7 @@ def in_bfloat16(trained: Path, path: Path) -> Path:
     if not path.is_file() or path.stat().st_mtime < trained.stat().st_mtime:
         file = open_student(trained)
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = replace(file.metadata, also=ALSO.get(path.stem, ()))
+        metadata = replace(file.metadata, also_serves=ALSO.get(path.stem, ()))
         write_student(path, {name: tensor.bfloat16() for name, tensor in file.load().items()}, metadata, overwrite=True)
     return path
 

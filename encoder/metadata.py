@@ -23,7 +23,7 @@ MAX_TOKENS = 4096
 
 KEY = "distilled_t5."
 VERSION_KEY = KEY + "format_version"
-ALSO_KEY = KEY + "also"
+ALSO_KEY = KEY + "also_serves"
 HASH_KEY = "modelspec.hash_sha256"
 # ModelSpec's hash covers the data alone: it misses two tensors swapped in the header, or fp16 written for bf16.
 HEADER_HASH_KEY = KEY + "header_sha256"
@@ -39,17 +39,17 @@ MOST_WIDTH = 1 << 20
 class StudentMetadata:
     """The checked metadata of one file.
 
-    also: other families that the encoder serves. token_length: tokens to which prompts were padded in training. pooled: the companions
-    that gave the pooled vector in training, joined by +, or zero.
-    text_width: set when it is not the family's (a miniature). described: whether the file has metadata of ours. facts: every other string
-    of the header, kept when the encoder is saved again. sha256, header_sha256: the expected hashes of data and header, where known.
+    token_length: tokens to which prompts were padded in training. pooled: the companions that gave the pooled vector in training, joined by
+    +, or zero. also_serves: the other families that the encoder serves. text_width: set when it is not the family's (a miniature).
+    described: whether the file has metadata of ours. facts: every other string of the header, kept when the encoder is saved again. sha256,
+    header_sha256: the expected hashes of data and header, where known.
     """
 
     family: str = DEFAULT.name
     token_length: int = DEFAULT.token_length
     pooled: str = "clip_l"
     projection: str = "mlp"
-    also: tuple[str, ...] = ()
+    also_serves: tuple[str, ...] = ()
     text_width: int | None = None
     title: str = ""
     sha256: str | None = None
@@ -60,11 +60,7 @@ class StudentMetadata:
     @property
     def families(self) -> tuple[str, ...]:
         """Every family that the encoder serves."""
-        return (self.family, *self.also)
-
-    def serving(self, family: str) -> StudentMetadata:
-        """The same for another of its families."""
-        return replace(self, family=family, also=tuple(name for name in self.families if name != family))
+        return (self.family, *self.also_serves)
 
 
 # The model whose licence covers whatever is made of these weights.
@@ -100,27 +96,44 @@ def read_metadata(header: Mapping[str, str], where: str) -> StudentMetadata:
             "update the Distilled T5 pack, or download the file again.",
         )
     family = FAMILIES[_choice(header, KEY + "family", (DEFAULT.name, *FAMILIES), where)]
-    pooled = _choice(header, KEY + "pooled", _pooled(family), where)
-    also = tuple(name for name in header.get(ALSO_KEY, "").split("+") if name)
-    if not all(name in FAMILIES and _alike(FAMILIES[name], family) and pooled in _pooled(FAMILIES[name]) for name in also):
-        raise _wrong(where, ALSO_KEY, header[ALSO_KEY], "families with the same teacher and pooled vector, joined by +")
     width = _integer(header, KEY + "text_width", family.text_width, MOST_WIDTH, where)
     return replace(
         common,
         family=family.name,
+        also_serves=_also_serves(header, family, where),
         token_length=_integer(header, KEY + "token_length", family.token_length, MAX_TOKENS, where),
-        pooled=pooled,
+        pooled=_choice(header, KEY + "pooled", _pooled(family), where),
         projection=_choice(header, KEY + "projection", PROJECTIONS, where),
-        also=also,
         text_width=width if KEY + "text_width" in header else None,
         header_sha256=_digest(header, HEADER_HASH_KEY, where),
         described=True,
     )
 
 
-def _alike(one: Family, other: Family) -> bool:
-    """Whether the families differ and have the same teacher, so that they can share encoders."""
-    return one != other and (one.teacher, one.text_width) == (other.teacher, other.text_width)
+def _also_serves(header: Mapping[str, str], family: Family, where: str) -> tuple[str, ...]:
+    """The other families of a file. Raises StudentFileError for one that reads text in another way."""
+    value = header.get(ALSO_KEY, "")
+    names, others = tuple(value.split(", ")) if value else (), alike(family)
+    if not set(names) <= set(others):
+        raise _wrong(where, ALSO_KEY, value, f"some of the families with the same teacher and padding ({', '.join(others) or 'none'})")
+    return names
+
+
+def alike(family: Family) -> tuple[str, ...]:
+    """The other families with the same teacher, which pad its text or do not, too: an encoder can serve them as well."""
+    same = (family.teacher, family.text_width, family.padded)
+    return tuple(one.name for one in FAMILIES.values() if one != family and (one.teacher, one.text_width, one.padded) == same)
+
+
+def served_as(metadata: StudentMetadata, family: Family, where: str) -> StudentMetadata:
+    """The metadata of a file that is served for a family. Raises StudentFileError if it does not say that it serves this one."""
+    families = metadata.families
+    if family.name not in families:
+        names = " and ".join(FAMILIES[name].display_name for name in families)
+        raise StudentFileError(
+            f"{where} was distilled for {names}; the type is {family.name}.", f"set type to {' or '.join(families)}, or pick another file."
+        )
+    return replace(metadata, family=family.name, also_serves=tuple(name for name in families if name != family.name))
 
 
 def _pooled(family: Family) -> tuple[str, ...]:
@@ -156,13 +169,12 @@ def described(metadata: StudentMetadata, layout: Layout, dtype: str) -> dict[str
     ours = {
         VERSION_KEY: FORMAT_VERSION,
         KEY + "family": metadata.family,
+        **({ALSO_KEY: ", ".join(metadata.also_serves)} if metadata.also_serves else {}),
         KEY + "token_length": str(metadata.token_length),
         KEY + "pooled": metadata.pooled,
         KEY + "projection": _projection(layout),
         HEADER_HASH_KEY: NO_HASH,
     }
-    if metadata.also:
-        ours[ALSO_KEY] = "+".join(metadata.also)
     if layout.output_width != family.text_width:
         ours[KEY + "text_width"] = str(layout.output_width)
     large, files = family.teacher_layout.size_name, " and ".join(f"{name}.safetensors" for name in family.companions)
@@ -185,7 +197,7 @@ def described(metadata: StudentMetadata, layout: Layout, dtype: str) -> dict[str
 # Computed for each new file, so not copied from the file that was loaded.
 _REWRITTEN = re.compile(
     r"format|modelspec\.(sai_model_spec|architecture|implementation|title|date|description|usage_hint|tags|hash_sha256)"
-    r"|distilled_t5\.(format_version|family|also|token_length|pooled|projection|text_width|header_sha256)"
+    r"|distilled_t5\.(format_version|family|also_serves|token_length|pooled|projection|text_width|header_sha256)"
 )
 
 

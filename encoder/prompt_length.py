@@ -39,12 +39,14 @@ def _width(vector: Any) -> int:
 
 def family_of(clip: Any, tokens: Iterable[str]) -> Family:
     """A family whose large encoder, or a student in its place, reads the tokens of this CLIP. Raises ValueError if there is none."""
-    found = next((family for family in FAMILIES.values() if family.part in tokens and family.tokenizer(clip) is not None), None)
+    # The tokens of an SD3 CLIP without T5 are there all the same.
+    parts = [name for name in tokens if getattr(clip.cond_stage_model, name, True) is not None]
+    found = next((family for family in FAMILIES.values() if family.part in parts and family.tokenizer(clip) is not None), None)
     if found is None:
         encoders = " or ".join(dict.fromkeys(family.kind.display_name for family in FAMILIES.values()))
         names = " or ".join(family.display_name for family in FAMILIES.values())
         raise ValueError(
-            f"This CLIP has no {encoders} (its tokens are for {', '.join(tokens)}).\n"
+            f"This CLIP has no {encoders} (its tokens are for {', '.join(parts)}).\n"
             f"What to do: connect a Distilled T5 Loader, or another CLIP for {names}."
         )
     return found

@@ -27,7 +27,7 @@ from ..students.kind import StudentKind
 from .companions import open_companion
 from .files import StudentFile, open_student
 from .lora_log import fold_lora_lines
-from .metadata import MAX_TOKENS, StudentMetadata, of_changed_weights
+from .metadata import MAX_TOKENS, StudentMetadata, of_changed_weights, served_as
 from .needed_tensors import CLIPS
 from .prompt_length import TokenWeight, seen_by_encoder
 
@@ -141,7 +141,8 @@ def load_encoder(student_path: str, companions: Mapping[str, str], options: Serv
 
     Raises StudentFileError for a file that is not a complete student of this family, or not that companion; then nothing is loaded.
     """
-    student, family = open_for(student_path, options.family), FAMILIES[options.family]
+    family = FAMILIES[options.family]
+    student = _opened(student_path, family)
     for name in companions:
         if name not in family.companions:
             clip = CLIPS[name].display_name
@@ -159,20 +160,15 @@ def load_encoder(student_path: str, companions: Mapping[str, str], options: Serv
     return ServedEncoder(clip, describe(clip, student.path.name, {name: Path(path).name for name, path in companions.items()}))
 
 
-def open_for(path: str, family: str) -> StudentFile:
-    """A student's file, with the metadata for this family. Raises StudentFileError if it was not distilled for it."""
-    student = open_student(path)
-    if family not in student.metadata.families:
-        raise StudentFileError(
-            f"{student.path.name} was distilled for {FAMILIES[student.metadata.family].display_name}; the type is {family}.",
-            f"set type to {student.metadata.family}, or pick another file.",
-        )
-    return replace(student, metadata=student.metadata.serving(family))
+def _opened(student_path: str, family: Family) -> StudentFile:
+    """A student's file as that of a family. Raises StudentFileError for one that does not say that it serves this family."""
+    student = open_student(student_path)
+    return replace(student, metadata=served_as(student.metadata, family, student.path.name))
 
 
 def _load_patcher(student_path: str, companions: Mapping[str, str], options: ServingOptions, disable_dynamic: bool = False) -> Any:
     tensors = {name: open_companion(name, Path(path)) for name, path in companions.items()}
-    return _build(open_for(student_path, options.family), tensors, options, silent, disable_dynamic).patcher
+    return _build(_opened(student_path, FAMILIES[options.family]), tensors, options, silent, disable_dynamic).patcher
 
 
 def _build(

@@ -1,4 +1,4 @@
-"""A word's attention over the image: the upper right block of Flux's joint attention, as in Figure 7 of arXiv:2503.19897.
+"""A word's attention over the image: of joint attention the upper right block, as in Figure 7 of arXiv:2503.19897, or cross-attention.
 
 Pure functions of tensors and strings; attention_recorder.py follows a model while it samples.
 """

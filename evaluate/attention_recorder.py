@@ -1,25 +1,30 @@
-"""Follows a Flux while it samples, through ComfyUI's own wrappers, and keeps how much attention each image token pays to a word.
+"""Follows a diffusion model while it samples, through ComfyUI's own wrappers, and keeps how much attention each image token pays to a word.
 
-Two entry points of ComfyUI, both in 0.16.3 and in 0.30.0: a wrapper around the forward pass knows what is sampled (text, size, step), and
-the attention override inside it sees queries and keys after the rotary embedding. Both hand on what they were given.
+Two entry points of ComfyUI, both in 0.16.3 and in 0.30.0: a wrapper around the model knows what is sampled (text, size, step), and the
+attention override inside it sees queries and keys of joint attention after the rotary embedding. Both hand on what they were given.
+ComfyUI shows no override the cross-attention of PixArt: there, a hook of each block's module computes queries and keys once more.
 
-This file alone knows how a Flux computes: joint attention of text tokens, then image tokens in patches of 2 x 2, then those of reference
-images, in every block of the model class that `recording_model` checks.
+The family says which of the two it is. Image tokens are patches of 2 x 2; in joint attention they follow the text's tokens, and those of
+reference images follow them.
 """
 
 # B rows of a forward pass, N images, A heads, Q queries, K keys, D width of a head, L text tokens, H W rows and columns of image tokens
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..families import FAMILIES
+from ..families.family import Family
 from .attention import attention_on
 
 KEY = "distilled_t5_attention"
@@ -48,10 +53,10 @@ class Sampling:
 
 
 class AttentionRecorder:
-    """What the sampled images attend to, for one prompt, known by its embeddings, and for positions of its tokens."""
+    """What the sampled images attend to, for one prompt, known by its embeddings, and for positions of their rows."""
 
-    def __init__(self, word: str, positions: Sequence[int], embeddings: Sequence[Tensor]) -> None:
-        self.word, self.positions = word, list(positions)
+    def __init__(self, family: Family, word: str, positions: Sequence[int], embeddings: Sequence[Tensor]) -> None:
+        self.family, self.word, self.positions = family, word, list(positions)
         self._embeddings = [embedding.reshape(-1, embedding.shape[-1]).cpu() for embedding in embeddings]
         self._runs: deque[Sampling] = deque(maxlen=KEPT_RUNS)
         self._now: Sampling | None = None
@@ -72,10 +77,10 @@ class AttentionRecorder:
 
     def forward(self, call: Mapping[str, Any]) -> Forward | None:
         """What to record in a forward pass with these arguments; None if the prompt is not in it, or no sampling runs."""
-        options = call.get("transformer_options", {})
-        if self._now is None or "cond_or_uncond" not in options or "sample_sigmas" not in options:
+        options, context_BLD = call.get("transformer_options", {}), call.get("c_crossattn")
+        if self._now is None or context_BLD is None or "cond_or_uncond" not in options or "sample_sigmas" not in options:
             return None
-        chunks, x_BCHW, context_BLD = options["cond_or_uncond"], call["x"], call["context"]
+        chunks, x_BCHW = options["cond_or_uncond"], call["x"]
         images = len(x_BCHW) // len(chunks)
         expected = [embedding.to(context_BLD) for embedding in self._embeddings]
         rows = [row for row in range(len(x_BCHW)) if _starts_with(context_BLD[row], expected)]
@@ -84,8 +89,10 @@ class AttentionRecorder:
         # A negative prompt of the same text is left out; guiders with more than two texts give the positive one another place.
         rows = [row for row in rows if chunks[row // images] == POSITIVE] or rows
         step = step_of(float(options["sigmas"][0]), options["sample_sigmas"].tolist())
-        references = sum(_tokens(latent) for latent in call.get("ref_latents") or [])
-        return Forward(self.positions, rows, [row % images for row in rows], step, context_BLD.shape[1], _grid(x_BCHW), references)
+        text, image = context_BLD.shape[1], _tokens(x_BCHW)
+        together = text + image + sum(_tokens(latent) for latent in call.get("ref_latents") or [])
+        first, lengths = (0, (image, text)) if self.family.cross_attention else (text, (together, together))
+        return Forward(self.positions, rows, [row % images for row in rows], step, _grid(x_BCHW), first, lengths)
 
     def keep(self, forward: Forward) -> None:
         """Add what a forward pass has shown."""
@@ -108,25 +115,24 @@ class AttentionRecorder:
 
 @dataclass
 class Forward:
-    """One forward pass: rows to record and their images, step, text tokens, image tokens, tokens of reference images; and the sum of what
-    its attention blocks have shown, [B, Q], over so many blocks."""
+    """One forward pass: rows to record and their images, step, rows and columns of image tokens, the first query that is one of them,
+    numbers of queries and keys; and the sum of what its attention blocks have shown, [B, Q], over so many blocks."""
 
     positions: list[int]
     rows: list[int]
     images: list[int]
     step: int
-    text_tokens: int
     grid: tuple[int, int]
-    reference_tokens: int
+    first: int
+    lengths: tuple[int, int]
     sum_BQ: Tensor | None = None
     blocks: int = 0
 
-    def see(self, query_BAQD: Tensor, key_BAKD: Tensor, mask: Tensor | None) -> None:
-        """Add the attention of one block; attention that is not over all tokens of text and image is not a block's."""
-        image_tokens = self.grid[0] * self.grid[1]
-        if query_BAQD.ndim != 4 or {query_BAQD.shape[2], key_BAKD.shape[2]} != {self.text_tokens + image_tokens + self.reference_tokens}:
+    def see(self, query_BAQD: Tensor, key_BAKD: Tensor, mask: Tensor | None = None) -> None:
+        """Add the attention of one block; attention of other lengths is not that of image to text."""
+        if (query_BAQD.shape[2], key_BAKD.shape[2]) != self.lengths:
             return
-        of_image = slice(self.text_tokens, self.text_tokens + image_tokens)
+        of_image = slice(self.first, self.first + self.grid[0] * self.grid[1])
         mask = None if mask is None else _rows_of_mask(mask, self.rows, of_image)
         shares_BQ = attention_on(query_BAQD[self.rows, :, of_image], key_BAKD[self.rows], self.positions, mask)
         self.sum_BQ = shares_BQ if self.sum_BQ is None else self.sum_BQ + shares_BQ
@@ -187,19 +193,25 @@ def _mean(run: Sampling, step: int, image: int) -> Tensor:
     return total / count
 
 
+def followed_family(model: Any) -> Family:
+    """The family of a model patcher, of those whose attention is known. Raises ValueError for another kind of model."""
+    network = type(model.get_model_object("diffusion_model"))
+    found = next((family for family in FAMILIES.values() if family.network == f"{network.__module__}.{network.__qualname__}"), None)
+    if found is None:
+        known = ", ".join(family.display_name for family in FAMILIES.values())
+        raise ValueError(
+            f"Attention maps work for {known}; this MODEL is a {network.__name__}.\nWhat to do: connect the MODEL of one of these families."
+        )
+    return found
+
+
 def recording_model(model: Any, recorder: AttentionRecorder) -> Any:
-    """A clone of a Flux model patcher whose samplings the recorder follows. Raises ValueError for another kind of model."""
-    from comfy.ldm.flux.model import Flux
+    """A clone of a model patcher whose samplings the recorder follows."""
     from comfy.patcher_extension import WrappersMP
 
-    network = model.get_model_object("diffusion_model")
-    if not isinstance(network, Flux):
-        raise ValueError(
-            f"Attention maps need a Flux model; this MODEL is a {type(network).__name__}.\nWhat to do: connect the MODEL of a Flux."
-        )
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, around_sampling(recorder))
-    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, around_forward(recorder))
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, around_model(recorder))
     return clone
 
 
@@ -223,8 +235,8 @@ def around_sampling(recorder: AttentionRecorder) -> Callable[..., Tensor]:
     return sample
 
 
-def around_forward(recorder: AttentionRecorder) -> Callable[..., Tensor]:
-    """A wrapper of the diffusion model's forward pass that adds an attention override while it lasts."""
+def around_model(recorder: AttentionRecorder) -> Callable[..., Tensor]:
+    """A wrapper of ComfyUI's `apply_model` that shows its attention to the recorder while it lasts."""
 
     def run(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         call = _by_name(executor.original, args, kwargs)
@@ -235,9 +247,10 @@ def around_forward(recorder: AttentionRecorder) -> Callable[..., Tensor]:
         changed = {**options, OVERRIDE: watching(forward, options.get(OVERRIDE))}
         args = tuple(changed if value is options else value for value in args)
         kwargs = {name: changed if value is options else value for name, value in kwargs.items()}
-        velocity = executor(*args, **kwargs)
+        with cross_attention_shown(executor.class_obj.diffusion_model, recorder.family, forward):
+            denoised = executor(*args, **kwargs)
         recorder.keep(forward)
-        return velocity
+        return denoised
 
     return run
 
@@ -246,9 +259,34 @@ def watching(forward: Forward, earlier: Callable[..., Tensor] | None) -> Callabl
     """An attention override that shows queries and keys to `forward` and leaves attention to ComfyUI, or to an earlier override."""
 
     def attend(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.get("skip_reshape"):
-            query, key = args[:2]
-            forward.see(query, key, kwargs.get("mask"))
+        query, key = args[:2]
+        if not kwargs.get("skip_reshape"):
+            query, key = (by_head(each, kwargs["heads"] if "heads" in kwargs else args[3]) for each in (query, key))
+        forward.see(query, key, kwargs.get("mask"))
         return original(*args, **kwargs) if earlier is None else earlier(original, *args, **kwargs)
 
     return attend
+
+
+def by_head(each: Tensor, heads: int) -> Tensor:
+    """Queries or keys [B, L, A x D] as [B, A, L, D]."""
+    return each.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+@contextlib.contextmanager
+def cross_attention_shown(network: Any, family: Family, forward: Forward) -> Iterator[None]:
+    """Show queries and keys of the blocks' cross-attention to `forward` while the context is open, where the family has one."""
+    with contextlib.ExitStack() as stack:
+        for block in (block for name in family.block_lists for block in getattr(network, name)) if family.cross_attention else ():
+            attention = getattr(block, family.cross_attention[0])
+            show = functools.partial(_show_cross_attention, forward, family.cross_attention[1:])
+            stack.callback(attention.register_forward_pre_hook(show).remove)
+        yield
+
+
+def _show_cross_attention(forward: Forward, layers: Sequence[str], attention: Any, inputs: tuple[Tensor, ...]) -> None:
+    """Text comes as one sequence [1, B x L, D]; keys stand before values."""
+    image_BQD, text_1LD = inputs[:2]
+    to_query, to_key_and_value = (getattr(attention, name) for name in layers)
+    key_BKD = to_key_and_value(text_1LD).chunk(2, dim=-1)[0].reshape(len(image_BQD), -1, image_BQD.shape[-1])
+    forward.see(by_head(to_query(image_BQD), attention.num_heads), by_head(key_BKD, attention.num_heads))

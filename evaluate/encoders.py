@@ -99,7 +99,7 @@ def _problem(path: Path, width: int, model: str, family: Family) -> str | None:
         student = open_student(path)
         found = student.layout.output_width
         if family.name not in student.metadata.families:
-            made_for = FAMILIES[student.metadata.family].display_name
+            made_for = " and ".join(FAMILIES[name].display_name for name in student.metadata.families)
             return f"{path.name} was distilled for {made_for}, but {model} is of the family {family.display_name}."
     except UndistilledError:
         try:

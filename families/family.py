@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
     from ..students.kind import Layout, StudentKind
 
+# Most families' large encoder is T5-XXL, and their latents are those of Flux's VAE or of SD3's.
+TEXT_WIDTH, LATENT_CHANNELS = 4096, 16
+
 
 @dataclass(frozen=True)
 class Family:
@@ -22,24 +26,28 @@ class Family:
 
     name: the id in recipes, suites and file metadata. display_name: what people call it. modelspec: its name in ModelSpec metadata.
 
-    Text side. clip_type: ComfyUI's CLIPType. text_classes: ComfyUI's tokenizer class and a factory of its text model, imported when called.
-    part: the attribute of the text model that a student replaces, which is also the key of its tokens. students: kinds of student that can.
-    teacher: kind and named size of the network that is replaced. text_width: channels. token_length: the length to which ComfyUI pads
-    prompts. padded: whether they are padded in training; not where ComfyUI does not pad, or masks padding in encoder and diffusion model.
-    tokenizer_part: the attribute of the tokenizer, where it is not `part`. companions: the other encoders of the text model, by attribute,
-    with the width of their pooled vectors, which concatenated are the model's. companions_optional: whether ComfyUI's text model does
-    without absent ones, or is given zeros in their place. rows_before: the rows [1, K, D] that stand before the encoder's in the text, made
-    of the rows of the companions that are there; most_rows_before: how many those are for prompts of usual length.
+    Text side. clip_type: ComfyUI's CLIPType. text_model: the module of ComfyUI's text model, and in it the names of the tokenizer class and
+    of the function that returns the model's factory. part: the attribute of the text model that a student replaces, which is also the key
+    of its tokens. students: kinds of student that can. teacher: kind and named size of the network that is replaced. text_width: channels.
+    token_length: the length to which ComfyUI pads prompts. padded: whether they are padded in training; not where ComfyUI does not pad, or
+    masks padding in encoder and diffusion model. masked: whether the encoder ignores padding; also where none of ComfyUI's is there, for a
+    batch of prompts of several lengths. tokenizer_part: the attribute of the tokenizer, where it is not `part`. companions: the other
+    encoders of the text model, by attribute, with the width of their pooled vectors, which concatenated are the model's.
+    companions_optional: whether ComfyUI's text model does without absent ones, or is given zeros in their place. rows_before: the rows
+    [1, K, D] that stand before the encoder's in the text, made of the rows of the companions that are there; most_rows_before: how many
+    those are for prompts of usual length.
 
-    Diffusion side. block_lists: attributes of the diffusion model that hold its blocks. last_layers: attributes of a block whose last
-    linear layer contributes to nothing but the block's output, so that `block_checkpoint` need not recompute it. text_width_of,
-    block_width_of: channels of a loaded model's text input and of its blocks. latent_channels, latent_dimensions, cell_px: channels of the
-    latent, 2 for images or 3 for video, and pixels of an image per cell of it. least_side_px: the smallest image. default_guidance: the
-    value that ComfyUI's nodes propose. takes_guidance: whether a loaded model has a guidance input. refuse: a sentence about a loaded model
-    that cannot be used, else None. patch_px: pixels of an image per image token. kept_numbers, computed_numbers: numbers per token and
-    channel that a block keeps for the backward pass, and that a block takes while it is computed; recomputed_numbers: the latter with
-    block checkpointing. The default values are upper bounds for Flux's blocks. training_sigmas: noise levels [T + 1] for a model, a
-    number of steps, and latent height and width, where ComfyUI's `simple` scheduler is not what the model was trained with.
+    Diffusion side. network: ComfyUI's class of the diffusion model. block_lists: its attributes that hold its blocks. cross_attention: the
+    attribute of a block in which the image attends to the text alone, and in it the layers of queries, and of keys with values; empty where
+    text and image, in this order, attend to both. last_layers: attributes of a block whose last linear layer contributes to nothing but the
+    block's output, so that `block_checkpoint` need not recompute it. text_width_of, block_width_of: channels of a loaded model's text input
+    and of its blocks. latent_channels, latent_dimensions, cell_px: channels of the latent, 2 for images or 3 for video, and pixels of an
+    image per cell of it. least_side_px: the smallest image. default_guidance: the value that ComfyUI's nodes propose. takes_guidance:
+    whether a loaded model has a guidance input. refuse: a sentence about a loaded model that cannot be used, else None. patch_px: pixels of
+    an image per image token. kept_numbers, computed_numbers: numbers per token and channel that a block keeps for the backward pass, and
+    that a block takes while it is computed; recomputed_numbers: the latter with block checkpointing. The default values are upper bounds
+    for Flux's blocks. training_sigmas: noise levels [T + 1] for a model, a number of steps, and latent height and width, where ComfyUI's
+    `simple` scheduler is not what the model was trained with.
 
     unused: tensors that ComfyUI's model has and does not use, so that a file may lack them.
 
@@ -53,20 +61,22 @@ class Family:
     display_name: str
     modelspec: str
     clip_type: str
-    text_classes: Callable[[], tuple[Any, Callable[..., Any]]]
-    part: str
-    students: tuple[str, ...]
-    teacher: tuple[str, str]
-    text_width: int
+    text_model: tuple[str, str, str]
     token_length: int
+    network: str
     block_lists: tuple[str, ...]
-    last_layers: tuple[str, ...]
-    latent_channels: int
     text_width_of: Callable[[Any], int]
     block_width_of: Callable[[Any], int]
-    takes_guidance: Callable[[Any], bool]
     refuse: Callable[[Any], str | None]
     small: tuple[str, Mapping[str, Any]]
+    part: str = "t5xxl"
+    students: tuple[str, ...] = ("t5",)
+    teacher: tuple[str, str] = ("t5", "xxl")
+    text_width: int = TEXT_WIDTH
+    cross_attention: tuple[str, ...] = ()
+    last_layers: tuple[str, ...] = ()
+    latent_channels: int = LATENT_CHANNELS
+    takes_guidance: Callable[[Any], bool] = lambda _model: False
     latent_dimensions: int = 2
     cell_px: int = 8
     least_side_px: int = 16
@@ -78,6 +88,7 @@ class Family:
     recomputed_numbers: int = 28
     training_sigmas: Callable[[Any, int, int, int], Tensor] | None = None
     padded: bool = True
+    masked: bool = False
     tokenizer_part: str = ""
     companions: Mapping[str, int] = field(default_factory=dict)
     companions_optional: bool = False
@@ -85,6 +96,12 @@ class Family:
     most_rows_before: int = 0
     unused: frozenset[str] = frozenset()
     sources: Mapping[str, str] = field(default_factory=dict)
+
+    def text_classes(self) -> tuple[Any, Any]:
+        """ComfyUI's tokenizer class, and a factory of its text model."""
+        module, tokenizer, model = self.text_model
+        found = importlib.import_module(f"comfy.text_encoders.{module}")
+        return getattr(found, tokenizer), getattr(found, model)()
 
     @property
     def kind(self) -> StudentKind:

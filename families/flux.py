@@ -6,23 +6,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .family import Family
+from .family import LATENT_CHANNELS, TEXT_WIDTH, Family
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LATENT_CHANNELS, TEXT_WIDTH, POOLED_WIDTH = 16, 4096, 768
+POOLED_WIDTH = 768
 # The resolution-dependent shift: mu is linear in the number of image tokens (black-forest-labs/flux, sampling.get_schedule).
 FEWEST_TOKENS, MOST_TOKENS = 256, 4096
 SHIFT_AT_FEWEST, SHIFT_AT_MOST = 0.5, 1.15
 PATCH = 2
-
-
-def text_classes() -> tuple[Any, Any]:
-    """ComfyUI's tokenizer class of Flux, and the factory of its text model: CLIP-L and T5-XXL."""
-    from comfy.text_encoders.flux import FluxTokenizer, flux_clip
-
-    return FluxTokenizer, flux_clip()
+BLOCK_LISTS, LAST_LAYERS = ("double_blocks", "single_blocks"), ("linear2", "img_mlp", "txt_mlp")
 
 
 def takes_guidance(model: Any) -> bool:
@@ -66,22 +60,24 @@ def training_sigmas(model: Any, steps: int, height: int, width: int) -> Tensor:
 
 
 # Two blocks of one head.
-SMALL = {
-    "image_model": "flux",
+SMALL_TRUNK = {
     "axes_dim": [16, 56, 56],
     "num_heads": 1,
     "mlp_ratio": 4.0,
     "theta": 10000,
-    "out_channels": LATENT_CHANNELS,
     "qkv_bias": True,
     "txt_ids_dims": [],
-    "in_channels": LATENT_CHANNELS,
     "hidden_size": 128,
     "context_in_dim": TEXT_WIDTH,
     "patch_size": PATCH,
-    "vec_in_dim": POOLED_WIDTH,
     "depth": 1,
     "depth_single_blocks": 1,
+}
+SMALL = SMALL_TRUNK | {
+    "image_model": "flux",
+    "out_channels": LATENT_CHANNELS,
+    "in_channels": LATENT_CHANNELS,
+    "vec_in_dim": POOLED_WIDTH,
     "guidance_embed": True,
     "yak_mlp": False,
     "txt_norm": False,
@@ -101,16 +97,12 @@ FLUX = Family(
     display_name="Flux.1",
     modelspec="flux-1",
     clip_type="FLUX",
-    text_classes=text_classes,
-    part="t5xxl",
-    students=("t5",),
-    teacher=("t5", "xxl"),
-    text_width=TEXT_WIDTH,
+    text_model=("flux", "FluxTokenizer", "flux_clip"),
     token_length=256,
     companions={"clip_l": POOLED_WIDTH},
-    block_lists=("double_blocks", "single_blocks"),
-    last_layers=("linear2", "img_mlp", "txt_mlp"),
-    latent_channels=LATENT_CHANNELS,
+    network="comfy.ldm.flux.model.Flux",
+    block_lists=BLOCK_LISTS,
+    last_layers=LAST_LAYERS,
     text_width_of=lambda model: model.diffusion_model.params.context_in_dim,
     block_width_of=lambda model: model.diffusion_model.params.hidden_size,
     takes_guidance=takes_guidance,

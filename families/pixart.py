@@ -8,14 +8,7 @@ from typing import Any
 
 from .family import Family
 
-LATENT_CHANNELS, TEXT_WIDTH = 4, 4096
-
-
-def text_classes() -> tuple[Any, Any]:
-    """ComfyUI's tokenizer class of PixArt, and the factory of its text model: T5-XXL alone, prompts not padded."""
-    from comfy.text_encoders.pixart_t5 import PixArtTokenizer, pixart_te
-
-    return PixArtTokenizer, pixart_te()
+LATENT_CHANNELS = 4
 
 
 def refuse_all_but(image_model: str, display_name: str) -> Callable[[Any], str | None]:
@@ -58,21 +51,18 @@ PIXART_ALPHA = Family(
     display_name="PixArt-alpha",
     modelspec="pixart-alpha",
     clip_type="PIXART",
-    text_classes=text_classes,
-    part="t5xxl",
+    text_model=("pixart_t5", "PixArtTokenizer", "pixart_te"),
     tokenizer_part="clip_t5xxl",
-    students=("t5",),
-    teacher=("t5", "xxl"),
-    text_width=TEXT_WIDTH,
     token_length=1,
     padded=False,
+    masked=True,
+    network="comfy.ldm.pixart.pixartms.PixArtMS",
     block_lists=("blocks",),
-    last_layers=(),
+    cross_attention=("cross_attn", "q_linear", "kv_linear"),
     latent_channels=LATENT_CHANNELS,
     least_side_px=272,
     text_width_of=lambda model: model.diffusion_model.y_embedder.y_proj.fc1.in_features,
     block_width_of=lambda model: model.diffusion_model.hidden_size,
-    takes_guidance=lambda _model: False,
     refuse=refuse_all_but("pixart_alpha", "PixArt-alpha"),
     # The text of dropped prompts in PixArt's own training; files in the names of diffusers lack it.
     unused=frozenset({"y_embedder.y_embedding"}),

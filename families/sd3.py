@@ -7,21 +7,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .family import Family
+from .family import LATENT_CHANNELS, TEXT_WIDTH, Family
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LATENT_CHANNELS, TEXT_WIDTH = 16, 4096
 COMPANIONS = {"clip_l": 768, "clip_g": 1280}
 POOLED_WIDTH, CLIP_ROWS = sum(COMPANIONS.values()), 77
-
-
-def text_classes() -> tuple[Any, Any]:
-    """ComfyUI's tokenizer class of SD3, and the factory of its text model: CLIP-L, CLIP-G and T5-XXL."""
-    from comfy.text_encoders.sd3_clip import SD3Tokenizer, sd3_clip
-
-    return SD3Tokenizer, sd3_clip()
 
 
 def rows_before(rows: Mapping[str, Tensor]) -> Tensor:
@@ -73,22 +65,16 @@ SD3 = Family(
     display_name="Stable Diffusion 3",
     modelspec="stable-diffusion-3",
     clip_type="SD3",
-    text_classes=text_classes,
-    part="t5xxl",
-    students=("t5",),
-    teacher=("t5", "xxl"),
-    text_width=TEXT_WIDTH,
+    text_model=("sd3_clip", "SD3Tokenizer", "sd3_clip"),
     token_length=77,
     companions=COMPANIONS,
     companions_optional=True,
     rows_before=rows_before,
     most_rows_before=CLIP_ROWS,
+    network="comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper",
     block_lists=("joint_blocks",),
-    last_layers=(),
-    latent_channels=LATENT_CHANNELS,
     text_width_of=lambda model: model.diffusion_model.context_embedder.in_features,
     block_width_of=lambda model: model.diffusion_model.hidden_size,
-    takes_guidance=lambda _model: False,
     refuse=refuse,
     sources=SOURCES,
     small=("SD3", SMALL),

@@ -143,7 +143,7 @@ def save_teacher(path: Path, weights: Mapping[str, Tensor], layout: StudentLayou
         token_length=TOKEN_LENGTH,
         pooled="zero",
         projection="none",
-        also=("sd3",),
+        also_serves=("sd3",),
         text_width=layout.d_model,
         title="miniature teacher",
         facts=facts,

@@ -1,4 +1,4 @@
-"""Cross-Attention Map: where in the image Flux attends to a word of the prompt; one node before the sampler, one after it."""
+"""Cross-Attention Map: where in the image the model attends to a word of the prompt; one node before the sampler, one after it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..encoder.conditioning import encoded
-from ..evaluate.attention import enlarged, overlaid, stretched, word_positions
-from ..evaluate.attention_recorder import AttentionRecorder, map_of, recording_model
+from ..evaluate.attention import enlarged, overlaid, stretched, t5_pieces, word_positions
+from ..evaluate.attention_recorder import AttentionRecorder, followed_family, map_of, recording_model
 from ..families import DEFAULT
 from .show import shown
 
@@ -17,7 +17,7 @@ MAX_STEPS = 10_000
 
 
 class DistilledT5CrossAttentionMap(io.ComfyNode):
-    """Prepares a Flux model so that it records what it attends to."""
+    """Prepares a diffusion model so that it records what it attends to."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -26,13 +26,13 @@ class DistilledT5CrossAttentionMap(io.ComfyNode):
             display_name="Distilled T5 Cross-Attention Map",
             category="Distilled T5",
             description=(
-                "Records, while Flux samples, how much each part of the image attends to a word of the prompt. The image stays the "
-                "same to the bit. Behind the sampler, Distilled T5 Attention Map Image shows it."
+                "Records, while Flux, Stable Diffusion 3, PixArt or Chroma samples, how much each part of the image attends to a word of "
+                "the prompt. The image stays the same to the bit. Behind the sampler, Distilled T5 Attention Map Image shows it."
             ),
             search_aliases=["attention map", "attention heatmap", "DAAM", "word heatmap", "where does Flux look"],
             inputs=[
-                io.Model.Input("model", tooltip="A Flux model, after LoRA nodes; with any text encoder."),
-                io.Clip.Input("clip", tooltip="The CLIP that encodes the prompt: of a Distilled T5 Loader, or T5-XXL's of DualCLIPLoader."),
+                io.Model.Input("model", tooltip="A Flux, Stable Diffusion 3, PixArt or Chroma model, after LoRA nodes."),
+                io.Clip.Input("clip", tooltip="The CLIP that encodes the prompt: of Distilled T5 Loader, or of ComfyUI's own with T5-XXL."),
                 io.String.Input("prompt", multiline=True, tooltip="The prompt. It is encoded here, so it and the map cannot differ."),
                 io.String.Input("word", default="", tooltip="A word of the prompt, or several in a row. Every occurrence counts."),
                 io.Float.Input(
@@ -41,7 +41,7 @@ class DistilledT5CrossAttentionMap(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="Flux guidance. Flux-dev: 2 to 5. Flux-schnell takes none and ignores it.",
+                    tooltip="Guidance of Flux-dev: 2 to 5. Other models take none and ignore it.",
                 ),
             ],
             outputs=[
@@ -55,9 +55,12 @@ class DistilledT5CrossAttentionMap(io.ComfyNode):
     def execute(cls, model: Any, clip: Any, prompt: str, word: str, guidance: float) -> io.NodeOutput:
         if clip is None:
             raise ValueError("There is no CLIP.\nWhat to do: connect a Distilled T5 Loader; a checkpoint without text encoders gives none.")
-        positions = word_positions(clip, prompt, word)
-        conditioning = encoded(clip, clip.tokenize(prompt), guidance=guidance)
-        recorder = AttentionRecorder(word, positions, [embedding for embedding, _ in conditioning])
+        positions, family = word_positions(clip, prompt, word), followed_family(model)
+        extras = {"guidance": guidance} if family.takes_guidance(model.model) else {}
+        conditioning = encoded(clip, clip.tokenize(prompt), **extras)
+        # The rows of CLIP-L and CLIP-G, if any, stand before T5's.
+        before = conditioning[0][0].shape[1] - len(t5_pieces(clip, prompt))
+        recorder = AttentionRecorder(family, word, [before + place for place in positions], [embedding for embedding, _ in conditioning])
         return io.NodeOutput(recording_model(model, recorder), conditioning, recorder)
 
 

@@ -131,10 +131,10 @@ def _run_and_recipe(
         raise UserError("There is no MODEL or no CLIP.", "connect Load Diffusion Model, and ComfyUI's CLIP loader or Distilled T5 Loader.")
     check_name(chosen["name"])
     family = fitting_family(preset, model.model)
-    (diffusion_model, dtype), (t5, clip_l) = diffusion_file(model), text_encoder_files(teacher, family)
+    (diffusion_model, dtype), (t5, companions) = diffusion_file(model), text_encoder_files(teacher, family)
     vae = {OF_THE_PRESET: None, NO_FILE: ""}.get(preview_vae, preview_vae)
     run = RunDirectory(Path(folder_paths.get_output_directory(), RUNS, chosen["name"]))
     text, count = checked_prompts(run, prompts) if prompts.strip() else ("", 0)
     path = run.prompts if text else None
-    wishes = Wishes(diffusion_model, dtype, t5, clip_l or NO_FILE, vae=vae, prompts=path, prompt_count=count, **chosen)
+    wishes = Wishes(diffusion_model, dtype, t5, companions, vae=vae, prompts=path, prompt_count=count, **chosen)
     return run, recipe_of(preset, wishes, *begun(run)), text

@@ -32,8 +32,8 @@ def diffusion_file(model: Any) -> tuple[str, str | None]:
     return _listed(str(path), "diffusion_models"), names[0] if names else None
 
 
-def text_encoder_files(clip: Any, family: Family) -> tuple[str, str | None]:
-    """The files of a CLIP: the large text encoder, and CLIP-L if there is one.
+def text_encoder_files(clip: Any, family: Family) -> tuple[str, dict[str, str]]:
+    """The files of a CLIP: the large text encoder, and its companions (CLIP-L, CLIP-G) by name.
 
     Raises UserError for another kind of CLIP, for one that other nodes have changed, and for one whose files are not known.
     """
@@ -54,8 +54,7 @@ def text_encoder_files(clip: Any, family: Family) -> tuple[str, str | None]:
     *first, t5 = paths if several else (paths,)
     others = {f"file {number}": path for number, path in enumerate(first)} if several else dict(second or {})
     companions, t5 = in_order(others, t5)
-    clip_l = companions.get("clip_l")
-    return _listed(t5, "text_encoders"), None if clip_l is None else _listed(clip_l, "text_encoders")
+    return _listed(t5, "text_encoders"), {name: _listed(path, "text_encoders") for name, path in companions.items()}
 
 
 def _loaded_from(patcher: Any, name: str, changed: bool = False) -> tuple[Any, ...]:

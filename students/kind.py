@@ -74,8 +74,9 @@ class StudentKind:
     sources: where its published files can be downloaded, by the name of the file or folder in recipes.
 
     In ComfyUI: module, the attribute of the text model, prefix, what published names have before the served module's own, and served, a
-    function (layout, dtype, device, operations) that builds it. In training: trained, a function (layout, dropout, padded) that builds it,
-    and read_pretrained, the tensors of a published model of this layout. These three import ComfyUI or transformers when they are called.
+    function (layout, dtype, device, operations) that builds it. In training: trained, a function (layout, dropout, attends_to_padding)
+    that builds it, and read_pretrained, the tensors of a published model of this layout. These three import ComfyUI or transformers when
+    they are called.
     """
 
     name: str

@@ -16,15 +16,15 @@ from .kind import Layout
 class TrainedStudent(Module):
     """A network with its projection: token ids [B, L] to text embeddings [B, L, D]. Its state dict has the published names.
 
-    duplicates: names in the state dict of tensors that a file holds once -> their published name. padded: whether padding is attended to,
-    as in Flux's text encoder; where it is not, a prompt's rows do not depend on the length to which its batch is padded.
+    duplicates: names in the state dict of tensors that a file holds once -> their published name. attends_to_padding: as Flux's text
+    encoder does; where it does not, a prompt's rows do not depend on the length to which its batch is padded.
     """
 
     duplicates: ClassVar[Mapping[str, str]] = {}
 
-    def __init__(self, layout: Layout, padded: bool = True) -> None:
+    def __init__(self, layout: Layout, attends_to_padding: bool = True) -> None:
         super().__init__()
-        self.layout, self.padded = layout, padded
+        self.layout, self.attends_to_padding = layout, attends_to_padding
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Load all tensors, by published name. RuntimeError lists missing and unexpected ones."""

@@ -17,6 +17,8 @@ from .memory import ModelSize
 # ComfyUI may hold and compute in two bytes what a file has in four.
 USUAL_BYTES = 2
 IN_CHECKPOINT = "model.diffusion_model."
+# Lists of blocks in files of diffusers, whatever the family. ComfyUI renames their tensors while it loads them.
+IN_DIFFUSERS = ("transformer_blocks", "single_transformer_blocks")
 # What language models have beside their encoder, and ComfyUI does not load.
 NOT_ENCODER = ("decoder.", "lm_head.")
 
@@ -40,7 +42,7 @@ def _width_in(entries: Mapping[str, Entry]) -> int | None:
 def size_in_file(entries: Mapping[str, Entry], dtype: str, family: Family) -> ModelSize:
     """The sizes of a diffusion model from its tensors; never more than those of the loaded model."""
     inner = {name: entry for name, entry in entries.items() if name.startswith(IN_CHECKPOINT)} or entries
-    block = re.compile(rf"(?:^|\.)(?:{'|'.join(family.block_lists)})\.\d+\.")
+    block = re.compile(rf"(?:^|\.)(?:{'|'.join((*family.block_lists, *IN_DIFFUSERS))})\.\d+\.")
     weights, columns = Counter[str](), Counter[int]()
     for name, entry in inner.items():
         if found := block.search(name):

@@ -141,7 +141,7 @@ def make_student_of(recipe: Recipe) -> TrainedStudent:
     if teacher != STAND_IN:
         with contextlib.suppress(StudentFileError):  # the teacher's own check says why
             width = text_width_in([read_entries(model_file(teacher, "text_encoders"))], recipe.family)
-    return make_student(recipe.student_layout(width), start, part.dropout, recipe.seed, recipe.family.padded)
+    return make_student(recipe.student_layout(width), start, part.dropout, recipe.seed, not recipe.family.masked)
 
 
 def preview_vae(recipe: Recipe) -> Path | None:
@@ -161,6 +161,7 @@ def metadata_of(recipe: Recipe, steps: int) -> StudentMetadata:
         family=recipe.diffusion_model.family,
         token_length=served_length(recipe),
         pooled="+".join(recipe.teacher.companions) or "zero",
+        also_serves=recipe.output.also_serves,
         title=recipe.output.name,
         facts={
             "distilled_t5.teacher": Path(recipe.teacher.t5).name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from ..config.parts import file_stem
 from ..config.toml import toml_value
 from ..families.family import Family
 from ..prompts.corpora import PACK
+from ..runtime.comfyui import NO_FILE
 from ..runtime.errors import UserError, printable
 from .recipe import Recipe, load_recipe
 
@@ -25,14 +26,14 @@ SHARE = 10
 class Wishes:
     """What the graph says: model files as recipes name them, and what replaces the preset's own values.
 
-    dtype: None for the preset's. steps: 0 for the preset's. vae: None for the preset's, "" for no images. prompts: a file with a prompt on
-    each line; None for the preset's own prompts.
+    dtype: None for the preset's. companions: the files of CLIP-L and CLIP-G by name, without those that are absent. steps: 0 for the
+    preset's. vae: None for the preset's, "" for no images. prompts: a file with a prompt on each line; None for the preset's own prompts.
     """
 
     diffusion_model: str
     dtype: str | None
     t5: str
-    clip_l: str
+    companions: Mapping[str, str]
     name: str
     seed: int = 0
     steps: int = 0
@@ -98,8 +99,7 @@ def _model_settings(recipe: Recipe, wishes: Wishes) -> Iterator[str]:
         "output.name": wishes.name,
         "seed": wishes.seed,
     }
-    if "clip_l" in recipe.family.companions:
-        values["teacher.clip_l"] = wishes.clip_l
+    values |= {f"teacher.{name}": wishes.companions.get(name, NO_FILE) for name in recipe.family.companions}
     if wishes.dtype is not None:
         values["diffusion_model.dtype"] = wishes.dtype
     if wishes.vae is not None:

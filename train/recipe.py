@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model
 from ..config.files import ConfigError, load_config
 from ..config.parts import FROM_LIST, NOT_EMPTY, Config, Count, FilePath, FileStem, OptionalPath, Part, Text
 from ..config.toml import toml_value
+from ..encoder.metadata import alike
 from ..families import FAMILIES
 from ..families.family import Family
 from ..prompts.corpora import Corpus
@@ -22,7 +23,7 @@ from ..students.kind import Layout, StudentKind
 from .objectives import OBJECTIVES
 
 # Keys whose values may be paths.
-PATHS = ("t5", "clip_l", "file", "start", "vae", "path")
+PATHS = ("t5", "clip_l", "clip_g", "file", "start", "vae", "path")
 # Values in the place of a file.
 STAND_IN, RANDOM = "stand-in", "random"
 # The table of any kind of student.
@@ -213,6 +214,15 @@ class OutputPart(Part):
     """The trained encoder."""
 
     name: FileStem = Field(description="the encoder becomes models/text_encoders/<name>.safetensors")
+    also_serves: Annotated[tuple[FamilyName, ...], FROM_LIST] = Field(
+        default=(),
+        description="other families of diffusion models for which the loader takes the encoder, of those with the same teacher and padding",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without the key has the digest that it had before the key existed."""
+        return {key: value for key, value in written(self).items() if key != "also_serves" or value}
 
 
 class Recipe(Config):
@@ -244,6 +254,9 @@ class Recipe(Config):
             raise ValueError(f"expected a different name for every stage, got {', '.join(names)}")
         for stage in self.stages:
             self.family.check_side(stage.resolution_px)
+        if not set(self.output.also_serves) <= set(alike(self.family)):
+            possible = ", ".join(alike(self.family)) or "none"
+            raise ValueError(f"output.also_serves: expected families with the teacher and padding of {self.family.name} ({possible})")
         if not any(self.student.is_of(KINDS[name]) for name in self.family.students):
             kinds = " or ".join(KINDS[name].display_name for name in self.family.students)
             got = next(kind.display_name for kind in KINDS.values() if self.student.is_of(kind))

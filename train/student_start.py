@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..students.trained import TrainedStudent
 
 
-def make_student(layout: Layout, start: str, dropout: float, seed: int, padded: bool = True) -> TrainedStudent:
+def make_student(layout: Layout, start: str, dropout: float, seed: int, attends_to_padding: bool = True) -> TrainedStudent:
     """A student of this layout in float32.
 
     `start` is "random", a distilled file (which is used completely), or a pretrained model: a Hugging Face folder, or the file itself (its
@@ -27,7 +27,7 @@ def make_student(layout: Layout, start: str, dropout: float, seed: int, padded: 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = KINDS[layout.kind].trained(layout, dropout, padded)
+        student = KINDS[layout.kind].trained(layout, dropout, attends_to_padding)
     if start != RANDOM:
         student.load_tensors({**student.tensors(), **_start_tensors(Path(start), layout)})
     return student

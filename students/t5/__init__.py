@@ -40,11 +40,11 @@ def served(layout: StudentLayout, dtype: Any, device: Any, operations: Any) -> A
     return ProjectedT5(layout, dtype, device, operations)
 
 
-def trained(layout: StudentLayout, dropout: float, padded: bool = True) -> TrainedStudent:
+def trained(layout: StudentLayout, dropout: float, attends_to_padding: bool = True) -> TrainedStudent:
     """The module that is trained."""
     from .trained import DistilledT5
 
-    return DistilledT5(layout, dropout, padded)
+    return DistilledT5(layout, dropout, attends_to_padding)
 
 
 def read_pretrained(path: Path, layout: StudentLayout) -> dict[str, Tensor]:

@@ -26,13 +26,13 @@ class DistilledT5(TrainedStudent):
 
     duplicates: ClassVar[Mapping[str, str]] = {TOKEN_TABLE_TWIN: SHARED}
 
-    def __init__(self, layout: StudentLayout, dropout: float = DROPOUT, padded: bool = True) -> None:
-        super().__init__(layout, padded)
+    def __init__(self, layout: StudentLayout, dropout: float = DROPOUT, attends_to_padding: bool = True) -> None:
+        super().__init__(layout, attends_to_padding)
         self.encoder = T5EncoderModel(transformers_config(layout, dropout))
         self.final_projection = projection(layout, Linear, Dropout(dropout))
 
     def forward(self, token_ids_BL: Tensor) -> Tensor:
-        mask_BL = torch.ones_like(token_ids_BL) if self.padded else (token_ids_BL != PAD).long()
+        mask_BL = torch.ones_like(token_ids_BL) if self.attends_to_padding else (token_ids_BL != PAD).long()
         hidden_BLM = self.encoder(input_ids=token_ids_BL, attention_mask=mask_BL).last_hidden_state
         return self.final_projection(hidden_BLM)
 

@@ -244,9 +244,10 @@ def test_the_map_is_blended_over_the_image_with_the_given_opacity(model, clip):
         shown(attention_, latent, 0, torch.rand(2, 30, 40, 3))
 
 
-def test_a_model_that_is_not_flux_is_refused(clip):
+def test_a_model_of_another_family_is_refused_with_those_that_work(clip):
     other = SimpleNamespace(get_model_object=lambda _name: torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"need a Flux model; this MODEL is a Linear[\s\S]*What to do: connect the MODEL of a Flux"):
+    known = "Flux.1, Stable Diffusion 3, PixArt-alpha, PixArt-Sigma, Chroma"
+    with pytest.raises(ValueError, match=rf"work for {known}; this MODEL is a Linear[\s\S]*What to do: connect the MODEL of one"):
         mapped(other, clip)
     with pytest.raises(ValueError, match=r"There is no CLIP[\s\S]*What to do: connect"):
         mapped(other, None)
@@ -286,7 +287,7 @@ def test_a_word_that_is_not_in_the_prompt_is_refused_with_what_t5_reads(clip, wo
 
 
 def test_a_clip_without_t5_is_refused():
-    other = SimpleNamespace(tokenize=lambda _text: {"g": [], "l": []})
+    other = SimpleNamespace(tokenize=lambda _text: {"g": [], "l": []}, cond_stage_model=None)
     with pytest.raises(ValueError, match=r"This CLIP has no T5 \(its tokens are for g, l\)"):
         t5_pieces(other, "x")
 

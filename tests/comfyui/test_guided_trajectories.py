@@ -164,7 +164,7 @@ def test_the_teachers_text_is_comfyuis_with_every_set_of_companions(companions: 
 def test_a_teacher_that_does_not_pad_encodes_every_prompt_as_comfyui_does(tmp_path):
     from distilled_t5.tests.support.small_encoders import TINY, serve, student_file
 
-    family = replace(T5_ALONE, padded=False)
+    family = replace(T5_ALONE, padded=False, masked=True)
     clip = serve(student_file(tmp_path, TINY, token_length=1)).clip
     prompts = ["a cat", "", "a red cube left of a blue ball", "a dog"]
     teacher = Teacher(clip, replace(family, tokenizer_part=""))

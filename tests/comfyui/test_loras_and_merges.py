@@ -38,6 +38,7 @@ from distilled_t5.tests.support.small_encoders import (
     stock_flux_clip,
     student_file,
 )
+from distilled_t5.tests.support.small_models import SMALL_MODELS
 from safetensors.torch import load_file, save_file
 
 # T5-Base's width, which is CLIP-L's too.
@@ -275,7 +276,7 @@ def test_text_encode_refuses_embeddings_that_are_not_finite(clip, part, monkeypa
     monkeypatch.setattr(clip.cond_stage_model, "encode_token_weights", broken)
     nodes_and_inputs = [
         (DistilledT5TextEncode, (clip, PROMPT, 3.5)),
-        (DistilledT5CrossAttentionMap, (None, clip, PROMPT, "cube", 3.5)),
+        (DistilledT5CrossAttentionMap, (SMALL_MODELS["flux"].patcher(), clip, PROMPT, "cube", 3.5)),
         (DistilledT5EncoderMap, (clip, "\n".join("abcde"), 0)),
     ]
     for node, inputs in nodes_and_inputs:

@@ -15,6 +15,7 @@ from distilled_t5.students.t5.trained import DistilledT5
 from distilled_t5.tests.support.small_encoders import (
     PROMPT,
     TINY,
+    alike,
     embedding,
     encode,
     pooled,
@@ -52,20 +53,6 @@ def reference() -> DistilledT5:
     student = DistilledT5(TINY)
     student.load_tensors(random_tensors(TINY))
     return student.eval()
-
-
-def alike(ours: list, theirs: list) -> None:
-    """Two conditionings agree in everything but the numbers."""
-    assert len(ours) == len(theirs)
-    for (our_text, our_extras), (their_text, their_extras) in zip(ours, theirs, strict=True):
-        assert (our_text.shape, our_text.dtype, our_text.device) == (their_text.shape, their_text.dtype, their_text.device)
-        assert our_extras.keys() == their_extras.keys()
-        for key, theirs_value in their_extras.items():
-            if isinstance(theirs_value, torch.Tensor):
-                mine = our_extras[key]
-                assert (mine.shape, mine.dtype, mine.device) == (theirs_value.shape, theirs_value.dtype, theirs_value.device)
-            else:
-                assert our_extras[key] == theirs_value
 
 
 def test_CLIPTextEncode_gives_the_form_of_stock_t5xxl(clip, stock):

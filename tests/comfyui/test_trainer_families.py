@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import comfy.sample
 import pytest
 import torch
-from distilled_t5.encoder.files import write_student
+from distilled_t5.encoder.files import open_student, write_student
 from distilled_t5.families import FAMILIES
 from distilled_t5.families.family import Family
 from distilled_t5.runtime.ranks import Ranks
+from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.small_encoders import serve
+from distilled_t5.tests.support.trainer import command, finish, start, wait_for_step
 from distilled_t5.train.banner import facts_of
 from distilled_t5.train.batches import Place
 from distilled_t5.train.distill import train_step
@@ -20,6 +25,8 @@ from distilled_t5.train.objectives import OBJECTIVES
 from distilled_t5.train.optimizer import restart
 from distilled_t5.train.preview import Previewer, preview_batches
 from distilled_t5.train.recipe import Recipe, load_recipe
+from distilled_t5.train.run import train
+from distilled_t5.train.state import read_checkpoint
 from distilled_t5.train.validation import HeldOut
 from distilled_t5.train.workshop import Workshop, open_workshop
 
@@ -28,9 +35,9 @@ PROMPTS = ["a red cube left of a blue ball", "", "low quality"]
 FIRST, STEPS = Place(stage=1, trajectory=0, step=0), 6
 
 
-def recipe_of(family: Family) -> Recipe:
+def settings_of(family: Family, *more: str) -> list[str]:
     side = max(64, family.least_side_px)
-    settings = [
+    return [
         f"diffusion_model.family={family.name}",
         "sampling.guidance=[]",
         "sampling.cfg=[4.5, 7.0]",
@@ -41,8 +48,12 @@ def recipe_of(family: Family) -> Recipe:
         "optimizer.warmup_steps=0",
         "optimizer.learning_rate=2e-4",
         *(f"stage.{stage}.resolution_px={side}" for stage in (0, 1)),
+        *more,
     ]
-    return load_recipe("smoke", settings)
+
+
+def recipe_of(family: Family, *more: str) -> Recipe:
+    return load_recipe("smoke", settings_of(family, *more))
 
 
 @pytest.fixture(scope="module", params=NEW.values(), ids=list(NEW))
@@ -50,6 +61,7 @@ def workshop(request: pytest.FixtureRequest) -> Workshop:
     return open_workshop(recipe_of(request.param), Ranks())
 
 
+@pytest.mark.every_version
 def test_both_objectives_lower_their_loss_and_the_served_student_gives_the_trained_embeddings(workshop: Workshop, tmp_path: Path):
     family, model = workshop.recipe.family, workshop.model
     with model.differentiable(True):
@@ -94,6 +106,70 @@ def test_a_run_that_is_opened_again_starts_its_trajectories_with_the_same_bits(w
         assert (one.rows is None) == (other.rows is None)
         if one.rows is not None and other.rows is not None:
             assert one.rows.own == other.rows.own
+
+
+# Prompts of several lengths, classifier-free guidance, a discrete schedule of noise levels, dropout.
+SHORT = [
+    *("stage.0.steps=1", "stage.1.steps=4", "sampling.steps=3", "student.dropout=0.1", "checkpoints.every_steps=2"),
+    *("checkpoints.keep_last=9", "validation.every_steps=9", "preview.every_steps=9"),
+]
+
+
+def one_per_kind(family: Family) -> Any:
+    """PixArt-Sigma and Chroma differ from PixArt-alpha in nothing that a resumed run depends on."""
+    return pytest.param(family, id=family.name, marks=[pytest.mark.full] if family.name in ("pixart_sigma", "chroma") else [])
+
+
+def cut(run: Path, folder: Path) -> Path:
+    """A copy of a run that has only its oldest checkpoint, in the middle of a trajectory."""
+    oldest, *others = sorted((shutil.copytree(run, folder) / "checkpoints").iterdir())
+    assert oldest.name == "step-000002" and others
+    for newer in others:
+        shutil.rmtree(newer)
+    return folder
+
+
+def ends_alike(run: Path, other: Path) -> None:
+    """Two runs have the same student, optimizer, random state and positions at the end, to the bit."""
+    ours, theirs = (read_checkpoint(each / "checkpoints" / "step-000005") for each in (run, other))
+    for part in ("student", "optimizer", "rng", "position"):
+        assert same(getattr(ours, part), getattr(theirs, part)), part
+
+
+@pytest.mark.parametrize("family", map(one_per_kind, NEW.values()))
+def test_a_run_goes_on_to_the_bit_from_within_a_trajectory(family: Family, tmp_path: Path):
+    recipe = recipe_of(family, *SHORT)
+    assert train(recipe, tmp_path / "run", False, Ranks()) is not None
+    resumed = cut(tmp_path / "run", tmp_path / "cut")
+    assert train(recipe, resumed, True, Ranks()) is not None
+    ends_alike(resumed, tmp_path / "run")
+
+
+@pytest.mark.full
+@pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX")
+@pytest.mark.parametrize("family", NEW.values(), ids=list(NEW))
+def test_a_killed_run_goes_on_to_the_bit(family: Family, comfyui_path: Path, tmp_path: Path):
+    settings = settings_of(family, *SHORT)
+    whole, killed = (command(comfyui_path, tmp_path / "base", tmp_path / name, settings=settings) for name in ("whole", "killed"))
+    finish(whole, tmp_path)
+    process = start(killed, tmp_path)
+    wait_for_step(process, tmp_path / "killed", 3)
+    process.kill()
+    process.wait()
+    finish([*command(comfyui_path, tmp_path / "base", tmp_path / "killed", "--resume", settings=settings)], tmp_path)
+    ends_alike(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.full
+def test_a_run_with_clip_l_and_clip_g_goes_on_to_the_bit(stand_ins: Path, tmp_path: Path):
+    folder = stand_ins / "models" / "text_encoders"
+    companions = (f"teacher.{name}={folder / name}.safetensors" for name in ("clip_l", "clip_g"))
+    recipe = recipe_of(FAMILIES["sd3"], *SHORT, *companions)
+    path = train(recipe, tmp_path / "run", False, Ranks())
+    assert path is not None and open_student(path).metadata.pooled == "clip_l+clip_g"
+    resumed = cut(tmp_path / "run", tmp_path / "cut")
+    assert train(recipe, resumed, True, Ranks()) is not None
+    ends_alike(resumed, tmp_path / "run")
 
 
 def test_the_held_out_loss_is_finite_and_the_teachers_preview_is_the_stock_samplers_image(workshop: Workshop):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,16 +11,18 @@ from typing import Any
 
 import comfy.model_management
 import comfy.sd
+import comfy.utils
 import pytest
 import torch
 from distilled_t5.encoder.teacher import load_teacher
 from distilled_t5.families import FAMILIES
 from distilled_t5.families.flux_tensors import FluxLayout
 from distilled_t5.runtime.errors import UserError
-from distilled_t5.runtime.header import read_entries
+from distilled_t5.runtime.header import Entry, read_entries
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.tests.support.small_flux import diffusion_model_file
+from distilled_t5.tests.support.small_models import SmallModel
 from distilled_t5.tests.support.tiny_students import sparse_file
 from distilled_t5.tests.support.trainer import PACK
 from distilled_t5.train.file_sizes import size_in_file
@@ -154,6 +157,41 @@ def test_sizes_in_a_header_are_those_of_the_loaded_model_and_bytes_no_more(tmp_p
         loaded.width,
     )
     assert 0 < told.held_bytes <= loaded.held_bytes and told.compute_bytes <= loaded.compute_bytes
+
+
+def in_diffusers(tensors: dict[str, tuple[int, ...]], renamed: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's tensors in a file of diffusers, by ComfyUI's table of its names; some are parts of one of ComfyUI's."""
+    shapes, taken = {}, set()
+    for theirs, place in renamed.items():
+        ours, part = (place, None) if isinstance(place, str) else place[:2]
+        # The table has other tools' names too, after those of diffusers.
+        if ours in tensors and not (part is None and ours in taken):
+            axis, _, length = part or (0, 0, tensors[ours][0])
+            shapes[theirs] = (*tensors[ours][:axis], length, *tensors[ours][axis + 1 :])
+            taken.add(ours)
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "sizes"),
+    [
+        ("pixart_sigma", comfy.utils.pixart_to_diffusers, {"depth": 1, "hidden_size": 144}),
+        ("sd3", comfy.utils.mmdit_to_diffusers, {"depth": 2, "num_blocks": 2}),
+        ("flux", comfy.utils.flux_to_diffusers, {"depth": 1, "depth_single_blocks": 1, "hidden_size": 128}),
+    ],
+)
+def test_sizes_in_a_header_of_diffusers_are_those_of_the_same_model_in_comfyuis_names(name, table, sizes):
+    family = FAMILIES[name]
+    model = SmallModel(*family.small, (), 0, 0.7).patcher().model.diffusion_model
+    ours = {tensor: tuple(weight.shape) for tensor, weight in model.state_dict().items() if tensor not in family.unused}
+    told, expected = (
+        size_in_file({tensor: Entry("BF16", shape, 0, 2 * math.prod(shape)) for tensor, shape in shapes.items()}, "auto", family)
+        for shapes in (in_diffusers(ours, table(sizes)), ours)
+    )
+    assert (told.blocks, told.width) == (expected.blocks, expected.width) and told.blocks >= 1
+    # ComfyUI's table leaves out some small tensors, such as the tables of positions.
+    for part in ("weights", "largest_block", "held_bytes"):
+        assert 0.97 * getattr(expected, part) <= getattr(told, part) <= getattr(expected, part), part
 
 
 @pytest.fixture

@@ -6,21 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import comfy.sd
-from comfy.text_encoders.pixart_t5 import PixArtTokenizer, pixart_te
 from distilled_t5.families.family import Family
 from distilled_t5.families.flux import FLUX
-
-
-def text_classes() -> tuple[Any, Any]:
-    return PixArtTokenizer, pixart_te()
-
 
 T5_ALONE: Family = replace(
     FLUX,
     name="t5_alone",
     display_name="T5 alone",
     clip_type="PIXART",
-    text_classes=text_classes,
+    text_model=("pixart_t5", "PixArtTokenizer", "pixart_te"),
     tokenizer_part="clip_t5xxl",
     token_length=1,
     companions={},

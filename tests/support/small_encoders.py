@@ -62,14 +62,14 @@ def stock_flux_clip(clip_l: Path) -> Any:
     )
 
 
-def stock_clip(family: Family) -> Any:
-    """ComfyUI's own CLIP of the family's `clip_type`, of the fewest files, with the tensors that identify them alone."""
+def stock_clip(family: Family, *companions: str) -> Any:
+    """ComfyUI's own CLIP of the family's `clip_type`, of these files, with the tensors that identify them alone."""
     known_by = {
         family.part: {"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": torch.zeros(1).expand(10240, 4096)},
         "clip_l": {f"text_model.encoder.layers.{layer}.mlp.fc1.weight": torch.zeros(8, 768) for layer in range(2)},
     }
     # Of three files ComfyUI makes the CLIP of SD3, whatever the type.
-    needed = () if family.companions_optional else family.companions
+    needed = companions if family.companions_optional else family.companions
     return comfy.sd.load_text_encoder_state_dicts(
         [known_by[name] for name in (*needed, family.part)],
         clip_type=comfy.sd.CLIPType[family.clip_type],
@@ -78,6 +78,20 @@ def stock_clip(family: Family) -> Any:
             "clip_l_model_config": {"num_hidden_layers": 3, "intermediate_size": 8, "num_attention_heads": 4},
         },
     )
+
+
+def alike(ours: list, theirs: list) -> None:
+    """Two conditionings agree in everything but the numbers."""
+    assert len(ours) == len(theirs)
+    for (our_text, our_extras), (their_text, their_extras) in zip(ours, theirs, strict=True):
+        assert (our_text.shape, our_text.dtype, our_text.device) == (their_text.shape, their_text.dtype, their_text.device)
+        assert our_extras.keys() == their_extras.keys()
+        for key, theirs_value in their_extras.items():
+            if isinstance(theirs_value, torch.Tensor):
+                mine = our_extras[key]
+                assert (mine.shape, mine.dtype, mine.device) == (theirs_value.shape, theirs_value.dtype, theirs_value.device)
+            else:
+                assert our_extras[key] == theirs_value
 
 
 def encode(clip: Any, text: str = PROMPT) -> Any:

@@ -11,7 +11,17 @@ import pytest
 import safetensors
 import torch
 from distilled_t5.encoder.files import open_student, write_student
-from distilled_t5.encoder.metadata import HASH_KEY, HEADER_HASH_KEY, MAX_TOKENS, VERSION_KEY, StudentMetadata, described, read_metadata
+from distilled_t5.encoder.metadata import (
+    HASH_KEY,
+    HEADER_HASH_KEY,
+    MAX_TOKENS,
+    VERSION_KEY,
+    StudentMetadata,
+    described,
+    read_metadata,
+    served_as,
+)
+from distilled_t5.families import FAMILIES
 from distilled_t5.runtime.errors import StudentFileError
 from distilled_t5.runtime.weights import data_sha256
 from distilled_t5.students.t5.layout import StudentLayout
@@ -52,7 +62,7 @@ def test_file_without_our_metadata_is_the_authors(header, tmp_path):
         (TINY, StudentMetadata()),
         (TINY, StudentMetadata(token_length=77, pooled="zero", title="My student")),
         (NARROW, StudentMetadata(text_width=16)),
-        (NARROW, StudentMetadata(text_width=16, pooled="zero", also=("sd3", "chroma"))),
+        (NARROW, StudentMetadata("chroma", 1, "zero", also_serves=("pixart_sigma", "pixart_alpha"), text_width=16, title="Mine")),
         (PLAIN, StudentMetadata(projection="none", text_width=16)),
         (
             TINY,
@@ -63,7 +73,7 @@ def test_file_without_our_metadata_is_the_authors(header, tmp_path):
 def test_metadata_survives_writing_and_reading(layout, metadata, tmp_path):
     path = write_student(tmp_path / "file.safetensors", tiny_tensors(layout), metadata)
     found = open_student(path).metadata
-    for name in ("family", "also", "token_length", "pooled", "projection", "text_width"):
+    for name in ("family", "also_serves", "token_length", "pooled", "projection", "text_width"):
         assert getattr(found, name) == getattr(metadata, name)
     assert found.title == (metadata.title or f"Distilled {layout.size_name} for Flux.1")
     assert metadata.facts.items() <= found.facts.items()
@@ -104,14 +114,31 @@ def test_output_width_of_another_diffusion_model_is_not_called_wrong_metadata(tm
     assert "flux" in message
 
 
+@pytest.mark.parametrize("named", ["sd3", "pixart", "chroma", "pixart_sigma,pixart_alpha"])
+def test_a_file_can_serve_only_families_with_the_same_teacher_and_padding(named, tmp_path):
+    header = {"distilled_t5.family": "chroma", "distilled_t5.also_serves": named}
+    assert "some of the families with the same teacher and padding (pixart_alpha, pixart_sigma)" in refusal(
+        with_metadata(tmp_path / "wrong.safetensors", header)
+    )
+
+
+def test_a_file_is_served_as_each_family_that_it_names_and_no_other():
+    metadata = StudentMetadata("pixart_sigma", 1, "zero", also_serves=("chroma",))
+    as_chroma = served_as(metadata, FAMILIES["chroma"], "file")
+    assert (as_chroma.family, as_chroma.also_serves) == ("chroma", ("pixart_sigma",))
+    assert served_as(as_chroma, FAMILIES["pixart_sigma"], "file") == metadata
+    with pytest.raises(
+        StudentFileError, match=r"for PixArt-Sigma and Chroma; the type is flux\.\nWhat to do: set type to pixart_sigma or chroma"
+    ):
+        served_as(metadata, FAMILIES["flux"], "file")
+
+
 @pytest.mark.parametrize(
     ("value_of", "expected"),
     [
         ({"distilled_t5.family": "sdxl"}, "one of flux"),
         ({"distilled_t5.family": ""}, "one of flux"),
-        ({"distilled_t5.also": "flux"}, "families with the same teacher and pooled vector"),
-        ({"distilled_t5.also": "sd3+sdxl"}, "families with the same teacher and pooled vector"),
-        ({"distilled_t5.also": "sd3+chroma"}, "families with the same teacher and pooled vector"),
+        ({"distilled_t5.also_serves": "chroma"}, "some of the families with the same teacher and padding (sd3)"),
         *(
             ({"distilled_t5.token_length": value}, f"from 1 to {MAX_TOKENS}")
             for value in ("0", "-1", "4097", "many", "2.5", "", "1" * 5000, " 256")

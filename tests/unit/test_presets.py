@@ -10,13 +10,24 @@ from distilled_t5.train.lengths import differences_besides_lengths
 from distilled_t5.train.presets import Wishes, check_name, preset_names, recipe_of, starter_prompts
 from distilled_t5.train.recipe import load_recipe
 
-WISHES = Wishes("flux.safetensors", None, "t5.safetensors", "clip_l.safetensors", "mine")
+WISHES = Wishes("flux.safetensors", None, "t5.safetensors", {"clip_l": "clip_l.safetensors"}, "mine")
 
 
 def test_without_wishes_only_models_name_and_seed_differ_from_the_preset():
     for preset in preset_names():
         changed = {line.partition(":")[0] for line in load_recipe(preset).differences(recipe_of(preset, WISHES))}
-        assert changed <= {"teacher.t5", "teacher.clip_l", "diffusion_model.file", "output.name", "seed"}
+        assert changed <= {"teacher.t5", "teacher.clip_l", "teacher.clip_g", "diffusion_model.file", "output.name", "seed"}
+
+
+@pytest.mark.parametrize(
+    ("companions", "expected"),
+    [({}, {}), ({"clip_g": "mine_g.safetensors"}, {"clip_g": "mine_g.safetensors"}), ({"clip_l": "l", "clip_g": "g"},) * 2],
+    ids=["none", "one", "both"],
+)
+def test_the_companions_are_those_of_the_connected_clip_and_never_the_presets(companions, expected):
+    preset = "sd35-medium-24gb"
+    assert set(load_recipe(preset).teacher.companions) == {"clip_l", "clip_g"}
+    assert recipe_of(preset, replace(WISHES, companions=companions)).teacher.companions == expected
 
 
 @pytest.mark.parametrize("preset", preset_names())

@@ -287,6 +287,7 @@ def test_key_that_the_file_leaves_out_can_be_set():
         ("sampling.token_lengths.0=x", 'sampling.token_lengths.0: expected a valid integer, got "x"'),
         ("student.layout={ d_model = 1 }", "student.layout.gated is missing"),
         ("output.name=5", "output.name: expected a valid string, got 5"),
+        ('output.also_serves=["chroma"]', "output.also_serves: expected families with the teacher and padding of flux (sd3)"),
         ("output.name=\udce9", "output.name: "),
     ],
 )

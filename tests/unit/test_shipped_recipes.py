@@ -43,7 +43,7 @@ KEYS = {
     "checkpoints.": ["every_steps", "keep_last"],
     "preview.": ["every_steps", "prompts", "vae"],
     "report.": ["wandb"],
-    "output.": ["name"],
+    "output.": ["name", "also_serves"],
     "stage.": ["name", "resolution_px", "steps", "batch", "accumulate", "objective"],
     "stage.corpora.": ["kind", "path", "column", "repeat", "limit", "mix"],
 }
