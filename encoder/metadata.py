@@ -111,7 +111,7 @@ def read_metadata(header: Mapping[str, str], where: str) -> StudentMetadata:
 
 
 def _also_serves(header: Mapping[str, str], family: Family, where: str) -> tuple[str, ...]:
-    """The other families of a file. Raises StudentFileError for one that reads text in another way."""
+    """The other families of a file. Raises StudentFileError for one with another teacher or padding."""
     value = header.get(ALSO_KEY, "")
     names, others = tuple(value.split(", ")) if value else (), alike(family)
     if not set(names) <= set(others):

@@ -19,6 +19,7 @@ from comfy.text_encoders import long_clipl
 from torch import Tensor, nn
 
 from ..families import DEFAULT, FAMILIES
+from ..families.family import Family
 from ..runtime.errors import StudentFileError, listed, printable
 from ..runtime.progress import Progress, silent, waiting
 from ..runtime.weights import FLOAT_NAMES, not_finite
