@@ -62,7 +62,7 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
         if path is None:
             print("Stopped; the same command continues.")
         else:
-            print((path.parent / "summary.txt").read_text(encoding="utf-8"))
+            print("\n" + (path.parent / "summary.txt").read_text(encoding="utf-8"))
             beside = [name for name in ("results.json", "table.md", "plots/") if (path.parent / name).exists()]
             print(f"Done: {path}\nOpen it in a browser. In the same folder: {', '.join(beside)}.")
     return 130 if path is None else 0
