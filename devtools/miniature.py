@@ -55,7 +55,7 @@ def only(corpus: str) -> tuple[str, ...]:
 
 
 # The half is not shipped, so that the files of the miniature stay below 40 MB.
-SHIPPED_STUDENTS = (MIDDLE, "miniature_student_tenth", "miniature_student_fortieth")
+SHIPPED_STUDENTS = (MIDDLE, "miniature_student_tenth", "miniature_student_fortieth", SD3_STUDENT)
 # The checkpoints of the middle student are the points of the cost curve.
 CURVE = ("checkpoints.every_steps=1000", "checkpoints.keep_last=100")
 NAIVE = both("objective=embedding")
@@ -226,7 +226,7 @@ def make(options: argparse.Namespace) -> None:
     files = students(work)
     if not trial:
         ship(files.values())
-    on_sd3 = {name: files.pop(name) for name in (SD3_STUDENT,) if name in files} | {MIDDLE: files[MIDDLE]}
+    on_sd3 = {SD3_STUDENT: files.pop(SD3_STUDENT), MIDDLE: files[MIDDLE]}
     command = evaluate("miniature", options.comfyui, files.values(), options.count, work / "evaluation")
     found = results(work, command, files, followed)
     command = evaluate("miniature-sd3", options.comfyui, on_sd3.values(), options.count, work / "evaluation-sd3")

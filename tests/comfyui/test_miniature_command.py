@@ -26,7 +26,7 @@ from distilled_t5.devtools.miniature import (
     train_students,
     trial_settings,
 )
-from distilled_t5.devtools.miniature_results import MIDDLE, RESULTS, TEACHER
+from distilled_t5.devtools.miniature_results import MIDDLE, RESULTS, SD3_STUDENT, TEACHER
 from distilled_t5.runtime.model_folders import SHIPPED
 from distilled_t5.tests.support.trainer import BOUND_S
 from distilled_t5.world.scenes import NEW_IN_TASK
@@ -59,7 +59,8 @@ def test_a_trial_trains_measures_and_touches_nothing_that_is_kept(comfyui_path, 
     assert process.returncode == 0, said
     found = json.loads((tmp_path / "work" / "results.json").read_text(encoding="utf-8"))
     by_name = {one["name"]: one for one in found["encoders"]}
-    assert set(by_name) == {TEACHER, *SHIPPED_STUDENTS, "untrained"}
+    assert set(by_name) == {TEACHER, *SHIPPED_STUDENTS, "untrained"} - {SD3_STUDENT}
+    assert [one["name"] for one in found["sd3"]["encoders"]] == [TEACHER, SD3_STUDENT, MIDDLE]
     assert by_name[NAME]["steps"] == 4, "the trial's own, two steps of each stage, not the shipped one"
     assert set(by_name[TEACHER]["tasks"]) == set(NEW_IN_TASK) == set(by_name[NAME]["tasks"])
     assert {task["n"] for task in by_name[TEACHER]["tasks"].values()} == {2}

@@ -25,7 +25,7 @@ from distilled_t5.world.reader import verdict
 import nodes
 
 FOUND = {one["name"]: one["tasks"] for one in json.loads(RESULTS.read_text(encoding="utf-8"))["sd3"]["encoders"]}
-OF_EACH = 3
+OF_EACH = 2
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,7 @@ def sd3() -> Any:
     return model
 
 
+@torch.no_grad()
 def images(model: Any, encoder: str, captions: list[str], cfg: float = 1.0) -> list[Any]:
     """An image [H, W, 3] of each caption by stock nodes, with the encoder from the loader."""
     clip = DistilledT5Loader.execute("none", f"{encoder}.safetensors", "sd3").result[0]
