@@ -20,6 +20,7 @@ from comfy_extras.nodes_cond import T5TokenizerOptions
 from comfy_extras.nodes_hooks import SetClipHooks
 from distilled_t5.devtools.comfyui.server import ComfyServer
 from distilled_t5.devtools.comfyui.workflow import set_inputs, to_api_prompt
+from distilled_t5.devtools.demo_sheet import pixels
 from distilled_t5.diffusion.frozen import FrozenModel
 from distilled_t5.encoder.files import open_student
 from distilled_t5.families import FAMILIES
@@ -33,6 +34,7 @@ from distilled_t5.tests.support.watch import Watched
 from distilled_t5.tests.support.workflows import example
 from distilled_t5.train.in_graph import training
 from distilled_t5.train.recipe import load_recipe
+from distilled_t5.world.reader import read
 from PIL import Image
 
 import nodes
@@ -330,6 +332,18 @@ def test_the_template_trains_a_student_and_draws_with_it(server: ComfyServer):
     images = {prompt[node]["class_type"]: images for node, images in server.images_by_node(entry).items()}
     assert [image.size for image in images["PreviewImage"]] == [((96 + 4 + 96) * 8, 96 * 8)]
     assert len(images["DistilledT5Distil"]) == 1
+
+
+@pytest.mark.full
+def test_the_student_that_the_template_trains_draws_its_prompt(server: ComfyServer):
+    prompt = to_api_prompt(example("10-Miniature-distil-an-encoder"), server.object_info())
+    set_inputs(prompt, "DistilledT5Distil", name="of_the_template")
+    entry = server.run(prompt, timeout_s=1200)
+    [both] = [images[0] for node, images in server.images_by_node(entry).items() if prompt[node]["class_type"] == "PreviewImage"]
+    teacher, student = (read(pixels(both.crop((left, 0, left + 96 * 8, 96 * 8)))) for left in (0, 100 * 8))
+    assert teacher is not None and student is not None
+    assert sorted(thing.shape for thing in teacher.things) == ["heart", "ring", "tree"]
+    assert student.things == teacher.things
 
 
 def test_weights_are_not_copied_asynchronously_while_gradients_are_computed(loaded, monkeypatch):
