@@ -136,7 +136,7 @@ def ends_alike(run: Path, other: Path) -> None:
         assert same(getattr(ours, part), getattr(theirs, part)), part
 
 
-@pytest.mark.parametrize("family", map(one_per_kind, NEW.values()))
+@pytest.mark.parametrize("family", list(map(one_per_kind, NEW.values())))
 def test_a_run_goes_on_to_the_bit_from_within_a_trajectory(family: Family, tmp_path: Path):
     recipe = recipe_of(family, *SHORT)
     assert train(recipe, tmp_path / "run", False, Ranks()) is not None
