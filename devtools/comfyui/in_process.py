@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 from ...runtime import comfyui
-from ...runtime.accelerator import accelerator_type
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,8 +17,8 @@ def start_comfyui(gpu: bool = False, **flags: bool) -> Path:
 
     Raises ValueError if there is no ComfyUI, or if torch finds no GPU to use.
     """
-    if gpu and accelerator_type() is None:
-        raise ValueError("--gpu needs a GPU, but torch finds none: leave --gpu out, or install a driver and torch's build for that GPU.")
+    if gpu and not torch.cuda.is_available():
+        raise ValueError("--gpu needs a CUDA device, but torch finds none: leave --gpu out, or install a driver and torch's CUDA build.")
     folder = comfyui.find_comfyui(os.environ.get("COMFYUI_PATH") or str(ROOT / ".dev" / "comfyui"))
     # ComfyUI's own default on NVIDIA, which the trainer cannot use.
     given = ["--async-offload" if gpu else "--cpu", *(f"--{name.replace('_', '-')}" for name, is_on in flags.items() if is_on)]
