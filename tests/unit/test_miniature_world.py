@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from distilled_t5.devtools.demo_sheet import LINE_PX, verdict_sheet
 from distilled_t5.world.captions import COLOUR_NAMES, SHAPE_NAMES, draw_prompt
 from distilled_t5.world.font import GLYPHS
 from distilled_t5.world.pictures import ARRANGEMENTS, COLOURS, PALETTE, PLACES, SHAPES, SIDE, TASKS, Scene, Thing, relations, render
 from distilled_t5.world.reader import MOST_WRONG_CELLS, read, verdict
 from distilled_t5.world.scenes import NEW_IN_TASK, NEW_WORD, Split, combinations, draw_scene, held_out, new_kinds
 from distilled_t5.world.words import DRAWN, WORDS
+from PIL import Image
 
 CASES = [(task, split) for task in NEW_IN_TASK for split in ("train", "held_out") if (task, split) != (NEW_WORD, "train")]
 EACH = 40
@@ -191,3 +193,10 @@ def test_a_prompt_is_a_function_of_seed_index_split_and_task():
     different = {draw_prompt(seed, index, "train")[1] for seed in (1, 2) for index in range(10)}
     assert len(different) > 15
     assert draw_prompt(0, 0, "train")[1] == "a purple plus sign over an azure block in the fog"
+
+
+def test_a_long_name_above_the_demos_images_is_wrapped():
+    scene, caption = draw_prompt(1, 0, "train", "word")
+    image = Image.fromarray((render(scene, 8) * 255).astype(np.uint8))
+    heights = [verdict_sheet([(scene, caption)], {name: [image]}).height for name in ("student", "a_student_of_a_longer_name_step-000200")]
+    assert heights[1] == heights[0] + LINE_PX
