@@ -53,7 +53,7 @@ class Evaluation:
 
     def images(self, encoder: EncoderFile, task: str) -> ImageFolder:
         """An encoder's images of a task."""
-        return ImageFolder(self.out / "pictures" / encoder.name / task)
+        return ImageFolder(self.out / "images" / encoder.name / task)
 
     def load(self, encoder: EncoderFile) -> LoadedEncoder:
         """The encoder in ComfyUI."""

@@ -81,7 +81,7 @@ class Judging:
         compared = [encoder, work.teacher] if self.metric.against_teacher else [encoder]
         decided_by = {
             **judged_by(self.metric, work.suite, self.asked),
-            "pictures": [work.made_of(one, self.asked) for one in compared],
+            "images": [work.made_of(one, self.asked) for one in compared],
         }
         return kept_or_made(work.kept, work.processes.ranks, f"{encoder.name}/{self.task.name}.{self.metric.name}", decided_by, make)
 

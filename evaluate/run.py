@@ -84,7 +84,7 @@ def earlier_students(out: Path) -> list[str]:
     """The students of the last evaluation in this folder, as NAME=FILE, whose files and images are still there."""
     record = out / "suite.toml"
     named = [student.partition("=") for student in (load_suite(str(record)).students if record.is_file() else ())]
-    return [f"{name}={file}" for name, _, file in named if Path(file).is_file() and (out / "pictures" / name).is_dir()]
+    return [f"{name}={file}" for name, _, file in named if Path(file).is_file() and (out / "images" / name).is_dir()]
 
 
 def _generate(work: Evaluation) -> None:

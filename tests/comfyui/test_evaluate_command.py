@@ -71,7 +71,7 @@ def without_times(out: Path) -> str:
 
 
 def pictures(out: Path) -> dict[str, Path]:
-    return {path.relative_to(out / "pictures").as_posix(): path for path in sorted(out.glob("pictures/*/*/*.png"))}
+    return {path.relative_to(out / "images").as_posix(): path for path in sorted(out.glob("images/*/*/*.png"))}
 
 
 def test_the_command_leaves_pictures_results_table_and_page(whole):
@@ -120,7 +120,7 @@ def test_a_picture_is_the_one_that_stock_nodes_make_of_its_prompt_and_seed_alone
         [latent] = nodes.KSampler().sample(model, 3 + index, 3, 1.0, "euler", "simple", conditioning, conditioning, empty)
         [expected] = nodes.VAEDecode().decode(vae, latent)
         stock = np.clip(255.0 * expected[0].numpy(), 0, 255).astype(np.uint8)
-        ours = read_image(whole.out / "pictures" / "student" / "words" / f"{index:05d}.png")
+        ours = read_image(whole.out / "images" / "student" / "words" / f"{index:05d}.png")
         assert stock.std() > 20
         assert np.abs(stock.astype(int) - ours).max() <= 3
 
@@ -143,13 +143,13 @@ def test_killed_then_stopped_then_finished_it_leaves_the_same_and_generates_noth
     out = tmp_path / "out"
     arguments = command(comfyui_path, whole.base, out, "--student", "other.safetensors")
     process = start(arguments, tmp_path)
-    wait_for_pictures(process, out / "pictures" / "teacher" / "objects")
+    wait_for_pictures(process, out / "images" / "teacher" / "objects")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     after_kill = made_at(out)
     assert 0 < len(after_kill) < PICTURES * len(ENCODERS)
     process = start(arguments, tmp_path)
-    wait_for_pictures(process, out / "pictures" / "other" / "objects")
+    wait_for_pictures(process, out / "images" / "other" / "objects")
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=BOUND_S)[0]
     assert process.returncode == 130, said
@@ -178,7 +178,7 @@ def test_two_processes_do_what_one_does(whole, comfyui_path, tmp_path):
 
 def test_a_finished_evaluation_takes_one_more_student_draws_an_exchanged_image_again_and_keeps_all_else(whole, comfyui_path, tmp_path):
     before = made_at(whole.out)
-    exchanged, other = (whole.out / "pictures" / "student" / "words" / f"0000{index}.png" for index in (1, 2))
+    exchanged, other = (whole.out / "images" / "student" / "words" / f"0000{index}.png" for index in (1, 2))
     generated = read_image(exchanged)
     exchanged.write_bytes(other.read_bytes())
     del before["student/words/00001.png"]

@@ -62,7 +62,7 @@ def test_stopped_at_every_look_it_ends_with_the_same_and_does_nothing_twice(suit
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert evaluate(suite, STUDENTS, whole, Ranks()) is not None
     expected = numbers(suite, whole, StopRequest())
-    shutil.copytree(whole / "pictures", out / "pictures")
+    shutil.copytree(whole / "images", out / "images")
 
     done, judge_of = Counter[str](), judge_images.make_judge
     monkeypatch.setattr(judge_images, "AT_ONCE", 2)

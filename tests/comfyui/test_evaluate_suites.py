@@ -94,7 +94,7 @@ def evaluated(comfyui: Path, place: Place, name: str, *more: str) -> tuple[Suite
 
 
 def pictures(out: Path, encoder: str, task: str) -> list[np.ndarray]:
-    found = [read_image(path) for path in sorted((out / "pictures" / encoder / task).glob("*.png"))]
+    found = [read_image(path) for path in sorted((out / "images" / encoder / task).glob("*.png"))]
     assert len(found) == 3
     return found
 

@@ -170,9 +170,9 @@ def test_what_is_kept_is_made_once_and_again_when_something_else_decides_it(tmp_
 @pytest.mark.parametrize("other", ["teacher/task.ocr", "student/other.ocr"])
 def test_kept_numbers_under_the_name_of_others_are_measured_again(tmp_path, other):
     kept = Kept(tmp_path)
-    kept.put("student/task.ocr", {"pictures": "student", "prompts": "task"}, {"ocr_word": [0.5]})
+    kept.put("student/task.ocr", {"images": "student", "prompts": "task"}, {"ocr_word": [0.5]})
     encoder, _, task = other.removesuffix(".ocr").partition("/")
-    decided_by = {"pictures": encoder, "prompts": task}
+    decided_by = {"images": encoder, "prompts": task}
     kept.put(other, decided_by, {"ocr_word": [0.9]})
     (tmp_path / "student/task.ocr.json").replace(tmp_path / f"{other}.json")
     assert kept.get(other, decided_by) is None
