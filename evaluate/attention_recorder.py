@@ -2,7 +2,7 @@
 
 Two entry points of ComfyUI, both in 0.16.3 and in 0.30.0: a wrapper around the model knows what is sampled (text, size, step), and the
 attention override inside it sees queries and keys of joint attention after the rotary embedding. Both hand on what they were given.
-ComfyUI shows no override the cross-attention of PixArt: there, a hook of each block's module computes queries and keys once more.
+ComfyUI calls no override for PixArt's cross-attention: there, a hook on the module of each block computes queries and keys once more.
 
 The family says which of the two it is. Image tokens are patches of 2 x 2; in joint attention they follow the text's tokens, and those of
 reference images follow them.

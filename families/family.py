@@ -30,12 +30,12 @@ class Family:
     of the function that returns the model's factory. part: the attribute of the text model that a student replaces, which is also the key
     of its tokens. students: kinds of student that can. teacher: kind and named size of the network that is replaced. text_width: channels.
     token_length: the length to which ComfyUI pads prompts. padded: whether they are padded in training; not where ComfyUI does not pad, or
-    masks padding in encoder and diffusion model. masked: whether the encoder ignores padding; also where none of ComfyUI's is there, for a
-    batch of prompts of several lengths. tokenizer_part: the attribute of the tokenizer, where it is not `part`. companions: the other
-    encoders of the text model, by attribute, with the width of their pooled vectors, which concatenated are the model's.
-    companions_optional: whether ComfyUI's text model does without absent ones, or is given zeros in their place. rows_before: the rows
-    [1, K, D] that stand before the encoder's in the text, made of the rows of the companions that are there; most_rows_before: how many
-    those are for prompts of usual length.
+    masks padding in encoder and diffusion model. masked: whether the encoder ignores padding; where ComfyUI does not pad, that is the
+    padding of a batch of prompts of several lengths. tokenizer_part: the attribute of the tokenizer, where it is not `part`. companions:
+    the other encoders of the text model, by attribute, with the width of their pooled vectors, which concatenated are the model's.
+    companions_optional: whether ComfyUI's text model does without absent ones, or is given zeros in their place. rows_before: the rows [1,
+    K, D] that stand before the encoder's in the text, made of the rows of the companions that are there; most_rows_before: how many those
+    are for prompts of usual length.
 
     Diffusion side. network: ComfyUI's class of the diffusion model. block_lists: its attributes that hold its blocks. cross_attention: the
     attribute of a block in which the image attends to the text alone, and in it the layers of queries, and of keys with values; empty where

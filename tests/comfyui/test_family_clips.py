@@ -64,10 +64,9 @@ def case(request: pytest.FixtureRequest, folder: Path, stand_ins: Path) -> Simpl
     return SimpleNamespace(family=family, clip_l=clip_l, clip=clip, other=other, stock=stock)
 
 
-def rows_of_t5(case: SimpleNamespace, text: str, clip: Any = None) -> torch.Tensor:
-    """The last rows of the text, which are the student's."""
-    clip = clip or case.clip
-    return embedding(clip, text)[:, -len(clip.tokenize(text)[case.family.part][0]) :]
+def rows_of_t5(case: SimpleNamespace, text: str, changed: Any = None) -> torch.Tensor:
+    """The last rows of the text, which are the student's, in the CLIP or a changed copy of it."""
+    return embedding(changed or case.clip, text)[:, -len(case.clip.tokenize(text)[case.family.part][0]) :]
 
 
 @pytest.mark.parametrize("text", ["", PROMPT, "a (red:1.3) cube", "word " * 300], ids=["empty", "usual", "weighted", "long"])
