@@ -95,7 +95,7 @@ def test_everything_that_needs_no_resume_runs_on_the_practice_accelerator(
     parts = [(part.name, part.measure, part.arguments) for part in gpu.parts(gpu.EVERY_FAMILY) if part.name in wanted]
     task = {"flags": gpu.ONE_STREAM, "folder": str(tmp_path), "full": False, "device": {"quick": True, "note": ""}, "parts": parts}
     accelerator = pack_root / "tests" / "support" / "practice_accelerator_command.py"
-    command = [sys.executable, str(accelerator), "none", str(pack_root / "benchmarks" / "gpu.py"), "--task", json.dumps(task)]
+    command = [sys.executable, str(accelerator), str(pack_root / "benchmarks" / "gpu.py"), "--task", json.dumps(task)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     device, *results = [json.loads(line.removeprefix(RESULT)) for line in done.stdout.splitlines() if line.startswith(RESULT)]
