@@ -213,7 +213,8 @@ def compared(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     )
     bf16, fp16 = ([loss for row in found.get(f"{RECIPES[0]}{label}", ()) for loss in row["losses"]] for label in ("", FP16))
     gaps = [abs(half - usual) / usual for half, usual in zip(fp16, bf16, strict=False)]
-    return {"two_streams_change_nothing": one == two if one and len(one) == len(two) else None, "fp16_losses_differ_by": max(gaps, default=None)}
+    same = one == two if one and len(one) == len(two) else None
+    return {"two_streams_change_nothing": same, "fp16_losses_differ_by": max(gaps, default=None)}
 
 
 def rows_table(measure: str, name: str, rows: list[dict[str, Any]]) -> str:
