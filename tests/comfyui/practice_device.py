@@ -67,6 +67,14 @@ def test_a_network_trains_as_on_the_cpu_to_the_bit():
     assert all(torch.equal(one.cpu(), other) for one, other in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
+def test_modules_that_share_a_weight_still_do_on_the_device():
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    both = nn.Sequential(first, second).to(DEVICE)
+    assert both[0].weight is both[1].weight
+    assert both[0].weight.device == DEVICE
+
+
 def test_attention_and_autocast_give_the_numbers_of_the_cpu():
     query = torch.randn(2, 4, 16, 8)
     mask = torch.rand(16, 16) > 0.3

@@ -1,6 +1,6 @@
 """On the practice accelerator: encoders in ComfyUI. `test_practice_accelerator.py` runs these in a process of their own.
 
-Each check runs with plenty of memory, and with so little that ComfyUI leaves the weights in RAM.
+Checks with `budget` run with plenty of memory, and with so little that ComfyUI leaves the weights in RAM.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HALF = {"atol": 2e-2, "rtol": 2e-2}
 MERGED = {"atol": 5e-3, "rtol": 5e-3}
 
 
-@pytest.fixture(params=[None, LITTLE_BYTES], ids=["much memory", "little memory"], autouse=True)
+@pytest.fixture(params=[None, LITTLE_BYTES], ids=["much memory", "little memory"])
 def budget(request: pytest.FixtureRequest) -> Iterator[int | None]:
     comfy.model_management.unload_all_models()
     practice.set_budget(request.param)
@@ -88,6 +88,7 @@ def test_bf16_and_fp8_weights_give_the_embedding_of_the_cpu(student, dtype):
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.usefixtures("budget")
 def test_a_prompt_change_and_a_change_back_give_the_first_embedding_to_the_bit(clips):
     first, second, again = (embedding(clips[0], text) for text in ("a red cube", OTHER_PROMPT, "a red cube"))
     assert torch.equal(first, again) and not torch.equal(first, second)
@@ -105,6 +106,7 @@ def test_the_loader_runs_the_encoder_on_the_device_that_is_chosen(name, student,
     assert torch.equal(embedding(clip), embedding(serve(student, clip_l, device=CPU).clip))
 
 
+@pytest.mark.usefixtures("budget")
 def test_a_lora_changes_what_it_changes_on_the_cpu_and_goes_again(clips, lora):
     before = pooled(clips[0])
     ours, theirs = (comfy.sd.load_lora_for_models(None, clip, lora, 1.0, 1.0)[1] for clip in clips)
@@ -114,6 +116,7 @@ def test_a_lora_changes_what_it_changes_on_the_cpu_and_goes_again(clips, lora):
     assert torch.equal(pooled(clips[0]), before)
 
 
+@pytest.mark.usefixtures("budget")
 def test_a_hook_gives_each_part_of_the_sampling_its_own_encoding(clips, lora):
     hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=0.0, strength_clip=1.0)
     hooked = [SetClipHooks().apply_hooks(clip, schedule_clip=True, apply_to_conds=True, hooks=hooks.clone())[0] for clip in clips]
@@ -123,6 +126,7 @@ def test_a_hook_gives_each_part_of_the_sampling_its_own_encoding(clips, lora):
     assert torch.equal(ours[0], theirs[0])
 
 
+@pytest.mark.usefixtures("budget")
 def test_a_merge_is_saved_with_the_mean_of_the_weights(student, tmp_path, monkeypatch):
     other = serve(student_file(student.parent, name="other.safetensors", seed=1, token_length=24)).clip
     merged = CLIPMergeSimple().merge(serve(student).clip, other, 0.25)[0]
@@ -134,6 +138,7 @@ def test_a_merge_is_saved_with_the_mean_of_the_weights(student, tmp_path, monkey
         torch.testing.assert_close(saved[name], 0.75 * second[name] + 0.25 * first[name], **MERGED)
 
 
+@pytest.mark.usefixtures("budget")
 def test_what_is_saved_is_what_was_loaded(clips, student, tmp_path, monkeypatch):
     embedding(clips[0])
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "text_encoders", ([str(tmp_path)], folder_paths.supported_pt_extensions))
@@ -147,6 +152,7 @@ def test_the_report_names_the_device_and_measures_on_it(clips):
     assert "npu:0" in table
 
 
+@pytest.mark.usefixtures("budget")
 def test_the_attention_map_is_that_of_the_cpu_and_leaves_the_image_as_it_is(student, tmp_path, monkeypatch):
     path = tmp_path / "flux.safetensors"
     safetensors.torch.save_file(drawn(FluxLayout(width=256, double=1, single=1).tensors(), seed=2), path)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from distilled_t5.tests.support import evaluation_world
 from distilled_t5.tests.support.prepared import run_prepared
+from distilled_t5.tests.support.trainer import TWO_PROCESSES, command, finish, metrics
 
 HERE = Path(__file__).parent
-PYTEST = HERE.parent / "support" / "practice_pytest.py"
+PYTEST, SCRIPT = (HERE.parent / "support" / name for name in ("practice_pytest.py", "practice_accelerator_command.py"))
 BOUND_S = 900
 Verdicts = dict[str, str]
 
@@ -58,3 +61,45 @@ def test_encoders_on_an_accelerator(check, run_checks):
 @pytest.mark.parametrize("check", checks("practice_trainer.py"))
 def test_the_trainer_on_an_accelerator(check, run_checks):
     assert run_checks("practice_trainer.py")[check] == ""
+
+
+def on_accelerator(arguments: Sequence[str]) -> list[str]:
+    """A command with the practice accelerator in the place of the CPU."""
+    return [str(SCRIPT), *(part for part in arguments if part != "--cpu")]
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in metrics(run) if "loss" in row]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", [(), TWO_PROCESSES], ids=["one process", "two processes"])
+def test_a_run_on_an_accelerator_has_the_losses_of_a_run_on_the_cpu(launcher, comfyui_path, tmp_path):
+    for name, of in (("cpu", list), ("npu", on_accelerator)):
+        finish(of(command(comfyui_path, tmp_path / name, tmp_path / name / "run")), tmp_path, launcher=launcher)
+    assert losses(tmp_path / "npu" / "run") == pytest.approx(losses(tmp_path / "cpu" / "run"), rel=1e-4)
+
+
+@pytest.mark.full
+def test_the_evaluation_on_an_accelerator_finds_what_it_finds_on_the_cpu(comfyui_path, tmp_path):
+    evaluation_world.write_world(tmp_path)
+    for name, of in (("cpu", list), ("npu", on_accelerator)):
+        evaluation_world.finish(of(evaluation_world.command(comfyui_path, tmp_path, tmp_path / name)), tmp_path)
+    ours, theirs = (json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8")) for name in ("npu", "cpu"))
+    assert ours["made"]["machine"]["gpu"] == "practice accelerator"
+    assert ours["probes"].keys() == theirs["probes"].keys()
+    assert list(ours["encoders"]) == list(theirs["encoders"])
+
+
+# Tests of files that say nothing of the device: what they claim holds on an accelerator too.
+ANY_DEVICE = (
+    *("test_nodes.py", "test_attention_map.py", "test_evaluation_nodes.py", "test_block_checkpoint.py", "test_denoise.py"),
+    *("test_guided_trajectories.py", "test_families.py", "test_distil_in_graph.py"),
+)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("file", ANY_DEVICE)
+def test_the_tests_of_a_file_pass_on_an_accelerator(file, run_checks):
+    wrong = {name: why for name, why in run_checks(file).items() if why}
+    assert not wrong

@@ -339,6 +339,8 @@ def install(budget_bytes: int | None = None) -> None:
     set_budget(budget_bytes)
     _setup_privateuseone_for_python_backend(NAME, DeviceModule(f"torch.{NAME}"))
     memory.device = torch.device(NAME, 0)
+    # Where two modules share a weight, they still do after `Module.to`, as with every other device.
+    torch.__future__.set_swap_module_params_on_conversion(True)
     # ComfyUI takes a torch that was built for CUDA for one that has an NVIDIA GPU.
     torch.version.cuda = None
     vendor = types.ModuleType("torch_npu")
