@@ -17,7 +17,7 @@ from distilled_t5.devtools.comfyui.server import link_folder
 
 pytestmark = pytest.mark.full
 
-Quick = Callable[[str], dict[str, Any]]
+Quick = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def quick(environment: dict[str, str], pack_root: Path, tmp_path_factory: pytest
     """Runs a benchmark with --quick; returns what it wrote."""
     folder = tmp_path_factory.mktemp("benchmark")
 
-    def run(name: str) -> dict[str, Any]:
-        command = [sys.executable, str(pack_root / "benchmarks" / f"{name}.py"), "--quick", "--out", str(folder / name)]
+    def run(name: str, *more: str) -> dict[str, Any]:
+        command = [sys.executable, str(pack_root / "benchmarks" / f"{name}.py"), "--quick", "--out", str(folder / name), *more]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         (written,) = (folder / name).iterdir()
@@ -77,7 +77,7 @@ def test_start_measures_what_the_pack_adds(quick: Quick) -> None:
 
 
 def test_gpu_measures_every_part_at_small_sizes(quick: Quick) -> None:
-    found = quick("gpu")
+    found = quick("gpu", "--minutes", "60")
     assert not found["left_out"] and not found["failed"]
     assert set(found["parts"]) == {part.name for part in gpu.parts(gpu.EVERY_FAMILY)} == set(found["seconds"])
     assert found["compared"]["two_streams_change_nothing"] is True
