@@ -312,7 +312,7 @@ class PracticeGroup(dist.ProcessGroup):
     """The processes of a run, connected by gloo: it gets the CPU tensors behind those of the device."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # pyright: ignore[reportCallIssue] (both are enough)
         self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
 
     def _passed_on(self, name: str, *arguments: Any) -> Any:
@@ -320,7 +320,7 @@ class PracticeGroup(dist.ProcessGroup):
         getattr(self._gloo, name)(*raw).wait()
         done: torch.futures.Future[Any] = torch.futures.Future()
         done.set_result(arguments[0] if arguments else [])
-        return torch._C._distributed_c10d._create_work_from_future(done)
+        return torch._C._distributed_c10d._create_work_from_future(done)  # pyright: ignore
 
     def getBackendName(self) -> str:
         return "practice"
