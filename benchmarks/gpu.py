@@ -12,7 +12,7 @@ import itertools
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ IN_RAM = ("--novram",)
 # Guesses for the plan: seconds until a process has ComfyUI and a context, GB per second from the page cache into a model, and the share of
 # the rate of a large matrix product.
 START_S, LOAD_GB_PER_S, SHARE = 20.0, 1.5, 0.3
+# A recipe's steps, the untimed one included, and about the most seconds that they take.
+STEPS, MOST_S = 11, 90.0
 COLUMNS = {
     "encoders": ("load_s", "first_encode_s", "next_encode_s", "new_prompt_s", "t5_weights_gb", "device_peak_gb", "runs_on"),
     "pipeline": ("mode", "first_image_s", "next_image_s", "next_encode_s", "device_peak_gb", "on_device_gb"),
@@ -65,17 +67,19 @@ class Part:
     def expected_s(self, device: dict[str, Any], missing_gb: float, size_gb: float) -> float:
         """A guess of its seconds at full size, of `size_gb` of files with `missing_gb` to be written."""
         computing = self.flop / (SHARE * device["product_flops_per_s"])
+        if self.measure == "recipe":  # ends early on a slow device, after a third of the steps or more
+            computing = min(computing, max(computing / 3, MOST_S))
         return START_S + missing_gb / device["write_gb_per_s"] + size_gb / LOAD_GB_PER_S + computing
 
 
-def of_recipe(name: str, steps: int = 10, label: str = "", flags: tuple[str, ...] = ONE_STREAM, settings: tuple[str, ...] = ()) -> Part:
+def of_recipe(name: str, label: str = "", flags: tuple[str, ...] = ONE_STREAM, settings: tuple[str, ...] = ()) -> Part:
     """The trainer's steps of a recipe."""
     recipe = load_recipe(name)
     model, longest = recipe.diffusion_model.file, max(recipe.sampling.token_lengths)
     stages = {(stage.resolution_px, stage.batch) for stage in recipe.stages}
     tokens = sum(batch * (recipe.family.image_tokens(side_px) + longest) for side_px, batch in stages)
     # Two operations per weight and token, in bf16 two bytes per weight, four passes.
-    flop = 1e9 * SIZES_GB[model] * 4 * tokens * (steps + 1)
+    flop = 1e9 * SIZES_GB[model] * 4 * tokens * STEPS
     arguments = {"name": name, "settings": settings}
     return Part(f"{name}{label}", "recipe", arguments, flags, (recipe.teacher.t5, model), flop)
 
@@ -99,20 +103,28 @@ def parts(recipes: tuple[str, ...] = RECIPES) -> Iterator[Part]:
 
 
 def perform(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Measure parts in this process: a row each time, or why a part is left out."""
+    """In this process, the facts about the device, or what was measured of some parts."""
     start_comfyui(*task["flags"], "--base-directory", task["folder"])
+    if "device" in task:
+        from distilled_t5.benchmarks.support.gpu_parts import measure_device
+
+        yield from measure_device(**task["device"])
+    yield from measured(task.get("parts", ()), task.get("full", False))
+
+
+def measured(chosen: Iterable[tuple[str, str, dict[str, Any]]], full: bool) -> Iterator[dict[str, Any]]:
+    """Of each part, its rows or why it has none, and its seconds. ComfyUI must have been started."""
     import torch
     from distilled_t5.benchmarks.support import gpu_parts
 
-    if "device" in task:
-        yield from gpu_parts.measure_device(**task["device"])
-    for name, measure, arguments in task.get("parts", ()):
+    for name, measure, arguments in chosen:
         begin = time.monotonic()
         try:
-            for row in gpu_parts.PARTS[measure](gpu_parts.FULL if task["full"] else gpu_parts.SMALL, **arguments):
+            for row in gpu_parts.PARTS[measure](gpu_parts.FULL if full else gpu_parts.SMALL, **arguments):
                 yield {"part": name, "row": row}
         except (torch.OutOfMemoryError, ValueError) as error:
-            yield {"part": name, "left_out": f"{type(error).__name__}: {error}"}
+            too_small = isinstance(error, torch.OutOfMemoryError) or str(error).startswith("Not enough ")
+            yield {"part": name, "left_out" if too_small else "failed": str(error)}
         yield {"part": name, "seconds": time.monotonic() - begin}
 
 
@@ -178,11 +190,10 @@ class Run:
     def _room(self, part: Part, later: list[Part]) -> Room:
         """What is left, after removing files that no later part needs, and those of later parts if this one needs their disk space."""
         files = {path.name: path for path in self.folder.glob("models/*/*.safetensors") if path.name in SIZES_GB}
-        missing = sum(SIZES_GB[name] for name in {*part.files} - {*files})
-        for kept in ({name for one in later for name in one.files}, set[str]()):
-            if missing > shutil.disk_usage(self.folder).free / 1e9 or kept:
-                for name in {*files} - kept - {*part.files}:
-                    files.pop(name).unlink()
+        missing, for_later = sum(SIZES_GB[name] for name in {*part.files} - {*files}), {name for one in later for name in one.files}
+        for name in sorted({*files} - {*part.files}, key=lambda name: name in for_later):
+            if name not in for_later or missing > shutil.disk_usage(self.folder).free / 1e9:
+                files.pop(name).unlink()
         return Room(self.left_s, shutil.disk_usage(self.folder).free / 1e9, psutil.virtual_memory().available / 1e9, {*files})
 
     def _keep(self, result: dict[str, Any]) -> None:
@@ -213,10 +224,8 @@ def compared(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     )
     bf16, fp16 = ([loss for row in found.get(f"{RECIPES[0]}{label}", ()) for loss in row["losses"]] for label in ("", FP16))
     gaps = [abs(half - usual) / usual for half, usual in zip(fp16, bf16, strict=False)]
-    return {
-        "two_streams_change_nothing": one == two if one and len(one) == len(two) else None,
-        "fp16_losses_differ_by": max(gaps, default=None),
-    }
+    same = one == two if one and len(one) == len(two) else None
+    return {"two_streams_change_nothing": same, "fp16_losses_differ_by": max(gaps, default=None)}
 
 
 def rows_table(measure: str, name: str, rows: list[dict[str, Any]]) -> str:

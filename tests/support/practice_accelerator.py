@@ -145,6 +145,11 @@ class PracticeTensor(Tensor):
 def compute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run an operator on the CPU tensors behind its arguments, with the rules of devices."""
     name = func._schema.name
+    if name == "aten::scaled_dot_product_attention":
+        return _attention(*args, **kwargs)
+    # In inference mode, operators that consist of others arrive as they are.
+    if torch.is_inference_mode_enabled() and (found := func.decompose(*args, **kwargs)) is not NotImplemented:
+        return found
     refuse_mixed(func, args, kwargs)
     if name == "aten::copy_" and not isinstance(args[0], PracticeTensor):
         args[0].copy_(args[1].raw)

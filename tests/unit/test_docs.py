@@ -122,6 +122,7 @@ PROGRAMS: dict[str, Callable[[list[str], Path], None]] = {
     "pip": check_pip,
     "kill": check_kill,
     "encode.py": check_benchmark,
+    "gpu.py": check_benchmark,
 }
 # Programs of the system that the pages use as their makers describe them.
 OF_THE_SYSTEM = ("cd", "sha256sum", "certutil")
