@@ -22,7 +22,7 @@ ABOUT_COMFYUI = (
     *("test_server.py", "test_server_flags.py", "test_start.py", "test_progress_and_cancel.py", "test_cancel_anywhere.py"),
     *("test_workflows.py", "test_evaluation_workflows.py", "test_block_checkpoint.py", "test_families.py"),
     *("test_family_clips.py", "test_attention_families.py"),
-    "test_distil_in_graph.py",
+    *("test_distil_in_graph.py", "test_practice_accelerator.py"),
     *(
         "test_trainer_method.py",
         "test_trainer_teacher.py",

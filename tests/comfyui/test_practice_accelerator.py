@@ -91,15 +91,6 @@ def test_the_evaluation_on_an_accelerator_finds_what_it_finds_on_the_cpu(comfyui
     assert list(ours["encoders"]) == list(theirs["encoders"])
 
 
-# Tests of files that say nothing of the device: what they claim holds on an accelerator too.
-ANY_DEVICE = (
-    *("test_nodes.py", "test_attention_map.py", "test_evaluation_nodes.py", "test_block_checkpoint.py", "test_denoise.py"),
-    *("test_guided_trajectories.py", "test_families.py", "test_distil_in_graph.py"),
-)
-
-
 @pytest.mark.full
-@pytest.mark.parametrize("file", ANY_DEVICE)
-def test_the_tests_of_a_file_pass_on_an_accelerator(file, run_checks):
-    wrong = {name: why for name, why in run_checks(file).items() if why}
-    assert not wrong
+def test_the_tests_of_the_nodes_pass_on_an_accelerator(run_checks):
+    assert not {name: why for name, why in run_checks("test_nodes.py").items() if why}
