@@ -21,6 +21,7 @@ from distilled_t5.encoder.lora_log import FoldLoraLines
 from distilled_t5.encoder.served import student_tensors
 from distilled_t5.families import FAMILIES
 from distilled_t5.nodes import DistilledT5Save
+from distilled_t5.nodes.loaded_files import text_encoder_files
 from distilled_t5.students.t5 import T5
 from distilled_t5.tests.support.small_encoders import (
     PROMPT,
@@ -160,3 +161,11 @@ def test_a_student_serves_another_family_if_its_file_says_so(folder: Path, tmp_p
     assert (saved.family, saved.also_serves) == ("chroma", ("pixart_sigma",))
     with pytest.raises(ValueError, match=r"distilled for PixArt-Sigma and Chroma; the type is pixart_alpha\.\nWhat to do: set type to"):
         serve(file, family="pixart_alpha")
+
+
+def test_distil_text_encoder_finds_the_companions_of_the_connected_clip(folder: Path, stand_ins: Path):
+    file = student_file(folder, name="teacher.safetensors", family="sd3", token_length=77, pooled="clip_l")
+    clip_l = stand_ins / "models" / "text_encoders" / "clip_l.safetensors"
+    for given, companions in ((clip_l, {"clip_l": str(clip_l)}), (None, {})):
+        clip = serve(file, given, family="sd3", dtype=None).clip
+        assert text_encoder_files(clip, FAMILIES["sd3"]) == (str(file), companions)
