@@ -23,6 +23,7 @@ from ...encoder.files import open_student
 from ...families import DEFAULT
 from ...families.family import Family
 from ...families.flux_tensors import FluxLayout
+from ...runtime.accelerator import device_name
 from ...runtime.disk import sha256
 from ...runtime.ranks import Ranks
 from ...students.t5.layout import Shape, StudentLayout
@@ -289,7 +290,7 @@ def measure_device(quick: bool, note: str) -> Iterator[Row]:
     yield {
         **measuring.machine(note),
         "device": str(where),
-        "device_name": management.get_torch_device_name(where),
+        "device_name": device_name(str(where)),
         "driver": _driver(),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
