@@ -46,6 +46,7 @@ SMALL = {
     "hidden_dim": 128,
     "n_layers": 1,
 }
+HD = {"num_heads": 24, "hidden_size": 3072, "depth": 19, "depth_single_blocks": 38, "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5}
 
 CHROMA = Family(
     name="chroma",
@@ -64,9 +65,9 @@ CHROMA = Family(
     last_layers=("linear2", "img_mlp", "txt_mlp"),
     latent_channels=LATENT_CHANNELS,
     text_width_of=lambda model: model.diffusion_model.txt_in.in_features,
-    block_width_of=lambda model: model.diffusion_model.hidden_size,
     takes_guidance=lambda _model: False,
     refuse=refuse,
     sources={"Chroma1-HD.safetensors": "https://huggingface.co/lodestones/Chroma1-HD"},
     small=("Chroma", SMALL),
+    published={"Chroma1-HD.safetensors": HD},
 )
