@@ -26,6 +26,7 @@ SMALL = SMALL_TRUNK | {
     "hidden_dim": 128,
     "n_layers": 1,
 }
+HD = {"num_heads": 24, "hidden_size": 3072, "depth": 19, "depth_single_blocks": 38, "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5}
 
 CHROMA = Family(
     name="chroma",
@@ -41,8 +42,8 @@ CHROMA = Family(
     block_lists=BLOCK_LISTS,
     last_layers=LAST_LAYERS,
     text_width_of=lambda model: model.diffusion_model.txt_in.in_features,
-    block_width_of=lambda model: model.diffusion_model.hidden_size,
     refuse=refuse,
     sources={"Chroma1-HD.safetensors": "https://huggingface.co/lodestones/Chroma1-HD"},
     small=("Chroma", SMALL),
+    published={"Chroma1-HD.safetensors": HD},
 )

@@ -40,21 +40,19 @@ class Family:
     Diffusion side. network: ComfyUI's class of the diffusion model. block_lists: its attributes that hold its blocks. cross_attention: the
     attribute of a block in which the image attends to the text alone, and in it the layers of queries, and of keys with values; empty where
     text and image, in this order, attend to both. last_layers: attributes of a block whose last linear layer contributes to nothing but the
-    block's output, so that `block_checkpoint` need not recompute it. text_width_of, block_width_of: channels of a loaded model's text input
-    and of its blocks. latent_channels, latent_dimensions, cell_px: channels of the latent, 2 for images or 3 for video, and pixels of an
-    image per cell of it. least_side_px: the smallest image. default_guidance: the value that ComfyUI's nodes propose. takes_guidance:
-    whether a loaded model has a guidance input. refuse: a sentence about a loaded model that cannot be used, else None. patch_px: pixels of
-    an image per image token. kept_numbers, computed_numbers: numbers per token and channel that a block keeps for the backward pass, and
-    that a block takes while it is computed; recomputed_numbers: the latter with block checkpointing. The default values are upper bounds
-    for Flux's blocks. training_sigmas: noise levels [T + 1] for a model, a number of steps, and latent height and width, where ComfyUI's
-    `simple` scheduler is not what the model was trained with.
+    block's output, so that `block_checkpoint` need not recompute it. text_width_of: channels of a loaded model's text input.
+    latent_channels, latent_dimensions, cell_px: channels of the latent, 2 for images or 3 for video, and pixels of an image per cell of it.
+    least_side_px: the smallest image. default_guidance: the value that ComfyUI's nodes propose. takes_guidance: whether a loaded model has
+    a guidance input. refuse: a sentence about a loaded model that cannot be used, else None. training_sigmas: noise levels [T + 1] for a
+    model, a number of steps, and latent height and width, where ComfyUI's `simple` scheduler is not what the model was trained with.
 
     unused: tensors that ComfyUI's model has and does not use, so that a file may lack them.
 
     sources: where the model files of the family's recipes can be downloaded, by file name; those of text encoders are the student kind's.
 
     small: the class in ComfyUI's supported_models and the configuration of a small model of the family, which takes text of the family's
-    width: the stand-in of recipes without model files, and the model of tests.
+    width: the stand-in of recipes without model files, and the model of tests. published: what the published models have in the place of
+    the small one's values, by file name: with it a run is rehearsed where the file is missing.
     """
 
     name: str
@@ -66,9 +64,9 @@ class Family:
     network: str
     block_lists: tuple[str, ...]
     text_width_of: Callable[[Any], int]
-    block_width_of: Callable[[Any], int]
     refuse: Callable[[Any], str | None]
     small: tuple[str, Mapping[str, Any]]
+    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     part: str = "t5xxl"
     students: tuple[str, ...] = ("t5",)
     teacher: tuple[str, str] = ("t5", "xxl")
@@ -81,11 +79,6 @@ class Family:
     cell_px: int = 8
     least_side_px: int = 16
     default_guidance: float = 3.5
-    patch_px: int = 16
-    # Measured with torch's profiler on Flux blocks of widths 512 and 1024, forward and backward.
-    kept_numbers: int = 14
-    computed_numbers: int = 12
-    recomputed_numbers: int = 28
     training_sigmas: Callable[[Any, int, int, int], Tensor] | None = None
     padded: bool = True
     masked: bool = False
@@ -121,10 +114,6 @@ class Family:
         """The shape of the latent of a square image, without its batch: [C, H, W], or [C, 1, H, W] where latents are videos."""
         side = side_px // self.cell_px
         return (self.latent_channels, *[1] * (self.latent_dimensions - 2), side, side)
-
-    def image_tokens(self, side_px: int) -> int:
-        """Image tokens of a square image."""
-        return (side_px // self.patch_px) ** 2
 
     def check_side(self, side_px: int) -> None:
         """Raise ValueError for images smaller than the family's models can process."""

@@ -82,6 +82,8 @@ SMALL = SMALL_TRUNK | {
     "yak_mlp": False,
     "txt_norm": False,
 }
+DEV = {"num_heads": 24, "hidden_size": 3072, "depth": 19, "depth_single_blocks": 38}
+PUBLISHED = {"flux1-dev.safetensors": DEV, "flux1-schnell.safetensors": DEV | {"guidance_embed": False}}
 
 HUGGING_FACE = "https://huggingface.co/"
 SCHNELL = f"{HUGGING_FACE}black-forest-labs/FLUX.1-schnell"
@@ -104,10 +106,10 @@ FLUX = Family(
     block_lists=BLOCK_LISTS,
     last_layers=LAST_LAYERS,
     text_width_of=lambda model: model.diffusion_model.params.context_in_dim,
-    block_width_of=lambda model: model.diffusion_model.params.hidden_size,
     takes_guidance=takes_guidance,
     refuse=refuse,
     training_sigmas=training_sigmas,
     sources=SOURCES,
     small=("Flux", SMALL),
+    published=PUBLISHED,
 )

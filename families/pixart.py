@@ -45,6 +45,7 @@ SMALL = {
     "model_max_length": 120,
     "micro_condition": True,
 }
+XL = {"num_heads": 16, "hidden_size": 1152, "depth": 28}
 
 PIXART_ALPHA = Family(
     name="pixart_alpha",
@@ -62,12 +63,12 @@ PIXART_ALPHA = Family(
     latent_channels=LATENT_CHANNELS,
     least_side_px=272,
     text_width_of=lambda model: model.diffusion_model.y_embedder.y_proj.fc1.in_features,
-    block_width_of=lambda model: model.diffusion_model.hidden_size,
     refuse=refuse_all_but("pixart_alpha", "PixArt-alpha"),
     # The text of dropped prompts in PixArt's own training; files in the names of diffusers lack it.
     unused=frozenset({"y_embedder.y_embedding"}),
     sources=ALPHA_SOURCES,
     small=("PixArtAlpha", SMALL),
+    published={"pixart_alpha_1024_ms.safetensors": XL},
 )
 PIXART_SIGMA = replace(
     PIXART_ALPHA,
@@ -77,4 +78,5 @@ PIXART_SIGMA = replace(
     refuse=refuse_all_but("pixart_sigma", "PixArt-Sigma"),
     sources=SIGMA_SOURCES,
     small=("PixArtSigma", SMALL | {"image_model": "pixart_sigma", "model_max_length": 300, "micro_condition": False}),
+    published={"pixart_sigma_1024_ms.safetensors": XL},
 )

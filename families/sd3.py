@@ -53,6 +53,13 @@ SMALL = {
     "qk_norm": "rms",
     "x_block_self_attn_layers": [0],
 }
+MEDIUM = {
+    "depth": 24,
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": TEXT_WIDTH, "out_features": 1536}},
+    "num_patches": 147_456,
+    "pos_embed_max_size": 384,
+    "x_block_self_attn_layers": list(range(13)),
+}
 
 HUGGING_FACE = "https://huggingface.co/"
 SOURCES = {
@@ -74,8 +81,8 @@ SD3 = Family(
     network="comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper",
     block_lists=("joint_blocks",),
     text_width_of=lambda model: model.diffusion_model.context_embedder.in_features,
-    block_width_of=lambda model: model.diffusion_model.hidden_size,
     refuse=refuse,
     sources=SOURCES,
     small=("SD3", SMALL),
+    published={"sd3.5_medium.safetensors": MEDIUM},
 )

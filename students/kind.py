@@ -68,8 +68,7 @@ class StudentKind:
 
     named: the layout of a published size, with a projection of some width or without. sizes: those that a recipe can train. layout_table:
     the recipe's table for any other size, imported when called. planned: the layout of a size or such a table, with a projection of some
-    hidden width and output width. stand_in: a small layout of some output width, for a teacher without a file. activation_bytes: upper
-    bound of the bytes that the network keeps for the backward pass over a number of prompts of some length under bf16 autocast.
+    hidden width and output width. stand_in: a small layout of some output width, for a teacher without a file.
 
     sources: where its published files can be downloaded, by the name of the file or folder in recipes.
 
@@ -98,7 +97,6 @@ class StudentKind:
     layout_table: Callable[[], type[Part]]
     planned: Callable[[str | Part, int, int], Layout]
     stand_in: Callable[[int], Layout]
-    activation_bytes: Callable[[Any, int, int], int]
     sources: Mapping[str, str]
     module: str
     prefix: str

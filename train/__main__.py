@@ -56,6 +56,17 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--estimate", action="store_true", help="measure three steps of each stage and report what the run will take, without training"
     )
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="count memory and operations without weights, GPU or training; RECIPE may be all: a table of the shipped recipes",
+    )
+    parser.add_argument("--memory", metavar="SIZE", help="with --rehearse: whether the run fits a GPU sold with this memory, such as 12gb")
+    parser.add_argument("--gpu", metavar="NAME", help='with --rehearse: fit and hours on this GPU, such as "RTX 4090"')
+    parser.add_argument(
+        "--share", type=float, default=0.4, help="with --rehearse: share of the GPU's published peak that is reached (default: %(default)s)"
+    )
+    parser.add_argument("--price", type=float, help="with --rehearse: price of one GPU for an hour")
     add_comfyui_option(parser)
     return parser
 
@@ -70,7 +81,12 @@ def main(argv: list[str]) -> int:
 
         given = commands.command_line().parse_args(ours)
         return exit_status(lambda: commands.run_command(given, flags), "trainer")
-    options = command_line().parse_args(ours)
+    parser = command_line()
+    options = parser.parse_args(ours)
+    if not options.rehearse and (options.memory or options.gpu or options.price):
+        parser.error("--memory, --gpu and --price are options of --rehearse")
+    if options.rehearse:
+        return exit_status(lambda: rehearse(options, flags), "trainer")
     return exit_status(lambda: run(options, flags), "trainer", lambda: memory_advice(options))
 
 
@@ -86,6 +102,23 @@ def memory_advice(options: argparse.Namespace) -> str:
         "continue with --resume (on a GPU with -- --reserve-vram 2, which keeps 2 GB more of it free). "
         f"If that is not enough, start a new run from the last student.safetensors (student.start): {smaller}"
     )
+
+
+def rehearse(options: argparse.Namespace, flags: list[str]) -> int:
+    """Print what a recipe takes, counted on fake tensors; the exit status."""
+    from distilled_t5.runtime.comfyui import find_comfyui, start_comfyui
+    from distilled_t5.train.recipe import load_recipe
+
+    recipe = None if options.recipe == "all" else load_recipe(options.recipe, options.set)
+    # As on NVIDIA's GPUs, where ComfyUI chooses it itself.
+    chosen = [] if any(flag.startswith("--use-") and flag.endswith("attention") for flag in flags) else ["--use-pytorch-cross-attention"]
+    start_comfyui(find_comfyui(options.comfyui), [*flags, *chosen])
+    from distilled_t5.train.rehearsal_report import Question, report, table
+
+    question = Question.of(options.memory, options.gpu, options.share, options.price)
+    for line in table(question.share, flags) if recipe is None else [report(recipe, question, flags)]:
+        print(line, flush=True)
+    return 0
 
 
 def run(options: argparse.Namespace, flags: list[str]) -> int:

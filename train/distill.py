@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -21,11 +22,14 @@ from torch.optim import Optimizer
 
 from ..runtime.randomness import undisturbed
 from .objectives import Objective
-from .optimizer import MuonAndAdamW, set_rate
+from .optimizer import MuonAndAdamW, make_optimizer, set_rate
 from .trajectory import Position, VelocityModel, advance, gap_at
 
 if TYPE_CHECKING:
     from ..diffusion.frozen import FrozenModel
+    from ..runtime.ranks import Ranks
+    from ..students.trained import TrainedStudent
+    from .recipe import Recipe
 
 SKIPS_IN_A_ROW = 10
 
@@ -96,6 +100,24 @@ class Learner:
                 "What to do: start a new run with a lower optimizer.learning_rate or more optimizer.warmup_steps, from student.start = the "
                 "student.safetensors of a checkpoint if there is one."
             )
+
+
+def new_learner(recipe: Recipe, ranks: Ranks, student: TrainedStudent, model: FrozenModel) -> Learner:
+    """The learner of a run before its first step."""
+    wrapped = ranks.wrap(student)
+    ranks.warm_up(wrapped, torch.zeros(1, 2, dtype=torch.long))
+    part = recipe.optimizer
+    return Learner(
+        student=wrapped,
+        optimizer=make_optimizer(student, part.learning_rate, (part.beta1, part.beta2), part.weight_decay, part.muon_learning_rate),
+        learning_rate=linear_schedule(part.learning_rate, part.warmup_steps, *recipe.periods),
+        max_gradient_norm=part.max_gradient_norm,
+        autocast_dtype=torch.bfloat16 if part.autocast == "bf16" else None,
+        device=model.device,
+        mean_over_ranks=ranks.mean,
+        without_sync=functools.partial(ranks.no_sync, wrapped),
+        scaler=loss_scaler(model),
+    )
 
 
 def loss_scaler(model: FrozenModel) -> GradScaler:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import comfy.model_management
 
-from ..diffusion.frozen import held_bytes
 from ..runtime.accelerator import timed
 from ..runtime.ranks import Ranks
 from .distill import train_step
-from .memory import GB, SAVED_BYTES, part_lines, ram_parts
+from .memory import GB, SAVED_BYTES, TEACHER, part_lines, ram_parts
 from .objectives import OBJECTIVES
 from .recipe import Recipe
 from .report import memory_mb, reset_peak_memory
@@ -53,7 +52,16 @@ def estimate(recipe: Recipe, ranks: Ranks) -> str:
     workshop = open_workshop(recipe, ranks)
     with workshop.model.differentiable(recipe.diffusion_model.checkpoint_blocks):
         stages = [_measure(workshop, number) for number in range(len(recipe.stages))]
-    return "\n".join([*_memory_lines(workshop), "", *_ram_lines(workshop), *_stage_lines(recipe, stages), "", *_disk_lines(workshop)])
+    return "\n".join(
+        [
+            *_memory_lines(workshop),
+            "",
+            *_ram_lines(workshop),
+            *_stage_lines(recipe, stages),
+            "",
+            *disk_lines(recipe, workshop.student.layout.parameters),
+        ]
+    )
 
 
 def _measure(workshop: Workshop, number: int) -> StageEstimate:
@@ -87,26 +95,27 @@ def _measure(workshop: Workshop, number: int) -> StageEstimate:
 
 
 def _memory_lines(workshop: Workshop) -> list[str]:
-    need, device = workshop.need, workshop.model.device
+    rehearsal, device = workshop.rehearsal, workshop.model.device
     total = comfy.model_management.get_total_memory(device)
-    sums = [f"{need.total / GB:.2f} GB in all, {total / GB:.2f} GB available."]
-    if need.offload:
-        teacher = held_bytes(workshop.teacher.clip.cond_stage_model)
+    if rehearsal is None:
+        return [f"Memory on {device}: {total / GB:.2f} GB available. What a step takes could not be rehearsed."]
+    stage = rehearsal.largest
+    sums = [f"{rehearsal.total / GB:.2f} GB in all, {total / GB:.2f} GB available."]
+    if rehearsal.on_gpu:
         sums.append(
-            f"{need.least / GB:.2f} GB with as much left in RAM as ComfyUI can, "
-            f"where the diffusion model takes {need.held / GB:.2f} GB and the teacher's encoders {teacher / GB:.2f} GB."
+            f"{rehearsal.least / GB:.2f} GB with as much left in RAM as ComfyUI can, "
+            f"where the diffusion model takes {rehearsal.model / GB:.2f} GB and the teacher's encoders {rehearsal.teacher / GB:.2f} GB."
         )
-    return [f"Memory on {device} by part, estimated for stage {need.stage}:", *part_lines(need.parts), *(f"  {line}" for line in sums)]
+    parts = [*part_lines(stage.need.all_here), *part_lines({TEACHER: 0 if rehearsal.on_gpu else rehearsal.teacher})]
+    return [f"Memory on {device} by part, rehearsed for stage {stage.name}:", *parts, *(f"  {line}" for line in sums)]
 
 
 def _ram_lines(workshop: Workshop) -> list[str]:
-    need, processes = workshop.need, workshop.ranks.world
-    if need.offload:
-        layout = workshop.student.layout
-        parts = ram_parts(workshop.recipe, layout, need.held, held_bytes(workshop.teacher.clip.cond_stage_model), processes)
-        return [*ram_lines(parts, processes), ""]
-    if processes > 1:
-        return [f"Each of the {processes} processes takes this much RAM: {_for_all(need.total, processes)}.", ""]
+    rehearsal, processes = workshop.rehearsal, workshop.ranks.world
+    if rehearsal is not None and rehearsal.on_gpu:
+        return [*ram_lines(ram_parts(workshop.recipe, rehearsal, processes, rehearsal.model), processes), ""]
+    if rehearsal is not None and processes > 1:
+        return [f"Each of the {processes} processes takes this much RAM: {_for_all(rehearsal.total, processes)}.", ""]
     return []
 
 
@@ -134,11 +143,10 @@ def _stage_lines(recipe: Recipe, stages: list[StageEstimate]) -> list[str]:
     return [*lines, f"{'all':<24}{sum(stage.steps for stage in recipe.stages):>9,}{'':>9}{total:>9.2f}   without validation and previews"]
 
 
-def _disk_lines(workshop: Workshop) -> list[str]:
-    weights = sum(weight.numel() for weight in workshop.student.parameters())
+def disk_lines(recipe: Recipe, parameters: int) -> list[str]:
+    """The disk that checkpoints and the encoder take, for a student of so many weights."""
     # The last ones, the best one, and the one that is being written.
-    kept = workshop.recipe.checkpoints.keep_last + 2
-    size_gb = weights * SAVED_BYTES / 1e9
+    kept, size_gb = recipe.checkpoints.keep_last + 2, parameters * SAVED_BYTES / GB
     return [
-        f"Disk: {kept * size_gb:.2f} GB for at most {kept} checkpoints of {size_gb:.2f} GB, {weights * 4 / 1e9:.2f} GB for the encoder."
+        f"Disk: {kept * size_gb:.2f} GB for at most {kept} checkpoints of {size_gb:.2f} GB, {parameters * 4 / GB:.2f} GB for the encoder."
     ]

@@ -1,37 +1,23 @@
-"""The memory that a run needs, by part, estimated from its recipe before training, and compared with that of the device."""
+"""The memory that a run needs, by part, as its rehearsal counted it, compared with that of the device."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..config.files import SHIPPED
 from ..families.family import Family
-from ..students import KINDS
-from .objectives import OBJECTIVES
 from .recipe import Recipe, Stage, load_recipe
 from .teacher_chunks import chunk_of
 
-if TYPE_CHECKING:
-    from ..students.kind import Layout
-
 GB = 1e9
-# AdamW: weight, gradient and two moments, float32. Autocast: a bf16 copy of each weight while the student computes.
-# A checkpoint: weight and moments.
-TRAINED_BYTES, AUTOCAST_BYTES, FLOAT32_BYTES, SAVED_BYTES = 16, 2, 4, 12
-# The numbers of the block that is being computed are mostly float32. With checkpointing, a block keeps only its inputs.
-AT_WORK_BYTES = 4
-# Without autocast, numbers have twice as many bytes.
-WIDER = 2
-# Memory taken by the GPU's driver and lost to fragmentation.
-GPU_BYTES = 1_000_000_000
+# A checkpoint: weight and two running means, float32.
+FLOAT32_BYTES, SAVED_BYTES = 4, 12
+# Share of a GPU's memory that a run can use: its driver needs some, and some is lost between tensors.
+USABLE = 0.95
 # What a fast desktop CPU sustains, an assumption: floating-point operations per second.
 CPU_FLOPS = 1e12
-# In forward passes of the diffusion model: teacher's and student's, the student's backward pass, blocks that are computed again, and the
-# teacher's for the empty prompt.
-PASSES, RECOMPUTED, UNCONDITIONAL = 3, 1, 1
 NOT_PRACTICAL_DAYS = 10
 STATED_GB = re.compile(r"-(\d+)gb$")
 # A card sold as 12 GB has a little less than 12 x 2^30 bytes available.
@@ -41,107 +27,110 @@ TEACHER, DIFFUSION_MODEL, CHECKPOINT = "teacher's encoders", "diffusion model, w
 
 
 @dataclass(frozen=True)
-class ModelSize:
-    """The sizes of a frozen diffusion model that decide its memory.
+class Need:
+    """Bytes on the device at the peak of some work, by part.
 
-    held_bytes: its weights as they are held. weights, largest_block: number of weights, in all and in the largest block. blocks: number of
-    blocks. width: their channels. compute_bytes: bytes of a number in computation.
+    all_here: with all of the frozen model on the device. offloaded: with all of it in RAM, from where each weight is copied when it is
+    used. during: what is being computed at the peak of all_here.
     """
 
-    held_bytes: int
-    weights: int
-    largest_block: int
-    blocks: int
-    width: int
-    compute_bytes: int
-
-
-@dataclass(frozen=True)
-class MemoryNeed:
-    """Bytes on the device in the stage that needs most.
-
-    held: the diffusion model's weights. at_work: copies of weights that the autograd graph holds, cast to the computation's format or
-    brought from RAM; none if `casts` is false and the model is on the device. others: everything else, by part. offload: whether ComfyUI
-    can leave the diffusion model in RAM.
-    """
-
-    stage: str
-    held: int
-    at_work: int
-    casts: bool
-    others: dict[str, int]
-    offload: bool
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """Every part, with all of the diffusion model on the device."""
-        return {"diffusion model, frozen": self.held, "copies of its weights": self.at_work if self.casts else 0} | self.others
-
-    @property
-    def least_parts(self) -> dict[str, int]:
-        """Every part, with as much of the diffusion model in RAM as ComfyUI can leave there."""
-        return {"copies of the diffusion model's weights": self.at_work} | self.others if self.offload else self.parts
-
-    def room(self, weights: int, has_moments: bool, device_bytes: int) -> int:
-        """Bytes that an optimizer step takes in addition to what is on the device: ComfyUI is asked to keep them free.
-
-        By default it keeps only what inference needs. The student's weights are there already, and AdamW's moments after the first step.
-        Weights that are not cast take memory twice only if a device of `device_bytes` cannot hold all of them, so that some are brought
-        from RAM.
-        """
-        at_work = self.at_work if self.casts or self.total > device_bytes else 0
-        return at_work + sum(self.others.values()) - weights * (FLOAT32_BYTES * (3 if has_moments else 1))
+    all_here: Mapping[str, int]
+    offloaded: Mapping[str, int]
+    during: str
 
     @property
     def total(self) -> int:
-        """Bytes with all of the diffusion model on the device."""
-        return sum(self.parts.values())
+        """Bytes with all of the model on the device."""
+        return sum(self.all_here.values())
+
+    @property
+    def least_parts(self) -> Mapping[str, int]:
+        """The parts with as much in RAM as ComfyUI can leave there."""
+        return min(self.all_here, self.offloaded, key=lambda parts: sum(parts.values()))
 
     @property
     def least(self) -> int:
-        """Bytes that are needed even if ComfyUI leaves in RAM all that it can."""
-        return min(self.total, sum(self.least_parts.values()))
+        """Bytes that are needed even then."""
+        return sum(self.least_parts.values())
 
 
-def memory_need(recipe: Recipe, layout: Layout, model: ModelSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
-    """What a process of the run needs on its device. On a CPU that includes the teacher, which leaves a GPU while the student trains."""
-    return max((_stage_need(recipe, stage, layout, model, teacher_bytes, on_gpu) for stage in recipe.stages), key=lambda need: need.total)
+@dataclass(frozen=True)
+class StageRehearsal:
+    """A stage of a run: its peak, and the floating-point operations of a step by number format, without and with the teacher's work.
+
+    flops, teacher_flops: of one process, for an optimizer step and for the teacher's share of it.
+    """
+
+    name: str
+    steps: int
+    need: Need
+    flops: Mapping[str, float]
+    teacher_flops: Mapping[str, float]
 
 
-def _stage_need(recipe: Recipe, stage: Stage, layout: Layout, model: ModelSize, teacher_bytes: int, on_gpu: bool) -> MemoryNeed:
-    part, longest = recipe.diffusion_model, max(recipe.sampling.token_lengths)
-    rows = longest + recipe.family.most_rows_before
-    others = {
-        "student, gradients and AdamW": layout.parameters * TRAINED_BYTES,
-        "student's activations": _student_activations(recipe, layout, stage.batch, longest),
-        "teacher's embeddings of one trajectory": stage.batch * stage.accumulate * rows * layout.output_width * 4,
-    }
-    if OBJECTIVES[stage.objective].needs_velocity:
-        tokens = stage.batch * (recipe.family.image_tokens(stage.resolution_px) + rows)
-        others |= model_activations(recipe.family, model, tokens, part.checkpoint_blocks)
-    others |= {"GPU driver and fragments": GPU_BYTES} if on_gpu else {TEACHER: teacher_bytes}
-    # Without checkpoints, the graph keeps every weight that was cast or brought for it; with them, those of one block at a time.
-    kept = model.largest_block if part.checkpoint_blocks else model.weights
-    casts = model.held_bytes < model.weights * model.compute_bytes
-    return MemoryNeed(stage.name, model.held_bytes, kept * model.compute_bytes, casts, others, offload=on_gpu)
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a process of a run takes.
+
+    model, teacher, student, moments: bytes of weights as they are held, and of the optimizer's running means. parameters: the student's
+    number of weights. text_width: channels of the text. encoding: the teacher's peak.
+    """
+
+    stages: Sequence[StageRehearsal]
+    model: int
+    teacher: int
+    student: int
+    moments: int
+    parameters: int
+    text_width: int
+    encoding: Need
+    on_gpu: bool
+
+    @property
+    def largest(self) -> StageRehearsal:
+        """The stage that needs most memory."""
+        return max(self.stages, key=lambda stage: stage.need.total)
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device with the diffusion model on it; on a CPU the teacher is there too."""
+        return self.largest.need.total + (0 if self.on_gpu else self.teacher)
+
+    @property
+    def least(self) -> int:
+        """Bytes on the device with as much in RAM as ComfyUI can leave there."""
+        return max(stage.need.least for stage in self.stages) if self.on_gpu else self.total
+
+    def room(self, has_moments: bool, device_bytes: int) -> int:
+        """Bytes that an optimizer step takes in addition to what is on the device: ComfyUI is asked to keep them free.
+
+        By default it keeps only what inference needs. The student's weights are there already, and the optimizer's running means after the
+        first step. Weights that a device of `device_bytes` cannot hold are copied from RAM.
+        """
+        taken = self.student + (self.moments if has_moments else 0)
+        needs = [stage.need for stage in self.stages]
+        if self.on_gpu and self.total > device_bytes:
+            return max(sum(need.offloaded.values()) for need in needs) - taken
+        return max(need.total for need in needs) - self.model - taken
 
 
-def ram_parts(recipe: Recipe, layout: Layout, model_bytes: int, teacher_bytes: int, processes: int) -> dict[str, int]:
+def ram_parts(recipe: Recipe, rehearsal: Rehearsal, processes: int, model: int) -> dict[str, int]:
     """Upper bound of the RAM of each process of a run on a GPU, in bytes by part, in the stage that needs most.
 
-    Python and its libraries (about 2 GB), the system's file cache, and what ComfyUI holds of the graph's own models are not included.
+    `model`: bytes of the diffusion model that come to RAM. Python and its libraries (about 2 GB), the system's file cache, and what ComfyUI
+    holds of the graph's own models are not included.
     """
-    text = (max(recipe.sampling.token_lengths) + recipe.family.most_rows_before) * layout.output_width * FLOAT32_BYTES
+    text = (max(recipe.sampling.token_lengths) + recipe.family.most_rows_before) * rehearsal.text_width * FLOAT32_BYTES
     validated = recipe.stages[-1].batch
     return {
-        TEACHER: teacher_bytes,
-        DIFFUSION_MODEL: model_bytes,
+        TEACHER: rehearsal.teacher,
+        DIFFUSION_MODEL: model,
         "teacher's embeddings of one chunk": max(_chunk_prompts(recipe, stage, processes) for stage in recipe.stages) * text,
         "teacher's embeddings of held-out prompts": min(
             recipe.validation.prompts, -(-recipe.validation.prompts // (validated * processes)) * validated
         )
         * text,
-        CHECKPOINT: layout.parameters * SAVED_BYTES,
+        CHECKPOINT: rehearsal.parameters * SAVED_BYTES,
     }
 
 
@@ -150,38 +139,30 @@ def _chunk_prompts(recipe: Recipe, stage: Stage, processes: int) -> int:
     return prompts * len(chunk_of(0, prompts, recipe.teacher.chunk_prompts, -(-stage.steps // recipe.sampling.steps)))
 
 
-def model_activations(family: Family, model: ModelSize, tokens: int, checkpoint_blocks: bool) -> dict[str, int]:
-    """Upper bound of the bytes that the diffusion model's passes take for `tokens` text and image tokens of a batch, by part."""
-    channels = tokens * model.width
-    kept, at_work = (1, family.recomputed_numbers) if checkpoint_blocks else (family.kept_numbers, family.computed_numbers)
-    kind = "inputs" if checkpoint_blocks else "activations"
-    return {
-        f"{kind} of {model.blocks} blocks": model.blocks * channels * kept * model.compute_bytes,
-        "activations of the current block": channels * at_work * AT_WORK_BYTES,
-    }
-
-
-def _student_activations(recipe: Recipe, layout: Layout, batch: int, length: int) -> int:
-    kept = KINDS[layout.kind].activation_bytes(layout, batch, length)
-    return kept + layout.parameters * AUTOCAST_BYTES if recipe.optimizer.autocast == "bf16" else kept * WIDER
-
-
 def part_lines(parts: Mapping[str, int]) -> list[str]:
     """A line for each part, in GB of 10^9 bytes."""
     return [f"  {name:<42}{size / GB:>9.3f} GB" for name, size in parts.items() if size]
 
 
-def check_memory(need: MemoryNeed, recipe: Recipe, total_bytes: int, device: str) -> None:
+def check_memory(rehearsal: Rehearsal, recipe: Recipe, total_bytes: int, device: str) -> None:
     """Raise ValueError if the device cannot hold the run, with what is needed, what is available and which shipped recipe fits."""
-    if need.least <= total_bytes:
+    usable = usable_of(total_bytes, rehearsal.on_gpu)
+    if rehearsal.least <= usable:
         return
-    offloaded = " even with as much left in RAM as ComfyUI can" if need.offload else ""
+    stage = max(rehearsal.stages, key=lambda stage: stage.need.least)
+    offloaded = " even with as much left in RAM as ComfyUI can" if rehearsal.on_gpu else ""
+    parts = dict(stage.need.least_parts) if rehearsal.on_gpu else {**rehearsal.largest.need.all_here, TEACHER: rehearsal.teacher}
     raise ValueError(
-        f"Not enough memory on {device}: stage {need.stage} needs {need.least / GB:.1f} GB{offloaded}; "
-        f"{device} has {total_bytes / GB:.1f} GB.\n"
-        + "\n".join(part_lines(need.least_parts))
-        + f"\nWhat to do: {advice(recipe, total_bytes, need.offload)}"
+        f"Not enough memory on {device}: stage {stage.name} needs {rehearsal.least / GB:.1f} GB{offloaded}; "
+        f"{device} has {total_bytes / GB:.1f} GB, of which a run can use {usable / GB:.1f} GB.\n"
+        + "\n".join(part_lines(parts))
+        + f"\nWhat to do: {advice(recipe, total_bytes, rehearsal.on_gpu)}"
     )
+
+
+def usable_of(total_bytes: int, on_gpu: bool) -> int:
+    """The bytes of a device that a run can use."""
+    return int(total_bytes * USABLE) if on_gpu else total_bytes
 
 
 def check_ram(parts: Mapping[str, int], total_bytes: int, processes: int) -> None:
@@ -204,15 +185,9 @@ def check_ram(parts: Mapping[str, int], total_bytes: int, processes: int) -> Non
     )
 
 
-def without_gpu(recipe: Recipe, weights: int) -> str:
-    """What a run on the CPU means in time, for a diffusion model of this many weights; "" for less than an hour."""
-    tokens = 0.0
-    for stage in recipe.stages:
-        if OBJECTIVES[stage.objective].needs_velocity:
-            text = sum(recipe.sampling.token_lengths) / len(recipe.sampling.token_lengths)
-            tokens += stage.steps * stage.batch * stage.accumulate * (recipe.family.image_tokens(stage.resolution_px) + text)
-    passes = PASSES + (RECOMPUTED if recipe.diffusion_model.checkpoint_blocks else 0) + (UNCONDITIONAL if recipe.sampling.cfg else 0)
-    hours = 2 * weights * passes * tokens / CPU_FLOPS / 3600
+def without_gpu(rehearsal: Rehearsal, family: Family) -> str:
+    """What a run on the CPU means in time; "" for less than an hour."""
+    hours = sum(stage.steps * sum(stage.flops.values()) for stage in rehearsal.stages) / CPU_FLOPS / 3600
     if hours < 1:
         return ""
     time = f"{hours / 24:,.0f} days" if hours >= 48 else f"{hours:.0f} hours"
@@ -220,7 +195,7 @@ def without_gpu(recipe: Recipe, weights: int) -> str:
     said += f" It takes about {time} at an assumed {CPU_FLOPS / 1e12:g} TFLOP/s."
     if hours <= 24 * NOT_PRACTICAL_DAYS:
         return said
-    smallest = min(_stated_gb(recipe.family).items(), default=None)
+    smallest = min(_stated_gb(family).items(), default=None)
     return f"{said} That is not practical: use a GPU{f'; {smallest[1]} runs on {smallest[0]} GB' if smallest else ''}."
 
 

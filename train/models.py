@@ -9,27 +9,27 @@ from pathlib import Path
 
 import comfy.model_management
 import torch
-from torch.nn import Module
 
 from ..diffusion.files import check_guidance, open_diffusion_model, use_one_thread_if_small
-from ..diffusion.frozen import FrozenModel, held_bytes
+from ..diffusion.frozen import FrozenModel
 from ..encoder.metadata import StudentMetadata
 from ..encoder.teacher import Teacher, load_teacher
 from ..runtime.comfyui import model_file
-from ..runtime.errors import StudentFileError
+from ..runtime.errors import StudentFileError, UserError
 from ..runtime.header import read_entries
 from ..runtime.ranks import Ranks
 from ..students.kind import Layout
 from ..students.trained import TrainedStudent
 from . import stand_ins
-from .file_sizes import size_in_file, teacher_bytes_in, text_width_in
-from .memory import MemoryNeed, ModelSize, check_memory, check_ram, memory_need, ram_parts, without_gpu
-from .preflight import models_of
+from .file_sizes import text_width_in
+from .memory import Rehearsal, check_memory, check_ram, ram_parts, without_gpu
 from .recipe import RANDOM, STAND_IN, Recipe
 from .student_start import make_student
 
 # A student may be somewhat larger than its teacher, by its projection for instance; beyond this factor the two are exchanged.
 SMALLER_TEACHER = 2
+# What torch and ComfyUI raise for what they cannot do with tensors that have no numbers.
+CANNOT_REHEARSE = (ImportError, RuntimeError, TypeError, AttributeError, LookupError)
 log = logging.getLogger(__name__)
 
 
@@ -46,18 +46,17 @@ def load_frozen_model(recipe: Recipe) -> FrozenModel:
 
 
 def load_teacher_of(recipe: Recipe, model: FrozenModel) -> Teacher:
-    """The teacher, after a check that the run fits into the memory of the device.
+    """The teacher.
 
-    Raises ValueError if the teacher is not of the family's kind, gives text of another width than the diffusion model takes, or is smaller
-    than the student, and if there is too little memory.
+    Raises ValueError if it is not of the family's kind, gives text of another width than the diffusion model takes, or is smaller than the
+    student.
     """
-    part, device = recipe.teacher, model.device
+    part = recipe.teacher
     companions = {name: model_file(file, "text_encoders") for name, file in part.companions.items()}
     with tempfile.TemporaryDirectory() as scratch:
         stand_in = part.t5 == STAND_IN
         t5 = stand_ins.teacher_file(Path(scratch), recipe.family) if stand_in else model_file(part.t5, "text_encoders")
         teacher = load_teacher(t5, companions, recipe.family)
-    check_memory(memory_need_of(recipe, model, teacher), recipe, comfy.model_management.get_total_memory(device), str(device))
     width = teacher.encode(["a"], 2).text_BLD.shape[-1]
     if width != model.text_width:
         raise ValueError(
@@ -78,56 +77,52 @@ def _check_teaches(teacher: Teacher, recipe: Recipe, layout: Layout) -> None:
         )
 
 
-def check_before_loading(recipe: Recipe, ranks: Ranks) -> None:
-    """Compare the memory that the files' headers tell with that of the device, and the RAM beside a GPU.
+def rehearse_before_loading(recipe: Recipe, ranks: Ranks) -> Rehearsal | None:
+    """What the run will take, compared with the memory of the device, and with the RAM beside a GPU; None where it cannot be rehearsed.
 
-    The main process says what training without a GPU means.
+    The main process rehearses, and says what training without a GPU means.
 
     Raises ValueError if the run cannot fit. A file that cannot be read so far is left to its own check, which says why.
     """
-    files = {model.key: model_file(model.name, model.folder) for model in models_of(recipe)}
-    if "diffusion_model.file" not in files or "teacher.t5" not in files:
-        return
-    device = comfy.model_management.get_torch_device()
+    device, here = comfy.model_management.get_torch_device(), ranks.on_this_machine()
+    rehearsal = ranks.gather(_rehearsed(recipe, device, ranks.world) if ranks.is_main else None)[0]
+    if rehearsal is None:
+        return None
+    if ranks.is_main and not rehearsal.on_gpu and (slow := without_gpu(rehearsal, recipe.family)):
+        log.warning(slow)
     total, ram = (comfy.model_management.get_total_memory(each) for each in (device, torch.device("cpu")))
-    here = ranks.on_this_machine()
-    with contextlib.suppress(StudentFileError):
-        size = size_in_file(read_entries(files["diffusion_model.file"]), recipe.diffusion_model.dtype, recipe.family)
-        if ranks.is_main and device.type == "cpu" and (slow := without_gpu(recipe, size.weights)):
-            log.warning(slow)
-        encoders = [read_entries(path) for key, path in files.items() if key.startswith("teacher.")]
-        teacher, layout = teacher_bytes_in(encoders), recipe.student_layout(text_width_in(encoders, recipe.family))
-        need = memory_need(recipe, layout, size, teacher, device.type != "cpu")
-        # Without GPUs, the processes on a machine share its RAM.
-        shared = device.type == "cpu" and here > 1
-        check_memory(need, recipe, total // here if shared else total, f"{device} (each of {here} processes)" if shared else str(device))
-        if device.type != "cpu":
-            # With more memory on the GPU than in RAM, ComfyUI loads the model there; if both models fit, it never leaves.
-            stays = total > ram and total >= need.total + teacher
-            check_ram(ram_parts(recipe, layout, 0 if stays else size.held_bytes, teacher, ranks.world), ram, here)
+    # Without GPUs, the processes on a machine share its RAM.
+    shared = not rehearsal.on_gpu and here > 1
+    check_memory(rehearsal, recipe, total // here if shared else total, f"{device} (each of {here} processes)" if shared else str(device))
+    if rehearsal.on_gpu:
+        # With more memory on the GPU than in RAM, ComfyUI loads the model there; if both models fit, it never leaves.
+        stays = total > ram and total >= rehearsal.total + rehearsal.teacher
+        check_ram(ram_parts(recipe, rehearsal, ranks.world, 0 if stays else rehearsal.model), ram, here)
+    return rehearsal
 
 
-def memory_need_of(recipe: Recipe, model: FrozenModel, teacher: Teacher) -> MemoryNeed:
-    """What the run needs on the diffusion model's device, by part."""
-    layout = recipe.student_layout(model.text_width)
-    return memory_need(recipe, layout, size_of(model), held_bytes(teacher.clip.cond_stage_model), model.device.type != "cpu")
+def _rehearsed(recipe: Recipe, device: torch.device, processes: int) -> Rehearsal | None:
+    try:
+        return rehearsal_of(recipe, device, processes=processes)
+    except StudentFileError:
+        return None
+    except ValueError as error:
+        log.warning("The run is not rehearsed, so its memory is not known before it starts; it goes on. %s", error)
+        return None
 
 
-def size_of(model: FrozenModel) -> ModelSize:
-    """What decides how much memory the frozen model takes."""
-    inner, blocks = model.model.diffusion_model, model.blocks
-    return ModelSize(
-        held_bytes=held_bytes(inner),
-        weights=_weights(inner),
-        largest_block=max(map(_weights, blocks)),
-        blocks=len(blocks),
-        width=model.family.block_width_of(model.model),
-        compute_bytes=model.compute_dtype.itemsize,
-    )
+def rehearsal_of(recipe: Recipe, device: torch.device, as_gpu: bool = False, processes: int = 1, with_time: bool = False) -> Rehearsal:
+    """The rehearsal of a run on a device, which may take the place of a GPU. Raises UserError where torch and ComfyUI cannot do it."""
+    try:
+        from .rehearsal import Target, rehearse  # with an old torch, this fails already
 
-
-def _weights(module: Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
+        return rehearse(recipe, Target(device, as_gpu), processes, with_time)
+    except CANNOT_REHEARSE as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise UserError(
+            f"torch {torch.__version__} cannot rehearse {recipe.name} ({reason}).",
+            "install a newer torch, or measure with --estimate where the run fits.",
+        ) from error
 
 
 def make_student_of(recipe: Recipe) -> TrainedStudent:

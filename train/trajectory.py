@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from torch import Tensor
 from ..diffusion.denoise import Entry, euler_step, for_batch, guided
 from ..encoder.rows import Rows
 from .objectives import OBJECTIVES, Gap, Objective
+
+if TYPE_CHECKING:
+    from ..diffusion.frozen import FrozenModel
+    from ..encoder.teacher import TeacherText
 
 Choice = TypeVar("Choice", int, float)
 
@@ -119,6 +123,24 @@ class Position:
             return conditional
         entry = for_batch(self.unconditional, len(self.x))
         return guided(conditional, model.velocity(self.x, self._sigma_B, *entry, self.guidance_B), self.cfg_B.to(self.x))
+
+
+def start(model: FrozenModel, steps: int, drawn: Draw, text: TeacherText) -> Position:
+    """The start of a trajectory of so many steps, on the diffusion model's device."""
+    device, empty = model.device, text.empty
+    sigmas_T = model.training_sigmas(steps, *drawn.noise.shape[-2:])
+    return Position(
+        step=0,
+        x=model.noisy(drawn.noise.to(device), sigmas_T),
+        sigmas_T=sigmas_T,
+        text_BLD=text.text_BLD.to(device),
+        extras=text.extras(device),
+        guidance_B=None if drawn.guidance_B is None else drawn.guidance_B.to(device),
+        token_ids_BL=text.token_ids_BL.to(device),
+        rows=None if text.rows is None else text.rows.to(device),
+        cfg_B=drawn.cfg_B,
+        unconditional=None if empty is None else (empty.whole.to(device), empty.extras(device)),
+    )
 
 
 def gap_at(

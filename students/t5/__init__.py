@@ -19,20 +19,6 @@ if TYPE_CHECKING:
     from ..trained import TrainedStudent
 
 
-# Measured with torch's profiler on transformers' T5 under bf16 autocast with dropout (a least-squares fit over ten shapes, within 0.1%):
-# bytes per token and channel of d_model, of attention and of the feed-forward layer, and per head and pair of tokens.
-T5_MODEL, T5_ATTENTION, T5_FEED_FORWARD, T5_PAIR, PROJECTION_BYTES = 30, 14, 16, 12, 12
-
-
-def activation_bytes(layout: StudentLayout, batch: int, length: int) -> int:
-    """Upper bound of the bytes kept for the backward pass over `batch` prompts of `length` tokens under bf16 autocast."""
-    per_token = T5_MODEL * layout.d_model + T5_ATTENTION * layout.num_heads * layout.d_kv + T5_FEED_FORWARD * layout.d_ff
-    per_layer = batch * (length * per_token + T5_PAIR * layout.num_heads * length**2)
-    projection = batch * length * PROJECTION_BYTES * ((layout.hidden_width or 0) + layout.output_width)
-    # Everything outside the layers takes less than one of them.
-    return (layout.num_layers + 1) * per_layer + projection
-
-
 def served(layout: StudentLayout, dtype: Any, device: Any, operations: Any) -> Any:
     """The module that ComfyUI runs."""
     from .served import ProjectedT5
@@ -100,7 +86,6 @@ T5 = StudentKind(
     layout_table=layout_table,
     planned=planned,
     stand_in=stand_in,
-    activation_bytes=activation_bytes,
     sources=SOURCES,
     module=MODULE,
     prefix="encoder.",

@@ -58,6 +58,11 @@ def test_encoders_on_an_accelerator(check, run_checks):
     assert run_checks("practice_device.py", "practice_encoder.py")[check] == ""
 
 
+@pytest.mark.parametrize("check", checks("practice_rehearsal.py"))
+def test_a_rehearsal_is_right_about_the_real_step(check, run_checks):
+    assert run_checks("practice_rehearsal.py")[check] == ""
+
+
 @pytest.mark.parametrize("check", checks("practice_trainer.py"))
 def test_the_trainer_on_an_accelerator(check, run_checks):
     assert run_checks("practice_trainer.py")[check] == ""

@@ -45,9 +45,9 @@ def test_every_shipped_recipe_is_estimated_stage_by_stage(name):
     measured = dict(re.findall(r"^(\S+) +([\d,]+) +(?:\d+\.\d\d)? +\d+\.\d\d   ", said, re.MULTILINE))
     stages = {stage.name: f"{stage.steps:,}" for stage in recipe.stages}
     assert measured == stages | {"all": f"{sum(stage.steps for stage in recipe.stages):,}"}
-    for part in ("diffusion model, frozen", "student, gradients and AdamW", "student's activations", "teacher's encoders"):
+    for part in ("diffusion model, frozen", "student's weights", "optimizer's running means", "teacher's encoders"):
         assert re.search(rf"^  {part} +\d+\.\d+ GB$", said, re.MULTILINE), part
-    assert re.search(r"estimated for stage \S+:$", said, re.MULTILINE)
+    assert re.search(r"rehearsed for stage \S+:$", said, re.MULTILINE)
     assert re.search(r"[\d.]+ GB in all, [\d.]+ GB available\.$", said, re.MULTILINE)
     assert re.search(r"^Disk: [\d.]+ GB for at most \d+ checkpoints", said, re.MULTILINE)
 

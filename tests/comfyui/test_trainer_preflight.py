@@ -14,8 +14,8 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from distilled_t5.diffusion.frozen import held_bytes
 from distilled_t5.encoder.teacher import load_teacher
-from distilled_t5.families import FAMILIES
 from distilled_t5.families.flux_tensors import FluxLayout
 from distilled_t5.runtime.errors import UserError
 from distilled_t5.runtime.header import Entry, read_entries
@@ -25,10 +25,12 @@ from distilled_t5.tests.support.small_flux import diffusion_model_file
 from distilled_t5.tests.support.small_models import SmallModel
 from distilled_t5.tests.support.tiny_students import sparse_file
 from distilled_t5.tests.support.trainer import PACK
-from distilled_t5.train.file_sizes import size_in_file
-from distilled_t5.train.models import load_frozen_model, size_of
+from distilled_t5.train import models
+from distilled_t5.train.memory import Rehearsal
+from distilled_t5.train.models import load_frozen_model
 from distilled_t5.train.preflight import preflight
 from distilled_t5.train.recipe import load_recipe
+from distilled_t5.train.rehearsal import Target, rehearse
 from distilled_t5.train.workshop import open_workshop
 from safetensors.torch import load_file, save_file
 
@@ -146,17 +148,11 @@ def test_a_pretrained_folder_without_weights_is_listed(stand_ins, tmp_path):
 
 
 @pytest.mark.parametrize("layout", [FluxLayout(width=256, double=2, single=3), replace(FluxLayout(width=256), double=1, single=1)])
-def test_sizes_in_a_header_are_those_of_the_loaded_model_and_bytes_no_more(tmp_path, layout):
+def test_a_rehearsal_reads_the_sizes_in_a_header_as_the_loader_does(tmp_path, layout):
     path = sparse_file(tmp_path / "flux.safetensors", layout.tensors())
     recipe = load_recipe("smoke", [f"diffusion_model.file={path}"])
-    told, loaded = size_in_file(read_entries(path), "auto", FAMILIES["flux"]), size_of(load_frozen_model(recipe))
-    assert (told.weights, told.largest_block, told.blocks, told.width) == (
-        loaded.weights,
-        loaded.largest_block,
-        loaded.blocks,
-        loaded.width,
-    )
-    assert 0 < told.held_bytes <= loaded.held_bytes and told.compute_bytes <= loaded.compute_bytes
+    loaded = load_frozen_model(recipe)
+    assert rehearse(recipe, Target(loaded.device)).model == pytest.approx(held_bytes(loaded.model), rel=1e-3)
 
 
 def in_diffusers(tensors: dict[str, tuple[int, ...]], renamed: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -217,7 +213,15 @@ def test_full_size_models_that_cannot_fit_are_refused_before_anything_is_loaded(
     assert "No GPU is used" in caplog.text
 
 
-def test_processes_on_the_cpu_of_a_machine_share_its_ram(full_size, monkeypatch):
+@pytest.fixture(scope="module")
+def on_gpu() -> Rehearsal:
+    """What Flux of full size takes on a GPU."""
+    settings = ["diffusion_model.file=flux1-dev.safetensors", "teacher.t5=t5xxl_fp16.safetensors", "teacher.clip_l=clip_l.safetensors"]
+    return rehearse(load_recipe("smoke", [*settings, "sampling.guidance=[3.5]"]), Target(torch.device("cpu"), as_gpu=True))
+
+
+def test_processes_on_the_cpu_of_a_machine_share_its_ram(full_size, on_gpu, monkeypatch):
+    monkeypatch.setattr(models, "_rehearsed", lambda *_run: replace(on_gpu, on_gpu=False))
     monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *_device: 24 * 2**30)
     monkeypatch.setattr(Ranks, "on_this_machine", lambda _ranks: 2)
     with pytest.raises(ValueError, match=r"Not enough memory on cpu \(each of 2 processes\): .* has 12\.9 GB"):
@@ -233,7 +237,8 @@ def test_processes_on_the_cpu_of_a_machine_share_its_ram(full_size, monkeypatch)
         (80, 32, "a diffusion model was loaded"),  # both models stay on the GPU
     ],
 )
-def test_ram_that_is_too_small_beside_a_gpu_is_refused_before_anything_is_loaded(full_size, monkeypatch, gpu_gb, ram_gb, message):
+def test_ram_that_is_too_small_beside_a_gpu_is_refused_before_anything_is_loaded(full_size, on_gpu, monkeypatch, gpu_gb, ram_gb, message):
+    monkeypatch.setattr(models, "_rehearsed", lambda *_run: on_gpu)
     totals = {"cuda": gpu_gb * 2**30, "cpu": ram_gb * 2**30}
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cuda:0"))
     monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda device: totals[device.type])

@@ -99,9 +99,9 @@ def test_teacher_and_diffusion_model_change_places_once_per_chunk(tmp_path, monk
     turns.clear()
     encoded.clear()
     train(recipe(), tmp_path / "run", False, Ranks())
-    weights = sum(weight.numel() for weight in workshop.student.parameters())
+    assert workshop.rehearsal is not None
     usable = usable_bytes(workshop.model.device)
-    asked = {workshop.need.room(weights, has_moments, usable) for has_moments in (False, True)}
+    asked = {workshop.rehearsal.room(has_moments, usable) for has_moments in (False, True)}
     assert set(room) == asked, "ComfyUI must leave room for training, with AdamW's moments from the first step on"
     # One prompt gives the teacher's width before training; held-out prompts are encoded once for three validations.
     assert turns == ["teacher", "diffusion"] * (CHUNKS + 2), "and once for the trial of the second stage"

@@ -12,7 +12,6 @@ from distilled_t5.diffusion.frozen import FrozenModel
 from distilled_t5.families import FAMILIES
 from distilled_t5.runtime.random_weights import drawn
 from distilled_t5.tests.support.small_flux import FLUX
-from distilled_t5.train.models import size_of
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -53,13 +52,6 @@ def flow(request: pytest.FixtureRequest, tmp_path: Path) -> FrozenModel:
 
 def quantised_layers(flow: FrozenModel) -> list[Any]:
     return [module for module in flow.model.diffusion_model.modules() if getattr(module, "layout_type", None)]
-
-
-def test_quantised_weights_are_estimated_at_the_size_they_are_held_in(flow: FrozenModel) -> None:
-    # Those of other formats are float32 on a CPU.
-    quantised = sum(layer.weight.numel() for layer in quantised_layers(flow))
-    floats = sum(weight.numel() for weight in flow.model.diffusion_model.parameters()) - quantised
-    assert size_of(flow).held_bytes == pytest.approx(quantised + 4 * floats, rel=0.01)
 
 
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])

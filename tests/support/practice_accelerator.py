@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -218,15 +219,24 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Attention by the operator that torch chooses on the CPU: fused where it can be, as on a GPU."""
-    raw = [one.raw if isinstance(one, PracticeTensor) else one for one in (query, key, value, attn_mask)]
+    raw = [_on_cpu(one) for one in (query, key, value, attn_mask)]
     how = {"scale": scale, "enable_gqa": enable_gqa}
-    choice = torch.ops.aten._fused_sdp_choice(*raw[:3], raw[3], dropout_p, is_causal, **how)
     learned_mask = attn_mask is not None and attn_mask.requires_grad
+    with unset_fake_temporarily():
+        choice = torch.ops.aten._fused_sdp_choice(*raw[:3], raw[3], dropout_p, is_causal, **how)
     if choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value and not enable_gqa and not learned_mask:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return flash(query, key, value, dropout_p, is_causal, attn_mask=_float_mask(attn_mask, query), scale=scale)[0]
     math = torch.ops.aten._scaled_dot_product_attention_math
     return math(query, key, value, attn_mask, dropout_p, is_causal, None, **how)[0]
+
+
+def _on_cpu(one: Tensor | None) -> Tensor | None:
+    """What torch's choice of an operator depends on; of a fake tensor its shape and format."""
+    if not isinstance(one, FakeTensor):
+        return one.raw if isinstance(one, PracticeTensor) else one
+    with unset_fake_temporarily():
+        return torch.empty(one.shape, dtype=one.dtype)
 
 
 def _float_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:

@@ -81,7 +81,8 @@ def check_train(arguments: list[str], _folder: Path) -> None:
         train_subcommands.command_line().parse_args(arguments)
         return
     asked = parse(train_command.command_line(), arguments)
-    load_recipe(asked.recipe, asked.set)
+    if not (asked.rehearse and asked.recipe == "all"):
+        load_recipe(asked.recipe, asked.set)
 
 
 def check_evaluate(arguments: list[str], _folder: Path) -> None:

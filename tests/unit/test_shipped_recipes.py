@@ -107,6 +107,18 @@ def test_shipped_recipe_says_its_own_name_and_explains_every_key(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_a_recipe_says_of_its_rehearsal_is_its_row_of_the_table(name):
+    [row] = re.findall(rf"^\| `{name}` \| (\d.*) \|$", (SHIPPED.parent / "docs" / "recipes.md").read_text(encoding="utf-8"), re.MULTILINE)
+    peak, offloaded, _teacher, ram, operations, on_rtx_4090, _on_h100 = row.split(" | ")
+    said = (SHIPPED / f"{name}.toml").read_text(encoding="ascii")
+    if name == "smoke" or name.startswith("miniature"):
+        assert "Rehearsed" not in said and float(peak.split()[0]) < 1
+        return
+    assert f": {peak} of GPU memory at the peak, {offloaded} with the diffusion model in RAM; {ram} of RAM;" in said
+    assert f"# {operations} in all, on one RTX 4090 at 40% of its peak {on_rtx_4090} hours." in said
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_shipped_recipe_trains_whole_trajectories_with_known_objectives(name):
     recipe = load_recipe(name)
     for stage in recipe.stages:

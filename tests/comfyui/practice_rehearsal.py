@@ -1,0 +1,92 @@
+"""On the practice accelerator: a rehearsal against the memory and the operations of the real step.
+
+`test_practice_accelerator.py` runs these in a process of their own.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import comfy.model_management
+import pytest
+import torch
+from distilled_t5.runtime.ranks import Ranks
+from distilled_t5.tests.support import practice_accelerator as practice
+from distilled_t5.tests.support.flops import flop_counter
+from distilled_t5.train.distill import train_step
+from distilled_t5.train.objectives import OBJECTIVES
+from distilled_t5.train.recipe import Recipe, load_recipe
+from distilled_t5.train.workshop import open_workshop
+
+SMALL_STUDENT = "student.layout={d_model=64, d_ff=128, num_layers=2, num_heads=2, d_kv=32, gated=true}"
+BF16, FP8 = "diffusion_model.dtype=bf16", "diffusion_model.dtype=fp8_e4m3fn"
+KEPT, MIXED = "diffusion_model.checkpoint_blocks=false", "optimizer.autocast=bf16"
+# Family, resolution, batch, accumulate, settings.
+CONFIGURATIONS = {
+    "flux": ("flux", 256, 2, 1, []),
+    "flux in bf16, mixed precision": ("flux", 256, 1, 2, [BF16, MIXED]),
+    "flux in fp8": ("flux", 256, 4, 1, [FP8, MIXED]),
+    "flux in fp8, activations kept": ("flux", 256, 2, 2, [FP8, KEPT]),
+    "flux, activations kept": ("flux", 128, 8, 1, [KEPT, MIXED]),
+    "sd3 in bf16": ("sd3", 256, 2, 1, [BF16, MIXED]),
+    "sd3, activations kept": ("sd3", 256, 2, 1, [KEPT]),
+    "pixart alpha": ("pixart_alpha", 384, 2, 1, [MIXED]),
+    "pixart sigma in bf16": ("pixart_sigma", 384, 1, 2, [BF16]),
+    "chroma in bf16": ("chroma", 256, 2, 1, [BF16, MIXED]),
+}
+
+
+def recipe_of(name: str) -> Recipe:
+    family, side, batch, accumulate, settings = CONFIGURATIONS[name]
+    guided = ["sampling.guidance=[]", "sampling.cfg=[4.0]"]
+    stage = {"resolution_px": side, "batch": batch, "accumulate": accumulate, "objective": "velocity"}
+    return load_recipe(
+        "smoke",
+        [
+            SMALL_STUDENT,
+            f"diffusion_model.family={family}",
+            "sampling.token_lengths=[64]",
+            "validation.prompts=2",
+            "student.dropout=0.1",
+            *(guided if family != "flux" else []),
+            *(f"stage.{number}.{key}={value}" for number in (0, 1) for key, value in stage.items()),
+            *settings,
+        ],
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_token_table() -> Iterator[None]:
+    """As on a GPU, a weight that a student has under two names stays one weight when it comes to the device."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_the_rehearsed_peak_is_that_of_the_real_step_and_so_are_the_operations(name):
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    others = practice.allocated_bytes()
+    workshop = open_workshop(recipe_of(name), Ranks())
+    rehearsal = workshop.rehearsal
+    assert rehearsal is not None and rehearsal.on_gpu
+    stage = workshop.recipe.stages[0]
+    batches = workshop.schedule.batches(0, 0)
+    # A prompt that fills its length, as the rehearsal has it.
+    texts = [workshop.teacher.encode(["word " * 100] * stage.batch, 64, with_empty=batch.drawn.cfg_B is not None) for batch in batches]
+    workshop.teacher.clip.patcher.detach()
+    positions = workshop.starts(batches, texts)
+    del texts
+    # What is only held by reference cycles is there or not, as Python's collector likes.
+    workshop.learner.optimizer.register_step_pre_hook(lambda *_: gc.collect())
+    with workshop.model.differentiable(workshop.recipe.diffusion_model.checkpoint_blocks):
+        for _ in range(2):  # the second one finds the optimizer's running means
+            gc.collect()
+            practice.reset_peak()
+            with flop_counter() as counted:
+                train_step(positions, workshop.model, workshop.learner, OBJECTIVES["velocity"])
+    peak = practice.peak_bytes() - others
+    assert -0.02 <= rehearsal.total / peak - 1 <= 0.05, (rehearsal.total, peak, rehearsal.largest.need)
+    assert sum(rehearsal.largest.flops.values()) == counted.get_total_flops()

@@ -1,0 +1,219 @@
+"""A rehearsal of a run: an optimizer step of each stage, and the teacher's work for it, on fake tensors of the real sizes.
+
+It needs no weights and no GPU. The trainer's own code runs in ComfyUI's and transformers' modules: memory and floating-point operations are
+counted, not estimated by a formula.
+"""
+
+# B batch, L text tokens, D text width
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.amp.grad_scaler import GradScaler
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from ..diffusion.frozen import FrozenModel
+from ..encoder.teacher import TeacherText
+from ..runtime.ranks import Ranks
+from ..runtime.weights import FLOAT_NAMES
+from ..students import KINDS
+from .distill import Learner, new_learner, train_step
+from .ledger import MODEL, Ledger
+from .memory import Need, Rehearsal, StageRehearsal
+from .objectives import OBJECTIVES
+from .optimizer import MuonAndAdamW
+from .recipe import Recipe, Stage
+from .trajectory import Draw, Position, start
+from .unloaded import diffusion_model, teacher_model, teacher_of, weights_from_ram
+
+# Parts of memory beside the diffusion model's weights.
+STUDENT, MOMENTS, GRADIENTS = "student's weights", "optimizer's running means", "student's gradients"
+TEXTS, STUDENTS_PASS, STUDENTS_BACKWARD = "teacher's embeddings", "student's activations", "student's backward pass"
+TEACHERS_PASS, PASS, BACKWARD = "pass for the teacher's text", "diffusion model's activations", "diffusion model's backward pass"
+OPTIMIZER, ENCODING = "optimizer's step", "teacher's activations"
+# Where torch's optimizers update all weights at once, which takes a copy of them.
+AT_ONCE = ("cuda", "xpu")
+Flops = Counter[torch.dtype]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the run is rehearsed: the device of the fake tensors, and whether it stands for a GPU that this machine lacks."""
+
+    device: torch.device
+    as_gpu: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.as_gpu or self.device.type != "cpu"
+
+
+def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool = False) -> Rehearsal:
+    """What the run takes at its greatest prompt length. with_time: also the operations of a mean step.
+
+    Raises ValueError for a model whose sizes are not known, and whatever torch and ComfyUI raise where they cannot do it.
+    """
+    lengths = recipe.sampling.token_lengths
+    longest, mean = max(lengths), round(sum(lengths) / len(lengths))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        teacher = _Teacher(recipe, target)
+        with Ledger(target.device) as ledger:
+            scene = _Scene(recipe, target, ledger)
+            stages = []
+            for stage in recipe.stages:
+                need, flops = scene.step(stage, teacher.text(stage.batch, longest), stage.batches_per_rank(processes))
+                if with_time and mean != longest:
+                    _, flops = scene.step(stage, teacher.text(stage.batch, mean), stage.batches_per_rank(processes))
+                encoding = teacher.flops(stage.batch, mean) if with_time else Flops()
+                batches = stage.batches_per_rank(processes) / recipe.sampling.steps
+                stages.append(StageRehearsal(stage.name, stage.steps, need, _by_name(flops), _by_name(encoding, batches)))
+            return Rehearsal(
+                stages,
+                model=ledger.live[MODEL],
+                teacher=teacher.held,
+                student=ledger.live[STUDENT],
+                moments=ledger.live[MOMENTS],
+                parameters=recipe.student_layout(scene.model.text_width).parameters,
+                text_width=scene.model.text_width,
+                encoding=teacher.need,
+                on_gpu=target.on_gpu,
+            )
+
+
+def _by_name(flops: Flops, times: float = 1) -> dict[str, float]:
+    return {FLOAT_NAMES.get(dtype, str(dtype)): times * count for dtype, count in flops.items()}
+
+
+def _need(ledger: Ledger) -> Need:
+    return Need(ledger.all_here.parts, ledger.offloaded.parts, ledger.all_here.during)
+
+
+class _Teacher:
+    """The teacher without weights: its texts by batch and length, and what it takes to make them."""
+
+    def __init__(self, recipe: Recipe, target: Target) -> None:
+        self.recipe, self.device, self.ledger = recipe, target.device, Ledger(target.device)
+        with self.ledger, self.ledger.of(MODEL):
+            self.model = teacher_model(recipe, target.device)
+        weights_from_ram(self.model)
+        self.held = self.ledger.live[MODEL]
+        self.need = Need({}, {}, "")
+        self._made: dict[tuple[int, int], tuple[TeacherText, Flops]] = {}
+
+    def text(self, batch: int, length: int) -> TeacherText:
+        """The texts of a batch of prompts of this length."""
+        if (batch, length) not in self._made:
+            teacher = teacher_of(self.model, self.recipe.family, length, self.device)
+            with self.ledger, self.ledger.of(ENCODING):
+                self.ledger.restart()
+                text = teacher.encode(["a"] * batch, length, with_empty=bool(self.recipe.sampling.cfg))
+            self._made[batch, length] = text, Flops(self.ledger.flops)
+            self.need = max(self.need, _need(self.ledger), key=lambda need: need.total)
+        return self._made[batch, length][0]
+
+    def flops(self, batch: int, length: int) -> Flops:
+        """The operations that these texts take."""
+        self.text(batch, length)
+        return self._made[batch, length][1]
+
+
+class _Scene:
+    """The other models without weights, and the ledger in which the work of a step is counted."""
+
+    def __init__(self, recipe: Recipe, target: Target, ledger: Ledger) -> None:
+        self.recipe, self.ledger = recipe, ledger
+        with ledger.of(MODEL):
+            self.model = diffusion_model(recipe, target.device, target.as_gpu)
+        weights_from_ram(self.model.model)
+        layout = recipe.student_layout(self.model.text_width)
+        with ledger.of(STUDENT), target.device:
+            student = KINDS[layout.kind].trained(layout, recipe.student.dropout, recipe.family.padded)
+        # A scaled loss takes no more memory; the scaler would read from a fake number that there was an overflow, and skip the update.
+        self.learner = replace(new_learner(recipe, Ranks(), student, self.model), scaler=GradScaler(enabled=False))
+        if target.as_gpu or target.device.type in AT_ONCE:
+            # torch does not choose it for fake tensors.
+            for group in self.learner.optimizer.param_groups:
+                group["foreach"] = True
+        name_parts(ledger, self.learner, self.model)
+        self._update = self._first_update()
+        self._seen: dict[tuple[object, ...], tuple[Need, Flops]] = {}
+
+    def _first_update(self) -> Flops:
+        """Make the optimizer's state; the operations of its step."""
+        self._make_gradients()
+        self.ledger.restart()
+        self.learner.optimizer.step()
+        for value in (value for state in self.learner.optimizer.state.values() for value in state.values()):
+            if isinstance(value, Tensor):
+                self.ledger.is_part(value, MOMENTS)
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        return Flops(self.ledger.flops)
+
+    def _make_gradients(self) -> None:
+        with self.ledger.of(GRADIENTS):
+            for weight in self.learner.student.parameters():
+                weight.grad = torch.zeros_like(weight)
+
+    def step(self, stage: Stage, text: TeacherText, batches: int) -> tuple[Need, Flops]:
+        """Peak and operations of an optimizer step over so many batches with texts like these."""
+        key = (stage.objective, stage.resolution_px, batches, text.text_BLD.shape)
+        if key not in self._seen:
+            self._seen[key] = self._step(stage, text, batches)
+        return self._seen[key]
+
+    def _step(self, stage: Stage, text: TeacherText, batches: int) -> tuple[Need, Flops]:
+        ledger = self.ledger
+        with ledger.of(TEXTS):
+            position = self._position(stage, text)
+            ledger.is_part(position.text_BLD, TEXTS)
+            # Of every other batch: its text, its latent before and after the step, and the velocity.
+            latents = [position.x] * 3
+            others = [torch.empty_like(value) for _ in range(batches - 1) for value in (position.text_BLD, *latents)]
+        if others:
+            # Every batch but the first one adds to gradients that are there.
+            self._make_gradients()
+        ledger.restart()
+        with ledger.of(BACKWARD), self.model.differentiable(self.recipe.diffusion_model.checkpoint_blocks):
+            train_step([position], self.model, self.learner, OBJECTIVES[stage.objective])
+        one = Flops(ledger.flops)
+        one.subtract(self._update)
+        return _need(ledger), Flops({dtype: batches * count for dtype, count in one.items()}) + self._update
+
+    def _position(self, stage: Stage, text: TeacherText) -> Position:
+        sampling, some_B = self.recipe.sampling, torch.ones(stage.batch)
+        noise = torch.empty(stage.batch, *self.recipe.family.latent_shape(stage.resolution_px))
+        drawn = Draw(noise, some_B if sampling.guidance else None, text.text_BLD.shape[1], some_B if sampling.cfg else None)
+        return start(self.model, sampling.steps, drawn, text)
+
+
+def name_parts(ledger: Ledger, learner: Learner, model: FrozenModel) -> None:
+    """Count what a step allocates by the part of it that is being computed."""
+
+    def begin(part: str) -> None:
+        ledger.part = part
+
+    def encoded(_module: Module, _inputs: Any, text_BLD: Tensor) -> None:
+        begin(BACKWARD)
+        if text_BLD.requires_grad:
+            text_BLD.register_hook(lambda _: begin(STUDENTS_BACKWARD))
+
+    student, inner = learner.student, model.model.diffusion_model
+    student.register_forward_pre_hook(lambda *_: begin(STUDENTS_PASS))
+    student.register_forward_hook(encoded)
+    inner.register_forward_pre_hook(lambda *_: begin(PASS if torch.is_grad_enabled() else TEACHERS_PASS))
+    inner.register_forward_hook(lambda *_: begin(BACKWARD))
+    for weight in student.parameters():
+        weight.register_post_accumulate_grad_hook(lambda weight: ledger.is_part(weight.grad, GRADIENTS))
+    for optimizer in _parts(learner):
+        optimizer.register_step_pre_hook(lambda *_: begin(OPTIMIZER))
+
+
+def _parts(learner: Learner) -> list[Optimizer]:
+    return list(learner.optimizer.parts) if isinstance(learner.optimizer, MuonAndAdamW) else [learner.optimizer]
