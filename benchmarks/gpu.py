@@ -20,6 +20,7 @@ import psutil
 from distilled_t5.benchmarks.support import measuring
 from distilled_t5.devtools.comfyui.in_process import ROOT, start_comfyui
 from distilled_t5.devtools.docs.markdown import table
+from distilled_t5.train.gpus import GPUS
 from distilled_t5.train.recipe import load_recipe
 
 STUDENT, BF16, FP8 = "distilled_t5_base.safetensors", "t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"
@@ -47,7 +48,7 @@ STEPS, MOST_S = 11, 90.0
 COLUMNS = {
     "encoders": ("load_s", "first_encode_s", "next_encode_s", "new_prompt_s", "t5_weights_gb", "device_peak_gb", "runs_on"),
     "pipeline": ("mode", "first_image_s", "next_image_s", "next_encode_s", "device_peak_gb", "on_device_gb"),
-    "recipe": ("resolution_px", "batch", "steps", "step_s", "step_tflop", "share_of_product", "device_peak_gb", "estimated_gb", "skipped"),
+    "recipe": ("resolution_px", "step_s", "step_tflop", "share_of_product", "share_of_peak", "device_peak_gb", "rehearsed_peak_gb"),
     "resume": ("same_bits", "repeatable"),
     "device": ("device_name", "device_free_gb", "product_flops_per_s", "to_device_gb_per_s", "write_gb_per_s"),
 }
@@ -203,6 +204,8 @@ class Run:
         if kind == "row":
             if "tflop_per_s" in value:
                 value["share_of_product"] = value["tflop_per_s"] * 1e12 / self.device["product_flops_per_s"]
+                peak = next((known.bf16 for known in GPUS if known.name in self.device["device_name"]), None)
+                value["share_of_peak"] = peak and value["tflop_per_s"] / peak
             self.found["parts"].setdefault(name, []).append(value)
         else:
             self.found[kind][name] = value

@@ -134,7 +134,7 @@ class _Scene:
         weights_from_ram(self.model.model)
         layout = recipe.student_layout(self.model.text_width)
         with ledger.of(STUDENT), target.device:
-            student = KINDS[layout.kind].trained(layout, recipe.student.dropout, recipe.family.padded)
+            student = KINDS[layout.kind].trained(layout, recipe.student.dropout, not recipe.family.masked)
         # A scaled loss takes no more memory; the scaler would read from a fake number that there was an overflow, and skip the update.
         self.learner = replace(new_learner(recipe, Ranks(), student, self.model), scaler=GradScaler(enabled=False))
         if target.as_gpu or target.device.type in AT_ONCE:

@@ -54,7 +54,7 @@ def _config(recipe: Recipe) -> tuple[Any, torch.dtype]:
     if file != STAND_IN:
         path = found(file, "diffusion_models")
         if path is not None:
-            return _config_in(read_entries(path), path.name)
+            return config_in(read_entries(path), path.name)
         published = family.published.get(Path(file).name) or next(iter(family.published.values()), None)
         if published is None:
             raise ValueError(
@@ -85,7 +85,8 @@ def _most_common_format(entries: Mapping[str, Entry]) -> torch.dtype:
     return comfy.utils.weight_dtype(_without_numbers(entries))
 
 
-def _config_in(entries: Mapping[str, Entry], file: str) -> tuple[Any, torch.dtype]:
+def config_in(entries: Mapping[str, Entry], file: str) -> tuple[Any, torch.dtype]:
+    """ComfyUI's configuration of a diffusion model from the header of its file, and its number format. Raises ValueError if unknown."""
     tensors = _without_numbers(entries)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     inner = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True) or tensors

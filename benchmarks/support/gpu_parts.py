@@ -29,7 +29,7 @@ from ...runtime.ranks import Ranks
 from ...students.t5.layout import Shape, StudentLayout
 from ...train.checkpoint_files import STUDENT, TENSORS
 from ...train.distill import train_step
-from ...train.models import check_before_loading
+from ...train.models import rehearse_before_loading
 from ...train.objectives import OBJECTIVES
 from ...train.recipe import Recipe, load_recipe
 from ...train.run import train
@@ -37,7 +37,7 @@ from ...train.teacher_chunks import texts_of
 from ...train.workshop import Workshop, open_workshop
 from . import measuring
 from .encoders import CLIP_L_SHAPES, PROMPTS, XXL, Encoder, encode, measure_encoder
-from .random_files import PUBLISHED, Draw, draw_any, draw_t5, fill, lay_out, published_shapes
+from .random_files import Draw, draw_any, draw_t5, fill, lay_out, published_shapes
 
 Row = dict[str, Any]
 STUDENT_FILE, BF16_FILE, FP8_FILE = "distilled_t5_base.safetensors", "t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"
@@ -99,7 +99,7 @@ class ModelFile:
 
 def model_file(scale: Scale, name: str, family: Family = DEFAULT) -> ModelFile:
     """The encoder, CLIP or diffusion model of this name."""
-    folder = Path(folder_paths.models_dir, "diffusion_models" if name in PUBLISHED else "text_encoders")
+    folder = Path(folder_paths.models_dir, "diffusion_models" if name in family.published else "text_encoders")
     if name in scale.encoders:
         encoder = scale.encoders[name]
         return ModelFile(folder / name, encoder.shapes, encoder.dtype, draw_t5(encoder.layout))
@@ -188,7 +188,7 @@ def _write_models(scale: Scale, recipe: Recipe) -> None:
     names = (recipe.diffusion_model.file, recipe.teacher.t5, *recipe.teacher.companions.values())
     missing = [file for name in names if (file := model_file(scale, name, recipe.family)).laid_out()]
     try:
-        check_before_loading(recipe, Ranks())
+        rehearse_before_loading(recipe, Ranks())
     except ValueError:
         for file in missing:
             file.path.unlink()
@@ -228,6 +228,7 @@ def _measure_stage(scale: Scale, workshop: Workshop, number: int) -> Row:
         times.append(timing.wall_s)
         losses.append(report.loss)
     step_s, flops = statistics.median(times), counter.get_total_flops()
+    rehearsed = workshop.rehearsal.stages[number] if workshop.rehearsal else None
     return {
         "stage": stage.name,
         "resolution_px": stage.resolution_px,
@@ -242,7 +243,8 @@ def _measure_stage(scale: Scale, workshop: Workshop, number: int) -> Row:
         "step_tflop": flops / 1e12,
         "tflop_per_s": flops / step_s / 1e12,
         "device_peak_gb": measuring.peak_gb(),
-        "estimated_gb": workshop.need.total / 1e9,
+        "rehearsed_peak_gb": rehearsed and rehearsed.need.total / 1e9,
+        "rehearsed_tflop": rehearsed and sum(rehearsed.flops.values()) / 1e12,
         **_placement(model.patcher),
         "losses": losses,
         "skipped": learner.skipped,

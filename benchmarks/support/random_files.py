@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,27 +19,13 @@ from ...students.t5.layout import Shape, StudentLayout
 Draw = Callable[[str, Shape], Tensor]
 # So many numbers of a tensor are drawn; its other rows repeat them. Speed and memory do not depend on that.
 DRAWN = 1 << 18
-# What published models have in the place of the values of `Family.small`, by file name.
-FLUX = {"num_heads": 24, "hidden_size": 3072, "depth": 19, "depth_single_blocks": 38}
-SD35_TEXT = {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 1536}}
-SD35 = {"depth": 24, "num_patches": 384**2, "pos_embed_max_size": 384, "x_block_self_attn_layers": [*range(13)]}
-PIXART = {"num_heads": 16, "hidden_size": 1152, "depth": 28}
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "flux1-dev.safetensors": FLUX,
-    "flux1-schnell.safetensors": FLUX | {"guidance_embed": False},
-    "Chroma1-HD.safetensors": FLUX | {"out_dim": 3072, "hidden_dim": 5120, "n_layers": 5},
-    "sd3.5_medium.safetensors": SD35 | {"context_embedder_config": SD35_TEXT},
-    "pixart_alpha_1024_ms.safetensors": PIXART,
-    "pixart_sigma_1024_ms.safetensors": PIXART,
-}
 
 
 def published_shapes(family: Family, file: str) -> dict[str, Shape]:
     """Tensors of a published diffusion model by ComfyUI's names, which its loader takes. ComfyUI must be importable."""
-    import comfy.supported_models
+    from ...train.unloaded import published_config
 
-    name, small = family.small
-    config = getattr(comfy.supported_models, name)({**small, **PUBLISHED[file]})
+    config = published_config(family, file)
     config.set_inference_dtype(torch.bfloat16, None)
     model = config.get_model({}, "", device="meta").diffusion_model
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -15,7 +15,7 @@ import pytest
 import torch
 from distilled_t5.benchmarks import gpu
 from distilled_t5.benchmarks.support import gpu_parts, measuring
-from distilled_t5.benchmarks.support.random_files import PUBLISHED, draw_any, fill, lay_out, published_shapes
+from distilled_t5.benchmarks.support.random_files import draw_any, fill, lay_out, published_shapes
 from distilled_t5.config.files import SHIPPED
 from distilled_t5.families import FAMILIES
 from distilled_t5.train.recipe import load_recipe
@@ -65,13 +65,13 @@ def test_a_recipe_takes_steps_of_each_stage_that_costs_something_else():
     assert second["step_tflop"] > first["step_tflop"] > 0
 
 
-@pytest.mark.parametrize("file", PUBLISHED)
+@pytest.mark.parametrize("file", [file for family in FAMILIES.values() for file in family.published])
 def test_comfyui_knows_a_published_model_by_the_random_files_tensors(file):
-    family = next(family for family in FAMILIES.values() if file in family.sources)
+    family = next(family for family in FAMILIES.values() if file in family.published)
     shapes = published_shapes(family, file)
     held = {name: torch.empty(shape, device="meta", dtype=torch.bfloat16) for name, shape in shapes.items()}
     found = comfy.model_detection.model_config_from_unet(held, "").unet_config
-    sizes = {**family.small[1], **PUBLISHED[file]}
+    sizes = {**family.small[1], **family.published[file]}
     assert {name: found.get(name) for name in sizes} == sizes
     assert sum(tensor.nbytes for tensor in held.values()) / 1e9 == pytest.approx(gpu.SIZES_GB[file], rel=0.03)
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 from distilled_t5.diffusion.frozen import held_bytes
 from distilled_t5.encoder.teacher import load_teacher
+from distilled_t5.families import FAMILIES
 from distilled_t5.families.flux_tensors import FluxLayout
 from distilled_t5.runtime.errors import UserError
-from distilled_t5.runtime.header import Entry, read_entries
+from distilled_t5.runtime.header import Entry
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.tests.support.small_flux import diffusion_model_file
@@ -31,6 +32,7 @@ from distilled_t5.train.models import load_frozen_model
 from distilled_t5.train.preflight import preflight
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.rehearsal import Target, rehearse
+from distilled_t5.train.unloaded import config_in
 from distilled_t5.train.workshop import open_workshop
 from safetensors.torch import load_file, save_file
 
@@ -171,23 +173,20 @@ def in_diffusers(tensors: dict[str, tuple[int, ...]], renamed: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("name", "table", "sizes"),
     [
-        ("pixart_sigma", comfy.utils.pixart_to_diffusers, {"depth": 1, "hidden_size": 144}),
         ("sd3", comfy.utils.mmdit_to_diffusers, {"depth": 2, "num_blocks": 2}),
         ("flux", comfy.utils.flux_to_diffusers, {"depth": 1, "depth_single_blocks": 1, "hidden_size": 128}),
     ],
 )
-def test_sizes_in_a_header_of_diffusers_are_those_of_the_same_model_in_comfyuis_names(name, table, sizes):
+def test_a_header_of_diffusers_gives_the_sizes_that_comfyuis_names_give(name, table, sizes):
     family = FAMILIES[name]
     model = SmallModel(*family.small, (), 0, 0.7).patcher().model.diffusion_model
     ours = {tensor: tuple(weight.shape) for tensor, weight in model.state_dict().items() if tensor not in family.unused}
     told, expected = (
-        size_in_file({tensor: Entry("BF16", shape, 0, 2 * math.prod(shape)) for tensor, shape in shapes.items()}, "auto", family)
+        config_in({tensor: Entry("BF16", shape, 0, 2 * math.prod(shape)) for tensor, shape in shapes.items()}, name)[0]
         for shapes in (in_diffusers(ours, table(sizes)), ours)
     )
-    assert (told.blocks, told.width) == (expected.blocks, expected.width) and told.blocks >= 1
-    # ComfyUI's table leaves out some small tensors, such as the tables of positions.
-    for part in ("weights", "largest_block", "held_bytes"):
-        assert 0.97 * getattr(expected, part) <= getattr(told, part) <= getattr(expected, part), part
+    assert type(told) is type(expected)
+    assert told.unet_config == expected.unet_config
 
 
 @pytest.fixture
