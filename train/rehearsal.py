@@ -100,7 +100,7 @@ class _Teacher:
 
     def __init__(self, recipe: Recipe, target: Target) -> None:
         self.recipe, self.device, self.ledger = recipe, target.device, Ledger(target.device)
-        with self.ledger, self.ledger.of(MODEL):
+        with self.ledger, self.ledger.of(MODEL), target.device:
             self.model = teacher_model(recipe, target.device)
         weights_from_ram(self.model)
         self.held = self.ledger.live[MODEL]
@@ -129,7 +129,8 @@ class _Scene:
 
     def __init__(self, recipe: Recipe, target: Target, ledger: Ledger) -> None:
         self.recipe, self.ledger = recipe, ledger
-        with ledger.of(MODEL):
+        # Not every weight is made on the device that a model is given.
+        with ledger.of(MODEL), target.device:
             self.model = diffusion_model(recipe, target.device, target.as_gpu)
         weights_from_ram(self.model.model)
         layout = recipe.student_layout(self.model.text_width)

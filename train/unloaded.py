@@ -82,7 +82,7 @@ def _without_numbers(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
 
 
 def _most_common_format(entries: Mapping[str, Entry]) -> torch.dtype:
-    return comfy.utils.weight_dtype(_without_numbers(entries))
+    return comfy.utils.weight_dtype(_without_numbers(entries)) or torch.float16
 
 
 def config_in(entries: Mapping[str, Entry], file: str) -> tuple[Any, torch.dtype]:
@@ -90,7 +90,7 @@ def config_in(entries: Mapping[str, Entry], file: str) -> tuple[Any, torch.dtype
     tensors = _without_numbers(entries)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     inner = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True) or tensors
-    stored = comfy.utils.weight_dtype(inner)
+    stored = comfy.utils.weight_dtype(inner) or torch.bfloat16
     config = comfy.model_detection.model_config_from_unet(inner, "")
     if config is None and (converted := comfy.model_detection.convert_diffusers_mmdit(inner, "")) is not None:
         config = comfy.model_detection.model_config_from_unet(converted, "")
@@ -178,8 +178,7 @@ def weights_from_ram(model: Module) -> None:
     """Make ComfyUI's layers copy each weight when it is used, as they do with weights that are left in RAM."""
     for layer in model.modules():
         if hasattr(layer, "weight_function"):
-            layer.comfy_cast_weights = True
-            layer.weight_function, layer.bias_function = [_same], [_same]
+            vars(layer).update(comfy_cast_weights=True, weight_function=[_same], bias_function=[_same])
 
 
 def _same(weight: Tensor) -> Tensor:

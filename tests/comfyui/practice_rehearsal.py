@@ -64,6 +64,10 @@ def one_token_table() -> Iterator[None]:
     torch.__future__.set_swap_module_params_on_conversion(False)
 
 
+def _collect(*_step: object) -> None:
+    gc.collect()
+
+
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_the_rehearsed_peak_is_that_of_the_real_step_and_so_are_the_operations(name):
     comfy.model_management.unload_all_models()
@@ -80,7 +84,7 @@ def test_the_rehearsed_peak_is_that_of_the_real_step_and_so_are_the_operations(n
     positions = workshop.starts(batches, texts)
     del texts
     # What is only held by reference cycles is there or not, as Python's collector likes.
-    workshop.learner.optimizer.register_step_pre_hook(lambda *_: gc.collect())
+    workshop.learner.optimizer.register_step_pre_hook(_collect)
     with workshop.model.differentiable(workshop.recipe.diffusion_model.checkpoint_blocks):
         for _ in range(2):  # the second one finds the optimizer's running means
             gc.collect()
