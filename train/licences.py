@@ -58,7 +58,7 @@ KNOWN = (
     (r"chroma1[-_]hd", "lodestones/Chroma1-HD", APACHE),
     (r"t5xxl|t5[-_]v1_1[-_]xxl", "google/t5-v1_1-xxl", APACHE),
     (r"(google[-_])?(?P<name>(flan-t5|t5-v1_1)-(small|base|large|xl))", "google/{name}", APACHE),
-    (r"miniature_(teacher|flux|student_(quarter|tenth|fortieth))", "", APACHE),
+    (r"miniature_(teacher|flux|sd3|(sd3_)?student_(quarter|tenth|fortieth))", "", APACHE),
 )
 
 
