@@ -143,7 +143,7 @@ def load_encoder(student_path: str, companions: Mapping[str, str], options: Serv
     Raises StudentFileError for a file that is not a complete student of this family, or not that companion; then nothing is loaded.
     """
     family = FAMILIES[options.family]
-    student = _opened(student_path, family)
+    student = opened(student_path, family)
     for name in companions:
         if name not in family.companions:
             clip = CLIPS[name].display_name
@@ -161,7 +161,7 @@ def load_encoder(student_path: str, companions: Mapping[str, str], options: Serv
     return ServedEncoder(clip, describe(clip, student.path.name, {name: Path(path).name for name, path in companions.items()}))
 
 
-def _opened(student_path: str, family: Family) -> StudentFile:
+def opened(student_path: str, family: Family) -> StudentFile:
     """A student's file as that of a family. Raises StudentFileError for one that does not say that it serves this family."""
     student = open_student(student_path)
     return replace(student, metadata=served_as(student.metadata, family, student.path.name))
@@ -169,7 +169,7 @@ def _opened(student_path: str, family: Family) -> StudentFile:
 
 def _load_patcher(student_path: str, companions: Mapping[str, str], options: ServingOptions, disable_dynamic: bool = False) -> Any:
     tensors = {name: open_companion(name, Path(path)) for name, path in companions.items()}
-    return _build(_opened(student_path, FAMILIES[options.family]), tensors, options, silent, disable_dynamic).patcher
+    return _build(opened(student_path, FAMILIES[options.family]), tensors, options, silent, disable_dynamic).patcher
 
 
 def _build(

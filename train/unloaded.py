@@ -18,9 +18,9 @@ from torch.nn import Module
 
 from ..diffusion.files import DTYPES
 from ..diffusion.frozen import FrozenModel
-from ..encoder.files import StudentFile, open_student
+from ..encoder.files import StudentFile
 from ..encoder.metadata import StudentMetadata
-from ..encoder.served import NoCompanion, text_model, usual_dtype
+from ..encoder.served import NoCompanion, opened, text_model, usual_dtype
 from ..encoder.teacher import Teacher
 from ..families.family import Family
 from ..runtime.comfyui import model_file
@@ -124,7 +124,7 @@ def teacher_model(recipe: Recipe, device: torch.device) -> Module:
     part, family = recipe.teacher, recipe.family
     path = found(part.t5, "text_encoders")
     try:
-        student = _stand_in(family) if part.t5 == STAND_IN else open_student(path) if path else None
+        student = _stand_in(family) if part.t5 == STAND_IN else opened(str(path), family) if path else None
     except UndistilledError:
         student = None
     if student is not None:

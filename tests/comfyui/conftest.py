@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -16,13 +17,15 @@ COMFYUI = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "comfyui").reso
 # ComfyUI's folders: models, input, output, temp, user.
 BASE = tempfile.TemporaryDirectory(prefix="distilled-t5-base-")
 
+# Files about ComfyUI itself that take a minute and more: in the default run, they run on the newest version alone.
+LONG = ("test_distil_in_graph.py", "test_practice_accelerator.py")
 # Files about ComfyUI itself: their tests get the marker `every_version`.
 ABOUT_COMFYUI = (
     *("test_nodes.py", "test_ordinary_clip.py", "test_clip_l_files.py", "test_loras_and_merges.py", "test_attention_map.py"),
     *("test_server.py", "test_server_flags.py", "test_start.py", "test_progress_and_cancel.py", "test_cancel_anywhere.py"),
     *("test_workflows.py", "test_evaluation_workflows.py", "test_block_checkpoint.py", "test_families.py"),
     *("test_family_clips.py", "test_attention_families.py"),
-    *("test_distil_in_graph.py", "test_practice_accelerator.py"),
+    *LONG,
     *(
         "test_trainer_method.py",
         "test_trainer_teacher.py",
@@ -55,6 +58,12 @@ def prepare_comfyui() -> None:
     import utils.extra_config  # noqa: F401 (stays in sys.modules; it imports folder_paths, which reads the arguments once)
 
 
+def is_newest() -> bool:
+    """Whether the ComfyUI under test is the newest supported one."""
+    newest = [*json.loads((ROOT / "devtools" / "set_up.json").read_text(encoding="utf-8"))["comfyui"]][-1]
+    return f'"{newest}"' in (COMFYUI / "comfyui_version.py").read_text(encoding="utf-8")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of the files about ComfyUI."""
@@ -63,6 +72,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in ABOUT_COMFYUI:
             item.add_marker(pytest.mark.every_version)
+        if item.path.name in LONG and not is_newest():
+            item.add_marker(pytest.mark.full)
 
 
 def pytest_unconfigure() -> None:
