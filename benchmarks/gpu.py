@@ -23,6 +23,8 @@ from distilled_t5.devtools.docs.markdown import table
 from distilled_t5.train.gpus import GPUS
 from distilled_t5.train.recipe import load_recipe
 
+# Of every published model that the recipes name.
+PX_PER_TOKEN = 16
 STUDENT, BF16, FP8 = "distilled_t5_base.safetensors", "t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"
 FLUX = "flux1-dev.safetensors"
 # Bytes of weights by file, GB. Flux is written in bf16, as all of them but the fp8 one.
@@ -78,7 +80,7 @@ def of_recipe(name: str, label: str = "", flags: tuple[str, ...] = ONE_STREAM, s
     recipe = load_recipe(name)
     model, longest = recipe.diffusion_model.file, max(recipe.sampling.token_lengths)
     stages = {(stage.resolution_px, stage.batch) for stage in recipe.stages}
-    tokens = sum(batch * (recipe.family.image_tokens(side_px) + longest) for side_px, batch in stages)
+    tokens = sum(batch * ((side_px // PX_PER_TOKEN) ** 2 + longest) for side_px, batch in stages)
     # Two operations per weight and token, in bf16 two bytes per weight, four passes.
     flop = 1e9 * SIZES_GB[model] * 4 * tokens * STEPS
     arguments = {"name": name, "settings": settings}

@@ -50,19 +50,25 @@ def diffusion_model(recipe: Recipe, device: torch.device, as_on_gpu: bool) -> Fr
 def _config(recipe: Recipe) -> tuple[Any, torch.dtype]:
     """ComfyUI's configuration of the diffusion model, and the number format of its weights in the file."""
     family, file = recipe.family, recipe.diffusion_model.file
+    if file == STAND_IN:
+        name, sizes = family.small
+        return getattr(comfy.supported_models, name)(dict(sizes)), torch.float32
+    path = found(file, "diffusion_models")
+    if path is not None:
+        return config_in(read_entries(path), path.name)
+    return published_config(family, file), _format_in_name(file)
+
+
+def published_config(family: Family, file: str) -> Any:
+    """ComfyUI's configuration of the published model in a file of this name, else of the family's first. Raises ValueError without one."""
     name, sizes = family.small
-    if file != STAND_IN:
-        path = found(file, "diffusion_models")
-        if path is not None:
-            return config_in(read_entries(path), path.name)
-        published = family.published.get(Path(file).name) or next(iter(family.published.values()), None)
-        if published is None:
-            raise ValueError(
-                f"{file} was not found, and the sizes of a published {family.display_name} are not known here.\n"
-                "What to do: put the file into ComfyUI's models/diffusion_models, or give its path."
-            )
-        sizes = {**sizes, **published}
-    return getattr(comfy.supported_models, name)(dict(sizes)), torch.float32 if file == STAND_IN else _format_in_name(file)
+    published = family.published.get(Path(file).name) or next(iter(family.published.values()), None)
+    if published is None:
+        raise ValueError(
+            f"{file} was not found, and the sizes of a published {family.display_name} are not known here.\n"
+            "What to do: put the file into ComfyUI's models/diffusion_models, or give its path."
+        )
+    return getattr(comfy.supported_models, name)({**sizes, **published})
 
 
 def found(name: str, folder: str) -> Path | None:
