@@ -7,6 +7,7 @@ and the result says so.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import shutil
@@ -20,7 +21,8 @@ import psutil
 from distilled_t5.benchmarks.support import measuring
 from distilled_t5.devtools.comfyui.in_process import ROOT, start_comfyui
 from distilled_t5.devtools.docs.markdown import table
-from distilled_t5.train.gpus import GPUS
+from distilled_t5.runtime.errors import UserError
+from distilled_t5.train.gpus import gpu_named
 from distilled_t5.train.recipe import load_recipe
 
 # Of every published model that the recipes name.
@@ -206,8 +208,8 @@ class Run:
         if kind == "row":
             if "tflop_per_s" in value:
                 value["share_of_product"] = value["tflop_per_s"] * 1e12 / self.device["product_flops_per_s"]
-                peak = next((known.bf16 for known in GPUS if known.name in self.device["device_name"]), None)
-                value["share_of_peak"] = peak and value["tflop_per_s"] / peak
+                with contextlib.suppress(UserError):
+                    value["share_of_peak"] = value["tflop_per_s"] / gpu_named(self.device["device_name"]).bf16
             self.found["parts"].setdefault(name, []).append(value)
         else:
             self.found[kind][name] = value

@@ -32,7 +32,7 @@ def drawing_templates() -> list[str]:
 def also_served(comfyui: Path, base: Path) -> tuple[str, ...]:
     """The flags with which ComfyUI also lists the encoders that `train` writes: into the folder of ComfyUI, not into `base`."""
     base.mkdir(parents=True, exist_ok=True)
-    config = base / "extra_model_paths.yaml"
+    config = base / "distilled-t5-students.yaml"
     config.write_text(json.dumps({"train": {"text_encoders": str(encoders_of(comfyui))}}), encoding="utf-8")  # JSON is YAML
     return "--extra-model-paths-config", str(config)
 

@@ -133,7 +133,9 @@ def served_as(metadata: StudentMetadata, family: Family, where: str) -> StudentM
         raise StudentFileError(
             f"{where} was distilled for {names}; the type is {family.name}.", f"set type to {' or '.join(families)}, or pick another file."
         )
-    return replace(metadata, family=family.name, also_serves=tuple(name for name in families if name != family.name))
+    pooled = "+".join(name for name in metadata.pooled.split("+") if name in family.companions) or ZERO
+    others = tuple(name for name in families if name != family.name)
+    return replace(metadata, family=family.name, also_serves=others, pooled=pooled)
 
 
 def _pooled(family: Family) -> tuple[str, ...]:

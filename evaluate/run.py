@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from ..config.toml import toml_parser
 from ..runtime.disk import check_regular, replace_file
 from ..runtime.lock import lock
 from ..runtime.logs import logging_to
@@ -21,8 +23,9 @@ from .metrics import METRICS, PROBES
 from .probe_encoders import measure_all
 from .processes import Processes, Stopped, progress_bar
 from .report import write_all
-from .suite import Suite, load_suite
+from .suite import Suite
 
+log = logging.getLogger(__name__)
 NOTICE = "\nStopping after the current batch: the same command continues. A second signal ends it at once.\n"
 
 
@@ -68,7 +71,8 @@ def start(suite: Suite, students: Sequence[str], out: Path, processes: Processes
     """Open an evaluation and claim its folder, once everything that it needs has been checked. Raises ValueError."""
     if processes.ranks.is_main:
         check_judges(suite)
-    earlier = processes.ranks.share(earlier_students(out) if processes.ranks.is_main else [])
+    named = {student.partition("=")[0] for student in (*suite.students, *students)}
+    earlier = processes.ranks.share(earlier_students(out, named) if processes.ranks.is_main else [])
     work = open_evaluation(suite, [*earlier, *students], out, processes)
     if processes.ranks.is_main:
         suite = suite.model_copy(update={"students": tuple(f"{student.name}={student.path}" for student in work.students)})
@@ -80,11 +84,24 @@ def start(suite: Suite, students: Sequence[str], out: Path, processes: Processes
     return work
 
 
-def earlier_students(out: Path) -> list[str]:
-    """The students of the last evaluation in this folder, as NAME=FILE, whose files and images are still there."""
-    record = out / "suite.toml"
-    named = [student.partition("=") for student in (load_suite(str(record)).students if record.is_file() else ())]
-    return [f"{name}={file}" for name, _, file in named if Path(file).is_file() and (out / "images" / name).is_dir()]
+def earlier_students(out: Path, named: Collection[str]) -> list[str]:
+    """The students of the last evaluation in this folder, as NAME=FILE, unless their names are given now.
+
+    Those whose files or images are gone, or whose files have changed since, are left out.
+    """
+    record, former = out / "suite.toml", out / "pictures"
+    if former.is_dir() and not (out / "images").exists():
+        former.rename(out / "images")  # its name in version 0.1
+    recorded = toml_parser().loads(record.read_text(encoding="utf-8")).get("students", []) if record.is_file() else []
+    found = []
+    for name, _, file in (student.partition("=") for student in recorded):
+        if name in named or not (out / "images" / name).is_dir() or not Path(file).is_file():
+            continue
+        if Path(file).stat().st_mtime > record.stat().st_mtime:
+            log.warning("%s is left out: %s has changed since it was evaluated here.", name, file)
+            continue
+        found.append(f"{name}={file}")
+    return found
 
 
 def _generate(work: Evaluation) -> None:

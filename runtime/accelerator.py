@@ -41,9 +41,10 @@ def device_name(device: str) -> str:
 def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
     """Wall-clock seconds of some work, what is queued on the device included, and its result."""
     module = module_of(device.type)
-    wait = (lambda: None) if module is None else module.synchronize
-    wait()
+    which = () if device.type == "mps" else (device,)
+    wait = (lambda *_: None) if module is None else module.synchronize
+    wait(*which)
     begin = time.perf_counter()
     result = work()
-    wait()
+    wait(*which)
     return time.perf_counter() - begin, result

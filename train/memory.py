@@ -109,7 +109,7 @@ class Rehearsal:
         """
         taken = self.student + (self.moments if has_moments else 0)
         needs = [stage.need for stage in self.stages]
-        if self.on_gpu and self.total > device_bytes:
+        if self.on_gpu and self.total > usable_of(device_bytes, True):
             return max(sum(need.offloaded.values()) for need in needs) - taken
         return max(need.total for need in needs) - self.model - taken
 

@@ -29,7 +29,7 @@ from .student_start import make_student
 # A student may be somewhat larger than its teacher, by its projection for instance; beyond this factor the two are exchanged.
 SMALLER_TEACHER = 2
 # What torch and ComfyUI raise for what they cannot do with tensors that have no numbers.
-CANNOT_REHEARSE = (ImportError, RuntimeError, TypeError, AttributeError, LookupError)
+CANNOT_REHEARSE = (ImportError, RuntimeError, TypeError, AttributeError, LookupError, AssertionError)
 log = logging.getLogger(__name__)
 
 
@@ -120,8 +120,8 @@ def rehearsal_of(recipe: Recipe, device: torch.device, as_gpu: bool = False, pro
     except CANNOT_REHEARSE as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise UserError(
-            f"torch {torch.__version__} cannot rehearse {recipe.name} ({reason}).",
-            "install a newer torch, or measure with --estimate where the run fits.",
+            f"{recipe.name} cannot be rehearsed with torch {torch.__version__} and this ComfyUI ({reason}).",
+            "measure with --estimate where the run fits, or try a newer torch. If memory runs out, add `-- --reserve-vram GB`.",
         ) from error
 
 

@@ -8,10 +8,14 @@ counted, not estimated by a formula.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import comfy.memory_management
+import comfy.model_management
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,6 +24,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from ..diffusion.frozen import FrozenModel
+from ..diffusion.gradients import replaced
 from ..encoder.teacher import TeacherText
 from ..runtime.ranks import Ranks
 from ..runtime.weights import FLOAT_NAMES
@@ -62,7 +67,7 @@ def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool
     """
     lengths = recipe.sampling.token_lengths
     longest, mean = max(lengths), round(sum(lengths) / len(lengths))
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _without_a_server(), FakeTensorMode(allow_non_fake_inputs=True):
         teacher = _Teacher(recipe, target)
         with Ledger(target.device) as ledger:
             scene = _Scene(recipe, target, ledger)
@@ -85,6 +90,17 @@ def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool
                 encoding=teacher.need,
                 on_gpu=target.on_gpu,
             )
+
+
+@contextlib.contextmanager
+def _without_a_server() -> Iterator[None]:
+    """ComfyUI as the command `train` starts it. In its server, layers have no weights before a file is loaded, and copies use buffers that
+    stay: fake tensors must not get into these."""
+    with (
+        replaced(comfy.memory_management, "aimdo_enabled", False),
+        replaced(comfy.model_management, "NUM_STREAMS", 0),
+    ):
+        yield
 
 
 def _by_name(flops: Flops, times: float = 1) -> dict[str, float]:

@@ -14,7 +14,7 @@ from ..students.trained import TrainedStudent
 from .batches import Batch, Place, Schedule
 from .distill import Learner, new_learner
 from .inputs import inputs_of, refuse_other_inputs
-from .memory import Rehearsal
+from .memory import Rehearsal, usable_of
 from .models import load_frozen_model, load_teacher_of, make_student_of, preview_vae, rehearse_before_loading
 from .recipe import Recipe
 from .teacher_chunks import TeacherChunks
@@ -50,8 +50,12 @@ class Workshop:
 
     def load_model(self) -> None:
         """Bring the diffusion model to its device, with as much free memory beside it as an optimizer step takes."""
-        has_moments = bool(self.learner.optimizer.state)
-        self.model.load(self.rehearsal.room(has_moments, usable_bytes(self.model.device)) if self.rehearsal else 0)
+        room, has_moments = 0, bool(self.learner.optimizer.state)
+        if self.rehearsal:
+            device_bytes = usable_bytes(self.model.device)
+            kept_free = device_bytes - usable_of(device_bytes, self.rehearsal.on_gpu)
+            room = self.rehearsal.room(has_moments, device_bytes) + kept_free
+        self.model.load(room)
 
     def starts(self, batches: Sequence[Batch], texts: Sequence[TeacherText]) -> list[Position]:
         """The starts of some batches' trajectories, with the diffusion model brought back to its device."""

@@ -244,6 +244,7 @@ def _measure_stage(scale: Scale, workshop: Workshop, number: int) -> Row:
         "tflop_per_s": flops / step_s / 1e12,
         "device_peak_gb": measuring.peak_gb(),
         "rehearsed_peak_gb": rehearsed and rehearsed.need.total / 1e9,
+        "rehearsed_offloaded_gb": rehearsed and sum(rehearsed.need.offloaded.values()) / 1e9,
         "rehearsed_tflop": rehearsed and sum(rehearsed.flops.values()) / 1e12,
         **_placement(model.patcher),
         "losses": losses,

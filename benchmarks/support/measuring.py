@@ -32,6 +32,8 @@ from ...runtime.disk import replace_file
 
 # Begins a line of a process's output that holds a result.
 RESULT = "result: "
+# Its process and a random part follow.
+SCRATCH = "distilled-t5-benchmark-"
 
 
 def command_line(description: str) -> argparse.ArgumentParser:
@@ -84,8 +86,9 @@ def scratch_folder(needed_gb: float, parent: Path = ROOT / ".dev") -> Iterator[P
     Raises ValueError if the disk has too little space.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    for left in parent.glob("benchmark-*-*"):
-        if not psutil.pid_exists(int(left.name.split("-")[1])):
+    for left in parent.glob(f"{SCRATCH}*"):
+        made_by = re.fullmatch(rf"{SCRATCH}(\d+)-\w+", left.name)
+        if made_by and not psutil.pid_exists(int(made_by[1])):
             shutil.rmtree(left)
     free_gb = shutil.disk_usage(parent).free / 1e9
     if free_gb < needed_gb:
@@ -93,7 +96,7 @@ def scratch_folder(needed_gb: float, parent: Path = ROOT / ".dev") -> Iterator[P
             f"The disk of {parent} has {free_gb:.0f} GB free: the benchmark needs {needed_gb:.0f} GB.\nWhat to do: free space."
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f"benchmark-{os.getpid()}-") as folder:
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f"{SCRATCH}{os.getpid()}-") as folder:
         yield Path(folder)
 
 

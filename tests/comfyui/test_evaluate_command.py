@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -192,10 +193,28 @@ def test_a_finished_evaluation_takes_one_more_student_draws_an_exchanged_image_a
     assert {name: made_at(whole.out)[name] for name in before} == before
     scores = found["probes"]["velocity_gap"]["sigma 0.50-0.75"]
     assert scores["fourth"] == scores["other"], "the same weights in another file"
-    assert earlier_students(whole.out)[1:] == [f"other={whole.base / 'models' / 'text_encoders' / 'other.safetensors'}", f"fourth={fourth}"]
+    assert earlier_students(whole.out, ())[1:] == [
+        f"other={whole.base / 'models' / 'text_encoders' / 'other.safetensors'}",
+        f"fourth={fourth}",
+    ]
     fourth.unlink()
-    assert [one.partition("=")[0] for one in earlier_students(whole.out)] == ["student", "other"]
-    assert earlier_students(tmp_path) == []
+    assert [one.partition("=")[0] for one in earlier_students(whole.out, ())] == ["student", "other"]
+    assert [one.partition("=")[0] for one in earlier_students(whole.out, {"student"})] == ["other"]
+    assert earlier_students(tmp_path, ()) == []
+
+
+def test_a_folder_of_version_0_1_keeps_its_images_and_a_student_that_has_changed_is_left_out(tmp_path, caplog):
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("kept", "changed")}
+    for name, file in files.items():
+        file.touch()
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+    students = ", ".join(f'"{name}={file}"' for name, file in files.items())
+    (tmp_path / "suite.toml").write_text(f"students = [{students}]\n[page]\npictures = 40\n")
+    later = (tmp_path / "suite.toml").stat().st_mtime + 5
+    os.utime(files["changed"], (later, later))
+    assert earlier_students(tmp_path, ()) == [f"kept={files['kept']}"]
+    assert (tmp_path / "images" / "changed").is_dir() and not (tmp_path / "pictures").exists()
+    assert "changed.safetensors has changed" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,8 @@ def test_a_file_is_served_as_each_family_that_it_names_and_no_other():
     as_chroma = served_as(metadata, FAMILIES["chroma"], "file")
     assert (as_chroma.family, as_chroma.also_serves) == ("chroma", ("pixart_sigma",))
     assert served_as(as_chroma, FAMILIES["pixart_sigma"], "file") == metadata
+    three = StudentMetadata("sd3", 77, "clip_l+clip_g", also_serves=("flux",))
+    assert served_as(three, FAMILIES["flux"], "file").pooled == "clip_l", "a file saved so can be read"
     with pytest.raises(
         StudentFileError, match=r"for PixArt-Sigma and Chroma; the type is flux\.\nWhat to do: set type to pixart_sigma or chroma"
     ):
