@@ -18,20 +18,21 @@ COMFYUI = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "comfyui").reso
 BASE = tempfile.TemporaryDirectory(prefix="distilled-t5-base-")
 
 # Files about ComfyUI itself that take a minute and more: in the default run, they run on the newest version alone.
-LONG = ("test_distil_in_graph.py", "test_practice_accelerator.py")
+LONG = (
+    *("test_distil_in_graph.py", "test_practice_accelerator.py", "test_evaluation_workflows.py"),
+    *("test_trainer_teacher.py", "test_trainer_smoke.py"),
+)
 # Files about ComfyUI itself: their tests get the marker `every_version`.
 ABOUT_COMFYUI = (
     *("test_nodes.py", "test_ordinary_clip.py", "test_clip_l_files.py", "test_loras_and_merges.py", "test_attention_map.py"),
     *("test_server.py", "test_server_flags.py", "test_start.py", "test_progress_and_cancel.py", "test_cancel_anywhere.py"),
-    *("test_workflows.py", "test_evaluation_workflows.py", "test_block_checkpoint.py", "test_families.py"),
+    *("test_workflows.py", "test_block_checkpoint.py", "test_families.py"),
     *("test_family_clips.py", "test_attention_families.py"),
     *LONG,
     *(
         "test_trainer_method.py",
-        "test_trainer_teacher.py",
         "test_trainer_fp8_teacher.py",
         "test_trainer_weights.py",
-        "test_trainer_smoke.py",
     ),
 )
 

@@ -38,6 +38,7 @@ def test_the_comfyui_tests_run_in_a_folder_of_another_name(copy: Path, comfyui_p
     assert " passed" in done.stdout
 
 
+@pytest.mark.full
 def test_a_pack_that_was_used_and_removed_leaves_nothing(copy: Path, comfyui_path: Path, stand_ins: Path, tmp_path: Path) -> None:
     base, sources = tmp_path / "base", files_below(copy)
     link_into(stand_ins, base)

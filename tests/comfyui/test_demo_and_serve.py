@@ -132,6 +132,7 @@ def test_a_demo_that_cannot_write_says_so(comfyui_path: Path, tmp_path: Path) ->
     assert failed_demo(comfyui_path, tmp_path / "out").startswith("The demo failed: [Errno 17] File exists")
 
 
+@pytest.mark.full
 def test_serve_shows_the_students_of_demo_and_of_train(comfyui_path: Path, tmp_path: Path) -> None:
     """In a ComfyUI whose models folder is a new one, since `train` writes to that of the real one."""
     comfyui, workflows = tmp_path / "ComfyUI", tmp_path / "base" / "user" / "default" / "workflows"

@@ -164,6 +164,7 @@ def test_other_inputs_need_another_name(loaded, trained, changed, said):
     assert "steps" in changed or ("was started with" in str(error.value) and "in ComfyUI: another name" in str(error.value))
 
 
+@pytest.mark.full
 def test_a_finished_run_is_lengthened_and_may_get_other_images(loaded):
     distil(*loaded, "longer", steps=2)
     _, report = distil(*loaded, "longer", steps=4, preview_vae=VAE)

@@ -59,6 +59,7 @@ def test_easyocr_reads_on_generated_signs_what_it_reads_on_perfect_ones(numbers)
     assert legible - (1 - right) - 0.1 <= found <= legible + (1 - right) + 0.1
 
 
+@pytest.mark.full
 def test_where_the_exact_reader_finds_nothing_easyocr_finds_nothing(numbers):
     assert numbers["readback"][UNTRAINED]["value"] == 0
     assert numbers["ocr_word"][UNTRAINED]["value"] <= 0.05

@@ -32,7 +32,7 @@ PROMPTS = {
 }
 CAPTIONS = ["a cat", "a dog on a bench", "a red car"]
 ENCODERS = ("teacher", "student")
-MAP = "teacher and student.png"
+MAP = "embeddings_teacher_and_student.png"
 
 
 class Place(NamedTuple):

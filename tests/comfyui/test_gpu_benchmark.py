@@ -76,6 +76,7 @@ def test_comfyui_knows_a_published_model_by_the_random_files_tensors(file):
     assert sum(tensor.nbytes for tensor in held.values()) / 1e9 == pytest.approx(gpu.SIZES_GB[file], rel=0.03)
 
 
+@pytest.mark.full
 def test_a_recipe_that_does_not_fit_is_left_out_before_its_weights_are_written(monkeypatch, written):
     monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *_: 12 * 1024**3)
     why, seconds = gpu.measured([("paper", "recipe", {"name": "flux-dev-paper"})], full=True)

@@ -163,6 +163,7 @@ def _written(path: Path, content: bytes) -> Path:
     return path
 
 
+@pytest.mark.full
 def test_a_flux_without_a_teacher_is_an_error_that_says_what_to_do(tmp_path, comfyui_path):
     command = PACK / "miniature"
     arguments = [sys.executable, str(command), "flux", "--out", str(tmp_path), "--comfyui", str(comfyui_path)]

@@ -80,5 +80,5 @@ def test_the_loader_says_what_it_serves_and_refuses_other_families(tmp_path: Pat
     assert "Stable Diffusion 3" in info
     assert encode(clip, "a red star")[0][0].shape == (1, TOKEN_LENGTH, 128)
     assert (clip.cond_stage_model.metadata.family, clip.cond_stage_model.metadata.also_serves) == ("sd3", ("flux",))
-    with pytest.raises(ValueError, match=r"was distilled for Flux\.1; the type is chroma"):
+    with pytest.raises(ValueError, match=r"was distilled for Flux\.1 and Stable Diffusion 3; the type is chroma"):
         DistilledT5Loader.execute("none", f"{TEACHER}.safetensors", "chroma")

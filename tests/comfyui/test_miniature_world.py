@@ -117,6 +117,7 @@ def with_lora(prompt: dict[str, Any]) -> dict[str, Any]:
     return prompt | {"lora": {"class_type": "LoraLoader", "inputs": inputs, "_meta": {"title": "Palette"}}}
 
 
+@pytest.mark.full
 def test_a_lora_draws_in_its_own_palette_and_in_no_other(server: ComfyServer, prompt: dict[str, Any], encoder: str) -> None:
     asked_for = asked(6)
     pictures = drawn(server, with_lora(prompt), asked_for)

@@ -33,7 +33,7 @@ def on_stand_ins(name: str) -> Recipe:
     stages = [f"stage.{number}.{setting}" for number in range(len(load_recipe(name).stages)) for setting in SMALL_STAGE]
     shipped = load_recipe(name)
     sides = [f"stage.{number}.resolution_px={max(32, shipped.family.least_side_px)}" for number in range(len(shipped.stages))]
-    guidance = f"sampling.guidance={[] if shipped.sampling.cfg else [3.5]}"
+    guidance = f"sampling.guidance={[3.5] if shipped.family.name == 'flux' else []}"
     return load_recipe(name, [*STAND_INS, guidance, *stages, *sides])
 
 

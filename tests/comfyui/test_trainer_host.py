@@ -146,6 +146,7 @@ def test_a_model_that_is_a_link_keeps_its_name_and_extension(tmp_path, monkeypat
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pseudo terminals are POSIX")
+@pytest.mark.full
 def test_a_run_whose_terminal_is_closed_is_saved(comfyui_path, tmp_path):
     run = tmp_path / "run"
     ours, theirs = pty.openpty()
