@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from distilled_t5.tests.support.comfy_tab import ComfyTab
+from distilled_t5.tests.support.renderers import ONE_IN_NODES_2, ONE_ON_THE_CANVAS
 from distilled_t5.tests.support.workflows import ATTENTION_MAP, ENCODER_MAP, ENCODER_REPORT
 from playwright.sync_api import expect
 
@@ -24,6 +25,7 @@ SQUARE_PX = 768
         (ENCODER_MAP, "DistilledT5EncoderMap", "T5 of width 128, 6 layers: mean distance"),
     ],
 )
+@pytest.mark.parametrize("nodes_2", ONE_IN_NODES_2)
 def test_a_node_shows_its_image_and_its_text(comfy: ComfyTab, nodes_2: bool, template: str, node: str, text: str) -> None:
     comfy.open_template(template, nodes_2=nodes_2)
     assert comfy.run() == "execution_success"
@@ -31,12 +33,14 @@ def test_a_node_shows_its_image_and_its_text(comfy: ComfyTab, nodes_2: bool, tem
     comfy.wait_for(SHOWN, text)
 
 
+@pytest.mark.parametrize("nodes_2", ONE_ON_THE_CANVAS)
 def test_the_report_is_a_table(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open_template(ENCODER_REPORT, nodes_2=nodes_2)
     assert comfy.run() == "execution_success"
     comfy.wait_for(WIDE_IMAGE, ["DistilledT5EncoderReport", nodes_2])
 
 
+@pytest.mark.parametrize("nodes_2", ONE_IN_NODES_2)
 def test_a_word_that_is_not_in_the_prompt_is_an_error_with_what_to_do(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open_template(ATTENTION_MAP, nodes_2=nodes_2)
     comfy.set_widgets("DistilledT5CrossAttentionMap", word="foxes")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from distilled_t5.devtools.comfyui.server import ComfyServer
 from distilled_t5.tests.support.comfy_tab import ComfyTab
+from distilled_t5.tests.support.renderers import ONE_IN_NODES_2, ONE_ON_THE_CANVAS
 from distilled_t5.tests.support.workflows import FLUX_DEV, LORA, SCHNELL
 from playwright.sync_api import expect
 
@@ -18,10 +19,6 @@ LOADED = "T5-Base from distilled_t5_base.safetensors"
 SHOWN = """(text) => app.graph.nodes.some(node => node.type === 'PreviewAny'
     && node.widgets?.some(widget => String(widget.value).startsWith(text)))"""
 IN_DRAFT = "(text) => Object.values(localStorage).some(draft => draft.includes(text))"
-
-# In the default run a test of one renderer is enough: both run the same code of ours.
-ONE_ON_THE_CANVAS = [pytest.param(False, id="canvas"), pytest.param(True, id="nodes-2", marks=pytest.mark.full)]
-ONE_IN_NODES_2 = [pytest.param(False, id="canvas", marks=pytest.mark.full), pytest.param(True, id="nodes-2")]
 
 
 def content(graph: dict[str, Any]) -> dict[str, Any]:

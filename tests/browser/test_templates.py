@@ -23,6 +23,10 @@ def sizes(workflow: dict[str, Any]) -> dict[int, list[float]]:
     return {node["id"]: node["size"] for node in workflow["nodes"]}
 
 
+# The zoom of every template is looked at in every run; opened one by one are these.
+MARKS = {FLUX_DEV: pytest.mark.every_version, MINIATURE: ()}
+
+
 def widget_values(workflow: dict[str, Any]) -> dict[int, Any]:
     return {node["id"]: node.get("widgets_values") or [] for node in workflow["nodes"]}
 
@@ -36,9 +40,7 @@ def test_a_template_opens_from_the_template_browser(comfy: ComfyTab, name: str) 
     assert_complete(comfy, name)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.every_version if name == FLUX_DEV else ()) for name in EXAMPLE_NAMES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.full)) for name in EXAMPLE_NAMES])
 def test_a_template_opens_from_its_link_in_nodes_2(comfy: ComfyTab, name: str) -> None:
     comfy.open_template(name, nodes_2=True)
     assert_complete(comfy, name)

@@ -58,6 +58,7 @@ def numbers(suite: Suite, out: Path, stop: StopRequest) -> tuple[Any, Any]:
     return judged.images, measured.numbers
 
 
+@pytest.mark.full
 def test_stopped_at_every_look_it_ends_with_the_same_and_does_nothing_twice(suite, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert evaluate(suite, STUDENTS, whole, Ranks()) is not None
