@@ -207,7 +207,7 @@ def test_a_model_with_a_lora_and_one_of_an_unknown_file_are_refused(loaded):
     unknown.cached_patcher_init = None
     with pytest.raises(ValueError, match="The file of the model is not known"):
         distil(unknown, teacher, "refused")
-    with pytest.raises(ValueError, match="There is no MODEL or no CLIP"):
+    with pytest.raises(ValueError, match="MODEL or teacher is not connected"):
         distil(model, None, "refused")
 
 
