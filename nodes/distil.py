@@ -128,7 +128,7 @@ def _run_and_recipe(
     from ..train.run_directory import RunDirectory
 
     if model is None or teacher is None:
-        raise UserError("MODEL or teacher is not connected.", "connect Load Diffusion Model, and ComfyUI's CLIP loader or Distilled T5 Loader.")
+        raise UserError("MODEL or teacher is not connected.", "connect Load Diffusion Model, and a CLIP loader or Distilled T5 Loader.")
     check_name(chosen["name"])
     family = fitting_family(preset, model.model)
     (diffusion_model, dtype), (t5, companions) = diffusion_file(model), text_encoder_files(teacher, family)
