@@ -208,6 +208,7 @@ class Run:
         if kind == "row":
             if "tflop_per_s" in value:
                 value["share_of_product"] = value["tflop_per_s"] * 1e12 / self.device["product_flops_per_s"]
+                value["share_of_peak"] = None
                 with contextlib.suppress(UserError):
                     value["share_of_peak"] = value["tflop_per_s"] / gpu_named(self.device["device_name"]).bf16
             self.found["parts"].setdefault(name, []).append(value)

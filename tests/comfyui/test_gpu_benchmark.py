@@ -143,3 +143,18 @@ def test_what_streams_and_fp16_change_is_said():
     assert gpu.compared(streams("a") | losses) == {"two_streams_change_nothing": True, "fp16_losses_differ_by": pytest.approx(0.1)}
     assert gpu.compared(streams("b"))["two_streams_change_nothing"] is False
     assert gpu.compared({}) == {"two_streams_change_nothing": None, "fp16_losses_differ_by": None}
+
+
+@pytest.mark.parametrize(
+    ("device", "share"), [("AMD EPYC", None), ("NVIDIA H100 PCIe", None), ("NVIDIA H200", 0.1), ("NVIDIA GeForce RTX 4090", 98.9 / 165.2)]
+)
+def test_the_share_of_the_published_peak_is_that_of_the_very_gpu_or_none(device, share, tmp_path):
+    run = object.__new__(gpu.Run)
+    run.device = {"device_name": device, "product_flops_per_s": 1e15}
+    run.found = {"parts": {}}
+    run.path = tmp_path / "gpu.json"
+    usual = dict.fromkeys(gpu.COLUMNS["recipe"][:3], 1.0) | {"device_peak_gb": 1.0, "rehearsed_peak_gb": 1.0}
+    run._keep({"part": "a", "row": {"stage": "first", "tflop_per_s": 98.9, **usual}})
+    [row] = run.found["parts"]["a"]
+    assert row["share_of_peak"] == pytest.approx(share) and row["share_of_product"] == pytest.approx(0.0989)
+    assert "share_of_peak" in gpu.rows_table("recipe", "a", [row])
