@@ -104,3 +104,12 @@ def server(comfyui_path: Path, pack_root: Path, tmp_path_factory: pytest.TempPat
 
     with ComfyServer(comfyui=comfyui_path, base=tmp_path_factory.mktemp("server"), pack=pack_root) as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def kill_what_is_left() -> Iterator[None]:
+    """A test that fails leaves no training or evaluation running beside the next one."""
+    from distilled_t5.tests.support.trainer import kill_started
+
+    yield
+    kill_started()

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from distilled_t5.devtools.miniature import (
 from distilled_t5.devtools.miniature_results import MIDDLE, RESULTS, SD3_STUDENT, TEACHER
 from distilled_t5.runtime.model_folders import SHIPPED
 from distilled_t5.tests.support.trainer import BOUND_S
+from distilled_t5.tests.support.trainer import start as start_process
 from distilled_t5.world.scenes import NEW_IN_TASK
 
 pytestmark = [pytest.mark.full, pytest.mark.skipif(os.name == "nt", reason="Windows has none of these signals and links")]
@@ -41,9 +41,8 @@ def start(comfyui: Path, folder: Path, *options: str) -> subprocess.Popen[str]:
     (folder / "python").mkdir(exist_ok=True)
     if not (folder / "python" / "distilled_t5").is_symlink():
         (folder / "python" / "distilled_t5").symlink_to(ROOT)
-    command = [sys.executable, "-m", "distilled_t5.devtools.miniature", "--comfyui", str(comfyui), "--work", str(folder / "work"), *options]
-    env = {**os.environ, "PYTHONPATH": str(folder / "python"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = ["-m", "distilled_t5.devtools.miniature", "--comfyui", str(comfyui), "--work", str(folder / "work"), *options]
+    return start_process(command, folder, PYTHONPATH=str(folder / "python"), OMP_NUM_THREADS="1")
 
 
 def kept_files() -> dict[Path, str]:

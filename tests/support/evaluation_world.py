@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ...runtime.random_weights import drawn
 from ...students.t5.layout import StudentLayout
 from .prepared import run_prepared
 from .trainer import BOUND_S, PACK
+from .trainer import start as start_process
 
 TEXT_WIDTH = 64
 TEACHER = StudentLayout(d_model=48, d_ff=96, num_layers=2, num_heads=3, d_kv=16, hidden_width=64, projected_width=TEXT_WIDTH)
@@ -88,15 +88,8 @@ def command(comfyui: Path, base: Path, out: Path, *extra: str) -> list[str]:
 
 def start(arguments: Sequence[str], folder: Path, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
     """The command in a process of its own; what it prints is in `stdout`."""
-    return subprocess.Popen(
-        [sys.executable, *launcher, *arguments],
-        cwd=folder,
-        # How many threads add up decides the last bits, and torchrun gives each process one.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    # How many threads add up decides the last bits, and torchrun gives each process one.
+    return start_process(arguments, folder, launcher, OMP_NUM_THREADS="1")
 
 
 def finish(arguments: Sequence[str], folder: Path, code: int = 0, launcher: Sequence[str] = ()) -> str:

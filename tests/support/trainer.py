@@ -28,6 +28,7 @@ QUICK = [
 ]
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 BOUND_S = 400
+STARTED: list[subprocess.Popen[str]] = []
 
 
 def command(comfyui: Path, base: Path, run: Path, *extra: str, settings: Sequence[str] = QUICK, recipe: str = "smoke") -> list[str]:
@@ -65,11 +66,18 @@ def finish(
     return done.stdout + done.stderr
 
 
-def start(arguments: Sequence[str], folder: Path, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
-    """The command in a process of its own; what it prints is in `stdout`."""
-    return subprocess.Popen(
-        [sys.executable, *launcher, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start(arguments: Sequence[str], folder: Path, launcher: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
+    """The command in a process of its own, which ends with the test at the latest; what it prints is in `stdout`."""
+    command, env = [sys.executable, *launcher, *arguments], {**os.environ, **environment}
+    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    STARTED.append(process)
+    return process
+
+
+def kill_started() -> None:
+    """Kill what a failed test has left running."""
+    while STARTED:
+        STARTED.pop().kill()
 
 
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
