@@ -46,7 +46,8 @@ def old_file(server: ComfyServer) -> Iterator[None]:
 
 @pytest.mark.usefixtures("old_file")
 @pytest.mark.parametrize(
-    "nodes_2", [pytest.param(False, id="canvas", marks=pytest.mark.every_version), pytest.param(True, id="nodes-2", marks=pytest.mark.full)]
+    "nodes_2",
+    [pytest.param(False, id="canvas"), pytest.param(True, id="nodes-2", marks=[pytest.mark.full, pytest.mark.every_version])],
 )
 def test_the_old_loader_is_replaced_and_the_workflow_runs(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open(nodes_2=nodes_2)

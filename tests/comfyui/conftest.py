@@ -17,15 +17,19 @@ COMFYUI = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "comfyui").reso
 # ComfyUI's folders: models, input, output, temp, user.
 BASE = tempfile.TemporaryDirectory(prefix="distilled-t5-base-")
 
-# Files about ComfyUI itself that take a minute and more: in the default run, they run on the newest version alone.
+# Files about ComfyUI itself that take a minute and more, and single long tests: in the default run, they run on the newest version alone.
 LONG = (
     *("test_distil_in_graph.py", "test_practice_accelerator.py", "test_evaluation_workflows.py"),
-    *("test_trainer_teacher.py", "test_trainer_smoke.py"),
+    *("test_trainer_teacher.py", "test_trainer_smoke.py", "test_server_flags.py", "test_start.py"),
+)
+LONG_TESTS = (
+    "test_at_its_start_comfyui_prints_nothing_that_it_does_not_print_without_the_pack",
+    "test_the_bars_of_loading_and_saving_go_from_nothing_to_the_end",
 )
 # Files about ComfyUI itself: their tests get the marker `every_version`.
 ABOUT_COMFYUI = (
     *("test_nodes.py", "test_ordinary_clip.py", "test_clip_l_files.py", "test_loras_and_merges.py", "test_attention_map.py"),
-    *("test_server.py", "test_server_flags.py", "test_start.py", "test_progress_and_cancel.py", "test_cancel_anywhere.py"),
+    *("test_server.py", "test_progress_and_cancel.py", "test_cancel_anywhere.py"),
     *("test_workflows.py", "test_block_checkpoint.py", "test_families.py"),
     *("test_family_clips.py", "test_attention_families.py"),
     *LONG,
@@ -73,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in ABOUT_COMFYUI:
             item.add_marker(pytest.mark.every_version)
-        if item.path.name in LONG and not is_newest():
+        if not is_newest() and (item.path.name in LONG or item.name in LONG_TESTS):
             item.add_marker(pytest.mark.full)
 
 

@@ -144,6 +144,7 @@ def check_text_and_compbench(suite: Suite, out: Path, found: dict[str, Any]) -> 
     assert page.count("data:image/png") >= 1
 
 
+@pytest.mark.full
 def test_the_quick_suite_runs_completely(comfyui_path, place):
     suite, out = evaluated(comfyui_path, place, "quick")
     found = json.loads((out / "results.json").read_text(encoding="utf-8"))

@@ -93,6 +93,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_though_recipe_toml_was_change
         train(changed, tmp_path / "run", True, Ranks())
 
 
+@pytest.mark.full
 def test_two_processes_go_on_bit_for_bit_from_what_both_had(comfyui_path, tmp_path):
     run, cut = tmp_path / "run", tmp_path / "cut"
     settings = [*SETTINGS[:1], *SETTINGS[2:], "stage.0.steps=2", "stage.1.steps=3", "sampling.steps=4", "checkpoints.every_steps=3"]
