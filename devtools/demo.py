@@ -78,21 +78,18 @@ def train_student(comfyui: Path, base: Path, run: Path, steps: int) -> dict[str,
 
     Returns its files after the first steps and at the end, by the names to draw with. Replaces what an earlier demo has left.
     """
-    folder, workflow = base / "models" / "text_encoders", base / WORKFLOWS / f"{TRAINED}.json"
+    trained, workflow = base / "models" / "text_encoders" / f"{TRAINED}.safetensors", base / WORKFLOWS / f"{TRAINED}.json"
     if RunDirectory(run).is_run:
         if load_recipe(str(RunDirectory(run).recipe)).output.name != TRAINED:
             raise RuntimeError(f"{run} is a run of yours, not of the demo.\nWhat to do: name another folder with --out.")
         shutil.rmtree(run)
-    before = {*folder.glob("*.safetensors")}
+    # The trainer never overwrites: the new student would have a number beside it.
+    trained.unlink(missing_ok=True)
     sets = [part for setting in settings_of(steps) for part in ("--set", setting)]
     command = [sys.executable, str(ROOT / "train"), "miniature-tenth", "--run", str(run), "--comfyui", str(comfyui), *sets]
     code = subprocess.run([*command, "--", "--base-directory", str(base)], check=False).returncode
     if code:
         raise RuntimeError(f"The trainer ended with status {code}.\nWhat to do: see its output above.")
-    trained = folder / f"{TRAINED}.safetensors"
-    # The trainer never overwrites: beside the student of an earlier demo, the new one has a number.
-    for path in {*folder.glob(f"{TRAINED}*.safetensors")} - before:
-        os.replace(path, trained)
     workflow.parent.mkdir(parents=True, exist_ok=True)
     replace_file(workflow, WORKFLOW.read_text(encoding="utf-8").replace(STUDENT, trained.name).encode())
     early = min((run / "checkpoints").glob("step-*"))

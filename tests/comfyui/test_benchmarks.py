@@ -50,7 +50,7 @@ def test_every_benchmark_is_tried_here(pack_root: Path) -> None:
     assert {path.stem for path in (pack_root / "benchmarks").glob("*.py")} == {"encode", "gpu", "precision", "start"}
 
 
-def test_encode_measures_load_encode_memory_and_a_picture(quick: Quick) -> None:
+def test_encode_measures_load_encode_and_memory(quick: Quick) -> None:
     found = quick("encode")
     base, whole = found["encoders"]["base"], found["encoders"]["xxl-bf16"]
     assert base["t5_weights_gb"] == pytest.approx(0.259, abs=0.001)
@@ -58,7 +58,6 @@ def test_encode_measures_load_encode_memory_and_a_picture(quick: Quick) -> None:
     for key in ("load_cold_s", "load_warm_s", "first_encode_s", "next_encode_s", "new_prompt_s", "rss_peak_gb"):
         assert min(base[key], whole[key]) > 0
     assert found["ratios"]["base"]["best_encode_s"] == pytest.approx(whole["best_encode_s"] / base["best_encode_s"])
-    assert found["pipeline"]["base offload"]["next_image_s"] > 0
 
 
 def test_precision_ranks_the_formats_and_finds_both_implementations_equal(quick: Quick) -> None:
