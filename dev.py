@@ -300,8 +300,8 @@ def print_summary(outcomes: list[Outcome]) -> None:
 def steps_of_test(options: argparse.Namespace, comfyui: Path) -> dict[str, tuple[list[str], Places]]:
     """The steps that the command line asks for, by name."""
 
-    def tests(folder: str, mark: str = "") -> list[str]:
-        marks = " and ".join([*([mark] if mark else []), *([] if options.full else ["not full"])])
+    def tests(folder: str, mark: str = "", full: bool = options.full) -> list[str]:
+        marks = " and ".join([*([mark] if mark else []), *([] if full else ["not full"])])
         chosen = [*(["-k", options.k] if options.k else []), *(["-m", marks] if marks else [])]
         return ["pytest", f"tests/{folder}", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *chosen]
 
@@ -313,7 +313,8 @@ def steps_of_test(options: argparse.Namespace, comfyui: Path) -> dict[str, tuple
     steps["pyright"] = ["pyright", "--level", "warning"], {}
     steps[f"comfyui {version}"] = tests("comfyui"), here
     for other in sorted({*(VERSIONS if options.full else (OLDEST,))} - {version}):
-        steps[f"comfyui {other}"] = tests("comfyui", REPEATED), {"COMFYUI_PATH": functools.partial(fetched_comfyui, other)}
+        there = {"COMFYUI_PATH": functools.partial(fetched_comfyui, other)}
+        steps[f"comfyui {other}"] = tests("comfyui", REPEATED, options.full and other == OLDEST), there
     steps[f"browser {version}"] = tests("browser"), here
     steps[f"frontend {FRONTEND[0]}"] = tests("browser", REPEATED), here | {"FRONTEND_PATH": fetched_frontend}
     return steps
