@@ -112,8 +112,9 @@ def test_a_student_like_its_teacher_has_no_gap_at_any_noise_level(model: FrozenM
     place = position(model, teacher_BLD)
     for objective in objectives_of(model):
         for step in (0, 3):
-            gaps_B, _ = gap_at(replace(place, step=step), model, lambda _ids: teacher_BLD, objective)
+            gaps_B, velocity = gap_at(replace(place, step=step), model, lambda _ids: teacher_BLD, objective)
             assert float(gaps_B.abs().max()) < 1e-9, objective
+            assert (velocity is not None) == (objective.at == "streams" and step == 0), "after the last step, nothing needs it"
 
 
 @pytest.mark.every_version
@@ -194,7 +195,7 @@ PLAN = [
 
 def run_of(plan: list[tuple[str, int]], *settings: str) -> Recipe:
     """A quick run with a stage for each objective."""
-    quick = ["sampling.steps=2", "checkpoints.every_steps=3", "checkpoints.keep_last=99", "validation.prompts=2"]
+    quick = ["sampling.steps=2", "checkpoints.every_steps=5", "checkpoints.keep_last=99", "validation.prompts=2"]
     often = [f"{part}.every_steps=99" for part in ("validation", "preview")]
     recipe = load_recipe("smoke", [*quick, *often, "student.dropout=0.1", "optimizer.warmup_steps=0", *settings])
     given = recipe.stages[1].model_copy(update={"steps": STEPS, "batch": 2, "accumulate": 1})
@@ -212,7 +213,7 @@ def test_a_run_through_every_objective_resumes_to_the_bit(tmp_path: Path) -> Non
     losses = [row["loss"] for row in rows_of(tmp_path / "run") if "loss" in row]
     assert len(losses) == STEPS * len(PLAN) and all(0 < loss < 10 for loss in losses)
     last = f"step-{STEPS * len(PLAN):06d}"
-    for kept in (3, 9, 15):  # in the middle of a trajectory
+    for kept in (5, 15):  # in the middle of a trajectory
         resumed = shutil.copytree(tmp_path / "run", tmp_path / f"from-{kept}")
         for folder in (resumed / "checkpoints").iterdir():
             if int(folder.name.partition("-")[2]) > kept:
