@@ -163,7 +163,8 @@ def diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, target in comfy.utils.flux_to_diffusers(sizes).items():
         inner, part = (target, None) if isinstance(target, str) else target[:2]
         if inner in tensors:
-            written[name] = tensors[inner] if part is None else tensors[inner].narrow(*part).contiguous()
+            # Clones, as ComfyUI knows some tensors by several names.
+            written[name] = (tensors[inner] if part is None else tensors[inner].narrow(*part)).clone()
     return written
 
 
