@@ -159,7 +159,7 @@ def comfy_quant(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     sizes = {"depth": FLUX.double, "depth_single_blocks": FLUX.single, "hidden_size": FLUX.width}
-    written = {}
+    tensors, written = tensors | {name.replace(".scale", ".weight"): tensor for name, tensor in tensors.items()}, {}
     for name, target in comfy.utils.flux_to_diffusers(sizes).items():
         inner, part = (target, None) if isinstance(target, str) else target[:2]
         if inner in tensors:
