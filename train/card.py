@@ -16,6 +16,7 @@ from .checkpoint_files import step_of
 from .curves import Curves
 from .export import chosen_checkpoint
 from .licences import UNKNOWN, licence_of, origins
+from .objectives import OBJECTIVES
 from .page import samples_of
 from .recipe import Recipe, load_recipe
 from .run_directory import RunDirectory
@@ -69,19 +70,19 @@ def _is_unchanged(text: str) -> bool:
 
 def card(run: RunDirectory, recipe: Recipe, step: int, evaluation: str = "") -> str:
     """The card's text: front matter, then Markdown. `evaluation`: the tables of an evaluation."""
-    family = recipe.family.display_name
+    family, follows = recipe.family.display_name, any(OBJECTIVES[stage.objective].needs_velocity for stage in recipe.stages)
+    how = "following the diffusion model's denoising steps" if follows else "imitating the teacher's embeddings"
     parts = [
         f"---\n{_front_matter(recipe)}\n---",
         f"# {recipe.output.name}",
-        f"A distilled text encoder for {family}: it takes the place of {Path(recipe.teacher.t5).name}, and was trained by following the "
-        f"diffusion model's denoising steps ({PAPER}).",
+        f"A distilled text encoder for {family}: it takes the place of {Path(recipe.teacher.t5).name}, and was trained by {how} ({PAPER}).",
         "## Use",
         f"Put `{recipe.output.name}.safetensors` into ComfyUI's `models/text_encoders` and load it with *Distilled T5 Loader* of "
         f"[Distilled T5]({PACK}){_pooled(recipe)}.",
         "## Training",
         _table(_facts(recipe, step)),
         "### Held-out loss",
-        _held_out(run),
+        _held_out(run, recipe.needs_diffusion_model),
         *_image(run),
         "## Evaluation",
         evaluation or "Not evaluated yet.",
@@ -142,7 +143,7 @@ def _table(rows: Iterator[tuple[str, str]]) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def _held_out(run: RunDirectory) -> str:
+def _held_out(run: RunDirectory, needs_model: bool) -> str:
     curves = Curves()
     if run.metrics.is_file():
         with run.metrics.open("rb") as lines:
@@ -151,7 +152,8 @@ def _held_out(run: RunDirectory) -> str:
         return "Not measured."
     bands = "; ".join(f"sigma {band}: {curve.points()[-1][1]:.4g}" for band, curve in curves.held_out.items() if curve.points())
     step, best = curves.best
-    return f"The mean squared gap of the velocities on prompts never trained on. Lowest: {best:.4g} at step {step:,}. At the end: {bands}."
+    what = "mean squared gap of the velocities" if needs_model else "last stage's objective"
+    return f"The {what} on prompts never trained on. Lowest: {best:.4g} at step {step:,}. At the end: {bands}."
 
 
 def _code(text: str) -> str:

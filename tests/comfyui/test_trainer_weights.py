@@ -9,6 +9,7 @@ import comfy.sd
 import pytest
 import torch
 from distilled_t5.diffusion.frozen import FrozenModel
+from distilled_t5.diffusion.partial_pass import streams_after
 from distilled_t5.families import FAMILIES
 from distilled_t5.runtime.random_weights import drawn
 from distilled_t5.tests.support.small_flux import FLUX
@@ -54,14 +55,21 @@ def quantised_layers(flow: FrozenModel) -> list[Any]:
     return [module for module in flow.model.diffusion_model.modules() if getattr(module, "layout_type", None)]
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["velocity", "early"])
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])
-def test_gradient_to_the_text_equals_the_numeric_derivative(flow: FrozenModel, checkpoint_blocks: bool) -> None:
+def test_gradient_to_the_text_equals_the_numeric_derivative(flow: FrozenModel, checkpoint_blocks: bool, early: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, text = (torch.randn(shape, generator=generator) for shape in [(BATCH, 16, 8, 8), (BATCH, TOKENS, FLUX.text_width)])
     pooled, readout = torch.randn(BATCH, FLUX.pooled_width, generator=generator), torch.randn(x.shape, generator=generator)
 
+    def velocity(text_BLD: Tensor) -> Tensor:
+        return flow.velocity(x, torch.tensor([0.7, 0.3]), text_BLD, {"pooled_output": pooled}, torch.tensor([2.0, 4.0]))
+
     def measured(text_BLD: Tensor) -> Tensor:
-        return (flow.velocity(x, torch.tensor([0.7, 0.3]), text_BLD, {"pooled_output": pooled}, torch.tensor([2.0, 4.0])) * readout).sum()
+        if not early:
+            return (velocity(text_BLD) * readout).sum()
+        streams, _ = streams_after(flow, 1, lambda: velocity(text_BLD), TOKENS, to_the_end=False)
+        return sum((stream.float() * stream.float().sin()).sum() for stream in streams.values())
 
     with flow.differentiable(checkpoint_blocks):
         [gradient] = torch.autograd.grad(measured(leaf := text.clone().requires_grad_(True)), leaf)
