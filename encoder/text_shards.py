@@ -26,8 +26,8 @@ from .rows import Rows
 from .teacher_text import TeacherText
 
 FORMATS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-# The metadata of a shard: whose texts it holds, and the checksum of each by its key.
-TEACHER, TEXTS = "teacher", "texts"
+# The metadata of a shard, JSON: whose texts it holds, and the checksum of each by its key. One entry, as the library keeps no order.
+TEXTS = "distilled_t5.texts"
 DIGITS = 16
 Parts = Mapping[str, Tensor]
 log = logging.getLogger(__name__)
@@ -134,11 +134,10 @@ class TextShards:
 
     def _add(self, path: Path) -> None:
         try:
-            about = read_strings(path)
-            teacher, checksums = about[TEACHER], json.loads(about[TEXTS])
+            teacher, checksums = json.loads(read_strings(path)[TEXTS])
         except StudentFileError as error:
             raise _damage(path, error) from error
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise DamagedShard(path, "it does not say what it holds") from error
         if teacher != self.teacher:
             raise UserError(
@@ -180,7 +179,7 @@ class TextShards:
         checksums = {key: _checksum(parts) for key, parts in texts.items()}
         tensors = {f"{key}.{name}": part.contiguous() for key, parts in texts.items() for name, part in parts.items()}
         with unfinished(path) as aside:
-            save_file(tensors, aside, {TEACHER: self.teacher, TEXTS: json.dumps(checksums)})
+            save_file(tensors, aside, {TEXTS: json.dumps([self.teacher, checksums])})
             sync_file(aside)
             os.replace(aside, path)
         sync_folder(self.folder)
