@@ -33,11 +33,11 @@ Parts = Mapping[str, Tensor]
 log = logging.getLogger(__name__)
 
 
-class DamagedShard(Exception):
+class DamagedShard(UserError):
     """A shard whose texts cannot be read, or are not those that were written."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} is damaged ({reason}): it is removed, and its texts are made again.")
+        super().__init__(f"{path} is damaged: {reason}", "nothing, its texts are made again; if it is damaged once more, check the disk.")
         self.path = path
 
 
@@ -138,7 +138,7 @@ class TextShards:
         except StudentFileError as error:
             raise _damage(path, error) from error
         except (KeyError, ValueError, TypeError) as error:
-            raise DamagedShard(path, "it does not say what it holds") from error
+            raise DamagedShard(path, "it does not say what it holds.") from error
         if teacher != self.teacher:
             raise UserError(
                 f"{path} holds texts of another teacher: expected {self.teacher}, got {teacher}.",
@@ -149,7 +149,7 @@ class TextShards:
 
     def remove(self, damage: DamagedShard) -> None:
         """Remove a damaged shard, and say so."""
-        log.warning("%s", damage)
+        log.warning("%s The file is removed.", damage)
         damage.path.unlink(missing_ok=True)
         self._known.discard(damage.path)
         self._places = {key: place for key, place in self._places.items() if place[0] != damage.path}
@@ -167,7 +167,7 @@ class TextShards:
         except StudentFileError as error:
             raise _damage(path, error) from error
         if _checksum(parts) != checksum:
-            raise DamagedShard(path, "its checksum differs")
+            raise DamagedShard(path, "its checksum differs.")
         return parts
 
     def write(self, texts: Mapping[str, Parts]) -> None:

@@ -59,11 +59,11 @@ def open_cache(
             tell_others(cache.shards.folder, described)
     if missing:
         cache.make(missing, ranks, stopping, text_width)
-        if lost := cache.missing():
-            raise UserError(
-                f"{len(lost):,} texts that another process made are not in {cache.shards.folder}.",
-                "name a folder in teacher.cache that all machines of the run share.",
-            )
+    if lost := cache.missing():
+        raise UserError(
+            f"{len(lost):,} texts that another process has are not in {cache.shards.folder}.",
+            "name a folder in teacher.cache that all machines of the run share.",
+        )
     return cache
 
 
@@ -89,13 +89,7 @@ class CachedTexts:
             self.shards.remove(damage)
             with undisturbed():
                 self.make(self.missing(), Ranks())
-        try:
-            return self.shards.read(key)
-        except DamagedShard as damage:
-            raise UserError(
-                f"{damage.path} is damaged again right after it was made.",
-                "check the disk, or name a folder on another one in teacher.cache.",
-            ) from damage
+        return self.shards.read(key)
 
     @property
     def text_width(self) -> int:

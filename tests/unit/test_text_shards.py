@@ -112,7 +112,7 @@ def test_a_shard_that_is_cut_off_is_removed_with_a_warning(tmp_path, caplog):
     again = TextShards(tmp_path, "teacher")
     again.find()
     assert "12-1" not in again and not path.exists()
-    assert f"{path} is damaged (" in caplog.text and "its texts are made again" in caplog.text
+    assert f"{path} is damaged: {path.name} is not a complete safetensors file" in caplog.text and "its texts are made again" in caplog.text
 
 
 def test_a_changed_byte_is_noticed_in_the_text_that_has_it(tmp_path):
