@@ -6,8 +6,6 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from ..runtime.errors import UserError
 from .batches import Schedule
 from .recipe import Recipe
@@ -31,7 +29,7 @@ class Plan:
 
 def shown(size: float) -> str:
     """A number of bytes for people."""
-    return f"{tqdm.format_sizeof(size)}B"
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def key_of(prompt: str, length: int) -> str:
