@@ -46,7 +46,7 @@ def packed(text: TeacherText, dtype: torch.dtype) -> dict[str, Tensor]:
 
     Equal rows that follow each other are stored once, and so are not the zeros beyond the last channel of the companions' rows.
     """
-    parts = {"ids": text.token_ids_BL[0].int(), "pooled": text.pooled_BP[0], **_rounded("text", text.text_BLD[0], dtype)}
+    parts = {"ids": text.token_ids_BL[0].int(), "pooled": text.pooled_BP[0].clone(), **_rounded("text", text.text_BLD[0], dtype)}
     if text.rows is not None and len(before_KD := text.rows.before[0]):
         used = before_KD.any(0).nonzero()
         parts |= _rounded("before", before_KD[:, : int(used[-1]) + 1 if len(used) else 1], dtype)

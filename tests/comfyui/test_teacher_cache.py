@@ -155,32 +155,34 @@ def test_texts_are_the_same_whichever_run_has_made_them(whole, tmp_path):
     assert same(texts_in(cache, list(cache.wanted)), texts_in(first, list(first.wanted)))
 
 
-def test_a_damaged_shard_is_made_again_while_the_run_trains_with_the_same_bits(whole, tmp_path, monkeypatch, caplog):
+def test_a_text_whose_bytes_have_changed_is_made_again_when_the_run_takes_it(whole, tmp_path, monkeypatch, caplog):
     shutil.copytree(whole / "cache", tmp_path / "cache")
-    [path] = shards_of(tmp_path / "cache")
-    content = bytearray(path.read_bytes())
-    [length] = {length for _, length in wanted(Schedule(recipe(tmp_path))).values()} - {32}
-    held_out = Schedule(recipe(tmp_path)).held_out[0].text
-    keys = [key for key in (key_of(held_out, length), key_of(held_out, 32)) if f"{key}.text" in read_entries(path)]
-    content[read_entries(path)[f"{keys[0]}.text"].begin] ^= 1
+    one, [path] = recipe(tmp_path / "cache"), shards_of(tmp_path / "cache")
+    [batch, *_] = Schedule(one).held_out_batches()
+    first, *_ = batch.prompts
+    cache = made(one)
+    before, content, state = cache.encode(batch.prompts, batch.drawn.token_length), bytearray(path.read_bytes()), torch.get_rng_state()
+    content[read_entries(path)[f"{key_of(first, batch.drawn.token_length)}.text"].begin] ^= 1
     path.write_bytes(content)
-    assert train(recipe(tmp_path / "cache"), tmp_path / "run", False, Ranks()) is not None
+    assert same(vars(cache.encode(batch.prompts, batch.drawn.token_length)), vars(before))
     assert "its checksum differs.\nWhat to do: nothing, its texts are made again" in caplog.text
-    check_same_run(tmp_path / "run", whole / "run")
+    assert torch.equal(torch.get_rng_state(), state), "dropout draws from it"
+    assert not made(one).missing()
     monkeypatch.setattr(teacher_cache.TextShards, "read", damaged_always)
     with pytest.raises(UserError, match=r"if it is damaged once more, check the disk\."):
-        made(recipe(tmp_path / "cache")).encode([held_out], length)
+        cache.encode([first], batch.drawn.token_length)
 
 
 def damaged_always(self: Any, key: str) -> Any:
     raise teacher_cache.DamagedShard(self.folder / "a.safetensors", "its checksum differs.")
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-@pytest.mark.parametrize("companions", [False, True], ids=["alone", "with companions"])
+WITH_COMPANIONS = [family for family in FAMILIES.values() if family.companions]
+KINDS = [*((family, False) for family in FAMILIES.values()), *((family, True) for family in WITH_COMPANIONS)]
+
+
+@pytest.mark.parametrize(("family", "companions"), KINDS, ids=lambda value: value.name if isinstance(value, Family) else str(value))
 def test_texts_of_every_family_come_back_as_its_teacher_gives_them(family: Family, companions: bool, stand_ins, tmp_path):
-    if companions and not family.companions:
-        return
     folder = stand_ins / "models" / "text_encoders"
     given = [f"teacher.{name}={folder / name}.safetensors" for name in family.companions if companions]
     side, length = max(64, family.least_side_px), max(16, family.token_length if family.padded else 0)
@@ -230,25 +232,22 @@ def test_a_full_disk_keeps_complete_shards_and_says_what_is_needed(tmp_path, mon
     import resource
 
     monkeypatch.setattr(teacher_cache, "PER_SHARD", 1)
-    limits, load, one = resource.getrlimit(resource.RLIMIT_FSIZE), teacher_cache.load_teacher_of, recipe(tmp_path / "cache")
+    limits, write, one = resource.getrlimit(resource.RLIMIT_FSIZE), teacher_cache.TextShards.write, recipe(tmp_path / "cache")
 
-    def loaded(*arguments: Any) -> Teacher:
-        teacher = load(*arguments)
-        # A text of 16 tokens fits, one of 32 does not.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
-        return teacher
+    def third_does_not_fit(self: Any, texts: Any) -> None:
+        if len(shards_of(tmp_path / "cache")) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        write(self, texts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(teacher_cache, "load_teacher_of", loaded)
+        patch.setattr(teacher_cache.TextShards, "write", third_does_not_fit)
         try:
-            with pytest.raises(
-                UserError, match=r"are there and stay, the others need at most [\d.]+ MB\.\nWhat to do: free that much .*fp8"
-            ) as full:
+            with pytest.raises(UserError, match=r"and stay, the others need at most [\d.]+ MB\.\nWhat to do: free that .*fp8") as full:
                 made(one)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     done = shards_of(tmp_path / "cache")
-    assert f"{len(done)} of {len(wanted(Schedule(one)))} are there" in str(full.value)
+    assert len(done) == 2 and f": 2 of {len(wanted(Schedule(one)))} are there" in str(full.value)
     assert not list((tmp_path / "cache").rglob(".*"))
     assert not made(one).missing() and set(done) < set(shards_of(tmp_path / "cache"))
     monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=1000))
