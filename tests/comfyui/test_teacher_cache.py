@@ -177,11 +177,16 @@ def damaged_always(self: Any, key: str) -> Any:
     raise teacher_cache.DamagedShard(self.folder / "a.safetensors", "its checksum differs.")
 
 
-WITH_COMPANIONS = [family for family in FAMILIES.values() if family.companions]
-KINDS = [*((family, False) for family in FAMILIES.values()), *((family, True) for family in WITH_COMPANIONS)]
+ALONE = [pytest.param(family, False, id=name) for name, family in FAMILIES.items()]
+# CLIP-G of full size takes half a minute.
+WITH = [
+    pytest.param(family, True, id=f"{name} with companions", marks=[pytest.mark.full] * ("clip_g" in family.companions))
+    for name, family in FAMILIES.items()
+    if family.companions
+]
 
 
-@pytest.mark.parametrize(("family", "companions"), KINDS, ids=lambda value: value.name if isinstance(value, Family) else str(value))
+@pytest.mark.parametrize(("family", "companions"), [*ALONE, *WITH])
 def test_texts_of_every_family_come_back_as_its_teacher_gives_them(family: Family, companions: bool, stand_ins, tmp_path):
     folder = stand_ins / "models" / "text_encoders"
     given = [f"teacher.{name}={folder / name}.safetensors" for name in family.companions if companions]
