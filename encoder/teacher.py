@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +22,7 @@ from .files import open_student
 from .needed_tensors import CLIPS, check_companions_given, check_large_tensors
 from .rows import Rows
 from .served import ServingOptions, load_encoder
-
-
-@dataclass(frozen=True)
-class TeacherText:
-    """The teacher's encoding of a batch of prompts, on the CPU: token ids [B, L], embeddings [B, L, D], pooled vectors [B, P].
-
-    rows: what of them is the text of each prompt, where it is not all of it. empty: the same of the empty prompt, for CFG.
-    """
-
-    token_ids_BL: Tensor
-    text_BLD: Tensor
-    pooled_BP: Tensor
-    rows: Rows | None = None
-    empty: TeacherText | None = None
-
-    def extras(self, device: torch.device) -> dict[str, Any]:
-        """What stands beside the text in a conditioning entry, on a device."""
-        return {"pooled_output": self.pooled_BP.to(device) if self.pooled_BP.shape[-1] else None}
-
-    @property
-    def whole(self) -> Tensor:
-        """The text [1, K + L, D] of a single prompt, with the companions' rows."""
-        return self.text_BLD if self.rows is None else self.rows.text(self.text_BLD, [0])
+from .teacher_text import TeacherText
 
 
 class Teacher:

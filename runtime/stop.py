@@ -16,6 +16,10 @@ SAME_REQUEST_S = 0.5
 NOTICE = "\nStopping: the run is saved after this step. A second signal ends it at once, without saving.\n"
 
 
+class Stopped(Exception):
+    """A request to stop was followed before the first step of a run."""
+
+
 class StopRequest:
     """While open, the first SIGINT, SIGTERM or SIGHUP sets `signal_name`, which the loop checks; a later one ends the process at once.
 

@@ -1,6 +1,6 @@
 """The command: `python <pack>/train RECIPE [--set part.key=value ...] [--run DIR] [--resume] [--comfyui DIR] [-- COMFYUI FLAGS]`.
 
-`python <pack>/train watch | export | card | upload RUN` is in `commands`.
+`python <pack>/train watch | export | card | upload RUN` and `train cache RECIPE` are in `commands`.
 """
 
 from __future__ import annotations
@@ -33,22 +33,21 @@ COMMANDS = {
     "export": "write a checkpoint as an encoder file",
     "card": "write a run's model card",
     "upload": "send a run's student to Hugging Face",
+    "cache": "encode the prompts of a recipe with its teacher",
 }
 
 
 def command_line() -> argparse.ArgumentParser:
     """The parser of the command's arguments."""
     from distilled_t5.runtime.command import add_comfyui_option
+    from distilled_t5.train.commands import add_recipe
 
     parser = argparse.ArgumentParser(
         prog="train",
         description="Distil a text encoder. Flags after -- are ComfyUI's (--reserve-vram, --cpu ...).",
-        epilog="Other commands, each with --help: " + "; ".join(f"train {name} RUN: {what}" for name, what in COMMANDS.items()) + ".",
+        epilog="Other commands, each with --help: " + "; ".join(f"train {name}: {what}" for name, what in COMMANDS.items()) + ".",
     )
-    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one, such as smoke")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="part.key=value", help="change one value of the recipe; may be repeated"
-    )
+    add_recipe(parser)
     parser.add_argument("--run", metavar="DIR", help="folder of the run (default: runs/NAME-OF-RECIPE)")
     parser.add_argument(
         "--resume", action="store_true", help="continue from the run's last checkpoint; the steps of its stages and `preview` may differ"
@@ -135,6 +134,7 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
         # Only now: ComfyUI selects the current GPU when it is imported, which must be that of the process.
         from distilled_t5.train.estimate import estimate
         from distilled_t5.train.run import train
+        from distilled_t5.train.run_directory import RunDirectory
 
         if options.estimate:
             report = estimate(recipe, ranks)
@@ -147,7 +147,8 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
     if path is not None:
         print(f"Done: {path}\nDistilled T5 Loader lists it after a refresh (key R).")
     elif ranks.is_main:
-        print("Stopped; continue with --resume.")
+        saved = RunDirectory(options.run or Path("runs", recipe.name)).has_checkpoints
+        print("Stopped; continue with --resume." if saved else "Stopped before the first step; run the same command again.")
         return 130
     return 0
 

@@ -32,7 +32,8 @@ def _teacher(recipe: Recipe) -> str:
     given = recipe.teacher.companions
     names = recipe.family.companions
     beside = [f"with {Path(given[name]).name}" if name in given else f"without {CLIPS[name].display_name}" for name in names]
-    return ", ".join([Path(recipe.teacher.t5).name, *beside])
+    cached = [f"its texts in {recipe.teacher.cache}"] if recipe.teacher.cache else []
+    return ", ".join([Path(recipe.teacher.t5).name, *beside, *cached])
 
 
 def _stage(stage: Stage) -> str:

@@ -1,4 +1,4 @@
-"""The commands beside training: `train watch | export | card | upload`. None of them imports torch before it must."""
+"""The commands beside training: `train watch | export | card | upload | cache`. None of them imports torch before it must."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ from ..runtime.command import add_comfyui_option
 from ..runtime.errors import UserError
 from .run_directory import RunDirectory
 from .watch import PORT
+
+STOPPING = "\nStopping: what is encoded is written. A second signal ends the command at once.\n"
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add the recipe and --set."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one, such as smoke")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="part.key=value", help="change one value of the recipe; may be repeated"
+    )
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -25,6 +35,9 @@ def command_line() -> argparse.ArgumentParser:
     card = commands.add_parser("card", description="Write the model card RUN/README.md.")
     card.add_argument("--evaluation", metavar="DIR", help="folder of an evaluation, whose numbers the card shows")
     upload = commands.add_parser("upload", description="Send encoder, card, recipe and samples to Hugging Face, after asking.")
+    cache = commands.add_parser("cache", description="Encode the prompts of a recipe with its teacher, into teacher.cache.")
+    add_recipe(cache)
+    add_comfyui_option(cache)
     for command in (watch, export, card, upload):
         command.add_argument("run", metavar="RUN", help="folder of the run")
     upload.add_argument("repo", metavar="REPO", help="repository on Hugging Face: NAME or OWNER/NAME")
@@ -35,6 +48,8 @@ def command_line() -> argparse.ArgumentParser:
 
 def run_command(options: argparse.Namespace, flags: list[str]) -> int:
     """Do what the options of `command_line` ask for; the exit status."""
+    if options.command == "cache":
+        return _cache(options, flags)
     run = RunDirectory(options.run).existing()
     if options.command == "watch":
         return _watch(options)
@@ -80,4 +95,32 @@ def _export(run: RunDirectory, options: argparse.Namespace, flags: list[str]) ->
         if out.suffix != ".safetensors":
             raise UserError(f"{out} has the ending {out.suffix!r}; expected .safetensors.", "give a file name with that ending.")
     print(f"Done: {export(checkpoint, out)}")
+    return 0
+
+
+def _cache(options: argparse.Namespace, flags: list[str]) -> int:
+    from ..runtime.comfyui import find_comfyui, start_comfyui
+    from .preflight import preflight
+    from .recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.set)
+    if not recipe.teacher.cache:
+        raise UserError(f"Recipe {recipe.name} has no cache.", "name one, here and for training: --set teacher.cache=FOLDER.")
+    device_type = start_comfyui(find_comfyui(options.comfyui), flags, before_torch=lambda: preflight(recipe, models="teacher."))
+    from ..runtime.ranks import Ranks
+    from ..runtime.stop import Stopped, StopRequest
+
+    with Ranks.open(device_type) as ranks, StopRequest(STOPPING) as stop:
+        from .batches import Schedule
+        from .cache_plan import wanted
+        from .teacher_cache import open_cache
+
+        try:
+            cache = open_cache(recipe, wanted(Schedule(recipe)), ranks, lambda: stop.requested)
+        except Stopped:
+            if ranks.is_main:
+                print("Stopped; the same command continues.")
+            return 130
+        if ranks.is_main:
+            print(f"Done: {cache.shards.folder}")
     return 0

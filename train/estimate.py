@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.model_management
 
+from ..encoder.teacher import Teacher
 from ..runtime.accelerator import timed
 from ..runtime.ranks import Ranks
+from .cache_plan import expected
 from .distill import train_step
 from .memory import GB, SAVED_BYTES, TEACHER, part_lines, ram_parts
 from .recipe import Recipe
@@ -47,10 +49,19 @@ class StageEstimate:
 
 
 def estimate(recipe: Recipe, ranks: Ranks) -> str:
-    """Load everything, take three steps of each stage without saving, and report. Raises what a run would raise."""
-    workshop = open_workshop(recipe, ranks)
+    """Load everything, take three steps of each stage without saving, and report. Raises what a run would raise.
+
+    A cache is neither made nor used: what it would take is counted.
+    """
+    workshop = open_workshop(recipe.without_cache(), ranks)
     with workshop.model.differentiable(recipe.diffusion_model.checkpoint_blocks):
         stages = [_measure(workshop, number) for number in range(len(recipe.stages))]
+    cache_lines = []
+    if recipe.teacher.cache:
+        plan = expected(recipe, workshop.model.text_width)
+        hours = plan.texts * stages[0].encode_s / workshop.schedule.prompts_per_trajectory(0) / ranks.world / 3600
+        cache_lines = [f"Teacher's texts on disk: {plan}, {hours:.2f} hours before the first step."]
+        stages = [replace(stage, encode_s=0.0, swap_s=0.0) for stage in stages]
     return "\n".join(
         [
             *_memory_lines(workshop),
@@ -59,6 +70,7 @@ def estimate(recipe: Recipe, ranks: Ranks) -> str:
             *_stage_lines(recipe, stages),
             "",
             *disk_lines(recipe, workshop.student.layout.parameters),
+            *cache_lines,
         ]
     )
 
@@ -69,6 +81,7 @@ def _measure(workshop: Workshop, number: int) -> StageEstimate:
     # As before each chunk of a run, the diffusion model is on the device.
     workshop.load_model()
     reset_peak_memory()
+    assert isinstance(workshop.teacher, Teacher), "an estimate uses no cache"
     teacher_comes_s, _ = timed(workshop.teacher.clip.load_model, device)
     encode_s, texts = timed(lambda: texts_of(workshop.teacher, batches), device)
     model_comes_s, positions = timed(lambda: workshop.starts(batches, texts), device)

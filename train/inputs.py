@@ -22,8 +22,13 @@ DIGITS = 16
 
 def inputs_of(recipe: Recipe, schedule: Schedule) -> dict[str, str]:
     """Digests by name: of every stage's prompts, of the held-out prompts, of every model file that decides the result."""
-    files = {model.key: model_file(model.name, model.folder) for model in models_of(recipe) if model.key != "preview.vae"}
-    return schedule.digests | {key: _digest_of(path) for key, path in files.items()}
+    return schedule.digests | model_digests(recipe, "diffusion_model.", "teacher.", "student.")
+
+
+def model_digests(recipe: Recipe, *parts: str) -> dict[str, str]:
+    """Digests by name of the model files of these parts of the recipe."""
+    models = [model for model in models_of(recipe) if model.key.startswith(parts)]
+    return {model.key: _digest_of(model_file(model.name, model.folder)) for model in models}
 
 
 def refuse_other_inputs(recorded: Mapping[str, str], present: Mapping[str, str]) -> None:

@@ -123,7 +123,8 @@ def ram_parts(recipe: Recipe, rehearsal: Rehearsal, processes: int, model: int) 
     text = (max(recipe.sampling.token_lengths) + recipe.family.most_rows_before) * rehearsal.text_width * FLOAT32_BYTES
     validated = recipe.stages[-1].batch
     return {
-        TEACHER: rehearsal.teacher,
+        # With a cache, the teacher is gone when the diffusion model is loaded.
+        TEACHER: max(0, rehearsal.teacher - model) if recipe.teacher.cache else rehearsal.teacher,
         DIFFUSION_MODEL: model,
         "teacher's embeddings of one chunk": max(_chunk_prompts(recipe, stage, processes) for stage in recipe.stages) * text,
         "teacher's embeddings of held-out prompts": min(
@@ -136,7 +137,7 @@ def ram_parts(recipe: Recipe, rehearsal: Rehearsal, processes: int, model: int) 
 
 def _chunk_prompts(recipe: Recipe, stage: Stage, processes: int) -> int:
     prompts = stage.batch * stage.batches_per_rank(processes)
-    return prompts * len(chunk_of(0, prompts, recipe.teacher.chunk_prompts, -(-stage.steps // recipe.sampling.steps)))
+    return prompts * len(chunk_of(0, prompts, recipe.teacher.at_a_time, -(-stage.steps // recipe.sampling.steps)))
 
 
 def part_lines(parts: Mapping[str, int]) -> list[str]:

@@ -22,6 +22,7 @@ from ..runtime.ranks import Ranks
 from ..students.kind import Layout
 from ..students.trained import TrainedStudent
 from . import stand_ins
+from .batches import served_length
 from .file_sizes import text_width_in
 from .memory import Rehearsal, check_memory, check_ram, ram_parts, without_gpu
 from .recipe import RANDOM, STAND_IN, Recipe
@@ -54,11 +55,10 @@ def load_frozen_model(recipe: Recipe) -> FrozenModel:
     return model
 
 
-def load_teacher_of(recipe: Recipe, model: FrozenModel) -> Teacher:
-    """The teacher.
+def load_teacher_of(recipe: Recipe, text_width: int | None) -> Teacher:
+    """The teacher of a diffusion model that takes text of this width, None where that is not known.
 
-    Raises ValueError if it is not of the family's kind, gives text of another width than the diffusion model takes, or is smaller than the
-    student.
+    Raises ValueError if it is not of the family's kind, gives text of another width, or is smaller than the student.
     """
     part = recipe.teacher
     companions = {name: model_file(file, "text_encoders") for name, file in part.companions.items()}
@@ -67,14 +67,19 @@ def load_teacher_of(recipe: Recipe, model: FrozenModel) -> Teacher:
         t5 = stand_ins.teacher_file(Path(scratch), recipe.family) if stand_in else model_file(part.t5, "text_encoders")
         teacher = load_teacher(t5, companions, recipe.family)
     width = teacher.encode(["a"], 2).text_BLD.shape[-1]
-    if width != model.text_width:
-        raise ValueError(
-            f"The teacher {part.t5} gives text of width {width}, but {recipe.diffusion_model.file} takes {model.text_width}.\n"
-            "What to do: name a teacher that was made for this diffusion model (are teacher and student exchanged?)."
-        )
+    check_width(recipe, width, width if text_width is None else text_width)
     if not stand_in:
         _check_teaches(teacher, recipe, recipe.student_layout(width))
     return teacher
+
+
+def check_width(recipe: Recipe, width: int, taken: int) -> None:
+    """Raise ValueError unless the diffusion model takes text of the width that the teacher gives."""
+    if width != taken:
+        raise ValueError(
+            f"The teacher {recipe.teacher.t5} gives text of width {width}, but {recipe.diffusion_model.file} takes {taken}.\n"
+            "What to do: name a teacher that was made for this diffusion model (are teacher and student exchanged?)."
+        )
 
 
 def _check_teaches(teacher: Teacher, recipe: Recipe, layout: Layout) -> None:
@@ -143,22 +148,21 @@ def make_student_of(recipe: Recipe) -> TrainedStudent:
     """
     part = recipe.student
     start = part.start if part.start == RANDOM else str(model_file(part.start, "text_encoders"))
-    teacher, width = recipe.teacher.t5, recipe.family.text_width
+    return make_student(recipe.student_layout(teacher_width(recipe)), start, part.dropout, recipe.seed, not recipe.family.masked)
+
+
+def teacher_width(recipe: Recipe) -> int:
+    """Channels of the text that the recipe's teacher gives, by its file's header."""
+    teacher = recipe.teacher.t5
     if teacher != STAND_IN:
         with contextlib.suppress(StudentFileError):  # the teacher's own check says why
-            width = text_width_in([read_entries(model_file(teacher, "text_encoders"))], recipe.family)
-    return make_student(recipe.student_layout(width), start, part.dropout, recipe.seed, not recipe.family.masked)
+            return text_width_in([read_entries(model_file(teacher, "text_encoders"))], recipe.family)
+    return recipe.family.text_width
 
 
 def preview_vae(recipe: Recipe) -> Path | None:
     """The VAE of the previews; None if the recipe has none. Raises ValueError if it is not found."""
     return model_file(recipe.preview.vae, "vae") if recipe.preview.vae else None
-
-
-def served_length(recipe: Recipe) -> int:
-    """The padded length at which the student is served: ComfyUI's own if it was trained at it or without padding, else its longest."""
-    lengths, usual = recipe.sampling.token_lengths, recipe.family.token_length
-    return usual if usual in lengths or not recipe.family.padded else max(lengths)
 
 
 def metadata_of(recipe: Recipe, steps: int) -> StudentMetadata:

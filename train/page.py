@@ -12,6 +12,7 @@ from typing import Any
 
 from ..runtime.disk import replace_file
 from ..runtime.pages import filled, page_template
+from ..runtime.stop import Stopped
 from .curves import Curves
 from .recipe import Recipe, load_recipe
 from .run_directory import RunDirectory
@@ -123,7 +124,7 @@ def starting(run: RunDirectory) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        page.state, page.failure = "failed", str(error)
+        page.state, page.failure = ("stopped", "") if isinstance(error, Stopped) else ("failed", str(error))
         page.write(step, None)
         raise
 

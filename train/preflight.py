@@ -49,12 +49,12 @@ class Model:
     signs: tuple[str, ...]
 
 
-def preflight(recipe: Recipe, written_later: Path | None = None) -> None:
+def preflight(recipe: Recipe, written_later: Path | None = None, models: str = "") -> None:
     """Raise UserError that lists everything that the recipe needs and that is missing or of the wrong kind, and how to get it.
 
-    `written_later`: prompts that need not exist yet.
+    `written_later`: prompts that need not exist yet. `models`: how the keys of the models begin that are needed.
     """
-    problems = list(dict.fromkeys([*_packages(recipe), *_corpora(recipe, written_later), *_models(recipe)]))
+    problems = list(dict.fromkeys([*_packages(recipe), *_corpora(recipe, written_later), *_models(recipe, models)]))
     if problems:
         listed = "\n".join(f"{number}. {problem}" for number, problem in enumerate(problems, start=1))
         raise UserError(
@@ -120,8 +120,8 @@ def _problem(check: Callable[[], object]) -> Iterator[str]:
         yield _indented(str(error))
 
 
-def _models(recipe: Recipe) -> Iterator[str]:
-    for model in models_of(recipe):
+def _models(recipe: Recipe, needed: str) -> Iterator[str]:
+    for model in (model for model in models_of(recipe) if model.key.startswith(needed)):
         try:
             path = model_file(model.name, model.folder)
         except ValueError as error:

@@ -15,43 +15,17 @@ from ..diffusion.denoise import denoise
 from ..diffusion.vae import load_vae
 from ..encoder.teacher import TeacherText
 from ..runtime.randomness import undisturbed
-from .batches import Batch
+from .batches import preview_batches
 from .contact_sheet import contact_sheet, image_difference
-from .models import preview_vae, served_length
-from .recipe import Recipe
+from .models import preview_vae
 from .report import Reporter
 from .teacher_chunks import texts_of
-from .trajectory import Position, draw
+from .trajectory import Position
 from .validation import without_dropout
 from .workshop import Workshop
 
 if TYPE_CHECKING:
     from PIL import Image
-
-# Batches of previews are drawn from numbers that neither stages nor the held-out prompts reach.
-PREVIEW_BASE = 1 << 30
-
-
-def preview_batches(recipe: Recipe) -> list[Batch]:
-    """A batch for each prompt, at the last stage's size, the token length at which the student is served, the usual guidance and CFG.
-
-    Where prompts are not padded, the longest length is only where they are cut.
-    """
-    family, sampling = recipe.family, recipe.sampling
-    lengths = (served_length(recipe) if family.padded else max(sampling.token_lengths),)
-    guidance, cfg = usual_guidance(sampling.guidance, family.default_guidance), sorted(sampling.cfg)[len(sampling.cfg) // 2 :][:1]
-    shape = family.latent_shape(recipe.stages[-1].resolution_px)
-    return [
-        Batch((prompt,), draw(recipe.seed, PREVIEW_BASE + index, 1, shape, guidance, lengths, cfg))
-        for index, prompt in enumerate(recipe.preview.prompts)
-    ]
-
-
-def usual_guidance(trained_at: Sequence[float], default: float) -> tuple[float, ...]:
-    """The family's default if the student is trained at it, else the middle one of its values; nothing for models without guidance."""
-    if not trained_at or default in trained_at:
-        return (default,) if trained_at else ()
-    return (sorted(trained_at)[len(trained_at) // 2],)
 
 
 class Previewer:

@@ -23,7 +23,7 @@ from ..students.kind import Layout, StudentKind
 from .objectives import OBJECTIVES
 
 # Keys whose values may be paths.
-PATHS = ("t5", "clip_l", "clip_g", "file", "start", "vae", "path")
+PATHS = ("t5", "clip_l", "clip_g", "cache", "file", "start", "vae", "path")
 # Values in the place of a file.
 STAND_IN, RANDOM = "stand-in", "random"
 # The table of any kind of student.
@@ -55,13 +55,27 @@ class TeacherPart(Part):
     clip_g: FilePath = Field(default=NO_FILE, description='CLIP-G, where the family has one: a file, as clip_l, or "none"')
     chunk_prompts: Count = Field(
         description="prompts that the teacher encodes at a time, rounded down to complete trajectories, at least one; each process keeps "
-        "their embeddings in RAM: tokens x text width x 4 bytes per prompt, 4.2 MB at 256 tokens, 8.4 MB at 512"
+        "their embeddings in RAM: tokens x text width x 4 bytes per prompt, 4.2 MB at 256 tokens, 8.4 MB at 512; not with cache"
+    )
+    cache: OptionalPath = Field(
+        default="",
+        description="folder where the teacher's texts of all prompts are kept: encoded before the diffusion model is loaded, shared by "
+        'runs; a run that finds all of its own there loads no teacher. "": encoded while the run trains, and not kept',
+    )
+    cache_format: Literal["bf16", "fp8"] = Field(
+        default="bf16", description="number format of the cached texts: bf16, or fp8 (e4m3) with a scale per token, half the size"
     )
 
     @model_serializer(mode="wrap")
     def _without_later_keys(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A recipe without the key has the digest that it had before the key existed."""
-        return {key: value for key, value in written(self).items() if key != "clip_g" or value != NO_FILE}
+        """A recipe without the keys has the digest that it had before they existed."""
+        unused = {"clip_g": NO_FILE, "cache": ""} | ({} if self.cache else {"cache_format": self.cache_format})
+        return {key: value for key, value in written(self).items() if key not in unused or value != unused[key]}
+
+    @property
+    def at_a_time(self) -> int:
+        """Prompts whose texts are held in RAM, rounded down to complete trajectories, at least one."""
+        return 1 if self.cache else self.chunk_prompts
 
     @property
     def companions(self) -> dict[str, str]:
@@ -314,6 +328,10 @@ class Recipe(Config):
     def without_folders(self) -> Recipe:
         """A copy to be published, in which absolute paths are cut to their file names."""
         return Recipe.model_validate(_without_folders(self.model_dump(by_alias=True, exclude_none=True)))
+
+    def without_cache(self) -> Recipe:
+        """A copy whose teacher encodes while the run trains."""
+        return self.model_copy(update={"teacher": self.teacher.model_copy(update={"cache": ""})})
 
     def _without_report(self) -> Recipe:
         return self.model_copy(update={"report": ReportPart()})

@@ -25,10 +25,11 @@ from torch.optim import Optimizer
 
 from ..diffusion.frozen import FrozenModel
 from ..diffusion.gradients import replaced
-from ..encoder.teacher import TeacherText
+from ..encoder.teacher_text import TeacherText
 from ..runtime.ranks import Ranks
 from ..runtime.weights import FLOAT_NAMES
 from ..students import KINDS
+from .cache_plan import expected
 from .distill import Learner, new_learner, train_step
 from .ledger import MODEL, Ledger
 from .memory import Need, Rehearsal, StageRehearsal
@@ -79,6 +80,10 @@ def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool
                     _, flops = scene.step(stage, teacher.text(stage.batch, mean), stage.batches_per_rank(processes))
                 encoding = teacher.flops(stage.batch, mean) if with_time else Flops()
                 batches = stage.batches_per_rank(processes) / recipe.sampling.steps
+                if with_time and recipe.teacher.cache:
+                    # A step's share of what is encoded once.
+                    steps = sum(each.steps for each in recipe.stages)
+                    batches = expected(recipe, scene.model.text_width).texts / stage.batch / steps / processes
                 stages.append(StageRehearsal(stage.name, stage.steps, need, _by_name(flops), _by_name(encoding, batches)))
             return Rehearsal(
                 stages,

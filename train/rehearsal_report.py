@@ -10,6 +10,7 @@ import comfy.model_management
 
 from ..config.files import SHIPPED
 from ..runtime.errors import UserError
+from .cache_plan import expected
 from .estimate import disk_lines, ram_lines
 from .gpus import GPUS, SHOWN_BYTES_PER_GB, Gpu, gpu_named
 from .memory import GB, Rehearsal, part_lines, ram_parts, usable_of
@@ -61,13 +62,14 @@ def report(recipe: Recipe, question: Question, flags: Sequence[str] = ()) -> str
             "",
             f"Peak of stage {found.largest.name}, during the {found.largest.need.during}, by part:",
             *part_lines(dict(sorted(found.largest.need.all_here.items(), key=lambda part: -part[1]))),
-            *_teacher_lines(found),
+            *_teacher_lines(found, recipe.teacher.cache),
             "",
             *_fit_lines(found, question),
             *_time_lines(found, question),
             "",
             *ram_lines(ram_parts(recipe, found, 1, found.model), 1),
             *disk_lines(recipe, found.parameters),
+            *_cache_lines(recipe, found),
         ]
     )
 
@@ -81,12 +83,16 @@ def _stage_lines(found: Rehearsal) -> list[str]:
     return [*lines, "offloaded: with all of the diffusion model in RAM, from where ComfyUI copies each weight when it is used."]
 
 
-def _teacher_lines(found: Rehearsal) -> list[str]:
+def _teacher_lines(found: Rehearsal, cache: str) -> list[str]:
     need = found.encoding
-    return [
-        f"The teacher takes {need.total / GB:.2f} GB while it encodes, {need.least / GB:.2f} GB offloaded; "
-        "the diffusion model makes room for it."
-    ]
+    room = "the diffusion model is loaded when it is done." if cache else "the diffusion model makes room for it."
+    return [f"The teacher takes {need.total / GB:.2f} GB while it encodes, {need.least / GB:.2f} GB offloaded; {room}"]
+
+
+def _cache_lines(recipe: Recipe, found: Rehearsal) -> list[str]:
+    if not recipe.teacher.cache:
+        return []
+    return [f"Teacher's texts on disk: {expected(recipe, found.text_width)} in {recipe.teacher.cache}; the hours include encoding them."]
 
 
 def verdict(found: Rehearsal, memory_bytes: int) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..encoder.files import open_student, write_student
 from ..runtime.errors import StudentFileError
 from ..runtime.ranks import Ranks
-from ..runtime.stop import StopRequest
+from ..runtime.stop import Stopped, StopRequest
 from .banner import facts_of
 from .batches import Place
 from .boards import Board
@@ -55,12 +55,13 @@ def train(
     Raises ValueError, OSError or NotFinite with a message for the user.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(Stopped))
         run = stack.enter_context(_open_run(recipe, run_path, resume)) if ranks.is_main else None
         change = _change_of(run, recipe) if run and resume else []
-        stop = stop or stack.enter_context(StopRequest())
+        stopping = stop or stack.enter_context(StopRequest())
         recorded = recorded_inputs(run_path / "checkpoints") if resume and ranks.is_main else None
         with starting(run) if run else contextlib.nullcontext():
-            workshop = open_workshop(recipe, ranks, recorded)
+            workshop = open_workshop(recipe, ranks, recorded, lambda: stopping.requested)
             write = functools.partial(_write_checkpointed, workshop)
             checkpoints = Checkpoints(run_path / "checkpoints", write, recipe.checkpoints.keep_last)
             # Dropout draws from torch's global generator; each process gets a seed of its own.
@@ -79,11 +80,12 @@ def train(
         for one in changes:
             log.info("At step %d the recipe was changed: %s.", one["step"], ", ".join(one["changes"]))
         was_finished = learner.step >= total
-        finished = _loop(workshop, checkpoints, reporter, stop, state)
+        finished = _loop(workshop, checkpoints, reporter, stopping, state)
         if not (finished and ranks.is_main):
             return None
         written = written_before(recipe, checkpoints.paths()[-1]) if was_finished else None
         return written or _finish(workshop, run)
+    return None
 
 
 def _open_run(recipe: Recipe, path: Path, resume: bool) -> RunDirectory:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from ..encoder.teacher_text import TeacherText, TextSource
 from .batches import Batch, Schedule
-
-if TYPE_CHECKING:  # it needs ComfyUI, which `chunk_of` does not
-    from ..encoder.teacher import Teacher, TeacherText
 
 
 def chunk_of(trajectory: int, prompts: int, chunk_prompts: int, trajectories: int) -> range:
@@ -21,7 +18,7 @@ def chunk_of(trajectory: int, prompts: int, chunk_prompts: int, trajectories: in
     return range(first, min(first + size, trajectories))
 
 
-def texts_of(teacher: Teacher, batches: Sequence[Batch]) -> list[TeacherText]:
+def texts_of(teacher: TextSource, batches: Sequence[Batch]) -> list[TeacherText]:
     """The teacher's texts of some batches, each encoded separately, with the empty prompt where their trajectories are guided."""
     return [teacher.encode(batch.prompts, batch.drawn.token_length, with_empty=batch.drawn.cfg_B is not None) for batch in batches]
 
@@ -33,7 +30,7 @@ class TeacherChunks:
     encoders compute in float32, so two bytes would lose precision.
     """
 
-    def __init__(self, teacher: Teacher, schedule: Schedule, chunk_prompts: int) -> None:
+    def __init__(self, teacher: TextSource, schedule: Schedule, chunk_prompts: int) -> None:
         self.teacher, self.schedule, self.chunk_prompts = teacher, schedule, chunk_prompts
         self._held: dict[tuple[int, int], list[TeacherText]] = {}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..encoder.teacher import TeacherText
+    from ..encoder.teacher_text import TeacherText
 
 
 @torch.no_grad()

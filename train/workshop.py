@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import comfy.model_management
@@ -10,16 +10,18 @@ from torch import Tensor
 from torch.nn import Identity
 
 from ..diffusion.frozen import FrozenModel, usable_bytes
-from ..encoder.teacher import Teacher, TeacherText
+from ..encoder.teacher_text import TeacherText, TextSource
 from ..runtime.ranks import Ranks
 from ..students.trained import TrainedStudent
 from .batches import Batch, Place, Schedule
+from .cache_plan import wanted
 from .distill import Learner, new_learner
 from .inputs import inputs_of, refuse_other_inputs
 from .memory import Rehearsal, usable_of
-from .models import load_frozen_model, load_teacher_of, make_student_of, preview_vae, rehearse_before_loading
+from .models import check_width, load_frozen_model, load_teacher_of, make_student_of, preview_vae, rehearse_before_loading
 from .objectives import OBJECTIVES, Objective
 from .recipe import Recipe
+from .teacher_cache import open_cache
 from .teacher_chunks import TeacherChunks, texts_of
 from .trajectory import Position, start
 from .variance import variance_of
@@ -41,7 +43,7 @@ class Workshop:
     ranks: Ranks
     schedule: Schedule
     model: FrozenModel
-    teacher: Teacher
+    teacher: TextSource
     chunks: TeacherChunks
     rehearsal: Rehearsal | None
     student: TrainedStudent
@@ -91,11 +93,13 @@ class Workshop:
         return self.starts(self.schedule.batches(place.stage, place.trajectory), texts)
 
 
-def open_workshop(recipe: Recipe, ranks: Ranks, recorded: Mapping[str, str] | None = None) -> Workshop:
-    """Read prompts, load models, make the student.
+def open_workshop(
+    recipe: Recipe, ranks: Ranks, recorded: Mapping[str, str] | None = None, stopping: Callable[[], bool] = lambda: False
+) -> Workshop:
+    """Read prompts, load models, make the student; with a cache, first encode the texts that it lacks.
 
     `recorded` are the inputs of the run that is resumed. Raises ValueError for whatever is missing or does not fit together, and for too
-    little memory and other inputs before anything is loaded.
+    little memory and other inputs before anything is loaded; Stopped where the cache is not complete once `stopping`.
     """
     schedule = Schedule(recipe, ranks.rank, ranks.world)
     # A missing VAE is reported now and not at the first preview.
@@ -105,9 +109,14 @@ def open_workshop(recipe: Recipe, ranks: Ranks, recorded: Mapping[str, str] | No
     rehearsal = rehearse_before_loading(recipe, ranks)
     # Before the large models, so that a start of another size is refused within seconds.
     student = make_student_of(recipe)
+    cache = None
+    if recipe.teacher.cache:
+        cache = open_cache(recipe, wanted(schedule), ranks, stopping, rehearsal.text_width if rehearsal else None)
     model = load_frozen_model(recipe)
-    teacher = load_teacher_of(recipe, model)
+    if cache is not None:
+        check_width(recipe, cache.text_width, model.text_width)
+    teacher = cache or load_teacher_of(recipe, model.text_width)
     student = student.to(model.device)
-    chunks = TeacherChunks(teacher, schedule, recipe.teacher.chunk_prompts)
+    chunks = TeacherChunks(teacher, schedule, recipe.teacher.at_a_time)
     learner = new_learner(recipe, ranks, student, model)
     return Workshop(recipe, ranks, schedule, model, teacher, chunks, rehearsal, student, learner, inputs)

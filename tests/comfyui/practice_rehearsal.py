@@ -14,6 +14,7 @@ import torch
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support import practice_accelerator as practice
 from distilled_t5.tests.support.flops import flop_counter
+from distilled_t5.tests.support.trainer import teacher_of
 from distilled_t5.train.distill import train_step
 from distilled_t5.train.objectives import OBJECTIVES
 from distilled_t5.train.recipe import Recipe, load_recipe
@@ -80,7 +81,7 @@ def test_the_rehearsed_peak_is_that_of_the_real_step_and_so_are_the_operations(n
     batches = workshop.schedule.batches(0, 0)
     # A prompt that fills its length, as the rehearsal has it.
     texts = [workshop.teacher.encode(["word " * 100] * stage.batch, 64, with_empty=batch.drawn.cfg_B is not None) for batch in batches]
-    workshop.teacher.clip.patcher.detach()
+    teacher_of(workshop).clip.patcher.detach()
     positions = workshop.starts(batches, texts)
     del texts
     # What is only held by reference cycles is there or not, as Python's collector likes.

@@ -16,7 +16,7 @@ from distilled_t5.miniature.make import make_vae
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support import practice_accelerator as practice
 from distilled_t5.tests.support.exact import same
-from distilled_t5.tests.support.trainer import metrics
+from distilled_t5.tests.support.trainer import metrics, teacher_of
 from distilled_t5.train.distill import train_step
 from distilled_t5.train.estimate import estimate
 from distilled_t5.train.objectives import OBJECTIVES
@@ -97,7 +97,7 @@ def stepped(workshop: Workshop, positions: list[Any]) -> Any:
 def test_teacher_and_diffusion_model_change_places_on_a_device_with_little_memory():
     practice.set_budget(LITTLE_BYTES)
     workshop, positions = opened()
-    assert workshop.teacher.clip.patcher.loaded_size() == 0
+    assert teacher_of(workshop).clip.patcher.loaded_size() == 0
     report, _ = stepped(workshop, positions)
     assert workshop.model.patcher.loaded_size() < workshop.model.patcher.model_size()
     practice.set_budget(None)

@@ -16,14 +16,14 @@ from distilled_t5.families.family import Family
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.small_encoders import serve
-from distilled_t5.tests.support.trainer import command, finish, start, wait_for_step
+from distilled_t5.tests.support.trainer import command, finish, start, teacher_of, wait_for_step
 from distilled_t5.train.banner import facts_of
-from distilled_t5.train.batches import Place
+from distilled_t5.train.batches import Place, preview_batches
 from distilled_t5.train.distill import train_step
 from distilled_t5.train.models import metadata_of
 from distilled_t5.train.objectives import OBJECTIVES
 from distilled_t5.train.optimizer import restart
-from distilled_t5.train.preview import Previewer, preview_batches
+from distilled_t5.train.preview import Previewer
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.run import train
 from distilled_t5.train.state import read_checkpoint
@@ -179,7 +179,7 @@ def test_the_held_out_loss_is_finite_and_the_teachers_preview_is_the_stock_sampl
     assert count == recipe.validation.prompts and all(0 < gap < float("inf") for gap in gaps.values())
 
     teacher, student = Previewer(workshop)._latents()
-    clip, [batch] = workshop.teacher.clip, preview_batches(recipe)
+    clip, [batch] = teacher_of(workshop).clip, preview_batches(recipe)
     positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for prompt in (batch.prompts[0], ""))
     noise, steps = batch.drawn.noise, recipe.sampling.steps
     assert batch.drawn.cfg_B is not None
@@ -192,7 +192,7 @@ def test_the_held_out_loss_is_finite_and_the_teachers_preview_is_the_stock_sampl
 
 
 def test_prompts_are_encoded_alike_in_any_batch(workshop: Workshop):
-    ids = workshop.teacher.token_ids(PROMPTS, 16)
+    ids = teacher_of(workshop).token_ids(PROMPTS, 16)
     longest = max(map(len, ids))
     kind = workshop.recipe.family.kind
     workshop.student.train(False)

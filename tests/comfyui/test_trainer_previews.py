@@ -17,8 +17,10 @@ from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.small_encoders import pooled, student_file
+from distilled_t5.tests.support.trainer import teacher_of
+from distilled_t5.train.batches import preview_batches, usual_guidance
 from distilled_t5.train.contact_sheet import GAP_PX, LINE_PX
-from distilled_t5.train.preview import Previewer, preview_batches, usual_guidance
+from distilled_t5.train.preview import Previewer
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.report import Reporter
 from distilled_t5.train.run import train
@@ -114,7 +116,7 @@ def test_the_teachers_image_equals_that_of_comfyuis_sampler_and_vae(workshop, va
     recipe, patcher = workshop.recipe, workshop.model.patcher
     [batch, _] = preview_batches(recipe)
     text = workshop.teacher.encode(batch.prompts, batch.drawn.token_length)
-    pooled_BP = pooled(workshop.teacher.clip, batch.prompts[0])
+    pooled_BP = pooled(teacher_of(workshop).clip, batch.prompts[0])
     assert pooled_BP.std() > 0.1
     conditioning = [[text.text_BLD, {"pooled_output": pooled_BP, "guidance": 3.5}]]
     noise = batch.drawn.noise

@@ -17,6 +17,7 @@ from distilled_t5.encoder.teacher import Teacher, load_teacher
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.small_encoders import encode, stock_flux_clip, student_file
+from distilled_t5.tests.support.trainer import teacher_of
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.report import Reporter
 from distilled_t5.train.run import train
@@ -125,7 +126,7 @@ def test_after_a_resume_every_batch_is_encoded_with_the_same_composition(encoded
     assert calls[1] == calls[0][2:]
     assert len({length for _, length in calls[0]}) == 2
     for text, batch in zip(texts[-1], workshop.schedule.batches(1, 4), strict=True):
-        assert torch.equal(text.token_ids_BL, torch.tensor(workshop.teacher.token_ids(batch.prompts, batch.drawn.token_length)))
+        assert torch.equal(text.token_ids_BL, torch.tensor(teacher_of(workshop).token_ids(batch.prompts, batch.drawn.token_length)))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_a_run_with_clip_l_trains_on_its_pooled_vectors(stand_ins, tmp_path):
     workshop = open_workshop(recipe(f"teacher.clip_l={clip_l}"), Ranks())
     batches = workshop.schedule.batches(1, 0)
     [position, _] = workshop.starts(batches, workshop.chunks.take(1, 0))
-    expected = torch.cat([encode(workshop.teacher.clip, prompt)[0][1]["pooled_output"] for prompt in batches[0].prompts])
+    expected = torch.cat([encode(teacher_of(workshop).clip, prompt)[0][1]["pooled_output"] for prompt in batches[0].prompts])
     torch.testing.assert_close(position.extras["pooled_output"], expected, atol=1e-6, rtol=0)
     by_band, _ = HeldOut(workshop).loss()
     without, _ = HeldOut(open_workshop(recipe(), Ranks())).loss()

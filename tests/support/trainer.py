@@ -9,9 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .prepared import run_prepared
+
+if TYPE_CHECKING:
+    from distilled_t5.encoder.teacher import Teacher
+    from distilled_t5.train.workshop import Workshop
 
 PACK = Path(__file__).resolve().parents[2]
 QUICK = [
@@ -92,6 +96,14 @@ def has_step(run: Path, step: int) -> bool:
     """Whether the run has reported an optimizer step."""
     path = run / "metrics.jsonl"
     return path.exists() and f'"step": {step},' in path.read_text(encoding="utf-8")
+
+
+def teacher_of(workshop: Workshop) -> Teacher:
+    """The teacher of a run without a cache."""
+    from distilled_t5.encoder.teacher import Teacher
+
+    assert isinstance(workshop.teacher, Teacher)
+    return workshop.teacher
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

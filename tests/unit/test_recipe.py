@@ -24,6 +24,7 @@ LATER = [
     "diffusion_model.family=sd3",
     "optimizer.restart_per_stage=true",
     "teacher.clip_g=clip_g.safetensors",
+    "teacher.cache=cache",
     "sampling.cfg=[4.5]",
     "sampling.negatives=0.1",
     "stage.0.objective=early",

@@ -23,7 +23,7 @@ MINIATURE = ["half", "quarter", "tenth", "fortieth"]
 DEV = [name for name in NAMES if name.startswith("flux-dev")]
 KEYS = {
     "": ["name", "seed"],
-    "teacher.": ["t5", "clip_l", "clip_g", "chunk_prompts"],
+    "teacher.": ["t5", "clip_l", "clip_g", "chunk_prompts", "cache", "cache_format"],
     "diffusion_model.": ["file", "dtype", "checkpoint_blocks", "family"],
     "student.": ["size", "start", "projection_width", "dropout"],
     "student.layout.": ["d_model", "d_ff", "num_layers", "num_heads", "d_kv", "gated"],
@@ -68,8 +68,9 @@ def test_list_of_options_is_frozen():
 
 def test_every_option_is_used_by_a_shipped_recipe():
     used = set().union(*(keys_used(tomllib.loads(path.read_text(encoding="utf-8"))) for path in SHIPPED.glob("*.toml")))
-    # Which other families a student serves, and which blocks are enough, has to be measured first.
-    assert used == set(options(Recipe)) - {"output.also_serves", "stage.blocks"}
+    # Which other families a student serves, and which blocks are enough, has to be measured first; where there is room for a cache is the
+    # user's to say.
+    assert used == set(options(Recipe)) - {"output.also_serves", "stage.blocks", "teacher.cache", "teacher.cache_format"}
 
 
 def test_shipped_recipes_are_those_promised():

@@ -1,0 +1,204 @@
+"""The teacher's texts of a run on disk (`teacher.cache`): encoded once, before the diffusion model is loaded, and shared by runs.
+
+A text is known by its teacher (the folder; see `cache_folder`), its prompt and its token length.
+"""
+
+# B batch, L text tokens, D text width
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import comfy.model_management
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from ..diffusion.files import SMALL_WEIGHTS
+from ..encoder.teacher import Teacher
+from ..encoder.teacher_text import TeacherText
+from ..encoder.text_shards import FORMATS, DamagedShard, TextShards, joined, packed, unpacked
+from ..runtime.errors import UserError, printable
+from ..runtime.logs import FILE_INTERVAL_S, TERMINAL_INTERVAL_S
+from ..runtime.randomness import undisturbed
+from ..runtime.ranks import Ranks
+from ..runtime.stop import Stopped
+from .cache_folder import description, teachers_shards, tell, tell_others
+from .cache_plan import key_of, shown, text_bytes
+from .distill import CURES
+from .models import load_teacher_of, teacher_width
+from .recipe import Recipe
+
+PER_SHARD = 64
+
+
+def open_cache(
+    recipe: Recipe,
+    wanted: Mapping[str, tuple[str, int]],
+    ranks: Ranks,
+    stopping: Callable[[], bool] = lambda: False,
+    text_width: int | None = None,
+) -> CachedTexts:
+    """The texts of a run, of which those that are missing are encoded first, each process some; all processes must call it.
+
+    `text_width`: channels that the diffusion model takes, if they are known. Raises Stopped once `stopping`, and UserError for a folder
+    that cannot be used and a disk that is full; shards that are complete stay.
+    """
+    described = description(recipe)
+    cache = CachedTexts(recipe, wanted, teachers_shards(recipe, described))
+    missing = ranks.share(cache.missing())
+    if ranks.is_main:
+        tell(cache.summary(missing))
+        if missing:
+            tell_others(cache.shards.folder, described)
+    if missing:
+        cache.make(missing, ranks, stopping, text_width)
+    if lost := cache.missing():
+        raise UserError(
+            f"{len(lost):,} texts that another process has are not in {cache.shards.folder}.",
+            "name a folder in teacher.cache that all machines of the run share.",
+        )
+    return cache
+
+
+class CachedTexts:
+    """In the place of a teacher: its texts from disk. Those of a damaged shard are made again by the teacher, loaded for them alone."""
+
+    def __init__(self, recipe: Recipe, wanted: Mapping[str, tuple[str, int]], shards: TextShards) -> None:
+        self.recipe, self.wanted, self.shards = recipe, wanted, shards
+        self.dtype, self._width = FORMATS[recipe.teacher.cache_format], teacher_width(recipe)
+        self._gap, self._all = 0.0, 0.0
+
+    def encode(self, prompts: Sequence[str], length: int, with_empty: bool = False) -> TeacherText:
+        """The texts of some prompts at one token length, and that of the empty prompt."""
+        empty = self.encode([""], length) if with_empty else None
+        family = self.recipe.family
+        texts = [unpacked(self._read(key_of(prompt, length)), family) for prompt in prompts]
+        return replace(joined(texts, family), empty=empty)
+
+    def _read(self, key: str) -> Mapping[str, torch.Tensor]:
+        try:
+            return self.shards.read(key)
+        except DamagedShard as damage:
+            self.shards.remove(damage)
+            with undisturbed():
+                self.make(self.missing(), Ranks())
+        return self.shards.read(key)
+
+    @property
+    def text_width(self) -> int:
+        """Channels of the texts."""
+        prompt, length = next(iter(self.wanted.values()))
+        return self.encode([prompt], length).text_BLD.shape[-1]
+
+    def missing(self) -> list[str]:
+        """The keys of the texts that the run needs and that are not on disk."""
+        self.shards.find()
+        return [key for key in self.wanted if key not in self.shards]
+
+    def summary(self, missing: Sequence[str]) -> str:
+        """How many texts there are, what they take, and what is missing."""
+        there = len(self.wanted) - len(missing)
+        said = f"Teacher's texts in {self.shards.folder}: {there:,} of the run's {len(self.wanted):,} are there"
+        if not missing:
+            return f"{said}; the teacher is not loaded. The folder takes {shown(self.shards.size)}."
+        size = f"at most {shown(self._size(missing))} in {self.recipe.teacher.cache_format}"
+        return f"{said}; {len(missing):,} are encoded now and take {size}."
+
+    def _size(self, keys: Sequence[str]) -> float:
+        return sum(text_bytes(self.recipe, self.wanted[key][1], self._width) for key in keys)
+
+    def make(
+        self,
+        missing: Sequence[str],
+        ranks: Ranks,
+        stopping: Callable[[], bool] = lambda: False,
+        text_width: int | None = None,
+    ) -> None:
+        """Encode texts and write them, shard by shard, each process every `ranks.world`-th shard of them."""
+        shards = [missing[first : first + PER_SHARD] for first in range(0, len(missing), PER_SHARD)]
+        own = shards[ranks.rank :: ranks.world]
+        self._check_room(missing)
+        teacher = load_teacher_of(self.recipe, text_width)
+        with _one_thread_if_small(teacher), self._bar(ranks, sum(map(len, own))) as bar:
+            for number in range(math.ceil(len(shards) / ranks.world)):
+                if number < len(own):
+                    self._make_shard(teacher, own[number], stopping, bar)
+                # At each shard, so that no process waits long for another.
+                if ranks.any_of(stopping()):
+                    raise Stopped
+        teacher.clip.patcher.detach()
+        del teacher
+        gc.collect()
+        comfy.model_management.soft_empty_cache()
+        if ranks.is_main and self._all:
+            error = math.sqrt(self._gap / self._all)
+            tell(f"Rounding to {self.recipe.teacher.cache_format} changed these texts by {error:.2%} (relative root mean square).")
+
+    def _bar(self, ranks: Ranks, texts: int) -> tqdm:
+        interval_s = TERMINAL_INTERVAL_S if sys.stderr.isatty() else FILE_INTERVAL_S
+        name = "teacher's texts" if ranks.world == 1 else f"teacher's texts, one of {ranks.world} processes"
+        return tqdm(total=texts, desc=name, unit=" texts", mininterval=interval_s, dynamic_ncols=True, disable=not ranks.is_main)
+
+    def _make_shard(self, teacher: Teacher, keys: Sequence[str], stopping: Callable[[], bool], bar: tqdm) -> None:
+        """Encode and write what another run has not written meanwhile; a smaller shard once `stopping`."""
+        self.shards.find()
+        texts: dict[str, Mapping[str, torch.Tensor]] = {}
+        for key in keys:
+            if stopping():
+                break
+            if key not in self.shards:
+                texts[key] = self._encoded(teacher, *self.wanted[key])
+            bar.update()
+        if texts:
+            self._write(texts)
+
+    def _encoded(self, teacher: Teacher, prompt: str, length: int) -> Mapping[str, torch.Tensor]:
+        """A text as it is stored. It is encoded alone: its last bits would differ with the composition of a batch."""
+        text = teacher.encode([prompt], length)
+        if not (text.text_BLD.isfinite().all() and text.pooled_BP.isfinite().all()):
+            what = "the teacher's text embedding or pooled vector"
+            raise UserError(f'"{printable(prompt)}": {what} is not finite.', CURES[what])
+        parts = packed(text, self.dtype)
+        stored_BLD = unpacked(parts, self.recipe.family).text_BLD
+        self._gap += float((stored_BLD - text.text_BLD).double().square().sum())
+        self._all += float(text.text_BLD.double().square().sum())
+        return parts
+
+    def _write(self, texts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        try:
+            self.shards.write(texts)
+        except (OSError, SafetensorError) as error:
+            raise self._no_room(self.missing(), str(error).splitlines()[0]) from error
+
+    def _check_room(self, missing: Sequence[str]) -> None:
+        free = shutil.disk_usage(self.shards.folder).free
+        # Without padding, a text has fewer tokens than the length at which it is cut.
+        if self.recipe.family.padded and free < self._size(missing):
+            raise self._no_room(missing, f"{shown(free)} are free")
+
+    def _no_room(self, missing: Sequence[str], reason: str) -> UserError:
+        smaller = "" if self.dtype.itemsize == 1 else ', or set teacher.cache_format = "fp8", which takes half'
+        return UserError(
+            f"The teacher's texts cannot be written to {self.shards.folder} ({reason}): {len(self.wanted) - len(missing):,} of "
+            f"{len(self.wanted):,} are there and stay, the others need at most {shown(self._size(missing))}.",
+            f"free that much on its disk, or name a folder on another one in teacher.cache{smaller}; then run the same command again.",
+        )
+
+
+@contextlib.contextmanager
+def _one_thread_if_small(teacher: Teacher) -> Iterator[None]:
+    """One thread for a small teacher, whatever was used before: the number of threads may decide the last bits."""
+    threads = torch.get_num_threads()
+    if sum(weight.numel() for weight in teacher.clip.cond_stage_model.parameters()) < SMALL_WEIGHTS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
