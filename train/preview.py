@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..diffusion.denoise import denoise
 from ..diffusion.vae import load_vae
-from ..encoder.teacher import TeacherText
+from ..encoder.teacher_text import TeacherText
 from ..runtime.randomness import undisturbed
 from .batches import preview_batches
 from .contact_sheet import contact_sheet, image_difference

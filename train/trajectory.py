@@ -20,7 +20,7 @@ from .objectives import OBJECTIVES, Gap, Objective
 
 if TYPE_CHECKING:
     from ..diffusion.frozen import FrozenModel
-    from ..encoder.teacher import TeacherText
+    from ..encoder.teacher_text import TeacherText
 
 Choice = TypeVar("Choice", int, float)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..encoder.teacher import TeacherText
+from ..encoder.teacher_text import TeacherText
 from .teacher_chunks import texts_of
 from .trajectory import Position, gap_at, gaps_by_band
 from .workshop import Workshop

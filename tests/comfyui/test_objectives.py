@@ -17,7 +17,7 @@ import torch
 from distilled_t5.config.files import ConfigError
 from distilled_t5.diffusion.frozen import FrozenModel
 from distilled_t5.encoder.rows import Rows
-from distilled_t5.encoder.teacher import TeacherText
+from distilled_t5.encoder.teacher_text import TeacherText
 from distilled_t5.families import FAMILIES
 from distilled_t5.families.family import Family
 from distilled_t5.runtime.random_weights import drawn

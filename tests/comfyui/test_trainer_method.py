@@ -13,7 +13,8 @@ import comfy.sd
 import pytest
 import torch
 from distilled_t5.diffusion.frozen import FrozenModel
-from distilled_t5.encoder.teacher import Teacher, TeacherText, load_teacher
+from distilled_t5.encoder.teacher import Teacher, load_teacher
+from distilled_t5.encoder.teacher_text import TeacherText
 from distilled_t5.families import FAMILIES
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.tests.support.small_encoders import TINY, student_file
