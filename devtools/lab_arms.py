@@ -87,16 +87,24 @@ class Lab:
 
     def planned(self, count: Count) -> Lab:
         """The lab with the arithmetic of every arm, and the steps of those that are to take a multiple of the base's."""
-        per_step = {arm.name: count(self.load(arm.shortened(COUNTED_STEPS), 0, Path(PRETRAINED))) for arm in self.arms}
+        alike: dict[tuple[str, ...], list[Arm]] = {}
+        for arm in self.arms:
+            alike.setdefault(tuple(setting for setting in arm.settings if PRETRAINED not in setting), []).append(arm)
+        per_step: dict[str, list[float]] = {}
+        for settings, arms in alike.items():
+            stages = tuple({**stage, "steps": COUNTED_STEPS} for arm in arms for stage in arm.stages)
+            counted = iter(count(self.load(Arm("counted", "counted", stages, settings), 0, Path())))
+            per_step |= {arm.name: [next(counted) for _ in arm.stages] for arm in arms}
         base = _tflop(self.arms[0], per_step[self.arms[0].name])
         return replace(self, arms=tuple(_scaled(arm, per_step[arm.name], base) for arm in self.arms))
 
 
 def _arms(table: Mapping[str, Any]) -> list[Arm]:
     times = table.get("times", [None])
-    given = {key: tuple(value) for key, value in table.items() if key in ("stages", "settings", "families")}
     names = [table["name"] if number is None else f"{table['name']}-{number:g}" for number in times]
-    return [Arm(name, table["title"], times=number, **given) for name, number in zip(names, times, strict=True)]
+    settings, families = tuple(table.get("settings", ())), tuple(table.get("families", FAMILIES))
+    arm = Arm("", table["title"], tuple(table["stages"]), settings, families)
+    return [replace(arm, name=name, times=number) for name, number in zip(names, times, strict=True)]
 
 
 def _tflop(arm: Arm, per_step: Sequence[float]) -> float:
@@ -110,38 +118,28 @@ def _scaled(arm: Arm, per_step: Sequence[float], base_tflop: float) -> Arm:
 
 
 class Counted:
-    """Counts the operations of stages by a rehearsal, once per stage and state of the pack's sources. ComfyUI must be importable."""
+    """Counts the operations of stages by a rehearsal, once for a recipe and the pack's sources. ComfyUI must be startable."""
 
     def __init__(self, file: Path, start_comfyui: Callable[[], object]) -> None:
         self.file, self._start_comfyui = file, start_comfyui
-        self._known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self._known: dict[str, list[float]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def __call__(self, recipe: Recipe) -> list[float]:
         """The operations of a step of each stage."""
-        return [self._of(_alone(recipe, number)) for number in range(len(recipe.stages))]
-
-    def _of(self, recipe: Recipe) -> float:
         from ..evaluate.provenance import sources_sha256
 
         key = hashlib.sha256((sources_sha256() + recipe.to_toml()).encode()).hexdigest()
         if key not in self._known:
-            print(f"Counting the operations of a step of {recipe.stages[0].objective}", flush=True)
+            print("Counting the operations of a step of each stage", flush=True)
             self._known[key] = self._rehearsed(recipe)
             replace_file(self.file, json.dumps(self._known, indent=1).encode())
         return self._known[key]
 
-    def _rehearsed(self, recipe: Recipe) -> float:
+    def _rehearsed(self, recipe: Recipe) -> list[float]:
         self._start_comfyui()
         import torch
 
         from ..train.models import rehearsal_of
 
-        [stage] = rehearsal_of(recipe, torch.device("cpu"), with_time=True).stages
-        return sum(stage.flops.values()) + sum(stage.teacher_flops.values())
-
-
-def _alone(recipe: Recipe, number: int) -> Recipe:
-    """The recipe with one of its stages, without what does not change the operations of a step."""
-    stage = recipe.stages[number].model_copy(update={"name": "counted", "steps": COUNTED_STEPS})
-    student, output = recipe.student.model_copy(update={"start": "random"}), recipe.output.model_copy(update={"name": "counted"})
-    return recipe.model_copy(update={"seed": 0, "student": student, "output": output, "stages": (stage,)})
+        stages = rehearsal_of(recipe, torch.device("cpu"), with_time=True).stages
+        return [sum(stage.flops.values()) + sum(stage.teacher_flops.values()) for stage in stages]

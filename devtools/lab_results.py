@@ -84,7 +84,7 @@ def _tasks(verdicts_STN: Verdicts) -> dict[str, Any]:
 def _claim(claim: Mapping[str, str], arms: Sequence[Run], against: Sequence[Run], teacher_TN: Verdicts) -> dict[str, Any]:
     """The difference of two arms as a share of the teacher, on the same questions and the seeds that both have; of one task if named."""
     pairs = [(one, other) for one in arms for other in against if one.seed == other.seed and one.done and other.done]
-    rows = [list(TASKS).index(claim["task"])] if "task" in claim else slice(None)
+    rows = [number for number, task in enumerate(TASKS) if claim.get("task", task) == task]
     differences = [(_verdicts(one) - _verdicts(other))[rows] for one, other in pairs]
     if not pairs:
         return {**claim, "seeds": []}

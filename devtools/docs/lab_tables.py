@@ -26,7 +26,7 @@ def arms(found: Row) -> str:
     """The arms by their arithmetic."""
     tasks = list(found["teacher"])
     names = [task.replace("_", " ") for task in tasks]
-    head = ["objectives", "optimizer steps", "TFLOP", "of the first arm's", "share of teacher", "each seed", "n of each", *names]
+    head = ["objectives", "optimizer steps", "TFLOP", "of the base's", "share of teacher", "each seed", "n of each", *names]
     rows = [_arm(one, tasks) for one in sorted(found["arms"], key=lambda one: one["tflop"])]
     teacher = [
         "the teacher",
