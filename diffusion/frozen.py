@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from torch.nn import Module
 
 from ..families.family import Family
 from .gradients import blocks_of, differentiable
+from .projection import text_projection
 
 SCHEDULER = "simple"
 
@@ -61,6 +63,18 @@ class FrozenModel:
     def blocks(self) -> list[Module]:
         """The transformer blocks."""
         return blocks_of(self.model.diffusion_model, self.family.block_lists)
+
+    @property
+    def streams(self) -> list[tuple[Module, tuple[str, ...]]]:
+        """The transformer blocks, with what each returns; see `Family.block_lists`."""
+        lists = self.family.block_lists.items()
+        return [(block, streams) for name, streams in lists for block in blocks_of(self.model.diffusion_model, [name])]
+
+    @functools.cached_property
+    def text_projection(self) -> Module:
+        """The layers through which the text goes before the first block, in float32 on the device. They stay there."""
+        tensors = self.model.diffusion_model.state_dict()
+        return text_projection(self.model.model_config, self.family, tensors).to(self.device)
 
     def load(self, memory_required: int = 0) -> None:
         """Bring the model to its device through ComfyUI, which unloads other models as needed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import comfy.ldm.common_dit
@@ -17,7 +17,7 @@ from torch.nn import LayerNorm, Module
 from .block_checkpoint import checkpointed, replaced_forward
 
 
-def blocks_of(model: Module, block_lists: Sequence[str]) -> list[Module]:
+def blocks_of(model: Module, block_lists: Iterable[str]) -> list[Module]:
     """The transformer blocks of a diffusion model, by the attributes that hold them."""
     blocks = [block for name in block_lists if (held := getattr(model, name, None)) is not None for block in held.children()]
     assert blocks, f"the diffusion model has no blocks in {', '.join(block_lists)}"

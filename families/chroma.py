@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .family import LATENT_CHANNELS, Family
-from .flux import BLOCK_LISTS, LAST_LAYERS, PATCH, SMALL_TRUNK
+from .flux import BLOCK_LISTS, KEYS_VALUES, LAST_LAYERS, PATCH, SMALL_TRUNK
 
 
 def refuse(model: Any) -> str | None:
@@ -41,6 +41,8 @@ CHROMA = Family(
     network="comfy.ldm.chroma.model.Chroma",
     block_lists=BLOCK_LISTS,
     last_layers=LAST_LAYERS,
+    text_projection=("txt_in",),
+    keys_values=KEYS_VALUES,
     text_width_of=lambda model: model.diffusion_model.txt_in.in_features,
     refuse=refuse,
     sources={"Chroma1-HD.safetensors": "https://huggingface.co/lodestones/Chroma1-HD"},

@@ -16,7 +16,9 @@ POOLED_WIDTH = 768
 FEWEST_TOKENS, MOST_TOKENS = 256, 4096
 SHIFT_AT_FEWEST, SHIFT_AT_MOST = 0.5, 1.15
 PATCH = 2
-BLOCK_LISTS, LAST_LAYERS = ("double_blocks", "single_blocks"), ("linear2", "img_mlp", "txt_mlp")
+BLOCK_LISTS = {"double_blocks": ("image", "text"), "single_blocks": ("text+image",)}
+LAST_LAYERS = ("linear2", "img_mlp", "txt_mlp")
+KEYS_VALUES = (("txt_attn.norm.key_norm", 0, 1), ("txt_attn.qkv", 2, 3))
 
 
 def takes_guidance(model: Any) -> bool:
@@ -105,6 +107,8 @@ FLUX = Family(
     network="comfy.ldm.flux.model.Flux",
     block_lists=BLOCK_LISTS,
     last_layers=LAST_LAYERS,
+    text_projection=("txt_norm", "txt_in"),
+    keys_values=KEYS_VALUES,
     text_width_of=lambda model: model.diffusion_model.params.context_in_dim,
     takes_guidance=takes_guidance,
     refuse=refuse,

@@ -17,6 +17,8 @@ from .trajectory import Draw, draw
 STAGE_SPAN = 1 << 24
 # Held-out batches are drawn from numbers that no stage reaches.
 HELD_OUT_BASE = 1 << 31
+# Of them the teacher's variance is measured.
+SAMPLED_PROMPTS = 256
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,12 @@ class Schedule:
         part = self.recipe.stages[stage]
         numbers = [trajectory * part.accumulate + number for number in range(self.rank, part.accumulate, self.ranks)]
         return [self._training_batch(stage, number) for number in numbers]
+
+    def sample(self, stage: int) -> list[Batch]:
+        """The first batches of a stage over all processes, of some SAMPLED_PROMPTS prompts."""
+        part = self.recipe.stages[stage]
+        count = min(math.ceil(SAMPLED_PROMPTS / part.batch), self.trajectories(stage) * part.accumulate)
+        return [self._training_batch(stage, number) for number in range(count)]
 
     def _training_batch(self, stage: int, number: int) -> Batch:
         recipe, index = self.recipe, stage * STAGE_SPAN + number

@@ -81,7 +81,7 @@ def card(run: RunDirectory, recipe: Recipe, step: int, evaluation: str = "") -> 
         "## Training",
         _table(_facts(recipe, step)),
         "### Held-out loss",
-        _held_out(run),
+        _held_out(run, recipe.needs_diffusion_model),
         *_image(run),
         "## Evaluation",
         evaluation or "Not evaluated yet.",
@@ -142,7 +142,7 @@ def _table(rows: Iterator[tuple[str, str]]) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def _held_out(run: RunDirectory) -> str:
+def _held_out(run: RunDirectory, needs_model: bool) -> str:
     curves = Curves()
     if run.metrics.is_file():
         with run.metrics.open("rb") as lines:
@@ -151,7 +151,8 @@ def _held_out(run: RunDirectory) -> str:
         return "Not measured."
     bands = "; ".join(f"sigma {band}: {curve.points()[-1][1]:.4g}" for band, curve in curves.held_out.items() if curve.points())
     step, best = curves.best
-    return f"The mean squared gap of the velocities on prompts never trained on. Lowest: {best:.4g} at step {step:,}. At the end: {bands}."
+    what = "mean squared gap of the velocities" if needs_model else "last stage's objective"
+    return f"The {what} on prompts never trained on. Lowest: {best:.4g} at step {step:,}. At the end: {bands}."
 
 
 def _code(text: str) -> str:

@@ -11,7 +11,6 @@ from ..runtime.accelerator import timed
 from ..runtime.ranks import Ranks
 from .distill import train_step
 from .memory import GB, SAVED_BYTES, TEACHER, part_lines, ram_parts
-from .objectives import OBJECTIVES
 from .recipe import Recipe
 from .report import memory_mb, reset_peak_memory
 from .teacher_chunks import chunk_of, texts_of
@@ -65,7 +64,7 @@ def estimate(recipe: Recipe, ranks: Ranks) -> str:
 
 
 def _measure(workshop: Workshop, number: int) -> StageEstimate:
-    stage, schedule = workshop.recipe.stages[number], workshop.schedule
+    stage, schedule, objective = workshop.recipe.stages[number], workshop.schedule, workshop.objective(number)
     batches, device = schedule.batches(number, 0), workshop.model.device
     # As before each chunk of a run, the diffusion model is on the device.
     workshop.load_model()
@@ -75,9 +74,7 @@ def _measure(workshop: Workshop, number: int) -> StageEstimate:
     model_comes_s, positions = timed(lambda: workshop.starts(batches, texts), device)
     seconds = []
     for _ in range(min(MEASURED_STEPS, len(positions[0].sigmas_T) - 1)):
-        step_s, (_, positions) = timed(
-            lambda places=positions: train_step(places, workshop.model, workshop.learner, OBJECTIVES[stage.objective]), device
-        )
+        step_s, (_, positions) = timed(lambda places=positions: train_step(places, workshop.model, workshop.learner, objective), device)
         seconds.append(step_s)
     # The first step of a size is slower: memory is allocated and kernels are chosen.
     settled = seconds[1:] or seconds

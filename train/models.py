@@ -10,7 +10,8 @@ from pathlib import Path
 import comfy.model_management
 import torch
 
-from ..diffusion.files import check_guidance, open_diffusion_model, use_one_thread_if_small
+from ..config.files import ConfigError
+from ..diffusion.files import check_family, check_guidance, open_diffusion_model, use_one_thread_if_small
 from ..diffusion.frozen import FrozenModel
 from ..encoder.metadata import StudentMetadata
 from ..encoder.teacher import Teacher, load_teacher
@@ -25,6 +26,7 @@ from .file_sizes import text_width_in
 from .memory import Rehearsal, check_memory, check_ram, ram_parts, without_gpu
 from .recipe import RANDOM, STAND_IN, Recipe
 from .student_start import make_student
+from .unloaded import check_blocks, projection_alone
 
 # A student may be somewhat larger than its teacher, by its projection for instance; beyond this factor the two are exchanged.
 SMALLER_TEACHER = 2
@@ -34,12 +36,19 @@ log = logging.getLogger(__name__)
 
 
 def load_frozen_model(recipe: Recipe) -> FrozenModel:
-    """The frozen diffusion model. Raises ValueError if the file is not of the recipe's family, or the guidance does not fit it."""
+    """The frozen diffusion model, or its text projection alone where a run needs no more.
+
+    Raises ValueError if the file is not of the recipe's family, or the guidance or a stage's `blocks` do not fit it.
+    """
     part = recipe.diffusion_model
     if part.file == STAND_IN:
         model = stand_ins.diffusion_model(recipe.family, part.dtype)
-    else:
+    elif recipe.needs_diffusion_model:
         model = open_diffusion_model(model_file(part.file, "diffusion_models"), part.dtype, recipe.family)
+    else:
+        model = projection_alone(model_file(part.file, "diffusion_models"), recipe.family, comfy.model_management.get_torch_device())
+        check_family(Path(part.file).name, model.model, recipe.family)
+    check_blocks(recipe, model)
     check_guidance(Path(part.file).name, model, recipe.sampling.guidance)
     use_one_thread_if_small(model)
     return model
@@ -106,6 +115,8 @@ def _rehearsed(recipe: Recipe, device: torch.device, processes: int) -> Rehearsa
         return rehearsal_of(recipe, device, processes=processes)
     except StudentFileError:
         return None
+    except ConfigError:
+        raise
     except ValueError as error:
         log.warning("The run is not rehearsed, so its memory is not known before it starts; it goes on. %s", error)
         return None

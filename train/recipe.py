@@ -161,7 +161,25 @@ class Stage(Part):
     steps: Count = Field(description="optimizer steps")
     batch: Count = Field(description="prompts in one forward pass of the diffusion model on one GPU: decides the memory needed")
     accumulate: Count = Field(description="batches per optimizer step over all GPUs: a step sees batch x accumulate prompts")
-    objective: ObjectiveName = Field(description="velocity: follow the teacher's steps (Eq. 5); embedding: the naive baseline (Eq. 4)")
+    objective: ObjectiveName = Field(
+        description="what is compared. velocity: the teacher's steps (Eq. 5); early, text_stream: the first `blocks` blocks; keys_values, "
+        "projected: the text in the first block and before it; embedding (Eq. 4), scaled, whitened, whitened_cosine: the embeddings"
+    )
+    blocks: int = Field(default=0, ge=0, description="early, text_stream: how many blocks of the diffusion model; 0 for other objectives")
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without the key has the digest that it had before the key existed."""
+        return {key: value for key, value in written(self).items() if key != "blocks" or value}
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> Stage:
+        takes = [name for name, objective in OBJECTIVES.items() if objective.takes_blocks]
+        if self.objective in takes and not self.blocks:
+            raise ValueError(f"blocks: expected 1 or more for the objective {self.objective}, got 0")
+        if self.blocks and self.objective not in takes:
+            raise ValueError(f"blocks: expected none for the objective {self.objective}, got {self.blocks}; {' and '.join(takes)} take it")
+        return self
 
     def batches_per_rank(self, ranks: int) -> int:
         """Batches per optimizer step of each of `ranks` processes. Raises ConfigError if they cannot be divided evenly."""
@@ -254,6 +272,7 @@ class Recipe(Config):
             raise ValueError(f"expected a different name for every stage, got {', '.join(names)}")
         for stage in self.stages:
             self.family.check_side(stage.resolution_px)
+            self._check_objective(stage)
         if not set(self.output.also_serves) <= set(alike(self.family)):
             possible = ", ".join(alike(self.family)) or "none"
             raise ValueError(f"output.also_serves: expected families with the teacher and padding of {self.family.name} ({possible})")
@@ -269,6 +288,21 @@ class Recipe(Config):
             whose = "shortest stage" if self.optimizer.restart_per_stage else "run"
             raise ValueError(f"optimizer.warmup_steps: expected at most the {steps} steps of the {whose}, got {warmup_steps}")
         return self
+
+    def _check_objective(self, stage: Stage) -> None:
+        """Raise ValueError for an objective about what the family's models lack."""
+        family, streams = self.family, {stream for returned in self.family.block_lists.values() for stream in "+".join(returned).split("+")}
+        has = {"projection": family.text_projection, "keys_values": family.keys_values, "text_stream": "text" in streams}
+        if not has.get(OBJECTIVES[stage.objective].at, True):
+            raise ValueError(
+                f"stage {stage.name}: expected an objective that {family.display_name} has, got {stage.objective}; "
+                "early and velocity fit every family"
+            )
+
+    @property
+    def needs_diffusion_model(self) -> bool:
+        """Whether the run needs more of the diffusion model than its text projection: for a stage, or for previews."""
+        return bool(self.preview.vae) or any(OBJECTIVES[stage.objective].needs_model for stage in self.stages)
 
     @property
     def sha256(self) -> str:

@@ -36,7 +36,7 @@ from .objectives import OBJECTIVES
 from .optimizer import MuonAndAdamW
 from .recipe import Recipe, Stage
 from .trajectory import Draw, Position, start
-from .unloaded import diffusion_model, teacher_model, teacher_of, weights_from_ram
+from .unloaded import check_blocks, diffusion_model, teacher_model, teacher_of, weights_from_ram
 
 # Parts of memory beside the diffusion model's weights.
 STUDENT, MOMENTS, GRADIENTS = "student's weights", "optimizer's running means", "student's gradients"
@@ -71,6 +71,7 @@ def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool
         teacher = _Teacher(recipe, target)
         with Ledger(target.device) as ledger:
             scene = _Scene(recipe, target, ledger)
+            check_blocks(recipe, scene.model)
             stages = []
             for stage in recipe.stages:
                 need, flops = scene.step(stage, teacher.text(stage.batch, longest), stage.batches_per_rank(processes))
@@ -81,7 +82,7 @@ def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool
                 stages.append(StageRehearsal(stage.name, stage.steps, need, _by_name(flops), _by_name(encoding, batches)))
             return Rehearsal(
                 stages,
-                model=ledger.live[MODEL],
+                model=ledger.live[MODEL] if recipe.needs_diffusion_model else 0,
                 teacher=teacher.held,
                 student=ledger.live[STUDENT],
                 moments=ledger.live[MOMENTS],
@@ -107,7 +108,9 @@ def _by_name(flops: Flops, times: float = 1) -> dict[str, float]:
     return {FLOAT_NAMES.get(dtype, str(dtype)): times * count for dtype, count in flops.items()}
 
 
-def _need(ledger: Ledger) -> Need:
+def _need(ledger: Ledger, without_model: bool = False) -> Need:
+    if without_model:
+        return Need(ledger.offloaded.parts, ledger.offloaded.parts, ledger.offloaded.during)
     return Need(ledger.all_here.parts, ledger.offloaded.parts, ledger.all_here.during)
 
 
@@ -180,7 +183,7 @@ class _Scene:
 
     def step(self, stage: Stage, text: TeacherText, batches: int) -> tuple[Need, Flops]:
         """Peak and operations of an optimizer step over so many batches with texts like these."""
-        key = (stage.objective, stage.resolution_px, batches, text.text_BLD.shape)
+        key = (stage.objective, stage.blocks, stage.resolution_px, batches, text.text_BLD.shape)
         if key not in self._seen:
             self._seen[key] = self._step(stage, text, batches)
         return self._seen[key]
@@ -190,6 +193,9 @@ class _Scene:
         with ledger.of(TEXTS):
             position = self._position(stage, text)
             ledger.is_part(position.text_BLD, TEXTS)
+            objective = replace(OBJECTIVES[stage.objective], blocks=stage.blocks, variance_D=torch.ones(1))
+            if objective.at == "projection":
+                _ = self.model.text_projection  # made now, and kept
             # Of every other batch: its text, its latent before and after the step, and the velocity.
             latents = [position.x] * 3
             others = [torch.empty_like(value) for _ in range(batches - 1) for value in (position.text_BLD, *latents)]
@@ -198,10 +204,11 @@ class _Scene:
             self._make_gradients()
         ledger.restart()
         with ledger.of(BACKWARD), self.model.differentiable(self.recipe.diffusion_model.checkpoint_blocks):
-            train_step([position], self.model, self.learner, OBJECTIVES[stage.objective])
+            train_step([position], self.model, self.learner, objective)
         one = Flops(ledger.flops)
         one.subtract(self._update)
-        return _need(ledger), Flops({dtype: batches * count for dtype, count in one.items()}) + self._update
+        flops = Flops({dtype: batches * count for dtype, count in one.items()}) + self._update
+        return _need(ledger, not self.recipe.needs_diffusion_model), flops
 
     def _position(self, stage: Stage, text: TeacherText) -> Position:
         sampling, some_B = self.recipe.sampling, torch.ones(stage.batch)
@@ -225,7 +232,8 @@ def name_parts(ledger: Ledger, learner: Learner, model: FrozenModel) -> None:
     student.register_forward_pre_hook(lambda *_: begin(STUDENTS_PASS))
     student.register_forward_hook(encoded)
     inner.register_forward_pre_hook(lambda *_: begin(PASS if torch.is_grad_enabled() else TEACHERS_PASS))
-    inner.register_forward_hook(lambda *_: begin(BACKWARD))
+    # Also of a pass that ends early.
+    inner.register_forward_hook(lambda *_: begin(BACKWARD), always_call=True)
     for weight in student.parameters():
         weight.register_post_accumulate_grad_hook(lambda weight: ledger.is_part(weight.grad, GRADIENTS))
     for optimizer in _parts(learner):

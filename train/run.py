@@ -24,7 +24,6 @@ from .checkpoint_files import STUDENT, checkpoint_paths, peek, step_of
 from .distill import StepReport, train_step
 from .lengths import change_of_lengths, differences_besides_lengths
 from .models import metadata_of
-from .objectives import OBJECTIVES
 from .optimizer import restart
 from .page import starting
 from .preview import Previewer
@@ -108,12 +107,11 @@ def _loop(workshop: Workshop, checkpoints: Checkpoints, reporter: Reporter, stop
     reporter.begin(facts_of(workshop, reporter.run), trials(workshop))
     while learner.step < total:
         place = workshop.schedule.place(learner.step)
-        stage = recipe.stages[place.stage]
         if place.step == 0:
             if place.trajectory == 0 and recipe.optimizer.restart_per_stage:
                 restart(learner.optimizer)
             state.positions = workshop.starts_at(place)
-        report, state.positions = train_step(state.positions, workshop.model, learner, OBJECTIVES[stage.objective])
+        report, state.positions = train_step(state.positions, workshop.model, learner, workshop.objective(place.stage))
         _report_step(workshop, reporter, place, report)
         if _due(learner.step, recipe.validation.every_steps, total):
             state.best = lower(state.best, reporter.held_out(*held_out.loss()))

@@ -4,15 +4,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ..diffusion.denoise import Entry, euler_step, for_batch, guided
+from ..diffusion.partial_pass import keys_and_values, streams_after
 from ..encoder.rows import Rows
 from .objectives import OBJECTIVES, Gap, Objective
 
@@ -95,12 +97,30 @@ class Position:
 
     def velocity(self, model: VelocityModel, text_BLD: Tensor) -> Tensor:
         """The velocity here, with a text embedding in place of the teacher's."""
+        return self.by_group(lambda place, text: (place._velocity(model, text),), text_BLD)[0]
+
+    def by_group(self, of: Callable[..., tuple[Tensor, ...]], *texts: Tensor) -> tuple[Tensor, ...]:
+        """What `of` returns, [B, ...] each: it is given the samples whose texts have one length, and these texts with companions' rows."""
         if self.rows is None:
-            return model.velocity(self.x, self._sigma_B, text_BLD, self.extras, self.guidance_B)
+            return of(self, *texts)
         groups = self.rows.groups
-        found = [self._of(group).velocity(model, self.rows.text(text_BLD, group)) for group in groups]
-        places = torch.tensor([place for group in groups for place in group], device=self.x.device)
-        return torch.cat(found)[places.argsort()]
+        found = [of(self._of(group), *(self.rows.text(text_BLD, group) for text_BLD in texts)) for group in groups]
+        order = torch.tensor([place for group in groups for place in group], device=self.x.device).argsort()
+        return tuple(torch.cat(parts)[order] for parts in zip(*found, strict=True))
+
+    def _velocity(self, model: VelocityModel, text_BLD: Tensor) -> Tensor:
+        return model.velocity(self.x, self._sigma_B, text_BLD, self.extras, self.guidance_B)
+
+    def seen(self, model: FrozenModel, text_BLD: Tensor, objective: Objective, to_the_end: bool) -> tuple[Sequence[Tensor], Tensor | None]:
+        """What the objective compares inside the diffusion model, [B, ...] each, and the velocity if the pass goes `to_the_end`.
+
+        All texts have one length.
+        """
+        run = functools.partial(self._velocity, model, text_BLD)
+        if objective.at == "keys_values":
+            return keys_and_values(model, run, len(self.x)), None
+        streams, velocity = streams_after(model, objective.blocks, run, text_BLD.shape[1], to_the_end)
+        return [streams["text"]] if objective.at == "text_stream" else list(streams.values()), velocity
 
     def whole(self, text_BLD: Tensor) -> Tensor:
         """The text [1, K + L, D] of a single sample, with the rows that the student does not make."""
@@ -148,19 +168,43 @@ def gap_at(
 ) -> tuple[Tensor, Tensor | None]:
     """Per-sample loss [B] with gradients to the student, and the velocity that the teacher follows (None if the objective needs none).
 
-    The diffusion model gets the teacher's and the student's embedding at the same latent, noise level and guidance. With classifier-free
+    The diffusion model gets the teacher's and the student's embedding at the same latent, noise level and guidance; objectives about its
+    blocks without a trajectory, always at the start of one. With classifier-free
     guidance of weight w on both sides and the teacher's unconditional velocity on both, the loss would be w^2 times this one: so CFG only
     decides where the teacher's trajectory goes.
     """
     student_text_BLD = student(position.token_ids_BL)
     own = None if position.rows is None else position.rows.own
-    if not objective.needs_velocity:
-        return objective.loss(Gap(student_text_BLD, position.text_BLD, own=own)), None
+    if objective.at == "embedding":
+        return objective.loss(Gap(student_text_BLD, position.text_BLD, own=own, variance_D=objective.variance_D)), None
+    if objective.at == "projection":
+        projected = cast("FrozenModel", model).text_projection
+        with torch.no_grad():
+            teacher_BLD = projected(position.text_BLD.float())
+        return objective.loss(Gap(projected(student_text_BLD.float()), teacher_BLD, own=own, variance_D=objective.variance_D)), None
+    if objective.at != "velocity":
+        return _gap_inside(position, cast("FrozenModel", model), student_text_BLD, objective)
     with torch.no_grad():
         teacher_velocity = position.velocity(model, position.text_BLD)
         followed = position.guided(model, teacher_velocity)
     student_velocity = position.velocity(model, student_text_BLD)
     return objective.loss(Gap(student_text_BLD, position.text_BLD, student_velocity, teacher_velocity, own)), followed
+
+
+def _gap_inside(position: Position, model: FrozenModel, student_text_BLD: Tensor, objective: Objective) -> tuple[Tensor, Tensor | None]:
+    """`gap_at` for what is seen in the model's blocks. Only the teacher's pass goes to its end, and only for a trajectory."""
+
+    def gap_of(place: Position, student_BLD: Tensor, teacher_BLD: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            teacher_seen, velocity = place.seen(model, teacher_BLD, objective, to_the_end=objective.needs_velocity)
+        student_seen, _ = place.seen(model, student_BLD, objective, to_the_end=False)
+        loss_B = objective.loss(Gap(student_BLD, teacher_BLD, student_seen=student_seen, teacher_seen=teacher_seen))
+        return (loss_B,) if velocity is None else (loss_B, velocity)
+
+    place = position if objective.needs_velocity else replace(position, step=0)
+    loss_B, *velocities = place.by_group(gap_of, student_text_BLD, position.text_BLD)
+    with torch.no_grad():
+        return loss_B, position.guided(model, velocities[0]) if velocities else None
 
 
 def advance(position: Position, teacher_velocity: Tensor | None) -> Position:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ..runtime.accelerator import timed
 from ..runtime.randomness import undisturbed
-from .objectives import OBJECTIVES
 from .recipe import Stage
 from .report import reset_peak_memory
 from .teacher_chunks import texts_of
@@ -34,11 +33,11 @@ def trials(workshop: Workshop) -> dict[int, float]:
 
 
 def _cost_of(stage: Stage) -> tuple[object, ...]:
-    return stage.objective, stage.resolution_px, stage.batch, stage.accumulate
+    return stage.objective, stage.blocks, stage.resolution_px, stage.batch, stage.accumulate
 
 
 def _trial(workshop: Workshop, number: int) -> float:
-    learner, objective = workshop.learner, OBJECTIVES[workshop.recipe.stages[number].objective]
+    learner, objective = workshop.learner, workshop.objective(number)
     batches, device = workshop.schedule.batches(number, 0), workshop.model.device
     with undisturbed():
         encode_s, positions = timed(lambda: workshop.starts(batches, texts_of(workshop.teacher, batches)), device)

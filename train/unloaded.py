@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ..config.files import ConfigError
 from ..diffusion.files import DTYPES
 from ..diffusion.frozen import FrozenModel
+from ..diffusion.projection import text_projection
 from ..encoder.files import StudentFile
 from ..encoder.metadata import StudentMetadata
 from ..encoder.served import NoCompanion, opened, text_model, usual_dtype
@@ -25,8 +27,10 @@ from ..encoder.teacher import Teacher
 from ..families.family import Family
 from ..runtime.comfyui import model_file
 from ..runtime.errors import UndistilledError
-from ..runtime.header import Entry, read_entries
+from ..runtime.header import Entry, read_entries, read_strings
 from ..runtime.weights import DTYPES as FILE_DTYPES
+from ..runtime.weights import load_tensors
+from .objectives import OBJECTIVES
 from .recipe import STAND_IN, Recipe
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -93,18 +97,62 @@ def _most_common_format(entries: Mapping[str, Entry]) -> torch.dtype:
 
 def config_in(entries: Mapping[str, Entry], file: str) -> tuple[Any, torch.dtype]:
     """ComfyUI's configuration of a diffusion model from the header of its file, and its number format. Raises ValueError if unknown."""
-    tensors = _without_numbers(entries)
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
-    inner = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True) or tensors
-    stored = comfy.utils.weight_dtype(inner) or torch.bfloat16
-    config = comfy.model_detection.model_config_from_unet(inner, "")
-    if config is None and (converted := comfy.model_detection.convert_diffusers_mmdit(inner, "")) is not None:
-        config = comfy.model_detection.model_config_from_unet(converted, "")
-    if config is None:
-        raise ValueError(f"{file} is not a diffusion model that ComfyUI knows.\nWhat to do: name another file in diffusion_model.file.")
+    config, inner = _detected(_without_numbers(entries), file)
     # Quantised files are counted as their numbers alone, cast for each product.
     config.quant_config = None
-    return config, stored
+    return config, comfy.utils.weight_dtype(inner) or torch.bfloat16
+
+
+def _detected(tensors: dict[str, Tensor], file: str) -> tuple[Any, dict[str, Tensor]]:
+    """ComfyUI's configuration of a diffusion model, and the tensors of its file by their names in the model. Raises ValueError."""
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+    inner = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True) or dict(tensors)
+    config = comfy.model_detection.model_config_from_unet(inner, "")
+    if config is None and (converted := comfy.model_detection.convert_diffusers_mmdit(inner, "")) is not None:
+        config, inner = comfy.model_detection.model_config_from_unet(converted, ""), converted
+    if config is None:
+        raise ValueError(f"{file} is not a diffusion model that ComfyUI knows.\nWhat to do: name another file in diffusion_model.file.")
+    return config, inner
+
+
+def projection_alone(path: Path, family: Family, device: torch.device) -> FrozenModel:
+    """A diffusion model of which the text projection alone is read: all other weights are on torch's `meta` device.
+
+    Raises ValueError for a file that ComfyUI does not know, and StudentFileError for one that cannot be read.
+    """
+    entries = read_entries(path)
+    with torch.device("meta"):
+        tensors = _without_numbers(entries)
+        config, inner = _detected(tensors, path.name)
+    file_names = {id(tensor): name for name, tensor in tensors.items()}
+    own = {name: file_names.get(id(tensor)) for name, tensor in inner.items() if name.startswith(family.text_projection)}
+    needed = {file_name: name for name, file_name in own.items() if file_name is not None}
+    # The sign of an older format of quantised files, whose scales have other names.
+    found = load_tensors(path, [*needed, *(name for name in entries if name.endswith("scaled_fp8"))])
+    found, strings = comfy.utils.convert_old_quants(found, "", metadata=read_strings(path))
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+    found = {needed.get(name, name.removeprefix(prefix)): tensor for name, tensor in found.items()}
+    found, _ = comfy.utils.convert_old_quants(found, "", metadata=strings)
+    projection = text_projection(config, family, found).to(device)
+    config.quant_config = None
+    config.set_inference_dtype(torch.float32, None)
+    inner_model = config.get_model({}, "", device=torch.device("meta"))
+    model = FrozenModel(comfy.model_patcher.ModelPatcher(inner_model, load_device=device, offload_device=torch.device("cpu")), family)
+    model.text_projection = projection
+    return model
+
+
+def check_blocks(recipe: Recipe, model: FrozenModel) -> None:
+    """Raise ConfigError for a stage that compares after more blocks than the diffusion model has."""
+    for stage in recipe.stages:
+        with_text = OBJECTIVES[stage.objective].at == "text_stream"
+        most = len(model.blocks) - (recipe.family.last_blocks_without_text if with_text else 0)
+        if stage.blocks > most:
+            raise ConfigError(
+                f"Stage {stage.name}: expected at most {most} for blocks, got {stage.blocks}: {Path(recipe.diffusion_model.file).name} has "
+                f"{len(model.blocks)} blocks" + (f", and a text stream after {most} of them." if with_text else "."),
+                f"set blocks to {most} or less.",
+            )
 
 
 def _formats_on(

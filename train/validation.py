@@ -7,12 +7,15 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 
 from ..encoder.teacher import TeacherText
 from .teacher_chunks import texts_of
-from .trajectory import gaps_by_band
+from .trajectory import Position, gap_at, gaps_by_band
 from .workshop import Workshop
+
+ONE_BAND = "all"
 
 
 @contextlib.contextmanager
@@ -38,8 +41,11 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self) -> tuple[dict[str, float], int]:
-        """Mean velocity gap by band over all processes, and the number of prompts. The student's dropout is off meanwhile."""
-        workshop, bands = self.workshop, self.workshop.recipe.validation.sigma_bands
+        """Mean velocity gap by band over all processes, and the number of prompts. The student's dropout is off meanwhile.
+
+        In a run without the diffusion model: the mean loss of the last stage's objective, as one band.
+        """
+        workshop = self.workshop
         batches = workshop.schedule.held_out_batches()
         if self._texts is None:
             self._texts = texts_of(workshop.teacher, batches)
@@ -47,10 +53,17 @@ class HeldOut:
         with without_dropout(workshop.student):
             for batch, text in zip(batches, self._texts, strict=True):
                 [position] = workshop.starts([batch], [text])
-                for band, loss_B in gaps_by_band(position, workshop.model, workshop.embed, bands):
+                for band, loss_B in self._gaps(position):
                     total, count = sums.get(band, (0.0, 0))
                     sums[band] = (total + float(loss_B.double().sum()), count + len(loss_B))
         return _mean_over_ranks(workshop.ranks.gather(sums)), len(workshop.schedule.held_out)
+
+    def _gaps(self, position: Position) -> Iterator[tuple[str, Tensor]]:
+        workshop, recipe = self.workshop, self.workshop.recipe
+        if recipe.needs_diffusion_model:
+            yield from gaps_by_band(position, workshop.model, workshop.embed, recipe.validation.sigma_bands)
+        else:
+            yield ONE_BAND, gap_at(position, workshop.model, workshop.embed, workshop.objective(len(recipe.stages) - 1))[0]
 
 
 def _mean_over_ranks(gathered: list[dict[str, tuple[float, int]]]) -> dict[str, float]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import comfy.model_management
 from torch import Tensor
+from torch.nn import Identity
 
 from ..diffusion.frozen import FrozenModel, usable_bytes
 from ..encoder.teacher import Teacher, TeacherText
@@ -16,9 +18,11 @@ from .distill import Learner, new_learner
 from .inputs import inputs_of, refuse_other_inputs
 from .memory import Rehearsal, usable_of
 from .models import load_frozen_model, load_teacher_of, make_student_of, preview_vae, rehearse_before_loading
+from .objectives import OBJECTIVES, Objective
 from .recipe import Recipe
-from .teacher_chunks import TeacherChunks
+from .teacher_chunks import TeacherChunks, texts_of
 from .trajectory import Position, start
+from .variance import variance_of
 
 
 @dataclass
@@ -43,19 +47,35 @@ class Workshop:
     student: TrainedStudent
     learner: Learner
     inputs: dict[str, str]
+    _variances: dict[int, Tensor] = field(default_factory=dict)
+
+    def objective(self, number: int) -> Objective:
+        """The objective of a stage; if its loss takes the teacher's variance, all processes must call it."""
+        stage = self.recipe.stages[number]
+        objective = replace(OBJECTIVES[stage.objective], blocks=stage.blocks)
+        if objective.scaled and number not in self._variances:
+            self._variances[number] = self.ranks.share(self._variance(number, objective) if self.ranks.is_main else None)
+        return replace(objective, variance_D=self._variances[number].to(self.model.device)) if objective.scaled else objective
+
+    def _variance(self, number: int, objective: Objective) -> Tensor:
+        texts = (text for batch in self.schedule.sample(number) for text in texts_of(self.teacher, [batch]))
+        return variance_of(texts, self.model.text_projection if objective.at == "projection" else Identity(), self.model.device)
 
     def embed(self, token_ids_BL: Tensor) -> Tensor:
         """The student's embeddings [B, L, D] on this process alone: DistributedDataParallel's forward may wait for the others."""
         return replace(self.learner, student=self.student).embed(token_ids_BL)
 
     def load_model(self) -> None:
-        """Bring the diffusion model to its device, with as much free memory beside it as an optimizer step takes."""
+        """Bring the diffusion model to its device, if the run needs it, and leave as much memory free there as an optimizer step takes."""
         room, has_moments = 0, bool(self.learner.optimizer.state)
         if self.rehearsal:
             device_bytes = usable_bytes(self.model.device)
             kept_free = device_bytes - usable_of(device_bytes, self.rehearsal.on_gpu)
             room = self.rehearsal.room(has_moments, device_bytes) + kept_free
-        self.model.load(room)
+        if self.recipe.needs_diffusion_model:
+            self.model.load(room)
+        else:
+            comfy.model_management.free_memory(room, self.model.device)
 
     def starts(self, batches: Sequence[Batch], texts: Sequence[TeacherText]) -> list[Position]:
         """The starts of some batches' trajectories, with the diffusion model brought back to its device."""

@@ -281,8 +281,8 @@ class NotFiniteFlow:
 
 
 # Finite losses whose gradient is 0 times infinity.
-STEEP = Objective(lambda gap: (velocity_gap(gap) * 0).sqrt(), needs_velocity=True)
-NAN_LOSS = Objective(lambda gap: velocity_gap(gap) * float("nan"), needs_velocity=True)
+STEEP = Objective(lambda gap: (velocity_gap(gap) * 0).sqrt())
+NAN_LOSS = Objective(lambda gap: velocity_gap(gap) * float("nan"))
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def fp16_flow(stand_ins: Path) -> Iterator[FrozenModel]:
 
 
 # What the mean over a picture of 1024 px and 32 prompts makes of a gap, on a small picture.
-FAINT = Objective(lambda gap: velocity_gap(gap) / 2**14, needs_velocity=True)
+FAINT = Objective(lambda gap: velocity_gap(gap) / 2**14)
 
 
 def test_gradients_that_fp16_would_lose_come_through_scaled_and_are_unscaled_before_clipping(flow, fp16_flow, text):

@@ -55,7 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_that_too_many_dropped_steps_end_is_saved_where_it_goes_on(whole, tmp_path, monkeypatch):
-    never = Objective(lambda gap: velocity_gap(gap) * float("nan"), needs_velocity=True)
+    never = Objective(lambda gap: velocity_gap(gap) * float("nan"))
     with monkeypatch.context() as patch:
         patch.setitem(OBJECTIVES, "velocity", never)
         with pytest.raises(NotFinite, match="in a row were not finite"):

@@ -26,6 +26,8 @@ LATER = [
     "teacher.clip_g=clip_g.safetensors",
     "sampling.cfg=[4.5]",
     "sampling.negatives=0.1",
+    "stage.0.objective=early",
+    "stage.0.blocks=2",
 ]
 # Another one, for families without companions.
 SHARED = ["diffusion_model.family=chroma", "teacher.clip_l=none", 'output.also_serves=["pixart_sigma"]']
@@ -154,7 +156,7 @@ def test_misplaced_key_is_refused_with_its_right_place(key, nearest, tmp_path):
         ('name = "distilled_t5_smoke"', 'name = "../smoke"', "output.name: expected a file name of letters"),
         ('name = "distilled_t5_smoke"', 'name = "smoke.safetensors"', 'without folder and extension, got "smoke.safetensors"'),
         ("resolution_px = 64", "resolution_px = 100", "stage.0.resolution_px: expected a multiple of 16, got 100"),
-        ('objective = "embedding"', 'objective = "velocty"', "stage.0.objective: expected one of velocity, embedding, got \"velocty\""),
+        ('objective = "embedding"', 'objective = "velocty"', "stage.0.objective: expected one of velocity, early, text_stream,"),
         (', path = "prompts/words/sentences.txt"', "", "stage.0.corpora.0: a corpus of kind lines needs a path"),
         ('kind = "lines"', 'kind = "csv"', "a corpus of kind csv needs the column that holds the prompt"),
         ('kind = "lines"', 'kind = "common_text"', "stage.0.corpora.0: common_text is generated: expected no path"),
@@ -455,3 +457,41 @@ def test_importing_a_recipe_brings_no_torch_and_no_comfyui():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- objectives ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["stage.0.objective=early"], "expected 1 or more for the objective early, got 0"),
+        (["stage.0.objective=early", "stage.0.blocks=0"], "expected 1 or more for the objective early, got 0"),
+        (["stage.0.objective=text_stream", "stage.0.blocks=-1"], "stage.0.blocks: expected greater than or equal to 0, got -1"),
+        (["stage.1.blocks=2"], "expected none for the objective velocity, got 2; early and text_stream take it"),
+        (["stage.0.objective=projected", "stage.0.blocks=1"], "expected none for the objective projected, got 1"),
+        (
+            ["diffusion_model.family=pixart_alpha", "stage.0.objective=text_stream", "stage.0.blocks=1"],
+            "expected an objective that PixArt-alpha has, got text_stream; early and velocity fit every family",
+        ),
+    ],
+)
+def test_an_objective_that_does_not_fit_is_refused(settings, expected):
+    more = [f"stage.{stage}.resolution_px=512" for stage in (0, 1)]
+    with pytest.raises(ConfigError) as refused:
+        load_recipe("smoke", [*more, *settings])
+    assert expected in str(refused.value)
+
+
+def test_blocks_enter_the_hash_where_they_are_given_and_are_kept(tmp_path):
+    plain, early = load_recipe("smoke"), load_recipe("smoke", ["stage.1.objective=early", "stage.1.blocks=2"])
+    assert "blocks = " not in plain.to_toml().replace("checkpoint_blocks = ", "")
+    assert recipe_of(tmp_path, early.to_toml()) == early and early.stages[1].blocks == 2
+    assert early.differences(load_recipe("smoke", ["stage.1.objective=early", "stage.1.blocks=1"])) == ["stage.1.blocks: 2 -> 1"]
+
+
+def test_a_run_needs_the_diffusion_model_for_stages_in_its_blocks_and_for_previews():
+    imitates = ["stage.0.objective=projected", "stage.1.objective=whitened"]
+    assert not load_recipe("smoke", imitates).needs_diffusion_model
+    assert load_recipe("smoke", [*imitates, "preview.vae=ae.safetensors"]).needs_diffusion_model
+    assert load_recipe("smoke", ["stage.0.objective=keys_values", "stage.1.objective=whitened"]).needs_diffusion_model
