@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import tomllib
@@ -43,8 +44,7 @@ class Arm:
 
     def overrides(self, recipe: str, common: Sequence[str], seed: int, pretrained: Path) -> tuple[str, ...]:
         """The values of `--set` with which the trainer's command trains this arm from a shipped recipe."""
-        first = load_recipe(recipe).stages[0].model_dump(exclude_none=True)
-        stages = [first | {"name": f"{number}-{stage['objective']}", **stage} for number, stage in enumerate(self.stages, 1)]
+        stages = [_first_stage(recipe) | {"name": f"{number}-{stage['objective']}", **stage} for number, stage in enumerate(self.stages, 1)]
         own = (setting.replace(PRETRAINED, pretrained.as_posix()) for setting in self.settings)
         return (f"seed={seed}", f"output.name={self.name}", *common, *own, f"stage={toml_value(stages)}")
 
@@ -55,6 +55,11 @@ class Arm:
     def shortened(self, steps: int) -> Arm:
         """The arm with so many steps in every stage."""
         return replace(self, stages=tuple({**stage, "steps": steps} for stage in self.stages))
+
+
+@functools.cache
+def _first_stage(recipe: str) -> dict[str, Any]:
+    return load_recipe(recipe).stages[0].model_dump(exclude_none=True)
 
 
 def _blocks(stage: Mapping[str, Any]) -> str:
