@@ -61,6 +61,7 @@ def _row(arm: Arm, base_tflop: float, runs: Sequence[Run], teacher_TN: Verdicts)
         "stages": arm.steps(),
         "tflop": round(arm.tflop, 2),
         "of_base": round(arm.tflop / base_tflop, 3),
+        "at_full_size": arm.at_full_size and round(arm.at_full_size, 3),
         "failed": [f"seed {run.seed}: {run.failure.read_text(encoding='utf-8')}" for run in runs if run.failure.is_file() and not run.done],
         "seeds": [_seed(run, teacher_TN) for run in done],
     }
