@@ -30,8 +30,8 @@ Count = Callable[[Recipe], Sequence[float]]
 class Arm:
     """Stages as tables of a recipe: what they leave out is as in the first stage of the base recipe.
 
-    times: the arithmetic, as a multiple of that of the first arm; the stages' steps are then proportions. Of a planned arm, tflop: its
-    arithmetic, 10^12 operations; at_full_size: as a multiple of the first arm's with models of real size, None where it is not counted.
+    times: the arithmetic, as a multiple of that of the first arm; the stages' steps are then proportions. tflop: the arithmetic of a
+    planned arm, 10^12 operations.
     """
 
     name: str
@@ -41,7 +41,6 @@ class Arm:
     families: tuple[str, ...] = FAMILIES
     times: float | None = None
     tflop: float = 0.0
-    at_full_size: float | None = None
 
     def overrides(self, recipe: str, common: Sequence[str], seed: int, pretrained: Path) -> tuple[str, ...]:
         """The values of `--set` with which the trainer's command trains this arm from a shipped recipe."""
@@ -69,17 +68,11 @@ def _blocks(stage: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Lab:
-    """The arms of one family, the first of which is the base, and the questions that pairs of them answer.
-
-    blocks: of the miniature's diffusion model. full_size: a recipe for a real model, which has full_blocks blocks.
-    """
+    """The arms of one family, the first of which is the base, and the questions that pairs of them answer."""
 
     family: str
     recipe: str
     suite: str
-    blocks: int
-    full_size: str
-    full_blocks: int
     settings: tuple[str, ...]
     arms: tuple[Arm, ...]
     claims: tuple[Mapping[str, str], ...]
@@ -89,9 +82,7 @@ class Lab:
         """The arms of a family, in the order in which they are trained; an arm with several `times` becomes several."""
         found = tomllib.loads(path.read_text(encoding="utf-8"))
         arms = tuple(arm for table in found["arm"] for arm in _arms(table) if family in arm.families)
-        names = {arm.name for arm in arms}
-        claims = tuple(claim for claim in found["claim"] if {claim["arm"], claim["against"]} <= names)
-        return cls(family, **found["family"][family], settings=tuple(found["settings"]), arms=arms, claims=claims)
+        return cls(family, **found["family"][family], settings=tuple(found["settings"]), arms=arms, claims=tuple(found["claim"]))
 
     def load(self, arm: Arm, seed: int, pretrained: Path) -> Recipe:
         """The recipe of a run."""
@@ -108,21 +99,7 @@ class Lab:
             counted = iter(count(self.load(Arm("counted", "counted", stages, settings), 0, Path())))
             per_step |= {arm.name: [next(counted) for _ in arm.stages] for arm in arms}
         base = _tflop(self.arms[0], per_step[self.arms[0].name])
-        return replace(self, arms=self._at_full_size([_scaled(arm, per_step[arm.name], base) for arm in self.arms], count))
-
-    def _at_full_size(self, arms: Sequence[Arm], count: Count) -> tuple[Arm, ...]:
-        """The arms with their arithmetic at full size, but for those with trajectories of their own."""
-        alike = [arm for arm in arms if not any("sampling" in setting for setting in arm.settings)]
-        stages = tuple(self._full_stage(stage) for arm in alike for stage in arm.stages)
-        overrides = Arm("counted", "counted", stages).overrides(self.full_size, ('preview.vae=""', "sampling.steps=2"), 0, Path())
-        counted = iter(count(load_recipe(self.full_size, overrides)))
-        batch = load_recipe(self.recipe).stages[0].batch
-        flops = {arm.name: sum(s["steps"] * s.get("batch", batch) * next(counted) for s in arm.stages) for arm in alike}
-        return tuple(replace(arm, at_full_size=flops[arm.name] / flops[arms[0].name]) if arm in alike else arm for arm in arms)
-
-    def _full_stage(self, stage: Mapping[str, Any]) -> dict[str, Any]:
-        blocks = {"blocks": self.full_blocks if stage["blocks"] == self.blocks else stage["blocks"]} if "blocks" in stage else {}
-        return {"objective": stage["objective"], "steps": COUNTED_STEPS, **blocks}
+        return replace(self, arms=tuple(_scaled(arm, per_step[arm.name], base) for arm in self.arms))
 
 
 def _arms(table: Mapping[str, Any]) -> list[Arm]:

@@ -29,7 +29,8 @@ def results(lab: Lab, runs: Sequence[Run], command: str) -> dict[str, Any]:
     made = max((_made(run) for run in done), key=lambda one: one["date"])
     by_arm = {arm.name: [run for run in runs if run.arm == arm.name] for arm in lab.arms}
     rows = [_row(arm, lab.arms[0].tflop, by_arm[arm.name], teacher_TN) for arm in lab.arms if _shown(by_arm[arm.name])]
-    claims = [_claim(claim, by_arm[claim["arm"]], by_arm[claim["against"]], teacher_TN) for claim in lab.claims]
+    asked = [claim for claim in lab.claims if {claim["arm"], claim["against"]} <= by_arm.keys()]
+    claims = [_claim(claim, by_arm[claim["arm"]], by_arm[claim["against"]], teacher_TN) for claim in asked]
     return {
         "command": command,
         "made": {key: made[key] for key in ("date", "machine", "versions")},
@@ -61,7 +62,6 @@ def _row(arm: Arm, base_tflop: float, runs: Sequence[Run], teacher_TN: Verdicts)
         "stages": arm.steps(),
         "tflop": round(arm.tflop, 2),
         "of_base": round(arm.tflop / base_tflop, 3),
-        "at_full_size": arm.at_full_size and round(arm.at_full_size, 3),
         "failed": [f"seed {run.seed}: {run.failure.read_text(encoding='utf-8')}" for run in runs if run.failure.is_file() and not run.done],
         "seeds": [_seed(run, teacher_TN) for run in done],
     }

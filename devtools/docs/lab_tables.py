@@ -26,18 +26,17 @@ def arms(found: Row) -> str:
     """The arms by their arithmetic."""
     tasks = list(found["teacher"])
     names = [task.replace("_", " ") for task in tasks]
-    head = ["objectives", "optimizer steps", "TFLOP", "of the base's", "at full size", "share of teacher", "each seed", "n of each", *names]
+    head = ["objectives", "optimizer steps", "TFLOP", "of the base's", "share of teacher", "each seed", "n of each", *names]
     rows = [_arm(one, tasks) for one in sorted(found["arms"], key=lambda one: one["tflop"])]
     right = [percent(found["teacher"][task], digits=0) for task in tasks]
-    teacher = ["the teacher", *[None] * 6, found["teacher"][tasks[0]]["n"], *right]
+    teacher = ["the teacher", *[None] * 5, found["teacher"][tasks[0]]["n"], *right]
     return table(head, [teacher, *rows])
 
 
 def _arm(one: Row, tasks: Sequence[str]) -> list[Any]:
     seeds = ", ".join([*(f"{100 * seed['share']:.1f}" for seed in one["seeds"]), *("failed" for _ in one["failed"])])
     right = [percent(one["tasks"][task], digits=0) if one["seeds"] else None for task in tasks]
-    full, share = one["at_full_size"], one.get("share")
-    arithmetic = f"{one['tflop']:.1f}", f"{one['of_base']:.2f}", None if full is None else f"{full:.2f}"
+    arithmetic, share = (f"{one['tflop']:.1f}", f"{one['of_base']:.2f}"), one.get("share")
     return [one["title"], one["stages"], *arithmetic, percent(share, " %"), seeds, share and share["n"], *right]
 
 
