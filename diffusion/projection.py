@@ -42,5 +42,5 @@ def _dequantized(module: Module) -> Module:
         weight = getattr(layer, "weight", None)
         if isinstance(weight, QuantizedTensor):
             layer.weight = Parameter(weight.dequantize().float(), requires_grad=False)
-            layer.layout_type = None  # pyright: ignore[reportAttributeAccessIssue] (else inputs are quantised too)
+            layer.layout_type = None  # type: ignore[assignment] (else inputs are quantised too)
     return module

@@ -16,6 +16,7 @@ from .checkpoint_files import step_of
 from .curves import Curves
 from .export import chosen_checkpoint
 from .licences import UNKNOWN, licence_of, origins
+from .objectives import OBJECTIVES
 from .page import samples_of
 from .recipe import Recipe, load_recipe
 from .run_directory import RunDirectory
@@ -69,12 +70,12 @@ def _is_unchanged(text: str) -> bool:
 
 def card(run: RunDirectory, recipe: Recipe, step: int, evaluation: str = "") -> str:
     """The card's text: front matter, then Markdown. `evaluation`: the tables of an evaluation."""
-    family = recipe.family.display_name
+    family, follows = recipe.family.display_name, any(OBJECTIVES[stage.objective].needs_velocity for stage in recipe.stages)
+    how = "following the diffusion model's denoising steps" if follows else "imitating the teacher's embeddings"
     parts = [
         f"---\n{_front_matter(recipe)}\n---",
         f"# {recipe.output.name}",
-        f"A distilled text encoder for {family}: it takes the place of {Path(recipe.teacher.t5).name}, and was trained by following the "
-        f"diffusion model's denoising steps ({PAPER}).",
+        f"A distilled text encoder for {family}: it takes the place of {Path(recipe.teacher.t5).name}, and was trained by {how} ({PAPER}).",
         "## Use",
         f"Put `{recipe.output.name}.safetensors` into ComfyUI's `models/text_encoders` and load it with *Distilled T5 Loader* of "
         f"[Distilled T5]({PACK}){_pooled(recipe)}.",

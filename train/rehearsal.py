@@ -189,9 +189,19 @@ class _Scene:
         return self._seen[key]
 
     def _step(self, stage: Stage, text: TeacherText, batches: int) -> tuple[Need, Flops]:
+        """The peak of a step, and the mean operations of those of a trajectory."""
+        need, flops = self._step_at(0, stage, text, batches)
+        steps = self.recipe.sampling.steps
+        if OBJECTIVES[stage.objective].at != "streams":
+            return need, flops
+        # The last one ends early for the teacher's text too.
+        _, last = self._step_at(steps - 1, stage, text, batches)
+        return need, Flops({dtype: count + (last[dtype] - count) / steps for dtype, count in flops.items()})
+
+    def _step_at(self, step: int, stage: Stage, text: TeacherText, batches: int) -> tuple[Need, Flops]:
         ledger = self.ledger
         with ledger.of(TEXTS):
-            position = self._position(stage, text)
+            position = replace(self._position(stage, text), step=step)
             ledger.is_part(position.text_BLD, TEXTS)
             objective = replace(OBJECTIVES[stage.objective], blocks=stage.blocks, variance_D=torch.ones(1))
             if objective.at == "projection":

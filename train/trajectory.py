@@ -166,7 +166,7 @@ def start(model: FrozenModel, steps: int, drawn: Draw, text: TeacherText) -> Pos
 def gap_at(
     position: Position, model: VelocityModel, student: Callable[[Tensor], Tensor], objective: Objective
 ) -> tuple[Tensor, Tensor | None]:
-    """Per-sample loss [B] with gradients to the student, and the velocity that the teacher follows (None if the objective needs none).
+    """Per-sample loss [B] with gradients to the student, and the velocity that the teacher follows (None if nothing needs it).
 
     The diffusion model gets the teacher's and the student's embedding at the same latent, noise level and guidance; objectives about its
     blocks without a trajectory, always at the start of one. With classifier-free
@@ -192,11 +192,12 @@ def gap_at(
 
 
 def _gap_inside(position: Position, model: FrozenModel, student_text_BLD: Tensor, objective: Objective) -> tuple[Tensor, Tensor | None]:
-    """`gap_at` for what is seen in the model's blocks. Only the teacher's pass goes to its end, and only for a trajectory."""
+    """`gap_at` for what is seen in the model's blocks. Only the teacher's pass goes to its end, and only where its trajectory goes on."""
+    goes_on = objective.needs_velocity and position.step + 2 < len(position.sigmas_T)
 
     def gap_of(place: Position, student_BLD: Tensor, teacher_BLD: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            teacher_seen, velocity = place.seen(model, teacher_BLD, objective, to_the_end=objective.needs_velocity)
+            teacher_seen, velocity = place.seen(model, teacher_BLD, objective, to_the_end=goes_on)
         student_seen, _ = place.seen(model, student_BLD, objective, to_the_end=False)
         loss_B = objective.loss(Gap(student_BLD, teacher_BLD, student_seen=student_seen, teacher_seen=teacher_seen))
         return (loss_B,) if velocity is None else (loss_B, velocity)

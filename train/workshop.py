@@ -54,7 +54,9 @@ class Workshop:
         stage = self.recipe.stages[number]
         objective = replace(OBJECTIVES[stage.objective], blocks=stage.blocks)
         if objective.scaled and number not in self._variances:
-            self._variances[number] = self.ranks.share(self._variance(number, objective) if self.ranks.is_main else None)
+            shared = self.ranks.share(self._variance(number, objective) if self.ranks.is_main else None)
+            assert shared is not None
+            self._variances[number] = shared
         return replace(objective, variance_D=self._variances[number].to(self.model.device)) if objective.scaled else objective
 
     def _variance(self, number: int, objective: Objective) -> Tensor:

@@ -168,13 +168,18 @@ def test_nothing_stands_twice_after_a_run_of_two_processes(whole):
     assert whole.said.count("Done: ") == 1
 
 
-def test_two_processes_do_what_one_does_with_one_batch_each_and_with_several(comfyui_path, tmp_path, stand_ins):
+@pytest.mark.parametrize(
+    "objectives",
+    [[], ["stage.0.objective=whitened", "stage.1.objective=early", "stage.1.blocks=1"]],
+    ids=["velocity", "early"],
+)
+def test_two_processes_do_what_one_does_with_one_batch_each_and_with_several(objectives, comfyui_path, tmp_path, stand_ins):
     """Stage 0 has one batch per process, stage 1 three: two that only add up their gradients, and one that shares them.
 
     The three batches of held-out prompts cannot be shared out evenly, and the last is not full.
     """
     # Each process draws its own dropout.
-    quiet = [*QUICK, "student.dropout=0.0", "stage.1.accumulate=6", "validation.prompts=5", "preview.every_steps=5"]
+    quiet = [*QUICK, *objectives, "student.dropout=0.0", "stage.1.accumulate=6", "validation.prompts=5", "preview.every_steps=5"]
     quiet.append(f"preview.vae={stand_ins / 'models' / 'vae' / 'ae.safetensors'}")
     runs = []
     for name, how in (("one", ()), ("two", TWO_PROCESSES)):
