@@ -1,4 +1,4 @@
-"""Everything a developer runs, in one file that needs nothing but Python 3.11: `python dev.py test | demo | serve | bench | miniature`.
+"""All that a developer runs, in one file that needs nothing but Python 3.11: `python dev.py test | demo | serve | bench | miniature | lab`.
 
 Each command first sets up what it needs (uv, .venv, ComfyUI, links) and prints one line per step; what is already set up is left alone."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,16 +20,18 @@ Process = subprocess.Popen[bytes]
 
 
 def run_all(commands: Iterable[Sequence[str | Path]], at_once: int = 1) -> None:
-    """Run Python with each of these arguments, `at_once` at the same time, each on one thread.
+    """Run Python with each of these arguments, `at_once` at the same time, each on one thread. The next is asked for when it can start.
 
     Raises RuntimeError if one fails. Then, and on Ctrl-C, the others are asked to save and end.
     """
-    waiting, running = deque(commands), list[Process]()
+    waiting, running = iter(commands), list[Process]()
     try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                command = [sys.executable, *map(str, waiting.popleft())]
-                running.append(subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+        while True:
+            for command in itertools.islice(waiting, at_once - len(running)):
+                started = [sys.executable, *map(str, command)]
+                running.append(subprocess.Popen(started, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+            if not running:
+                return
             for process in [process for process in running if process.poll() is not None]:
                 running.remove(process)
                 check(process)

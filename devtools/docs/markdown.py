@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+MARKS = "<!-- {0}: {1} -->\n\n", "\n\n<!-- end of {0} -->"
+
+
+def between_marks(page: str, name: str, text: str, command: str) -> str:
+    """The page with the table of this name renewed. Raises ValueError if it does not have the table's marks exactly once."""
+    start, end = (mark.format(name, command) for mark in MARKS)
+    page, count = re.subn(re.escape(start) + ".*?" + re.escape(end), lambda _: start + text + end, page, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"The page has the marks of table `{name}` {count} times: expected once, {start.strip()} to {end.strip()}.")
+    return page
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:

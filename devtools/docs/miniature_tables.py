@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..commands import ROOT
 from ..miniature_results import SIZES, TEACHER
-from .markdown import table
+from .markdown import between_marks, table
 
 LAB, PAGE = ROOT / "docs" / "lab.md", ROOT / "miniature" / "README.md"
 PLOT = ROOT / "assets" / "miniature-scaling.png"
 SCALED = (TEACHER, *(f"miniature_student_{size}" for size in SIZES))
 TABLES = {PAGE: ("scaling", "ablation", "pairs", "probes", "curve", "sd3"), LAB: ("summary", "sd3_summary")}
-MARKS = "<!-- {0}: python dev.py miniature -->\n\n", "\n\n<!-- end of {0} -->"
+COMMAND = "python dev.py miniature"
 Row = Mapping[str, Any]
 
 
@@ -111,11 +110,7 @@ def significant(one: Row | None) -> str | None:
 def renewed(page: str, found: Row, names: Sequence[str] = TABLES[PAGE]) -> str:
     """The page with these tables. Raises ValueError if it does not have the marks of a table exactly once."""
     for name in names:
-        text = tables(found)[name]
-        start, end = (mark.format(name) for mark in MARKS)
-        page, count = re.subn(re.escape(start) + ".*?" + re.escape(end), lambda _, new=start + text + end: new, page, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"The page has the marks of table `{name}` {count} times: expected once, {start.strip()} to {end.strip()}.")
+        page = between_marks(page, name, tables(found)[name], COMMAND)
     return page
 
 

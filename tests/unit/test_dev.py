@@ -101,7 +101,7 @@ def test_a_wrong_comfyui_path_is_reported_in_one_sentence(
     assert "expected a folder with main.py and comfy/" in out
 
 
-@pytest.mark.parametrize("command", ["test", "demo", "serve", "bench", "miniature"])
+@pytest.mark.parametrize("command", ["test", "demo", "serve", "bench", "miniature", "lab"])
 def test_an_unknown_argument_is_named_before_anything_is_set_up(
     dev: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
@@ -112,13 +112,13 @@ def test_an_unknown_argument_is_named_before_anything_is_set_up(
 
 def test_the_help_of_each_command_says_what_every_option_does(dev: ModuleType) -> None:
     [commands] = dev.command_line()._subparsers._group_actions
-    assert list(commands.choices) == ["test", "demo", "serve", "bench", "miniature"]
+    assert list(commands.choices) == ["test", "demo", "serve", "bench", "miniature", "lab"]
     for name, command in commands.choices.items():
         assert command.description
         assert [action.option_strings for action in command._actions if not action.help] == [], name
 
 
-@pytest.mark.parametrize("name", ["demo", "serve", "miniature"])
+@pytest.mark.parametrize("name", ["demo", "serve", "miniature", "lab"])
 def test_the_options_of_a_command_are_those_of_its_module(dev: ModuleType, name: str) -> None:
     source = (ROOT / "devtools" / f"{name}.py").read_text(encoding="utf-8")
     taken = re.findall(r'add_argument\(\s*"(--[\w-]+)"', source)
@@ -143,7 +143,11 @@ def beside_tools(dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     pretend_in(dev, tmp_path, monkeypatch)
     monkeypatch.setattr(dev, "ROOT", tmp_path)
     monkeypatch.setattr(dev, "set_up", lambda: Path("/the/comfyui"))
-    for folder, names in {"devtools": ("__init__", "demo", "miniature", "serve"), "benchmarks": ("one", "two"), "": ("__init__",)}.items():
+    for folder, names in {
+        "devtools": ("__init__", "demo", "lab", "miniature", "serve"),
+        "benchmarks": ("one", "two"),
+        "": ("__init__",),
+    }.items():
         (tmp_path / folder).mkdir(exist_ok=True)
         for name in names:
             (tmp_path / folder / f"{name}.py").write_text("" if name == "__init__" else TOOL.format(name=name))
@@ -159,6 +163,7 @@ def test_each_command_passes_its_arguments_to_its_tool(beside_tools: ModuleType,
         "demo": ["demo --comfyui /the/comfyui"],
         "demo --train": ["demo --comfyui /the/comfyui --train"],
         "miniature --only tenth half --steps 3": ["miniature --comfyui /the/comfyui --only tenth half --steps 3"],
+        "lab --hours 0 --only one two": ["lab --comfyui /the/comfyui --hours 0 --only one two"],
         "serve": ["serve --comfyui /the/comfyui"],
         "serve --port 8300 --base here": [f"serve --comfyui /the/comfyui --port 8300 --base {Path('here').absolute()}"],
         "bench --quick": ["== one.py", "one --quick /the/comfyui", "== two.py", "two --quick /the/comfyui"],
@@ -221,7 +226,7 @@ def test_a_comfyui_that_is_too_old_is_refused_in_one_sentence_before_anything_is
     pretend_in(dev, tmp_path, monkeypatch)
     monkeypatch.setenv("COMFYUI_PATH", str(comfyui))
     monkeypatch.setattr(dev, "run_quietly", lambda *_: pytest.fail("a command was run"))
-    for command in ("test", "serve", "demo", "bench", "miniature"):
+    for command in ("test", "serve", "demo", "bench", "miniature", "lab"):
         assert dev.main([command]) == 1
         has = f"{comfyui} has ComfyUI {version or 'without a version number'}"
         assert capsys.readouterr().out == f"ComfyUI 0.16.3 or newer is needed, but {has}: name a newer one in COMFYUI_PATH.\n"

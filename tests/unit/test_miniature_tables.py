@@ -7,7 +7,8 @@ import re
 from typing import Any
 
 import pytest
-from distilled_t5.devtools.docs.miniature_tables import MARKS, PAGE, PLOT, SCALED, TABLES, plot, renewed, tables
+from distilled_t5.devtools.docs.markdown import MARKS
+from distilled_t5.devtools.docs.miniature_tables import COMMAND, PAGE, PLOT, SCALED, TABLES, plot, renewed, tables
 from distilled_t5.devtools.miniature_results import RESULTS, TEACHER
 from distilled_t5.world.scenes import NEW_IN_TASK
 from PIL import Image
@@ -40,7 +41,7 @@ FOUND: dict[str, Any] = {
     "sd3": {"encoders": [row(TEACHER, 0.95), row("sd3_student", 0.94, share=share(0.981, low=0.97, high=0.99))]},
     "curve": [{"steps": 200, "training_s": 90.0, "share": share(0.5, 50)}],
 }
-EMPTY = "\n".join(mark.format(name) for name in TABLES[PAGE] for mark in MARKS)
+EMPTY = "\n".join(mark.format(name, COMMAND) for name in TABLES[PAGE] for mark in MARKS)
 
 
 def test_tables_have_accuracy_and_share_with_intervals():

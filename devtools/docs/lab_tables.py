@@ -1,0 +1,101 @@
+"""benchmarks/results/lab.json as tables between marks in docs/lab.md and miniature/README.md, and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ..commands import ROOT
+from .markdown import between_marks, table
+from .miniature_tables import LAB, PAGE, percent
+
+PLOT = ROOT / "assets" / "lab-{0}.png"
+COMMAND = "python dev.py lab"
+TABLES = {PAGE: ("arms", "claims"), LAB: ("claims",)}
+Row = Mapping[str, Any]
+
+
+def tables(found: Row) -> dict[str, str]:
+    """The tables of one family by name."""
+    return {"arms": arms(found), "claims": claims(found)}
+
+
+def arms(found: Row) -> str:
+    """The arms by their arithmetic."""
+    tasks = list(found["teacher"])
+    names = [task.replace("_", " ") for task in tasks]
+    head = ["objectives", "optimizer steps", "TFLOP", "of the base's", "share of teacher", "each seed", "n of each", *names]
+    rows = [_arm(one, tasks) for one in sorted(found["arms"], key=lambda one: one["tflop"])]
+    right = [percent(found["teacher"][task], digits=0) for task in tasks]
+    teacher = ["the teacher", *[None] * 5, found["teacher"][tasks[0]]["n"], *right]
+    return table(head, [teacher, *rows])
+
+
+def _arm(one: Row, tasks: Sequence[str]) -> list[Any]:
+    seeds = ", ".join([*(f"{100 * seed['share']:.1f}" for seed in one["seeds"]), *("failed" for _ in one["failed"])])
+    right = [percent(one["tasks"][task], digits=0) if one["seeds"] else None for task in tasks]
+    arithmetic, share = (f"{one['tflop']:.1f}", f"{one['of_base']:.2f}"), one.get("share")
+    return [one["title"], one["stages"], *arithmetic, percent(share, " %"), seeds, share and share["n"], *right]
+
+
+def claims(found: Row) -> str:
+    """The questions and the differences that answer them."""
+    titles = {one["name"]: f"{one['title']} ({one['of_base']:.2f})" for one in found["arms"]}
+    rows = [
+        [
+            one["question"],
+            f"{titles[one['arm']]} against {titles[one['against']]}" + (f", {one['task'].replace('_', ' ')}" if "task" in one else ""),
+            percent(one["difference"]),
+            ", ".join(f"{100 * seed:.1f}" for seed in one["seeds"]),
+        ]
+        for one in found["claims"]
+    ]
+    return table(["question", "compared (arithmetic)", "difference, points", "each seed"], rows)
+
+
+def marked(family: str, name: str) -> str:
+    """The name of a table in its marks."""
+    return f"lab_{family}_{name}"
+
+
+def renewed(page: str, found: Row, names: Sequence[str]) -> str:
+    """The page with these tables of every family in the results. Raises ValueError as `between_marks`."""
+    for family, of_family in found.items():
+        made = tables(of_family)
+        for name in names:
+            page = between_marks(page, marked(family, name), made[name], COMMAND)
+    return page
+
+
+def write(found: Row) -> None:
+    """Renew the tables of the pages and the plots."""
+    for page, names in TABLES.items():
+        page.write_text(renewed(page.read_text(encoding="utf-8"), found, names), encoding="utf-8")
+    for family, of_family in found.items():
+        plot(of_family, Path(str(PLOT).format(family)))
+
+
+def plot(found: Row, path: Path) -> None:
+    """Share of the teacher against arithmetic; arms of one title, which differ in their steps, are joined by a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    axes = figure.subplots()
+    measured = sorted((one for one in found["arms"] if one["seeds"]), key=lambda one: (one["title"], one["tflop"]))
+    for number, (title, of_title) in enumerate(groupby(measured, key=lambda one: one["title"])):
+        points = list(of_title)
+        shares = [one["share"] for one in points]
+        reach = [[_reach(share, "low") for share in shares], [_reach(share, "high") for share in shares]]
+        style = {"marker": "osD^vP*"[number // 10 % 7], "color": f"C{number % 10}", "capsize": 2, "linewidth": 1, "label": title}
+        axes.errorbar([one["tflop"] for one in points], [100 * share["value"] for share in shares], reach, **style)
+    axes.axhline(100, color="#888888", linewidth=1)
+    axes.set(xscale="log", xlabel="floating-point operations of a student's training, 10^12", ylabel="share of the teacher, %")
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _reach(share: Row, bound: str) -> float:
+    return 0.0 if share[bound] is None else max(0.0, 100 * abs(share["value"] - share[bound]))

@@ -1,0 +1,170 @@
+"""`python dev.py lab`: students of the miniature, trained by many sequences of objectives; their share of the teacher against arithmetic.
+
+The arms are in benchmarks/lab.toml. Each run is the trainer's command and then the evaluation's; one seed of all arms comes before the
+second. What is done is kept, so a stopped command continues where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..runtime.disk import replace_file
+from ..runtime.lock import lock
+from .comfyui.ending import interrupt_when_asked
+from .commands import ROOT, run_all
+from .docs.lab_tables import tables, write
+from .lab_arms import FAMILIES, PRETRAINED, Counted, Lab
+from .lab_results import RESULTS, results
+from .lab_run import Run, evaluation
+from .miniature import processes
+
+RUNS = ROOT / ".dev" / "lab"
+SEEDS, HOURS = 3, 10
+# --quick: the first arms, with so many steps in each stage and so many images of each task.
+QUICK_ARMS, QUICK_STEPS, QUICK_IMAGES = 2, 2, 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where the lab of one family keeps what its runs share, and ComfyUI."""
+
+    folder: Path
+    comfyui: Path
+
+    @property
+    def pretrained(self) -> Path:
+        return self.folder / "pretrained.safetensors"
+
+    @property
+    def teacher(self) -> Path:
+        """The evaluation of the teacher alone, whose images every other one takes."""
+        return self.folder / "teacher"
+
+    @property
+    def suite(self) -> Path:
+        return self.folder / "suite.toml"
+
+
+def write_suite(name: str, path: Path, limit: int | None) -> None:
+    """The miniature's suite with the six tasks and nothing that is measured beside images."""
+    from ..evaluate.metrics import PROBES
+    from ..evaluate.suite import load_suite
+    from ..world.pictures import TASKS
+
+    suite = load_suite(name, ["page.prompts=1"], limit)
+    without = {probe.table_name: None for probe in PROBES.values() if probe.part}
+    tasks = tuple(task for task in suite.tasks if task.name in TASKS)
+    replace_file(path, suite.model_copy(update={**without, "tasks": tasks}).to_toml().encode())
+
+
+def runs_of(lab: Lab, work: Work, seeds: int) -> list[tuple[Run, tuple[str, ...]]]:
+    """Every run in its order, with the values of `--set` that make it."""
+    found = []
+    for seed in range(seeds):
+        for arm in lab.arms:
+            digest = lab.load(arm, seed, work.pretrained).sha256[:8]
+            overrides = arm.overrides(lab.recipe, lab.settings, seed, work.pretrained)
+            found.append((Run(work.folder / "runs" / f"{arm.name}-seed-{seed}-{digest}", arm.name, seed), overrides))
+    return found
+
+
+def prepare(lab: Lab, work: Work, at_once: int) -> None:
+    """What all runs share: the teacher's images, and the pretrained student."""
+    due = []
+    if not (work.teacher / "results.json").is_file():
+        due.append(evaluation(work.suite, work.teacher, work.comfyui))
+    if any(PRETRAINED in setting for arm in lab.arms for setting in arm.settings) and not work.pretrained.is_file():
+        due.append(["-m", "distilled_t5.devtools.lab_pretrain", lab.recipe, "--out", work.pretrained, "--comfyui", work.comfyui])
+    run_all(due, at_once)
+
+
+def due(lab: Lab, work: Work, runs: Iterable[tuple[Run, tuple[str, ...]]], until_s: float) -> Iterator[list[str | Path]]:
+    """The commands of the runs that are not done, until the time is over."""
+    for run, overrides in runs:
+        if run.done:
+            continue
+        if time.monotonic() >= until_s:
+            print("The time of --hours is over: the same command continues.")
+            return
+        print(f"{run.arm}, seed {run.seed}: {run.folder}", flush=True)
+        yield run.prepare(lab.recipe, overrides, work.suite, work.teacher, work.comfyui)
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--comfyui", type=Path, required=True, help="folder of ComfyUI's main.py")
+    parser.add_argument("--hours", type=int, default=HOURS, help="start no run after so many hours (default: 10; 0: only the tables)")
+    parser.add_argument("--family", choices=FAMILIES, default="flux", help="diffusion model of the miniature (default: flux)")
+    names = [*dict.fromkeys(arm.name for family in FAMILIES for arm in Lab.read(family).arms)]
+    parser.add_argument("--only", nargs="*", metavar="NAME", choices=names, help="train only these arms: " + ", ".join(names))
+    parser.add_argument("--quick", action="store_true", help="a trial in minutes: two arms, two steps; changes nothing in the pack")
+    parser.add_argument("--runs", type=Path, help="folder of the runs (default: .dev/lab; with --quick, .dev/lab/quick)")
+    parser.add_argument("--processes", type=int, help="runs at the same time (default: one per core)")
+    return parser
+
+
+def planned(options: argparse.Namespace, work: Work) -> Lab:
+    """The arms with their arithmetic."""
+    from ..runtime.comfyui import start_comfyui
+
+    started = functools.cache(lambda: start_comfyui(options.comfyui, ["--cpu"]))
+    lab = Lab.read(options.family)
+    if options.quick:
+        lab = replace(lab, arms=tuple(arm.shortened(QUICK_STEPS) for arm in lab.arms[:QUICK_ARMS]))
+        lab = replace(lab, settings=(*lab.settings, "optimizer.warmup_steps=1"))
+    return lab.planned(Counted(work.folder / "flops.json", started))
+
+
+def make(options: argparse.Namespace) -> None:
+    """Train, evaluate, and write the results; with --quick, what the pack holds stays as it is."""
+    begin_s, at_once = time.monotonic(), options.processes or processes()
+    work = Work((options.runs or (RUNS / "quick" if options.quick else RUNS)).resolve() / options.family, options.comfyui.resolve())
+    work.folder.mkdir(parents=True, exist_ok=True)
+    with lock(work.folder, "--runs"):
+        lab = planned(options, work)
+        write_suite(lab.suite, work.suite, QUICK_IMAGES if options.quick else None)
+        runs = runs_of(lab, work, 1 if options.quick else SEEDS)
+        try:
+            if options.hours:
+                prepare(lab, work, at_once)
+                asked = [one for one in runs if options.only is None or one[0].arm in options.only]
+                run_all(due(lab, work, asked, begin_s + 3600 * options.hours), at_once)
+        finally:
+            if any(run.done for run, _ in runs):
+                publish(options, results(lab, [run for run, _ in runs], "python dev.py lab"), work)
+
+
+def publish(options: argparse.Namespace, found: dict[str, Any], work: Work) -> None:
+    """Write the results of a family, and without --quick those of the pack with tables and plots; print the tables."""
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() and not options.quick else {}
+    kept[options.family] = found
+    replace_file(work.folder / "results.json" if options.quick else RESULTS, (json.dumps(kept, indent=2) + "\n").encode())
+    if not options.quick:
+        write(kept)
+    print("\n\n".join(tables(found).values()))
+
+
+def main() -> None:
+    """Read the command line and run."""
+    options = command_line().parse_args()
+    interrupt_when_asked()
+    try:
+        make(options)
+    except (RuntimeError, ValueError, OSError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("\nStopped. The same command continues.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
