@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 
 import comfy.model_management
 import pytest
-import torch
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support import practice_accelerator as practice
 from distilled_t5.tests.support.flops import flop_counter
@@ -54,14 +52,6 @@ def recipe_of(name: str) -> Recipe:
             *settings,
         ],
     )
-
-
-@pytest.fixture(autouse=True)
-def one_token_table() -> Iterator[None]:
-    """As on a GPU, a weight that a student has under two names stays one weight when it comes to the device."""
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    yield
-    torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def _collect(*_step: object) -> None:
