@@ -82,7 +82,7 @@ def _make_running_means(optimizer: Any) -> None:
 def test_the_rehearsed_peak_is_that_of_the_real_step_and_so_are_the_operations(name):
     comfy.model_management.unload_all_models()
     gc.collect()
-    others = practice.allocated_bytes()
+    others = practice.memory.allocated
     workshop = open_workshop(recipe_of(name), Ranks())
     rehearsal = workshop.rehearsal
     assert rehearsal is not None and rehearsal.on_gpu
@@ -100,6 +100,6 @@ def test_the_rehearsed_peak_is_that_of_the_real_step_and_so_are_the_operations(n
     practice.reset_peak()
     with workshop.model.differentiable(workshop.recipe.diffusion_model.checkpoint_blocks), flop_counter() as counted:
         train_step(positions, workshop.model, workshop.learner, OBJECTIVES["velocity"])
-    peak = practice.peak_bytes() - others
+    peak = practice.memory.peak - others
     assert -0.02 <= rehearsal.total / peak - 1 <= 0.05, (rehearsal.total, peak, rehearsal.largest.need)
     assert sum(rehearsal.largest.flops.values()) == counted.get_total_flops()

@@ -143,9 +143,9 @@ def test_a_step_fits_into_the_memory_that_comfyui_is_asked_for_and_not_into_a_te
     assert workshop.rehearsal is not None
     room = workshop.rehearsal.room(True, usable_bytes(workshop.model.device))
     assert asked[0] > room, "and what a GPU loses between tensors"
-    practice.set_budget(practice.allocated_bytes() + room * 9 // 10)
+    practice.set_budget(practice.memory.allocated + room * 9 // 10)
     with pytest.raises(torch.OutOfMemoryError):
         stepped(workshop, positions)
     workshop.learner.optimizer.zero_grad(set_to_none=True)
-    practice.set_budget(practice.allocated_bytes() + room)
+    practice.set_budget(practice.memory.allocated + room)
     stepped(workshop, positions)
