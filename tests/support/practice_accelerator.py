@@ -366,6 +366,8 @@ def install(budget_bytes: int | None = None) -> None:
     memory.device = torch.device(NAME, 0)
     # Where two modules share a weight, they still do after `Module.to`, as with every other device.
     torch.__future__.set_swap_module_params_on_conversion(True)
+    # Pages of the CPU's memory are not locked for copies: a backend in Python cannot.
+    torch.Tensor.pin_memory = lambda self, *_device: self  # pyright: ignore
     # ComfyUI takes a torch that was built for CUDA for one that has an NVIDIA GPU.
     torch.version.cuda = None
     vendor = types.ModuleType("torch_npu")
