@@ -55,7 +55,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return student_file(tmp_path_factory.mktemp("students"), token_length=24)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def clips(student: Path, clip_l: Path) -> tuple[Any, Any]:
     """The same encoder on the accelerator and on the CPU."""
     return serve(student, clip_l).clip, serve(student, clip_l, device=CPU).clip

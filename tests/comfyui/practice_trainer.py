@@ -13,7 +13,6 @@ import comfy.model_management
 import pytest
 import torch
 from distilled_t5.diffusion.frozen import usable_bytes
-from distilled_t5.miniature.make import make_vae
 from distilled_t5.runtime.model_folders import add_model_folders
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support import practice_accelerator as practice
@@ -32,10 +31,11 @@ LITTLE_BYTES = 1_200_000_000
 LENGTH = ["stage.0.steps=2", "stage.1.steps=4", "validation.prompts=2"]
 QUICK = [*LENGTH, "sampling.steps=4", "sampling.token_lengths=[16]"]
 OFTEN = ["checkpoints.every_steps=2", "checkpoints.keep_last=9", "preview.every_steps=3", "validation.every_steps=3"]
+PREVIEW = ['preview.prompts=["a red heart"]', "preview.vae=miniature_vae.safetensors"]
 # Two stages, which imitate and follow. Dropout draws on the device.
 RUNS = {
-    "smoke": [*QUICK, *OFTEN, "student.dropout=0.1", "optimizer.autocast=bf16"],
-    "miniature-quick": [*LENGTH, *OFTEN, "student.dropout=0.1", "optimizer.warmup_steps=2"],
+    "smoke": [*QUICK, "student.dropout=0.1", "optimizer.autocast=bf16"],
+    "miniature-quick": [*LENGTH, *(f"stage.{number}.batch=4" for number in (0, 1)), "student.dropout=0.1", "optimizer.warmup_steps=2"],
 }
 
 
@@ -47,10 +47,9 @@ def free_device() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+def recipe(request: pytest.FixtureRequest) -> Recipe:
     add_model_folders()
-    vae = make_vae(tmp_path_factory.mktemp("models"))
-    return load_recipe(request.param, [*RUNS[request.param], f"preview.vae={vae}"])
+    return load_recipe(request.param, [*RUNS[request.param], *OFTEN, *PREVIEW])
 
 
 @pytest.fixture(scope="module")
