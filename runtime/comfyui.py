@@ -27,6 +27,8 @@ OF_THE_SERVER = (
     *("quick_test_for_ci", "enable_assets", "enable_asset_hashing", "feature_flag", "list_feature_flags"),
 )
 
+# SageAttention is for inference, and ComfyUI gives FlashAttention no backward pass.
+ATTENTION_WITHOUT_GRADIENT = ("use_sage_attention", "use_flash_attention")
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "0.16.3"
 # In the place of a model file: do without.
@@ -85,7 +87,7 @@ def start_comfyui(folder: Path, flags: Sequence[str], before_torch: Callable[[],
         sys.argv = before
     arguments = parsed.args
     _refuse_flags_of_main({name for name, value in vars(arguments).items() if value != parsed.parser.get_default(name)})
-    refuse_fast_products(arguments)
+    refuse_without_gradient(arguments)
     importlib.import_module("folder_paths")
     _add_model_paths(folder, arguments.extra_model_paths_config)
     before_torch()
@@ -116,13 +118,15 @@ def _as_flags(names: Iterable[str]) -> str:
     return " ".join(sorted(f"--{name.replace('_', '-')}" for name in names))
 
 
-def refuse_fast_products(arguments: Any) -> None:
-    """Raise ValueError for the matrix products of `--fast` that have no gradient: training would silently have no effect."""
-    without = {"fp8_matrix_mult", "cublas_ops"} & {feature.value for feature in arguments.fast or ()}
-    if without:
+def refuse_without_gradient(arguments: Any) -> None:
+    """Raise ValueError for ComfyUI's flags whose arithmetic has no gradient, or a wrong one: training would silently have no effect."""
+    attention = _as_flags(name for name in ATTENTION_WITHOUT_GRADIENT if getattr(arguments, name, False))
+    products = {"fp8_matrix_mult", "cublas_ops"} & {feature.value for feature in arguments.fast or ()}
+    if flags := " ".join([*attention.split(), *(["--fast", *sorted(products)] if products else [])]):
+        instead = f"without {attention}" if attention else "without --fast, or with --fast fp16_accumulation, which has a gradient"
         raise ValueError(
-            f"ComfyUI's --fast {' '.join(sorted(without))} has no gradient: the student would learn nothing.\n"
-            "What to do: start ComfyUI without --fast, or with --fast fp16_accumulation, which has a gradient (the command: after --)."
+            f"ComfyUI's {flags} has no gradient: the student would learn nothing.\n"
+            f"What to do: start ComfyUI {instead} (the command: after --)."
         )
 
 

@@ -91,15 +91,13 @@ def main(argv: list[str]) -> int:
 
 def memory_advice(options: argparse.Namespace) -> str:
     """What needs less memory than the run that these options ask for."""
-    import comfy.model_management
-    from distilled_t5.train.memory import advice
+    from distilled_t5.train.models import less_memory
     from distilled_t5.train.recipe import load_recipe
 
-    device = comfy.model_management.get_torch_device()
-    smaller = advice(load_recipe(options.recipe, options.set), comfy.model_management.get_total_memory(device), device.type != "cpu")
     return (
-        "continue with --resume (on a GPU with -- --reserve-vram 2, which keeps 2 GB more of it free). "
-        f"If that is not enough, start a new run from the last student.safetensors (student.start): {smaller}"
+        "continue with --resume (on a GPU with -- --reserve-vram 2, which keeps 2 GB more of it free).\n"
+        "If that is not enough, start a new run from the last student.safetensors (student.start) and "
+        + less_memory(load_recipe(options.recipe, options.set))
     )
 
 

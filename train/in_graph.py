@@ -15,7 +15,7 @@ import torch
 from comfy.cli_args import args
 
 from ..diffusion.gradients import replaced
-from ..runtime.comfyui import check_output_folder, refuse_fast_products
+from ..runtime.comfyui import check_output_folder, refuse_without_gradient
 from ..runtime.disk import read_file
 from ..runtime.errors import StudentFileError, UserError
 from ..runtime.randomness import undisturbed
@@ -69,7 +69,7 @@ def distil(recipe: Recipe, run: RunDirectory, prompts: str = "") -> Path:
         run.refuse_other_recipe(differences_besides_lengths(load_recipe(str(run.recipe)), recipe))
         if finished := _finished(run, recipe):
             return finished
-    refuse_fast_products(args)
+    refuse_without_gradient(args)
     preflight(recipe, written_later=None if resume else run.prompts)
     check_output_folder()
     board = GraphBoard(sum(stage.steps for stage in recipe.stages))

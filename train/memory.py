@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config.files import SHIPPED
@@ -101,6 +101,10 @@ class Rehearsal:
         """Bytes on the device with as much in RAM as ComfyUI can leave there."""
         return max(stage.need.least for stage in self.stages) if self.on_gpu else self.total
 
+    def taken(self, device_bytes: int) -> int:
+        """Bytes on a device of this memory, with the diffusion model in RAM where not everything fits."""
+        return self.total if self.total <= usable_of(device_bytes, self.on_gpu) else self.least
+
     def room(self, has_moments: bool, device_bytes: int) -> int:
         """Bytes that an optimizer step takes in addition to what is on the device: ComfyUI is asked to keep them free.
 
@@ -145,8 +149,8 @@ def part_lines(parts: Mapping[str, int]) -> list[str]:
     return [f"  {name:<42}{size / GB:>9.3f} GB" for name, size in parts.items() if size]
 
 
-def check_memory(rehearsal: Rehearsal, recipe: Recipe, total_bytes: int, device: str) -> None:
-    """Raise ValueError if the device cannot hold the run, with what is needed, what is available and which shipped recipe fits."""
+def check_memory(rehearsal: Rehearsal, total_bytes: int, device: str, advice: Callable[[], str]) -> None:
+    """Raise ValueError if the device cannot hold the run, with what is needed, what is available and what `advice` says to do."""
     usable = usable_of(total_bytes, rehearsal.on_gpu)
     if rehearsal.least <= usable:
         return
@@ -157,7 +161,7 @@ def check_memory(rehearsal: Rehearsal, recipe: Recipe, total_bytes: int, device:
         f"Not enough memory on {device}: stage {stage.name} needs {rehearsal.least / GB:.1f} GB{offloaded}; "
         f"{device} has {total_bytes / GB:.1f} GB, of which a run can use {usable / GB:.1f} GB.\n"
         + "\n".join(part_lines(parts))
-        + f"\nWhat to do: {advice(recipe, total_bytes, rehearsal.on_gpu)}"
+        + f"\nWhat to do: {advice()}"
     )
 
 
@@ -166,14 +170,19 @@ def usable_of(total_bytes: int, on_gpu: bool) -> int:
     return int(total_bytes * USABLE) if on_gpu else total_bytes
 
 
-def check_ram(parts: Mapping[str, int], total_bytes: int, processes: int) -> None:
-    """Raise ValueError if the RAM of a machine with GPUs cannot hold what its processes have there at the same time.
+def least_ram(parts: Mapping[str, int]) -> Mapping[str, int]:
+    """The parts that are in the RAM beside a GPU at the same time.
 
     That is teacher and diffusion model while they are loaded, or the diffusion model and the teacher's embeddings while the teacher works.
     """
     loading = {name: parts[name] for name in (TEACHER, DIFFUSION_MODEL)}
     encoding = {name: size for name, size in parts.items() if name not in (TEACHER, CHECKPOINT)}
-    least = max(loading, encoding, key=lambda at_once: sum(at_once.values()))
+    return max(loading, encoding, key=lambda at_once: sum(at_once.values()))
+
+
+def check_ram(parts: Mapping[str, int], total_bytes: int, processes: int, advice: Callable[[], str]) -> None:
+    """Raise ValueError if the RAM of a machine with GPUs cannot hold what its processes have there, with what `advice` says to do."""
+    least = least_ram(parts)
     needed = processes * sum(least.values())
     if needed <= total_bytes:
         return
@@ -181,8 +190,7 @@ def check_ram(parts: Mapping[str, int], total_bytes: int, processes: int) -> Non
     raise ValueError(
         f"Not enough RAM beside the GPU: {who} {needed / GB:.1f} GB; this machine has {total_bytes / GB:.1f} GB.\n"
         + "\n".join(part_lines(least))
-        + "\nWhat to do: use a machine with more RAM, or name smaller files of teacher.t5 and diffusion_model.file (fp8), or set "
-        'diffusion_model.dtype = "fp8_e4m3fn"' + (", or lower teacher.chunk_prompts." if least is encoding else ".")
+        + f"\nWhat to do: {advice()}"
     )
 
 
@@ -200,20 +208,12 @@ def without_gpu(rehearsal: Rehearsal, family: Family) -> str:
     return f"{said} That is not practical: use a GPU{f'; {smallest[1]} runs on {smallest[0]} GB' if smallest else ''}."
 
 
-def advice(recipe: Recipe, total_bytes: int, on_gpu: bool) -> str:
-    """What lowers the memory of a run, and the shipped recipe for a device of this memory."""
-    remedies = []
-    if any(stage.batch > 1 for stage in recipe.stages):
-        remedies.append("lower batch and raise accumulate by the same factor, which keeps the prompts per step")
-    if not recipe.diffusion_model.checkpoint_blocks:
-        remedies.append("set diffusion_model.checkpoint_blocks = true")
-    remedies.append("lower resolution_px or the longest of sampling.token_lengths, or choose a smaller student")
-    fitting = shipped_for(total_bytes, recipe.family)
+def shipped_advice(family: Family, total_bytes: int, on_gpu: bool) -> str:
+    """Which shipped recipe is for a device of this memory."""
     if not on_gpu:
-        return f"{'; '.join(remedies)}; the shipped recipe smoke runs on any machine, but {recipe.family.display_name} needs a GPU."
-    return f"{'; '.join(remedies)}; " + (
-        f"the shipped recipe {fitting} is made for this much memory." if fitting else "no shipped recipe is made for so little memory."
-    )
+        return f"The shipped recipe smoke runs on any machine, but {family.display_name} needs a GPU."
+    fitting = shipped_for(total_bytes, family)
+    return f"The shipped recipe {fitting} is made for this much memory." if fitting else "No shipped recipe is made for so little memory."
 
 
 def shipped_for(total_bytes: int, family: Family) -> str | None:

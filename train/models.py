@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.model_management
@@ -24,8 +26,9 @@ from ..students.trained import TrainedStudent
 from . import stand_ins
 from .batches import served_length
 from .file_sizes import text_width_in
-from .memory import Rehearsal, check_memory, check_ram, ram_parts, without_gpu
+from .memory import Rehearsal, check_memory, check_ram, least_ram, ram_parts, shipped_advice, usable_of, without_gpu
 from .recipe import RANDOM, STAND_IN, Recipe
+from .remedies import fitting, smaller, with_less_ram
 from .student_start import make_student
 from .unloaded import check_blocks, projection_alone
 
@@ -33,6 +36,8 @@ from .unloaded import check_blocks, projection_alone
 SMALLER_TEACHER = 2
 # What torch and ComfyUI raise for what they cannot do with tensors that have no numbers.
 CANNOT_REHEARSE = (ImportError, RuntimeError, TypeError, AttributeError, LookupError, AssertionError)
+# Where memory ran out although the run fits, other programs use some: what is advised takes no more than this share.
+LESS = 0.9
 log = logging.getLogger(__name__)
 
 
@@ -96,7 +101,8 @@ def rehearse_before_loading(recipe: Recipe, ranks: Ranks) -> Rehearsal | None:
 
     The main process rehearses, and says what training without a GPU means.
 
-    Raises ValueError if the run cannot fit. A file that cannot be read so far is left to its own check, which says why.
+    Raises ValueError if the run cannot fit, after rehearsing with which changes it would. A file that cannot be read so far is left to its
+    own check, which says why.
     """
     device, here = comfy.model_management.get_torch_device(), ranks.on_this_machine()
     rehearsal = ranks.gather(_rehearsed(recipe, device, ranks.world) if ranks.is_main else None)[0]
@@ -107,12 +113,46 @@ def rehearse_before_loading(recipe: Recipe, ranks: Ranks) -> Rehearsal | None:
     total, ram = (comfy.model_management.get_total_memory(each) for each in (device, torch.device("cpu")))
     # Without GPUs, the processes on a machine share its RAM.
     shared = not rehearsal.on_gpu and here > 1
-    check_memory(rehearsal, recipe, total // here if shared else total, f"{device} (each of {here} processes)" if shared else str(device))
+    available, name = (total // here, f"{device} (each of {here} processes)") if shared else (total, str(device))
+    again = functools.partial(rehearsal_of, device=device, processes=ranks.world)
+    check_memory(rehearsal, available, name, lambda: what_fits(recipe, rehearsal, available, again))
     if rehearsal.on_gpu:
         # With more memory on the GPU than in RAM, ComfyUI loads the model there; if both models fit, it never leaves.
         stays = total > ram and total >= rehearsal.total + rehearsal.teacher
-        check_ram(ram_parts(recipe, rehearsal, ranks.world, 0 if stays else rehearsal.model), ram, here)
+
+        def parts(changed: Recipe, found: Rehearsal) -> dict[str, int]:
+            return ram_parts(changed, found, ranks.world, 0 if stays else found.model)
+
+        def needed(changed: Recipe) -> int:
+            return here * sum(least_ram(parts(changed, again(changed))).values())
+
+        check_ram(parts(recipe, rehearsal), ram, here, lambda: fitting(recipe, [*with_less_ram(recipe)], needed, ram))
     return rehearsal
+
+
+def what_fits(recipe: Recipe, found: Rehearsal, total_bytes: int, again: Callable[[Recipe], Rehearsal]) -> str:
+    """What to do for a run with this rehearsal on a device of this memory: changes that are rehearsed now, and the shipped recipe."""
+    usable, own, candidates = usable_of(total_bytes, found.on_gpu), found.taken(total_bytes), [*smaller(recipe)]
+    log.warning("Rehearsing changes of the recipe that take less memory, %d times at most ...", len(candidates).bit_length())
+
+    def needed(changed: Recipe) -> int:
+        if comfy.model_management.processing_interrupted():
+            raise comfy.model_management.InterruptProcessingException
+        return again(changed).taken(total_bytes)
+
+    advice = fitting(recipe, candidates, needed, usable if own > usable else int(LESS * own))
+    return f"{advice}\n{shipped_advice(recipe.family, total_bytes, found.on_gpu)}"
+
+
+def less_memory(recipe: Recipe) -> str:
+    """What to do for a run that ran out of memory on this machine's device."""
+    device = comfy.model_management.get_torch_device()
+    total, again = comfy.model_management.get_total_memory(device), functools.partial(rehearsal_of, device=device)
+    try:
+        return what_fits(recipe, again(recipe), total, again)
+    except (ValueError, MemoryError):
+        general = "lower batch and raise accumulate by the same factor, or lower resolution_px or the longest of sampling.token_lengths."
+        return f"{general}\n{shipped_advice(recipe.family, total, device.type != 'cpu')}"
 
 
 def _rehearsed(recipe: Recipe, device: torch.device, processes: int) -> Rehearsal | None:

@@ -14,7 +14,7 @@ from .cache_plan import expected
 from .estimate import disk_lines, ram_lines
 from .gpus import GPUS, SHOWN_BYTES_PER_GB, Gpu, gpu_named
 from .memory import GB, Rehearsal, part_lines, ram_parts, usable_of
-from .models import rehearsal_of
+from .models import rehearsal_of, what_fits
 from .recipe import Recipe, load_recipe
 
 # Of the published peak, what a run is assumed to reach. Not measured.
@@ -64,7 +64,7 @@ def report(recipe: Recipe, question: Question, flags: Sequence[str] = ()) -> str
             *part_lines(dict(sorted(found.largest.need.all_here.items(), key=lambda part: -part[1]))),
             *_teacher_lines(found, recipe.teacher.cache),
             "",
-            *_fit_lines(found, question),
+            *_fit_lines(recipe, found, question, flags),
             *_time_lines(found, question),
             "",
             *ram_lines(ram_parts(recipe, found, 1, found.model), 1),
@@ -105,15 +105,16 @@ def verdict(found: Rehearsal, memory_bytes: int) -> str:
     return f"does not fit: {found.least / GB:.1f} GB are needed with everything offloaded"
 
 
-def _fit_lines(found: Rehearsal, question: Question) -> list[str]:
+def _fit_lines(recipe: Recipe, found: Rehearsal, question: Question, flags: Sequence[str]) -> list[str]:
     if question.memory_bytes is None:
         return []
     name = f"{question.gpu.name}, " if question.gpu else ""
-    usable = usable_of(question.memory_bytes, found.on_gpu) / GB
-    return [
-        f"{name}{question.memory_bytes / GB:.1f} GB, of which {usable:.1f} GB can be used: {verdict(found, question.memory_bytes)}.",
-        "",
-    ]
+    usable = usable_of(question.memory_bytes, found.on_gpu)
+    fit = f"{name}{question.memory_bytes / GB:.1f} GB, of which {usable / GB:.1f} GB can be used: {verdict(found, question.memory_bytes)}."
+    if found.least <= usable:
+        return [fit, ""]
+    advice = what_fits(recipe, found, question.memory_bytes, lambda changed: _rehearsal(changed, flags, with_time=False))
+    return [fit, f"What to do: {advice}", ""]
 
 
 def hours(found: Rehearsal, gpu: Gpu, share: float) -> float:
@@ -163,7 +164,7 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _rehearsal(recipe: Recipe, flags: Sequence[str]) -> Rehearsal:
+def _rehearsal(recipe: Recipe, flags: Sequence[str], with_time: bool = True) -> Rehearsal:
     """On the device of this machine, or on a GPU in general where it has none and --cpu was not given."""
     device = comfy.model_management.get_torch_device()
-    return rehearsal_of(recipe, device, as_gpu=device.type == "cpu" and "--cpu" not in flags, with_time=True)
+    return rehearsal_of(recipe, device, as_gpu=device.type == "cpu" and "--cpu" not in flags, with_time=with_time)

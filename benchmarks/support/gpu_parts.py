@@ -29,7 +29,8 @@ from ...runtime.ranks import Ranks
 from ...students.t5.layout import Shape, StudentLayout
 from ...train.checkpoint_files import STUDENT, TENSORS
 from ...train.distill import train_step
-from ...train.models import rehearse_before_loading
+from ...train.memory import check_memory, check_ram, ram_parts
+from ...train.models import rehearsal_of
 from ...train.objectives import OBJECTIVES
 from ...train.recipe import Recipe, load_recipe
 from ...train.run import train
@@ -184,17 +185,26 @@ def recipe_of(scale: Scale, name: str, settings: Sequence[str] = ()) -> Recipe:
 
 
 def _write_models(scale: Scale, recipe: Recipe) -> None:
-    """Write the models of a recipe if its run fits: the trainer's own check reads headers alone, so that it can be asked first."""
+    """Write the models of a recipe if its run fits: a rehearsal reads headers alone, so that it comes first."""
     names = (recipe.diffusion_model.file, recipe.teacher.t5, *recipe.teacher.companions.values())
     missing = [file for name in names if (file := model_file(scale, name, recipe.family)).laid_out()]
     try:
-        rehearse_before_loading(recipe, Ranks())
+        _check_fits(recipe)
     except ValueError:
         for file in missing:
             file.path.unlink()
         raise
     for file in missing:
         fill(file.path, file.draw)
+
+
+def _check_fits(recipe: Recipe) -> None:
+    """Raise ValueError as the trainer does, which would also rehearse with which changes the run fits."""
+    device, total_of, advice = measuring.device(), comfy.model_management.get_total_memory, "see `train RECIPE --rehearse --memory`."
+    found = rehearsal_of(recipe, device)
+    check_memory(found, total_of(device), str(device), lambda: advice)
+    if found.on_gpu:
+        check_ram(ram_parts(recipe, found, 1, found.model), total_of(torch.device("cpu")), 1, lambda: advice)
 
 
 def measure_recipe(scale: Scale, name: str, settings: Sequence[str] = ()) -> Iterator[Row]:

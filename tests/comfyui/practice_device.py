@@ -39,15 +39,15 @@ def test_tensors_of_two_devices_do_not_mix():
 
 def test_memory_is_counted_until_the_last_tensor_of_an_allocation_goes_and_never_exceeds_the_budget():
     gc.collect()
-    before = practice.allocated_bytes()
+    before = practice.memory.allocated
     practice.reset_peak()
     whole = torch.zeros(1000, device=DEVICE)
     part = whole[:10]
     del whole
-    assert practice.allocated_bytes() - before == 4000
+    assert practice.memory.allocated - before == 4000
     del part
-    assert practice.allocated_bytes() == before
-    assert practice.peak_bytes() - before == 4000
+    assert practice.memory.allocated == before
+    assert practice.memory.peak - before == 4000
     practice.set_budget(before + 3999)
     with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
         torch.zeros(1000, device=DEVICE)

@@ -16,17 +16,21 @@ from distilled_t5.families import FAMILIES
 from distilled_t5.runtime.errors import UserError
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.flops import flop_counter
+from distilled_t5.tests.support.prepared import run_prepared
 from distilled_t5.tests.support.trainer import PACK, command, finish
 from distilled_t5.train import rehearsal
 from distilled_t5.train.distill import train_step
 from distilled_t5.train.gpus import SHOWN_BYTES_PER_GB
 from distilled_t5.train.memory import Rehearsal, usable_of
+from distilled_t5.train.models import less_memory, what_fits
 from distilled_t5.train.objectives import OBJECTIVES
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.rehearsal import Target, rehearse
-from distilled_t5.train.rehearsal_report import Question, hours, recipe_row, verdict
+from distilled_t5.train.rehearsal_report import Question, hours, recipe_row, report, verdict
+from distilled_t5.train.remedies import smaller
 from distilled_t5.train.workshop import open_workshop
 
+TABLE_S = 1800
 GPU = Target(torch.device("cpu"), as_gpu=True)
 
 
@@ -110,6 +114,46 @@ def test_where_a_rehearsal_is_not_possible_the_run_says_so_and_goes_on(monkeypat
     workshop.load_model()
 
 
+SQUEEZED = load_recipe("smoke", ["diffusion_model.checkpoint_blocks=false", "stage.1.resolution_px=256", "stage.1.batch=8"])
+
+
+def rehearsed_on_gpu(recipe: Recipe) -> Rehearsal:
+    return rehearse(recipe, GPU)
+
+
+@pytest.mark.parametrize("share", [0.95, 0.6, 0.1])
+def test_a_run_that_does_not_fit_is_told_the_first_changes_with_which_it_does(share, caplog):
+    found = rehearsed_on_gpu(SQUEEZED)
+    usable = int(share * found.least)
+    total = next(size for size in range(usable, 2 * usable) if usable_of(size, True) == usable)
+    said = what_fits(SQUEEZED, found, total, rehearsed_on_gpu).splitlines()
+    assert "Rehearsing changes of the recipe that take less memory, " in caplog.text
+    candidates = [*smaller(SQUEEZED)]
+    if share == 0.1:
+        assert said[0] == "use a machine with more memory; no change of the recipe is enough, as rehearsed:"
+        assert rehearsed_on_gpu(candidates[-1]).least > usable
+        return
+    assert said[0] == "make these changes (--set KEY=VALUE), as rehearsed:"
+    changes = said[-2].partition(" GB, fits: ")[2]
+    place = next(place for place, one in enumerate(candidates) if "; ".join(SQUEEZED.differences(one)) == changes)
+    before = found if place == 0 else rehearsed_on_gpu(candidates[place - 1])
+    assert rehearsed_on_gpu(candidates[place]).least <= usable < before.least
+    assert said[-1].startswith("No shipped recipe is made for so little memory.")
+
+
+def test_the_report_of_a_run_that_does_not_fit_ends_its_verdict_with_what_to_do():
+    said = report(SQUEEZED, Question.of("0.05gb", None, 0.4, None))
+    assert re.search(r"does not fit: 0\.\d GB are needed with everything offloaded\.\nWhat to do: .*, as rehearsed:\n  0\.\d GB, ", said)
+
+
+def test_a_run_that_ran_out_of_memory_and_cannot_be_rehearsed_gets_general_advice(monkeypatch):
+    def old(*_arguments, **_named):
+        raise NotImplementedError("aten::new_operator")
+
+    monkeypatch.setattr(rehearsal, "rehearse", old)
+    assert less_memory(SQUEEZED).startswith("lower batch and raise accumulate by the same factor, or lower resolution_px or the longest of")
+
+
 def test_the_command_reports_memory_time_and_cost_without_loading_anything(comfyui_path, tmp_path):
     said = finish(command(comfyui_path, tmp_path, tmp_path / "run", "--rehearse", "--gpu", "rtx 4090", "--price", "0.5"), tmp_path)
     assert not (tmp_path / "run").exists()
@@ -168,7 +212,9 @@ def test_the_row_of_smoke_is_that_of_its_rehearsal():
 @pytest.mark.full
 def test_the_table_of_recipes_is_what_the_command_prints(comfyui_path, tmp_path):
     arguments = [str(PACK / "train"), "all", "--rehearse", "--comfyui", str(comfyui_path), "--", "--base-directory", str(tmp_path)]
-    rows = [line for line in finish(arguments, tmp_path).splitlines() if line.startswith("| `")]
+    status, said = run_prepared(arguments, tmp_path, TABLE_S)
+    rows = [line for line in said.splitlines() if line.startswith("| `")]
+    assert status == 0, said
     assert len(rows) == len(list(SHIPPED.glob("*.toml")))
     for row in rows:
         name = row.split("`")[1]

@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import folder_paths
 import pytest
-from distilled_t5.runtime.comfyui import OLDEST, model_file, refuse_old_comfyui
+from distilled_t5.runtime.comfyui import OLDEST, model_file, refuse_old_comfyui, refuse_without_gradient
 from distilled_t5.tests.support.prepared import run_prepared
 from distilled_t5.tests.support.trainer import QUICK, command, finish, metrics, wait_for_step
 
@@ -51,6 +52,14 @@ def test_asynchronous_offload_is_off_unless_requested(comfyui_path, flags, strea
     """Its buffers are reused, so weights that a gradient still needs would be overwritten."""
     reserved = "1.5" if "--reserve-vram" in flags else "None"
     assert started_with(comfyui_path, *flags) == ["True", streams, reserved]
+
+
+@pytest.mark.parametrize("flag", ["--use-sage-attention", "--use-flash-attention"])
+def test_attention_without_a_gradient_is_refused(comfyui_path, flag):
+    known = SimpleNamespace(fast=None, **{flag.removeprefix("--").replace("-", "_"): True})
+    assert f'"{flag}"' in (comfyui_path / "comfy" / "cli_args.py").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"ComfyUI's {flag} has no gradient.*\nWhat to do: start ComfyUI without {flag} \("):
+        refuse_without_gradient(known)
 
 
 @pytest.mark.parametrize("flags", [["--fast"], ["--fast", "fp8_matrix_mult"], ["--fast", "fp16_accumulation", "cublas_ops"]])

@@ -4,7 +4,7 @@
 the CPU's, and under torchrun gloo connects the processes. As on a GPU, mixing its tensors with the CPU's raises RuntimeError, going beyond
 its memory raises `torch.OutOfMemoryError`, and its random numbers come from a generator of its own.
 
-Other code uses `install`, `set_budget`, `allocated_bytes`, `peak_bytes` and `reset_peak`.
+Other code uses `install`, `set_budget`, `reset_peak`, and of `memory` what is `allocated` and its `peak`.
 """
 
 from __future__ import annotations
@@ -148,6 +148,8 @@ def compute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     name = func._schema.name
     if name == "aten::scaled_dot_product_attention":
         return _attention(*args, **kwargs)
+    if name == "aten::_thnn_fused_lstm_cell":
+        return _lstm_cell(*args, **kwargs)
     # In inference mode, operators that consist of others arrive as they are.
     if torch.is_inference_mode_enabled() and (found := func.decompose(*args, **kwargs)) is not NotImplemented:
         return found
@@ -229,6 +231,14 @@ def _attention(
         return flash(query, key, value, dropout_p, is_causal, attn_mask=_float_mask(attn_mask, query), scale=scale)[0]
     math = torch.ops.aten._scaled_dot_product_attention_math
     return math(query, key, value, attn_mask, dropout_p, is_causal, None, **how)[0]
+
+
+def _lstm_cell(inputs: Tensor, hidden: Tensor, cell: Tensor, *biases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The fused operator that torch calls on every accelerator, and that CPUs lack; without gradient."""
+    gates = sum(biases, inputs + hidden)
+    come, forget, new, leave = gates.chunk(4, 1)
+    cell = forget.sigmoid() * cell + come.sigmoid() * new.tanh()
+    return leave.sigmoid() * cell.tanh(), cell, gates
 
 
 def _on_cpu(one: Tensor | None) -> Tensor | None:
@@ -356,6 +366,8 @@ def install(budget_bytes: int | None = None) -> None:
     memory.device = torch.device(NAME, 0)
     # Where two modules share a weight, they still do after `Module.to`, as with every other device.
     torch.__future__.set_swap_module_params_on_conversion(True)
+    # Pages of the CPU's memory are not locked for copies: a backend in Python cannot.
+    torch.Tensor.pin_memory = lambda self, *_device: self  # pyright: ignore
     # ComfyUI takes a torch that was built for CUDA for one that has an NVIDIA GPU.
     torch.version.cuda = None
     vendor = types.ModuleType("torch_npu")
@@ -378,16 +390,6 @@ def install(budget_bytes: int | None = None) -> None:
 def set_budget(budget_bytes: int | None) -> None:
     """Bound the device's memory from now on; None: 64 GB."""
     memory.budget = PLENTY_BYTES if budget_bytes is None else budget_bytes
-
-
-def allocated_bytes() -> int:
-    """Bytes of all tensors on the device."""
-    return memory.allocated
-
-
-def peak_bytes() -> int:
-    """The most bytes that were allocated at the same time since `reset_peak`."""
-    return memory.peak
 
 
 def reset_peak() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from distilled_t5.config.files import SHIPPED, options
+from distilled_t5.devtools.docs import recipe_tables
 from distilled_t5.miniature.files import FLUX_FILE, SD3_FILE, TEACHER_FILE, VAE_FILE
 from distilled_t5.miniature.teacher import LAYOUT
 from distilled_t5.train.distill import linear_schedule
@@ -110,14 +111,31 @@ def test_shipped_recipe_says_its_own_name_and_explains_every_key(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_recipe_says_of_its_rehearsal_is_its_row_of_the_table(name):
-    [row] = re.findall(rf"^\| `{name}` \| (\d.*) \|$", (SHIPPED.parent / "docs" / "recipes.md").read_text(encoding="utf-8"), re.MULTILINE)
-    peak, offloaded, _teacher, ram, operations, on_rtx_4090, _on_h100 = row.split(" | ")
-    said = (SHIPPED / f"{name}.toml").read_text(encoding="ascii")
+    row = recipe_tables.rows_of(recipe_tables.PAGE.read_text(encoding="utf-8"))[name]
+    said = recipe_tables.COMMENT.findall((SHIPPED / f"{name}.toml").read_text(encoding="ascii"))
     if name == "smoke" or name.startswith("miniature"):
-        assert "Rehearsed" not in said and float(peak.split()[0]) < 1
-        return
-    assert f": {peak} of GPU memory at the peak, {offloaded} with the diffusion model in RAM; {ram} of RAM;" in said
-    assert f"# {operations} in all, on one RTX 4090 at 40% of its peak {on_rtx_4090} hours." in said
+        assert not said and float(row.split()[0]) < 1
+    else:
+        assert said == [recipe_tables.comment(row)]
+
+
+def test_the_table_of_the_readme_is_made_of_the_rows_of_the_page():
+    page, readme = (path.read_text(encoding="utf-8") for path in (recipe_tables.PAGE, recipe_tables.README))
+    rows = recipe_tables.rows_of(page)
+    assert sorted(rows) == NAMES
+    assert recipe_tables.with_rows(page, rows) == page
+    assert recipe_tables.compact(rows) in readme
+    assert recipe_tables.with_table(readme, rows) == readme
+
+
+def test_the_readme_shows_every_recipe_of_full_size_once_and_the_shortest_runs_first():
+    rows = recipe_tables.rows_of(recipe_tables.PAGE.read_text(encoding="utf-8"))
+    rows |= {"flux-overnight-12gb": "9.0 GB | 3.0 GB | 0.0 GB | 9.0 GB | 1.0 EFLOP | under 1 | under 1"}
+    shown = re.findall(r"`([\w-]+)`", recipe_tables.compact(rows))
+    assert shown[0] == "flux-overnight-12gb"
+    small = {name for name in NAMES if name.startswith(("smoke", "miniature-"))}
+    assert {*shown} == {*rows} - small - {"flux-dev-small", "flux-dev-large", "flux-dev-xl"}
+    assert len({*shown}) == len(shown)
 
 
 @pytest.mark.parametrize("name", NAMES)

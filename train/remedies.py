@@ -1,0 +1,80 @@
+"""Changes of a recipe that lower the memory of its run, rehearsed before they are advised."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from .memory import GB
+from .recipe import RANDOM, Recipe, Stage
+
+FP8 = "fp8_e4m3fn"
+
+
+def smaller(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe with more and more changes, the least harmful first.
+
+    The same result more slowly; the diffusion model in fp8; shorter prompts; smaller images; a smaller student.
+    """
+    if not recipe.diffusion_model.checkpoint_blocks:
+        yield (recipe := _changed(recipe, "diffusion_model", checkpoint_blocks=True))
+    while any(stage.batch > 1 for stage in recipe.stages):
+        yield (recipe := _in_stages(recipe, _half_batch))
+    if recipe.diffusion_model.dtype != FP8:
+        yield (recipe := _changed(recipe, "diffusion_model", dtype=FP8))
+    lengths = recipe.sampling.token_lengths
+    half = max(2, max(lengths) // 2)
+    yield (recipe := _changed(recipe, "sampling", token_lengths=tuple(length for length in lengths if length <= half) or (half,)))
+    yield (recipe := _in_stages(recipe, lambda stage: {"resolution_px": max(recipe.family.least_side_px, _half_side(stage))}))
+    sizes, size = recipe.student_kind.sizes, recipe.student.size
+    for name in reversed(sizes[: sizes.index(size)] if size else ()):
+        start = recipe.student.start if recipe.student.start == RANDOM else recipe.student.start.replace(recipe.student.size or "", name)
+        yield (recipe := _changed(recipe, "student", size=name, start=start))
+
+
+def with_less_ram(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe with changes that lower the RAM beside a GPU: fewer of the teacher's embeddings at once; the diffusion model in fp8."""
+    yield (recipe := _changed(recipe, "teacher", chunk_prompts=1))
+    if recipe.diffusion_model.dtype != FP8:
+        yield _changed(recipe, "diffusion_model", dtype=FP8)
+
+
+def _changed(recipe: Recipe, part: str, **values: Any) -> Recipe:
+    return recipe.model_copy(update={part: getattr(recipe, part).model_copy(update=values)})
+
+
+def _in_stages(recipe: Recipe, change: Callable[[Stage], Mapping[str, int]]) -> Recipe:
+    return recipe.model_copy(update={"stages": tuple(stage.model_copy(update=change(stage)) for stage in recipe.stages)})
+
+
+def _half_batch(stage: Stage) -> Mapping[str, int]:
+    """Half of the batch or less, and as many prompts per step as before."""
+    batch = next(size for size in range(max(1, stage.batch // 2), 0, -1) if stage.batch % size == 0)
+    return {"batch": batch, "accumulate": stage.accumulate * stage.batch // batch}
+
+
+def _half_side(stage: Stage) -> int:
+    return -(-stage.resolution_px // 32) * 16
+
+
+def fitting(recipe: Recipe, candidates: Sequence[Recipe], needed: Callable[[Recipe], int], limit_bytes: int) -> str:
+    """What to do for a run that takes no more than so many bytes: the first of the candidates that does, and what others take.
+
+    needed: the bytes of a candidate; each takes less than the one before it, so that few are asked.
+    """
+    found: dict[int, int] = {}
+
+    def fits(place: int) -> bool:
+        found[place] = needed(candidates[place])
+        return found[place] <= limit_bytes
+
+    first = bisect.bisect_left(range(len(candidates)), True, key=fits)
+    lines = [_line(recipe, candidates[place], found[place], limit_bytes) for place in sorted(found) if place <= first]
+    if first < len(candidates):
+        return "\n".join(["make these changes (--set KEY=VALUE), as rehearsed:", *lines])
+    return "\n".join(["use a machine with more memory; no change of the recipe is enough, as rehearsed:", *lines])
+
+
+def _line(recipe: Recipe, candidate: Recipe, needed: int, limit_bytes: int) -> str:
+    return f"  {needed / GB:.1f} GB, {'fits' if needed <= limit_bytes else 'does not fit'}: {'; '.join(recipe.differences(candidate))}"
