@@ -166,6 +166,8 @@ class TextShards:
                 parts = {name: _tensor(file, entry) for name, entry in entries.items()}
         except StudentFileError as error:
             raise _damage(path, error) from error
+        except (LookupError, TypeError, RuntimeError) as error:
+            raise DamagedShard(path, "its header does not fit its content.") from error
         if _checksum(parts) != checksum:
             raise DamagedShard(path, "its checksum differs.")
         return parts

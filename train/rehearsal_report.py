@@ -69,7 +69,7 @@ def report(recipe: Recipe, question: Question, flags: Sequence[str] = ()) -> str
             "",
             *ram_lines(ram_parts(recipe, found, 1, found.model), 1),
             *disk_lines(recipe, found.parameters),
-            *_cache_lines(recipe, found),
+            *cache_lines(recipe, found),
         ]
     )
 
@@ -89,7 +89,8 @@ def _teacher_lines(found: Rehearsal, cache: str) -> list[str]:
     return [f"The teacher takes {need.total / GB:.2f} GB while it encodes, {need.least / GB:.2f} GB offloaded; {room}"]
 
 
-def _cache_lines(recipe: Recipe, found: Rehearsal) -> list[str]:
+def cache_lines(recipe: Recipe, found: Rehearsal) -> list[str]:
+    """What the teacher's texts of a recipe with a cache take on disk."""
     if not recipe.teacher.cache:
         return []
     return [f"Teacher's texts on disk: {expected(recipe, found.text_width)} in {recipe.teacher.cache}; the hours include encoding them."]

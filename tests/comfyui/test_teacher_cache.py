@@ -31,7 +31,7 @@ from distilled_t5.train.estimate import estimate
 from distilled_t5.train.models import load_teacher_of
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.rehearsal import Target, rehearse
-from distilled_t5.train.rehearsal_report import Question, report
+from distilled_t5.train.rehearsal_report import cache_lines
 from distilled_t5.train.run import train
 from distilled_t5.train.state import read_checkpoint
 from distilled_t5.train.teacher_cache import CachedTexts, open_cache
@@ -177,13 +177,10 @@ def damaged_always(self: Any, key: str) -> Any:
     raise teacher_cache.DamagedShard(self.folder / "a.safetensors", "its checksum differs.")
 
 
-ALONE = [pytest.param(family, False, id=name) for name, family in FAMILIES.items()]
-# CLIP-G of full size takes half a minute.
-WITH = [
-    pytest.param(family, True, id=f"{name} with companions", marks=[pytest.mark.full] * ("clip_g" in family.companions))
-    for name, family in FAMILIES.items()
-    if family.companions
-]
+# One of each kind: padded; with rows of companions; not padded.
+QUICK = ("flux", "sd3", "pixart_alpha")
+ALONE = [pytest.param(one, False, id=name, marks=[pytest.mark.full] * (name not in QUICK)) for name, one in FAMILIES.items()]
+WITH = [pytest.param(one, True, id=f"{name} with companions", marks=pytest.mark.full) for name, one in FAMILIES.items() if one.companions]
 
 
 @pytest.mark.parametrize(("family", "companions"), [*ALONE, *WITH])
@@ -268,9 +265,9 @@ def test_a_rehearsal_counts_the_cache_once_and_says_its_size(tmp_path):
     each = sum(plain.stages[0].teacher_flops.values()) / one.stages[0].batch
     total = sum(stage.steps * sum(stage.teacher_flops.values()) for stage in found.stages)
     assert total == pytest.approx(each * expected(one, found.text_width).texts)
-    said = report(one, Question(None, None), ["--cpu"])
-    assert f"Teacher's texts on disk: {expected(one, found.text_width)} in {tmp_path / 'cache'}; the hours include encoding them." in said
-    assert "the diffusion model is loaded when it is done" in said
+    [line] = cache_lines(one, found)
+    assert line == f"Teacher's texts on disk: {expected(one, found.text_width)} in {tmp_path / 'cache'}; the hours include encoding them."
+    assert cache_lines(one.without_cache(), plain) == []
 
 
 @pytest.mark.full

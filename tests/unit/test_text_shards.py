@@ -126,6 +126,17 @@ def test_a_changed_byte_is_noticed_in_the_text_that_has_it(tmp_path):
         shards.read("12-1")
 
 
+@pytest.mark.parametrize(("right", "wrong"), [(b'"BF16"', b'"B  6"'), (b'"dtype":"F32"', b'"dtyqe":"F32"'), (b"[12,64]", b"[12,-4]")])
+def test_a_changed_header_is_noticed(tmp_path, right, wrong):
+    shards = shards_in(tmp_path, 1)
+    [path] = tmp_path.iterdir()
+    content = path.read_bytes()
+    assert right in content
+    path.write_bytes(content.replace(right, wrong, 1))
+    with pytest.raises(DamagedShard):
+        shards.read("12-0")
+
+
 def test_a_shard_of_another_teacher_is_refused_with_its_place(tmp_path):
     shards_in(tmp_path / "teacher")
     with pytest.raises(UserError, match=r"expected other, got teacher.\nWhat to do: move it to .*teacher.*, or delete it\."):
