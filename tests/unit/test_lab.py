@@ -136,6 +136,13 @@ def test_results_have_the_mean_over_seeds_and_differences_on_the_seeds_that_both
     assert (found["commits"], found["made"]["date"]) == (["abc"], "2026-12-02")
 
 
+def test_questions_about_arms_that_are_left_out_are_left_out(tmp_path: Path) -> None:
+    planned = small(tmp_path)
+    [run] = [run for run, _ in lab.runs_of(planned, lab.Work(tmp_path, tmp_path), 1) if run.arm == "base"]
+    write_done(run, 8)
+    assert results(replace(planned, arms=planned.arms[:2]), [run], "dev.py lab --quick")["claims"] == []
+
+
 def test_results_before_the_first_finished_run_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"No run of the lab for flux is finished(.|\n)*What to do"):
         results(small(tmp_path), [], "dev.py lab")
