@@ -88,7 +88,14 @@ def test_operations_are_counted_once_for_all_arms_of_equal_settings(tmp_path: Pa
     read = small(tmp_path)
     for _ in range(2):
         assert read.planned(Counted(tmp_path / "flops.json", list)).arms[0].tflop == 7e-9
-    assert [[stage.objective for stage in one.stages] for one in counted] == [["embedding", "velocity", "velocity", "velocity"]]
+    changed = replace(
+        read, arms=(*read.arms, replace(read.arms[0], name="more", stages=({"objective": "embedding", "batch": 4, "steps": 1},)))
+    )
+    assert changed.planned(Counted(tmp_path / "flops.json", list)).arms[-1].tflop == 1e-12
+    assert [[(stage.objective, stage.batch) for stage in one.stages] for one in counted] == [
+        [("embedding", 32), ("velocity", 32), ("velocity", 8)],
+        [("embedding", 4)],
+    ]
 
 
 def test_one_seed_of_all_arms_comes_before_the_second_and_a_changed_arm_is_another_run(tmp_path: Path) -> None:
