@@ -160,7 +160,7 @@ def test_tables_have_every_arm_by_its_arithmetic_and_failures_too(tmp_path: Path
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in made["arms"].splitlines()]
     assert [row[0] for row in rows[2:]] == ["the teacher", "velocity", "embedding, velocity", "velocity"]
     assert rows[3][1:7] == ["250 velocity", "2.5", "0.10", "-", "failed", "-"]
-    assert rows[4][1:4] == ["5,000 embedding, 2,000 velocity", "25.0", "1.00"]
+    assert rows[4][1:4] == ["5,000 embedding, 2,000 velocity", "25", "1.00"]
     assert (rows[4][5], rows[4][6]) == ("100.0, 75.0", "10")
     answers = [[cell.strip() for cell in line.strip("|").split("|")] for line in made["claims"].splitlines()]
     assert answers[3][:2] == ["And for words?", "embedding, velocity (1.00) against velocity (1.00), word"]
