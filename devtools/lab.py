@@ -76,12 +76,13 @@ def runs_of(lab: Lab, work: Work, seeds: int) -> list[tuple[Run, tuple[str, ...]
     return found
 
 
-def prepare(lab: Lab, work: Work, at_once: int) -> None:
-    """What all runs share: the teacher's images, and the pretrained student."""
+def prepare(lab: Lab, work: Work, asked: Iterable[str], at_once: int) -> None:
+    """What runs of the arms that are asked for share: the teacher's images, and the pretrained student."""
     due = []
     if not (work.teacher / "results.json").is_file():
         due.append(evaluation(work.suite, work.teacher, work.comfyui))
-    if any(PRETRAINED in setting for arm in lab.arms for setting in arm.settings) and not work.pretrained.is_file():
+    started = [arm for arm in lab.arms if arm.name in asked and any(PRETRAINED in setting for setting in arm.settings)]
+    if started and not work.pretrained.is_file():
         due.append(["-m", "distilled_t5.devtools.lab_pretrain", lab.recipe, "--out", work.pretrained, "--comfyui", work.comfyui])
     run_all(due, at_once)
 
@@ -135,9 +136,9 @@ def make(options: argparse.Namespace) -> None:
         runs = runs_of(lab, work, 1 if options.quick else SEEDS)
         try:
             if options.hours:
-                prepare(lab, work, at_once)
-                asked = [one for one in runs if options.only is None or one[0].arm in options.only]
-                run_all(due(lab, work, asked, begin_s + 3600 * options.hours), at_once)
+                asked = options.only or [arm.name for arm in lab.arms]
+                prepare(lab, work, asked, at_once)
+                run_all(due(lab, work, [one for one in runs if one[0].arm in asked], begin_s + 3600 * options.hours), at_once)
         finally:
             if any(run.done for run, _ in runs):
                 publish(options, results(lab, [run for run, _ in runs], "python dev.py lab"), work)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config.toml import toml_value
 from ..runtime.disk import replace_file
-from ..train.recipe import Recipe, load_recipe
+from ..train.recipe import Recipe, Stage, load_recipe
 from .commands import ROOT
 
 ARMS = ROOT / "benchmarks" / "lab.toml"
@@ -121,22 +121,21 @@ def _scaled(arm: Arm, per_step: Sequence[float], base_tflop: float) -> Arm:
 
 
 class Counted:
-    """Counts the operations of stages by a rehearsal, once for a recipe and the pack's sources. ComfyUI must be startable."""
+    """Counts the operations of stages by a rehearsal, once for equal stages, settings and sources of the pack."""
 
     def __init__(self, file: Path, start_comfyui: Callable[[], object]) -> None:
         self.file, self._start_comfyui = file, start_comfyui
-        self._known: dict[str, list[float]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self._known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def __call__(self, recipe: Recipe) -> list[float]:
         """The operations of a step of each stage."""
-        from ..evaluate.provenance import sources_sha256
-
-        key = hashlib.sha256((sources_sha256() + recipe.to_toml()).encode()).hexdigest()
-        if key not in self._known:
-            print("Counting the operations of a step of each stage", flush=True)
-            self._known[key] = self._rehearsed(recipe)
+        keys = [_key(recipe, stage) for stage in recipe.stages]
+        if missing := {key: stage for key, stage in zip(keys, recipe.stages, strict=True) if key not in self._known}:
+            print(f"Counting the operations of a step of {len(missing)} stages", flush=True)
+            found = self._rehearsed(recipe.model_copy(update={"stages": tuple(missing.values())}))
+            self._known |= dict(zip(missing, found, strict=True))
             replace_file(self.file, json.dumps(self._known, indent=1).encode())
-        return self._known[key]
+        return [self._known[key] for key in keys]
 
     def _rehearsed(self, recipe: Recipe) -> list[float]:
         self._start_comfyui()
@@ -146,3 +145,10 @@ class Counted:
 
         stages = rehearsal_of(recipe, torch.device("cpu"), with_time=True).stages
         return [sum(stage.flops.values()) + sum(stage.teacher_flops.values()) for stage in stages]
+
+
+def _key(recipe: Recipe, stage: Stage) -> str:
+    from ..evaluate.provenance import sources_sha256
+
+    alone = recipe.model_copy(update={"stages": (stage.model_copy(update={"name": "counted"}),)})
+    return hashlib.sha256((sources_sha256() + alone.to_toml()).encode()).hexdigest()

@@ -13,6 +13,8 @@ from .miniature_tables import LAB, PAGE, percent
 
 PLOT = ROOT / "assets" / "lab-{0}.png"
 COMMAND = "python dev.py lab"
+# Smaller shares, in percent, are drawn here.
+LEAST = 60
 TABLES = {PAGE: ("arms", "claims"), LAB: ("claims",)}
 Row = Mapping[str, Any]
 
@@ -36,7 +38,7 @@ def arms(found: Row) -> str:
 def _arm(one: Row, tasks: Sequence[str]) -> list[Any]:
     seeds = ", ".join([*(f"{100 * seed['share']:.1f}" for seed in one["seeds"]), *("failed" for _ in one["failed"])])
     right = [percent(one["tasks"][task], digits=0) if one["seeds"] else None for task in tasks]
-    arithmetic, share = (f"{one['tflop']:.1f}", f"{one['of_base']:.2f}"), one.get("share")
+    arithmetic, share = (f"{one['tflop']:.3g}", f"{one['of_base']:.2f}"), one.get("share")
     return [one["title"], one["stages"], *arithmetic, percent(share, " %"), seeds, share and share["n"], *right]
 
 
@@ -89,13 +91,19 @@ def plot(found: Row, path: Path) -> None:
         shares = [one["share"] for one in points]
         reach = [[_reach(share, "low") for share in shares], [_reach(share, "high") for share in shares]]
         style = {"marker": "osD^vP*"[number // 10 % 7], "color": f"C{number % 10}", "capsize": 2, "linewidth": 1, "label": title}
-        axes.errorbar([one["tflop"] for one in points], [100 * share["value"] for share in shares], reach, **style)
+        axes.errorbar([one["tflop"] for one in points], [max(LEAST, 100 * share["value"]) for share in shares], reach, **style)
     axes.axhline(100, color="#888888", linewidth=1)
-    axes.set(xscale="log", xlabel="floating-point operations of a student's training, 10^12", ylabel="share of the teacher, %")
+    axes.set(
+        xscale="log",
+        xlabel="floating-point operations of a student's training, 10^12",
+        ylabel=f"share of the teacher, % ({LEAST}: or less)",
+    )
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def _reach(share: Row, bound: str) -> float:
-    return 0.0 if share[bound] is None else max(0.0, 100 * abs(share["value"] - share[bound]))
+    return 0.0 if share[bound] is None or 100 * share["value"] < LEAST else 100 * abs(share["value"] - share[bound])

@@ -88,7 +88,14 @@ def test_operations_are_counted_once_for_all_arms_of_equal_settings(tmp_path: Pa
     read = small(tmp_path)
     for _ in range(2):
         assert read.planned(Counted(tmp_path / "flops.json", list)).arms[0].tflop == 7e-9
-    assert [[stage.objective for stage in one.stages] for one in counted] == [["embedding", "velocity", "velocity", "velocity"]]
+    changed = replace(
+        read, arms=(*read.arms, replace(read.arms[0], name="more", stages=({"objective": "embedding", "batch": 4, "steps": 1},)))
+    )
+    assert changed.planned(Counted(tmp_path / "flops.json", list)).arms[-1].tflop == 1e-12
+    assert [[(stage.objective, stage.batch) for stage in one.stages] for one in counted] == [
+        [("embedding", 32), ("velocity", 32), ("velocity", 8)],
+        [("embedding", 4)],
+    ]
 
 
 def test_one_seed_of_all_arms_comes_before_the_second_and_a_changed_arm_is_another_run(tmp_path: Path) -> None:
@@ -136,6 +143,13 @@ def test_results_have_the_mean_over_seeds_and_differences_on_the_seeds_that_both
     assert (found["commits"], found["made"]["date"]) == (["abc"], "2026-12-02")
 
 
+def test_questions_about_arms_that_are_left_out_are_left_out(tmp_path: Path) -> None:
+    planned = small(tmp_path)
+    [run] = [run for run, _ in lab.runs_of(planned, lab.Work(tmp_path, tmp_path), 1) if run.arm == "base"]
+    write_done(run, 8)
+    assert results(replace(planned, arms=planned.arms[:2]), [run], "dev.py lab --quick")["claims"] == []
+
+
 def test_results_before_the_first_finished_run_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"No run of the lab for flux is finished(.|\n)*What to do"):
         results(small(tmp_path), [], "dev.py lab")
@@ -146,7 +160,7 @@ def test_tables_have_every_arm_by_its_arithmetic_and_failures_too(tmp_path: Path
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in made["arms"].splitlines()]
     assert [row[0] for row in rows[2:]] == ["the teacher", "velocity", "embedding, velocity", "velocity"]
     assert rows[3][1:7] == ["250 velocity", "2.5", "0.10", "-", "failed", "-"]
-    assert rows[4][1:4] == ["5,000 embedding, 2,000 velocity", "25.0", "1.00"]
+    assert rows[4][1:4] == ["5,000 embedding, 2,000 velocity", "25", "1.00"]
     assert (rows[4][5], rows[4][6]) == ("100.0, 75.0", "10")
     answers = [[cell.strip() for cell in line.strip("|").split("|")] for line in made["claims"].splitlines()]
     assert answers[3][:2] == ["And for words?", "embedding, velocity (1.00) against velocity (1.00), word"]
