@@ -121,8 +121,8 @@ def rehearsed_on_gpu(recipe: Recipe) -> Rehearsal:
     return rehearse(recipe, GPU)
 
 
-@pytest.mark.parametrize("share", [0.95, 0.6, 0.1])
-def test_a_run_that_does_not_fit_is_told_the_first_changes_with_which_it_does(share, caplog):
+@pytest.mark.parametrize("share", [pytest.param(0.95, marks=pytest.mark.full), 0.6, pytest.param(0.1, marks=pytest.mark.full)])
+def test_the_first_changes_with_which_a_run_fits_are_named(share, caplog):
     found = rehearsed_on_gpu(SQUEEZED)
     usable = int(share * found.least)
     total = next(size for size in range(usable, 2 * usable) if usable_of(size, True) == usable)
