@@ -207,7 +207,7 @@ def test_texts_of_every_family_come_back_as_its_teacher_gives_them(family: Famil
     torch.testing.assert_close(ours.empty.whole, theirs.empty.whole, rtol=2**-8, atol=1e-4)
 
 
-def test_another_teacher_or_format_has_a_folder_of_its_own_and_what_differs_is_told(whole, stand_ins, tmp_path, capsys):
+def test_another_teacher_or_format_has_a_folder_of_its_own_and_what_differs_is_said(whole, stand_ins, tmp_path, capsys):
     shutil.copytree(whole / "cache", tmp_path / "cache")
     clip_l = stand_ins / "models" / "text_encoders" / "clip_l.safetensors"
     prompts = {key_of("a", 16): ("a", 16)}
