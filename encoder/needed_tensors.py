@@ -18,17 +18,21 @@ TOKENS = 49408
 
 @dataclass(frozen=True)
 class Clip:
-    """The text half of a published CLIP: what people call it, the input of Distilled T5 Loader, and its sizes as ComfyUI has them."""
+    """The text half of a published CLIP: what people call it, the input of Distilled T5 Loader, and its sizes as ComfyUI has them.
+
+    projected: whether ComfyUI projects its pooled vector.
+    """
 
     display_name: str
     widget: str
     width: int
     layers: int
     feed_forward: int
+    projected: bool
 
 
 # The companions of large encoders, by attribute of ComfyUI's text model.
-CLIPS = {"clip_l": Clip("CLIP-L", "clip_name1", 768, 12, 3072), "clip_g": Clip("CLIP-G", "clip_name3", 1280, 32, 5120)}
+CLIPS = {"clip_l": Clip("CLIP-L", "clip_name1", 768, 12, 3072, False), "clip_g": Clip("CLIP-G", "clip_name3", 1280, 32, 5120, True)}
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Naming:
 
     layer: the prefix of a layer's number. parts: the tensors of each layer. others: those that occur once. positions: the table whose
     number of rows varies: 77 in CLIP-L, 248 in long CLIP. widest: the part of a layer whose shape identifies the CLIP. converted: whether
-    ComfyUI converts the names.
+    ComfyUI converts the names. projection: what projects the pooled vector.
     """
 
     clip: Clip
@@ -47,6 +51,7 @@ class Naming:
     positions: str
     widest: str
     converted: bool
+    projection: str
 
     def fits(self, shapes: Mapping[str, Shape]) -> bool:
         """Whether the first layer is this CLIP's and there are not more layers than it has."""
@@ -54,11 +59,14 @@ class Naming:
         return shapes.get(first) == (self.clip.feed_forward, self.clip.width) and beyond not in shapes
 
     def needed(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Every tensor that ComfyUI needs, the positions with as many rows as the file's; the projection if the file has one."""
+        """Every tensor that ComfyUI needs, the positions with as many rows as the file's; a projection that is there, needed or not."""
         width = self.clip.width
         layers = {f"{self.layer}{number}.{part}": shape for number in range(self.clip.layers) for part, shape in self.parts.items()}
-        projections = {name: (width, width) for name in ("text_projection", "text_projection.weight") if name in shapes}
-        return {**self.others, **layers, **projections, self.positions: (*shapes.get(self.positions, ())[:1], width)}
+        projections = [name for name in ("text_projection", "text_projection.weight") if name in shapes]
+        if self.clip.projected and not projections:
+            projections = [self.projection]
+        needed = {**self.others, **layers, **dict.fromkeys(projections, (width, width))}
+        return {**needed, self.positions: (*shapes.get(self.positions, ())[:1], width)}
 
 
 def _namings(clip: Clip) -> tuple[Naming, Naming]:
@@ -81,6 +89,7 @@ def _namings(clip: Clip) -> tuple[Naming, Naming]:
         positions="text_model.embeddings.position_embedding.weight",
         widest="mlp.fc1.weight",
         converted=False,
+        projection="text_projection.weight",
     )
     openai = Naming(
         clip,
@@ -98,6 +107,7 @@ def _namings(clip: Clip) -> tuple[Naming, Naming]:
         positions="positional_embedding",
         widest="mlp.c_fc.weight",
         converted=True,
+        projection="text_projection",
     )
     return openai, transformers
 
