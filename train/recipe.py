@@ -157,7 +157,7 @@ class Stage(Part):
 
     name: FileStem = Field(description="name of the stage in reports")
     corpora: Annotated[tuple[Corpus, ...], FROM_LIST, NOT_EMPTY] = Field(description="the mix of prompts")
-    resolution_px: int = Field(ge=16, le=16384, multiple_of=16, description="side of the square images in pixels, a multiple of 16")
+    resolution_px: int = Field(ge=16, multiple_of=16, description="side of the square images in pixels, a multiple of 16")
     steps: Count = Field(description="optimizer steps")
     batch: Count = Field(description="prompts in one forward pass of the diffusion model on one GPU: decides the memory needed")
     accumulate: Count = Field(description="batches per optimizer step over all GPUs: a step sees batch x accumulate prompts")
