@@ -37,7 +37,7 @@ import nodes
 CPU = torch.device("cpu")
 FLUX, TEACHER = "miniature_flux.safetensors", "miniature_teacher.safetensors"
 PROMPTS = "\n".join(f"a {colour} {thing}" for colour in ("red", "green", "blue") for thing in ("heart", "ring", "tree"))
-STEPS = 4
+STEPS = 2
 
 
 @pytest.fixture(scope="module")

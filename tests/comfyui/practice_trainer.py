@@ -30,7 +30,7 @@ from distilled_t5.train.workshop import Workshop, open_workshop
 LITTLE_BYTES = 1_200_000_000
 LENGTH = ["stage.0.steps=2", "stage.1.steps=4", "validation.prompts=2"]
 QUICK = [*LENGTH, "sampling.steps=4", "sampling.token_lengths=[16]"]
-OFTEN = ["checkpoints.every_steps=2", "checkpoints.keep_last=9", "preview.every_steps=3", "validation.every_steps=3"]
+OFTEN = ["checkpoints.every_steps=2", "checkpoints.keep_last=9", "preview.every_steps=6", "validation.every_steps=3"]
 PREVIEW = ['preview.prompts=["a red heart"]', "preview.vae=miniature_vae.safetensors"]
 # Two stages, which imitate and follow. Dropout draws on the device.
 RUNS = {
@@ -69,7 +69,7 @@ def test_a_run_reports_its_device_the_peak_of_its_memory_the_held_out_loss_and_i
     rows = metrics(done)
     assert all(0 < row["gpu_peak_mb"] < 1000 for row in rows if "gpu_peak_mb" in row) and any("gpu_peak_mb" in row for row in rows)
     assert any(math.isfinite(row["held_out_loss"]) for row in rows if "held_out_loss" in row)
-    assert len(list((done / "samples").glob("*"))) >= 2
+    assert list((done / "samples").glob("*"))
 
 
 def test_a_resumed_run_ends_with_the_same_bits_though_its_device_has_little_memory(done, recipe, tmp_path):
