@@ -132,22 +132,27 @@ def rehearse_before_loading(recipe: Recipe, ranks: Ranks) -> Rehearsal | None:
 
 def what_fits(recipe: Recipe, found: Rehearsal, total_bytes: int, again: Callable[[Recipe], Rehearsal]) -> str:
     """What to do for a run with this rehearsal on a device of this memory: changes that are rehearsed now, and the shipped recipe."""
-    usable, own, candidates = usable_of(total_bytes, found.on_gpu), found.taken(total_bytes), [*smaller(recipe)]
+    usable, candidates = usable_of(total_bytes, found.on_gpu), [*smaller(recipe)]
+    offloaded = found.total > usable
     log.warning("Rehearsing changes of the recipe that take less memory, %d times at most ...", len(candidates).bit_length())
 
     def needed(changed: Recipe) -> int:
         if comfy.model_management.processing_interrupted():
             raise comfy.model_management.InterruptProcessingException
-        return again(changed).taken(total_bytes)
+        return taken(again(changed))
 
+    def taken(rehearsal: Rehearsal) -> int:
+        return rehearsal.least if offloaded else rehearsal.total
+
+    own = taken(found)
     advice = fitting(recipe, candidates, needed, usable if own > usable else int(LESS * own))
     return f"{advice}\n{shipped_advice(recipe.family, total_bytes, found.on_gpu)}"
 
 
-def less_memory(recipe: Recipe) -> str:
-    """What to do for a run that ran out of memory on this machine's device."""
+def less_memory(recipe: Recipe, processes: int) -> str:
+    """What to do for a run of so many processes that ran out of memory on this machine's device."""
     device = comfy.model_management.get_torch_device()
-    total, again = comfy.model_management.get_total_memory(device), functools.partial(rehearsal_of, device=device)
+    total, again = comfy.model_management.get_total_memory(device), functools.partial(rehearsal_of, device=device, processes=processes)
     try:
         return what_fits(recipe, again(recipe), total, again)
     except (ValueError, MemoryError):

@@ -59,6 +59,7 @@ class Workshop:
             shared = self.ranks.share(self._variance(number, objective) if self.ranks.is_main else None)
             assert shared is not None
             self._variances[number] = shared
+            self.load_model()  # the teacher took its place
         return replace(objective, variance_D=self._variances[number].to(self.model.device)) if objective.scaled else objective
 
     def _variance(self, number: int, objective: Objective) -> Tensor:

@@ -117,6 +117,15 @@ def test_a_student_like_its_teacher_has_no_gap_at_any_noise_level(model: FrozenM
             assert (velocity is not None) == (objective.at == "streams" and step == 0), "after the last step, nothing needs it"
 
 
+def test_after_the_last_block_the_image_alone_is_compared(model: FrozenModel) -> None:
+    teacher_BLD, _ = texts(model.family.text_width)
+    place = position(model, teacher_BLD)._of([0])
+    both = model.family.block_lists.keys() != {"blocks"}
+    for blocks in range(1, len(model.blocks) + 1):
+        seen, _ = place.seen(model, teacher_BLD[:1], replace(OBJECTIVES["early"], blocks=blocks), to_the_end=False)
+        assert len(seen) == (2 if both and blocks < len(model.blocks) else 1)
+
+
 @pytest.mark.every_version
 def test_the_projected_text_is_what_reaches_the_first_block(model: FrozenModel) -> None:
     teacher_BLD, _ = texts(model.family.text_width)
@@ -187,6 +196,17 @@ def test_the_text_projection_is_read_alone_from_every_form_of_file(form: Callabl
     assert torch.equal(alone.training_sigmas(4, 8, 8), whole.training_sigmas(4, 8, 8))
 
 
+@pytest.mark.parametrize("lacking", ["txt_in.weight", "txt_in.bias", "img_in.weight"])
+def test_a_file_that_lacks_a_tensor_is_refused_also_where_the_projection_alone_is_read(lacking: str, tmp_path: Path) -> None:
+    tensors = drawn(FLUX.tensors(), seed=2)
+    del tensors[lacking]
+    save_file(tensors, tmp_path / "flux.safetensors")
+    expected = "is not a diffusion model that ComfyUI knows" if lacking == "img_in.weight" else f"The diffusion model lacks {lacking}."
+    with pytest.raises(ValueError, match=expected) as refused:
+        projection_alone(tmp_path / "flux.safetensors", FAMILIES["flux"], CPU)
+    assert "What to do: name" in str(refused.value)
+
+
 STEPS = 2
 PLAN = [
     *(("scaled", 0), ("whitened", 0), ("whitened_cosine", 0), ("projected", 0)),
@@ -247,6 +267,7 @@ def test_the_variance_is_that_of_the_same_prompts_for_every_process(tmp_path: Pa
     ("family", "objective", "blocks", "expected"),
     [
         ("flux", "early", 3, "Stage stage-0: expected at most 2 for blocks, got 3: stand-in has 2 blocks."),
+        ("flux", "text_stream", 2, "expected at most 1 for blocks, got 2: stand-in has 2 blocks, and a text stream after 1 of them."),
         ("sd3", "text_stream", 2, "expected at most 1 for blocks, got 2: stand-in has 2 blocks, and a text stream after 1 of them."),
     ],
 )
