@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..families.family import Family
-from ..runtime.randomness import undisturbed
 from .gradients import blocks_of, differentiable
 from .projection import text_projection
 
@@ -75,8 +74,7 @@ class FrozenModel:
     def text_projection(self) -> Module:
         """The layers through which the text goes before the first block, in float32 on the device. They stay there."""
         tensors = self.model.diffusion_model.state_dict()
-        with undisturbed():  # ComfyUI draws the first values of some layers
-            return text_projection(self.model.model_config, self.family, tensors).to(self.device)
+        return text_projection(self.model.model_config, self.family, tensors).to(self.device)
 
     def load(self, memory_required: int = 0) -> None:
         """Bring the model to its device through ComfyUI, which unloads other models as needed."""

@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..encoder.teacher_text import TeacherText
+from .curves import ONE_BAND
 from .objectives import Objective
 from .teacher_chunks import texts_of
 from .trajectory import Position, gap_at, gaps_by_band
 from .workshop import Workshop
-
-ONE_BAND = "all"
 
 
 @contextlib.contextmanager

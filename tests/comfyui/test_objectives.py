@@ -25,6 +25,8 @@ from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.small_flux import FLUX, diffusion_model_file, teacher_file
 from distilled_t5.train import stand_ins
+from distilled_t5.train.batches import Schedule
+from distilled_t5.train.models import load_frozen_model
 from distilled_t5.train.objectives import OBJECTIVES, Objective
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.rehearsal import Target, rehearse
@@ -257,10 +259,29 @@ def test_a_run_that_only_imitates_never_loads_the_diffusion_model(tmp_path: Path
     assert "The last stage's objective on prompts never trained on" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_variance_is_that_of_the_same_prompts_for_every_process(tmp_path: Path) -> None:
-    first, second = (open_workshop(run_of([("whitened", 0)]), Ranks()) for _ in range(2))
-    ours, theirs = first.objective(0).variance_D, second.objective(0).variance_D
-    assert ours is not None and theirs is not None and torch.equal(ours, theirs) and ours.shape == (4096,)
+def test_the_text_projection_is_the_files_whether_or_not_the_model_is_loaded_in_fp8(tmp_path: Path) -> None:
+    files = [f"diffusion_model.file={diffusion_model_file(tmp_path)}", "diffusion_model.dtype=fp8_e4m3fn"]
+    plans = [("projected", 0)], [("projected", 0), ("velocity", 0)]
+    alone, beside = (load_frozen_model(run_of(plan, *files)).text_projection.state_dict() for plan in plans)
+    assert same(alone, beside)
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart_alpha"])
+def test_the_text_projection_is_made_before_random_numbers_are_drawn(family: str) -> None:
+    guided = [f"diffusion_model.family={family}", "stage.0.resolution_px=272", "stage.1.resolution_px=272"]
+    guided += ["sampling.guidance=[]"] if family != "flux" else []
+    workshop = open_workshop(run_of([("projected", 0), ("velocity", 0)], *guided), Ranks())
+    before = torch.get_rng_state()
+    workshop.objective(0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_variance_is_that_of_the_first_prompts_of_all_processes() -> None:
+    recipe = load_recipe("smoke", ["stage.0.accumulate=2", "validation.prompts=2"])
+    alone, *parts = (Schedule(recipe, rank, world).sample(0) for rank, world in ((0, 1), (0, 2), (1, 2)))
+    assert len(alone) > 1
+    for part in parts:
+        assert [batch.prompts for batch in part] == [batch.prompts for batch in alone]
 
 
 @pytest.mark.parametrize(
