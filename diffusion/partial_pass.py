@@ -23,15 +23,18 @@ class _Ended(Exception):
 
 
 def streams_after(model: FrozenModel, blocks: int, run: Run, text_rows: int, to_the_end: bool) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The streams of `image` and `text` [B, rows, channels] after the first blocks, where both exist, and what `run` returns.
+    """The streams of `image` and `text` [B, rows, channels] after the first blocks, where both are used later, and what `run` returns.
 
     `run` is a pass with `text_rows` rows of text. It ends at the last of these blocks and returns nothing, unless `to_the_end`.
     """
+    assert blocks > 0
     block, names = model.streams[blocks - 1]
     seen: dict[str, Tensor] = {}
 
     def see(output: Any) -> None:
         seen.update(_by_name(output, names, text_rows))
+        if blocks > len(model.streams) - model.family.last_blocks_without_text:
+            seen.pop("text", None)
         if not to_the_end:
             raise _Ended
         # Later blocks add to them in place.

@@ -29,12 +29,19 @@ def text_projection(config: Any, family: Family, tensors: Mapping[str, Tensor]) 
         layer = functools.reduce(lambda module, part: getattr(module, part, None), name.split("."), inner)
         if layer is not None:
             own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
-            if missing := layer.load_state_dict(own, strict=False).missing_keys:
+            missing = [*layer.load_state_dict(own, strict=False).missing_keys, *_without_weight(layer)]
+            if missing:
                 raise ValueError(
                     f"The diffusion model lacks {name}.{missing[0]}.\nWhat to do: name a complete file in diffusion_model.file."
                 )
             layers.append(layer)
     return _dequantized(Sequential(*layers).requires_grad_(False))
+
+
+def _without_weight(layer: Module) -> list[str]:
+    """The weights that ComfyUI's layers for quantised files lack, which these do not report."""
+    linear = ((name, part) for name, part in layer.named_modules() if hasattr(part, "in_features"))
+    return [f"{name}.weight".lstrip(".") for name, part in linear if getattr(part, "weight", None) is None]
 
 
 def _dequantized(module: Module) -> Module:

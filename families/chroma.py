@@ -41,6 +41,7 @@ CHROMA = Family(
     network="comfy.ldm.chroma.model.Chroma",
     block_lists=BLOCK_LISTS,
     last_layers=LAST_LAYERS,
+    last_blocks_without_text=1,
     text_projection=("txt_in",),
     keys_values=KEYS_VALUES,
     text_width_of=lambda model: model.diffusion_model.txt_in.in_features,

@@ -38,13 +38,13 @@ class Family:
     are for prompts of usual length.
 
     Diffusion side. network: ComfyUI's class of the diffusion model. block_lists: its attributes that hold its blocks, with what each of
-    these returns: streams of `image` and `text`, or both joined. last_blocks_without_text: how many of the last blocks return no text,
-    where the others do. cross_attention: the attribute of a block in which the image attends to the text alone, and in it the layers of
-    queries, and of keys with values; empty where text and image, in this order, attend to both. text_projection: attributes of the model
-    through which the text goes before the first block, in order; a model may lack some. keys_values: where the first block has keys and
-    values of the text: a layer, which part of its output's channels, of how many. last_layers: attributes of a block whose last linear
-    layer contributes to nothing but the block's output, so that `block_checkpoint` need not recompute it. text_width_of: channels of a
-    loaded model's text input.
+    these returns: streams of `image` and `text`, or both joined. last_blocks_without_text: how many of the last blocks return no text or
+    one that is discarded, where the others do. cross_attention: the attribute of a block in which the image attends to the text alone, and
+    in it the layers of queries, and of keys with values; empty where text and image, in this order, attend to both. text_projection:
+    attributes of the model through which the text goes before the first block, in order; a model may lack some. keys_values: where the
+    first block has keys and values of the text: a layer, which part of its output's channels, of how many. last_layers: attributes of a
+    block whose last linear layer contributes to nothing but the block's output, so that `block_checkpoint` need not recompute it.
+    text_width_of: channels of a loaded model's text input.
     latent_channels, latent_dimensions, cell_px: channels of the latent, 2 for images or 3 for video, and pixels of an image per cell of it.
     least_side_px: the smallest image. default_guidance: the value that ComfyUI's nodes propose. takes_guidance: whether a loaded model has
     a guidance input. refuse: a sentence about a loaded model that cannot be used, else None. training_sigmas: noise levels [T + 1] for a

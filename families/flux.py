@@ -107,6 +107,7 @@ FLUX = Family(
     network="comfy.ldm.flux.model.Flux",
     block_lists=BLOCK_LISTS,
     last_layers=LAST_LAYERS,
+    last_blocks_without_text=1,
     text_projection=("txt_norm", "txt_in"),
     keys_values=KEYS_VALUES,
     text_width_of=lambda model: model.diffusion_model.params.context_in_dim,

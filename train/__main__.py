@@ -67,6 +67,7 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--price", type=float, help="with --rehearse: price of one GPU for an hour")
     add_comfyui_option(parser)
+    parser.set_defaults(processes=1)
     return parser
 
 
@@ -97,7 +98,7 @@ def memory_advice(options: argparse.Namespace) -> str:
     return (
         "continue with --resume (on a GPU with -- --reserve-vram 2, which keeps 2 GB more of it free).\n"
         "If that is not enough, start a new run from the last student.safetensors (student.start) and "
-        + less_memory(load_recipe(options.recipe, options.set))
+        + less_memory(load_recipe(options.recipe, options.set), options.processes)
     )
 
 
@@ -129,6 +130,7 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
     from distilled_t5.runtime.ranks import Ranks
 
     with Ranks.open(device_type) as ranks:
+        options.processes = ranks.world
         # Only now: ComfyUI selects the current GPU when it is imported, which must be that of the process.
         from distilled_t5.train.estimate import estimate
         from distilled_t5.train.run import train

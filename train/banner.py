@@ -19,7 +19,8 @@ def facts_of(workshop: Workshop, run: RunDirectory | None) -> dict[str, str]:
         "Recipe": f"{recipe.name}, {total:,} steps" + (f", continued at step {step:,}" if step else ""),
         "Teacher": _teacher(recipe),
         "Student": f"{layout.size_name}, {layout.parameters / 1e6:,.1f} million parameters, from {Path(recipe.student.start).name}",
-        "Diffusion model": f"{Path(recipe.diffusion_model.file).name} ({recipe.family.display_name}) on {workshop.model.device}",
+        "Diffusion model": f"{Path(recipe.diffusion_model.file).name} ({recipe.family.display_name})"
+        + (f" on {workshop.model.device}" if recipe.needs_diffusion_model else ", not loaded"),
     }
     facts |= {f"Stage {number}": _stage(stage) for number, stage in enumerate(recipe.stages, start=1)}
     if run is not None:
@@ -38,4 +39,4 @@ def _teacher(recipe: Recipe) -> str:
 
 def _stage(stage: Stage) -> str:
     prompts = stage.batch * stage.accumulate
-    return f"{stage.name}: {stage.steps:,} steps of {prompts} prompts, {stage.objective} objective, {stage.resolution_px} px"
+    return f"{stage.name}: {stage.steps:,} steps of {prompts} prompts, {stage.what} objective, {stage.resolution_px} px"

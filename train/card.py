@@ -13,7 +13,7 @@ from ..runtime.disk import read_file, replace_file
 from ..runtime.errors import UserError
 from ..runtime.optional import needed
 from .checkpoint_files import step_of
-from .curves import Curves
+from .curves import Curves, with_sign
 from .export import chosen_checkpoint
 from .licences import UNKNOWN, licence_of, origins
 from .objectives import OBJECTIVES
@@ -70,12 +70,12 @@ def _is_unchanged(text: str) -> bool:
 
 def card(run: RunDirectory, recipe: Recipe, step: int, evaluation: str = "") -> str:
     """The card's text: front matter, then Markdown. `evaluation`: the tables of an evaluation."""
-    family, follows = recipe.family.display_name, any(OBJECTIVES[stage.objective].needs_velocity for stage in recipe.stages)
-    how = "following the diffusion model's denoising steps" if follows else "imitating the teacher's embeddings"
+    family = recipe.family.display_name
     parts = [
         f"---\n{_front_matter(recipe)}\n---",
         f"# {recipe.output.name}",
-        f"A distilled text encoder for {family}: it takes the place of {Path(recipe.teacher.t5).name}, and was trained by {how} ({PAPER}).",
+        f"A distilled text encoder for {family}: it takes the place of {Path(recipe.teacher.t5).name}, and was trained by "
+        f"{_how(recipe)} ({PAPER}).",
         "## Use",
         f"Put `{recipe.output.name}.safetensors` into ComfyUI's `models/text_encoders` and load it with *Distilled T5 Loader* of "
         f"[Distilled T5]({PACK}){_pooled(recipe)}.",
@@ -93,6 +93,14 @@ def card(run: RunDirectory, recipe: Recipe, step: int, evaluation: str = "") -> 
         _code(recipe.without_folders().to_toml().rstrip()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _how(recipe: Recipe) -> str:
+    objectives = [OBJECTIVES[stage.objective] for stage in recipe.stages]
+    if any(objective.needs_velocity for objective in objectives):
+        return "following the diffusion model's denoising steps"
+    inside = any(objective.at != "embedding" for objective in objectives)
+    return "imitating what the diffusion model makes of the teacher's embeddings" if inside else "imitating the teacher's embeddings"
 
 
 def _front_matter(recipe: Recipe) -> str:
@@ -135,7 +143,7 @@ def _facts(recipe: Recipe, step: int) -> Iterator[tuple[str, str]]:
         data = ", ".join(Path(corpus.path).name if corpus.path else corpus.kind for corpus in stage.corpora)
         yield (
             f"Stage {number}",
-            f"{stage.name}: {stage.steps:,} steps of {stage.batch * stage.accumulate} prompts, {stage.objective}; {data}",
+            f"{stage.name}: {stage.steps:,} steps of {stage.batch * stage.accumulate} prompts, {stage.what}; {data}",
         )
 
 
@@ -144,13 +152,12 @@ def _table(rows: Iterator[tuple[str, str]]) -> str:
 
 
 def _held_out(run: RunDirectory, needs_model: bool) -> str:
-    curves = Curves()
-    if run.metrics.is_file():
-        with run.metrics.open("rb") as lines:
-            curves.add_lines(lines)
+    curves = Curves.of(run.metrics)
     if curves.best is None:
         return "Not measured."
-    bands = "; ".join(f"sigma {band}: {curve.points()[-1][1]:.4g}" for band, curve in curves.held_out.items() if curve.points())
+    bands = "; ".join(
+        f"{with_sign('sigma', band)}: {curve.points()[-1][1]:.4g}" for band, curve in curves.held_out.items() if curve.points()
+    )
     step, best = curves.best
     what = "mean squared gap of the velocities" if needs_model else "last stage's objective"
     return f"The {what} on prompts never trained on. Lowest: {best:.4g} at step {step:,}. At the end: {bands}."

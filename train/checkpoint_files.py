@@ -41,10 +41,16 @@ def step_of(path: Path) -> int:
 
 
 def best_of(paths: Sequence[Path]) -> Path | None:
-    """The oldest of the checkpoints with the lowest held-out loss so far: the one that reached it."""
-    manifests = {path: peek(path) for path in paths}
-    rated = [path for path, manifest in manifests.items() if manifest.get("best") is not None]
-    return min(rated, key=lambda path: manifests[path]["best"], default=None)
+    """The oldest of the checkpoints with the lowest held-out loss so far: the one that reached it.
+
+    The lowest so far rises only where the loss is measured in another way from there on: then earlier ones do not count.
+    """
+    rated: list[tuple[float, Path]] = []
+    for path in paths:
+        best = peek(path).get("best")
+        if best is not None:
+            rated = [*(rated if not rated or best <= rated[-1][0] else []), (best, path)]
+    return min(rated, default=(0.0, None), key=lambda each: each[0])[1]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

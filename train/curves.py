@@ -8,6 +8,7 @@ import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # A curve has at most this many points; each is the mean of neighbouring steps.
@@ -15,6 +16,8 @@ MOST_POINTS = 400
 DIGITS = 5
 # The throughput that is shown is that of so many steps: single ones also encode a chunk of prompts, and are slow.
 RECENT_STEPS = 50
+# The band of a held-out loss that is the last stage's objective.
+ONE_BAND = "all"
 
 
 @dataclass
@@ -62,6 +65,9 @@ class Curves:
         """Add a line of metrics.jsonl, as the reporter writes it."""
         step = row["step"]
         if "held_out_by_band" in row:
+            if (ONE_BAND in row["held_out_by_band"]) != (ONE_BAND in self.held_out):
+                # Runs that only imitate were measured by the velocity gap in earlier versions: the two are not compared.
+                self.held_out, self.best = {}, None
             for band, value in row["held_out_by_band"].items():
                 self.held_out.setdefault(band, Curve()).add(step, value)
             mean = row.get("held_out_loss")
@@ -82,11 +88,25 @@ class Curves:
         """Prompts per second of the recent steps of the stage, each of which has equally many prompts; 0 before the first."""
         return statistics.harmonic_mean(self.recent_rates) if self.recent_rates else 0.0
 
+    @classmethod
+    def of(cls, metrics: Path) -> Curves:
+        """Those of the complete lines of a metrics.jsonl; empty ones without the file."""
+        curves = cls()
+        if metrics.is_file():
+            with metrics.open("rb") as lines:
+                curves.add_lines(lines)
+        return curves
+
     def add_lines(self, lines: Iterable[bytes]) -> None:
         """Add the complete lines of metrics.jsonl."""
         for line in lines:
             if (row := row_of(line)) is not None:
                 self.add(row)
+
+
+def with_sign(sign: str, band: str) -> str:
+    """A band of noise levels with their sign; what is not of noise levels alone."""
+    return band if band == ONE_BAND else f"{sign} {band}"
 
 
 def row_of(line: bytes) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from ..runtime.randomness import undisturbed
 from .objectives import Objective
 from .optimizer import MuonAndAdamW, make_optimizer, set_rate
-from .trajectory import Position, VelocityModel, advance, gap_at
+from .trajectory import Position, VelocityModel, advance, compared_at, gap_at
 
 if TYPE_CHECKING:
     from ..diffusion.frozen import FrozenModel
@@ -43,7 +43,7 @@ CURES = {
     "the diffusion model's velocity for the teacher's text": "check or replace diffusion_model.file; where it is intact, its arithmetic "
     f"overflows: start a new run with {WIDER}.",
     "the student's text embedding": f'{SLOWER} or optimizer.autocast = "none".',
-    "the loss, though teacher, diffusion model and student gave finite numbers": f"{SLOWER} or {WIDER}.",
+    "the loss, though the texts of teacher and student are finite": f"{SLOWER} or {WIDER}.",
     "the gradient, though the loss is finite": f"{SLOWER} or {WIDER}.",
 }
 
@@ -186,7 +186,7 @@ def train_step(
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
     _count(learner, dropped)
-    return StepReport(loss_value, positions[0].sigma, norm, learning_rate, dropped), moved
+    return StepReport(loss_value, compared_at(positions[0], objective).sigma, norm, learning_rate, dropped), moved
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from .recipe import Recipe
 
 def differences_besides_lengths(present: Recipe, requested: Recipe) -> list[str]:
     """What differs between two recipes if anything besides the steps of their stages and `preview` does, else nothing."""
-    if len(present.stages) == len(requested.stages):
+    # Previews may load the diffusion model for a run that does without it otherwise, and then its held-out loss is another.
+    if len(present.stages) == len(requested.stages) and present.needs_diffusion_model == requested.needs_diffusion_model:
         steps = zip(requested.stages, present.stages, strict=True)
         stages = tuple(asked.model_copy(update={"steps": stage.steps}) for asked, stage in steps)
         if not present.differences(requested.model_copy(update={"stages": stages, "preview": present.preview})):

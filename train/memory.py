@@ -101,10 +101,6 @@ class Rehearsal:
         """Bytes on the device with as much in RAM as ComfyUI can leave there."""
         return max(stage.need.least for stage in self.stages) if self.on_gpu else self.total
 
-    def taken(self, device_bytes: int) -> int:
-        """Bytes on a device of this memory, with the diffusion model in RAM where not everything fits."""
-        return self.total if self.total <= usable_of(device_bytes, self.on_gpu) else self.least
-
     def room(self, has_moments: bool, device_bytes: int) -> int:
         """Bytes that an optimizer step takes in addition to what is on the device: ComfyUI is asked to keep them free.
 

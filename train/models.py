@@ -27,6 +27,7 @@ from . import stand_ins
 from .batches import served_length
 from .file_sizes import text_width_in
 from .memory import Rehearsal, check_memory, check_ram, least_ram, ram_parts, shipped_advice, usable_of, without_gpu
+from .objectives import OBJECTIVES
 from .recipe import RANDOM, STAND_IN, Recipe
 from .remedies import fitting, smaller, with_less_ram
 from .student_start import make_student
@@ -46,14 +47,21 @@ def load_frozen_model(recipe: Recipe) -> FrozenModel:
 
     Raises ValueError if the file is not of the recipe's family, or the guidance or a stage's `blocks` do not fit it.
     """
-    part = recipe.diffusion_model
+    part, device = recipe.diffusion_model, comfy.model_management.get_torch_device()
+    projected = any(OBJECTIVES[stage.objective].at == "projection" for stage in recipe.stages)
     if part.file == STAND_IN:
         model = stand_ins.diffusion_model(recipe.family, part.dtype)
     elif recipe.needs_diffusion_model:
-        model = open_diffusion_model(model_file(part.file, "diffusion_models"), part.dtype, recipe.family)
+        path = model_file(part.file, "diffusion_models")
+        model = open_diffusion_model(path, part.dtype, recipe.family)
+        if projected:
+            # The file's, as in a run that only imitates: `diffusion_model.dtype` is for the loaded model.
+            model.text_projection = projection_alone(path, recipe.family, device).text_projection
     else:
-        model = projection_alone(model_file(part.file, "diffusion_models"), recipe.family, comfy.model_management.get_torch_device())
+        model = projection_alone(model_file(part.file, "diffusion_models"), recipe.family, device)
         check_family(Path(part.file).name, model.model, recipe.family)
+    if projected:
+        _ = model.text_projection  # made before the run's random numbers begin: ComfyUI draws the first values of some layers
     check_blocks(recipe, model)
     check_guidance(Path(part.file).name, model, recipe.sampling.guidance)
     use_one_thread_if_small(model)
@@ -115,7 +123,12 @@ def rehearse_before_loading(recipe: Recipe, ranks: Ranks) -> Rehearsal | None:
     shared = not rehearsal.on_gpu and here > 1
     available, name = (total // here, f"{device} (each of {here} processes)") if shared else (total, str(device))
     again = functools.partial(rehearsal_of, device=device, processes=ranks.world)
-    check_memory(rehearsal, available, name, lambda: what_fits(recipe, rehearsal, available, again))
+    short = ranks.gather(rehearsal.least > usable_of(available, rehearsal.on_gpu))
+    if any(short):
+        # One process rehearses for all.
+        first = short.index(True)
+        advice = ranks.gather(what_fits(recipe, rehearsal, available, again) if ranks.rank == first else "")[first]
+        check_memory(rehearsal, available, name, lambda: advice)
     if rehearsal.on_gpu:
         # With more memory on the GPU than in RAM, ComfyUI loads the model there; if both models fit, it never leaves.
         stays = total > ram and total >= rehearsal.total + rehearsal.teacher
@@ -132,22 +145,27 @@ def rehearse_before_loading(recipe: Recipe, ranks: Ranks) -> Rehearsal | None:
 
 def what_fits(recipe: Recipe, found: Rehearsal, total_bytes: int, again: Callable[[Recipe], Rehearsal]) -> str:
     """What to do for a run with this rehearsal on a device of this memory: changes that are rehearsed now, and the shipped recipe."""
-    usable, own, candidates = usable_of(total_bytes, found.on_gpu), found.taken(total_bytes), [*smaller(recipe)]
+    usable, candidates = usable_of(total_bytes, found.on_gpu), [*smaller(recipe)]
+    offloaded = found.total > usable
     log.warning("Rehearsing changes of the recipe that take less memory, %d times at most ...", len(candidates).bit_length())
 
     def needed(changed: Recipe) -> int:
         if comfy.model_management.processing_interrupted():
             raise comfy.model_management.InterruptProcessingException
-        return again(changed).taken(total_bytes)
+        return taken(again(changed))
 
+    def taken(rehearsal: Rehearsal) -> int:
+        return rehearsal.least if offloaded else rehearsal.total
+
+    own = taken(found)
     advice = fitting(recipe, candidates, needed, usable if own > usable else int(LESS * own))
     return f"{advice}\n{shipped_advice(recipe.family, total_bytes, found.on_gpu)}"
 
 
-def less_memory(recipe: Recipe) -> str:
-    """What to do for a run that ran out of memory on this machine's device."""
+def less_memory(recipe: Recipe, processes: int) -> str:
+    """What to do for a run of so many processes that ran out of memory on this machine's device."""
     device = comfy.model_management.get_torch_device()
-    total, again = comfy.model_management.get_total_memory(device), functools.partial(rehearsal_of, device=device)
+    total, again = comfy.model_management.get_total_memory(device), functools.partial(rehearsal_of, device=device, processes=processes)
     try:
         return what_fits(recipe, again(recipe), total, again)
     except (ValueError, MemoryError):

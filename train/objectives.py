@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 # Of the channels' median variance; see `whitened_gap`.
 FLOOR = 0.1
-# What is constant has no scale.
-LEAST_VARIANCE = 1e-30
+# What is constant has no scale. Where the median channel is constant too, the least variance is this share of the mean.
+LEAST_VARIANCE, LEAST_SHARE = 1e-30, 1e-6
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def embedding_gap(gap: Gap) -> Tensor:
 def scaled_gap(gap: Gap) -> Tensor:
     """The gap of the embeddings over the teacher's total variance, float32 [B]: the share of it that the student misses."""
     assert gap.variance_D is not None
-    return embedding_gap(gap) / gap.variance_D.mean()
+    return embedding_gap(gap) / gap.variance_D.mean().clamp_min(LEAST_VARIANCE)
 
 
 def whitened_gap(gap: Gap) -> Tensor:
@@ -58,7 +58,8 @@ def whitened_gap(gap: Gap) -> Tensor:
     Of T5-XXL, few channels make up most of the plain gap. A channel that hardly varies counts as one with FLOOR of the median variance.
     """
     assert gap.variance_D is not None
-    scale_D = gap.variance_D.clamp_min(FLOOR * gap.variance_D.median()).rsqrt()
+    least = (FLOOR * gap.variance_D.median()).maximum(LEAST_SHARE * gap.variance_D.mean()).clamp_min(LEAST_VARIANCE)
+    scale_D = gap.variance_D.clamp_min(least).rsqrt()
     return _over_own_rows(gap, lambda student, teacher: _mean_squares(student.float() * scale_D, teacher.float() * scale_D))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..runtime.disk import replace_file
 from ..runtime.pages import filled, page_template
 from ..runtime.stop import Stopped
-from .curves import Curves
+from .curves import Curves, with_sign
 from .recipe import Recipe, load_recipe
 from .run_directory import RunDirectory
 
@@ -37,14 +37,11 @@ class RunPage:
         self.run, self.recipe = run, recipe
         self.facts: dict[str, str] = {}
         self.state, self.failure = "training", ""
-        self.curves = Curves()
+        self.curves = Curves.of(run.metrics)
         # Read once: the pack may be updated while a long run trains.
         self._template = page_template(TEMPLATE)
         self._next_s = 0.0
         self._works = True
-        if run.metrics.is_file():
-            with run.metrics.open("rb") as lines:
-                self.curves.add_lines(lines)
 
     @property
     def is_due(self) -> bool:
@@ -83,7 +80,7 @@ class RunPage:
             "numbers": dict(self._numbers()),
             "trajectory": self.recipe.sampling.steps,
             "stages": list(self._stages()),
-            "heldOut": {f"\u03c3 {band}": curve.points() for band, curve in curves.held_out.items()},
+            "heldOut": {with_sign("\u03c3", band): curve.points() for band, curve in curves.held_out.items()},
             "learningRate": curves.learning_rate.points(),
             "throughput": curves.throughput.points(),
             "samples": samples_of(self.run.samples),
@@ -111,7 +108,7 @@ class RunPage:
         for number, stage in enumerate(self.recipe.stages):
             curve = self.curves.loss.get(number)
             points = curve.points() if curve else []
-            yield {"name": stage.name, "objective": stage.objective, "begin": begin, "end": begin + stage.steps, "loss": points}
+            yield {"name": stage.name, "objective": stage.what, "begin": begin, "end": begin + stage.steps, "loss": points}
             begin += stage.steps
 
 

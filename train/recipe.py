@@ -197,6 +197,11 @@ class Stage(Part):
             raise ValueError(f"blocks: expected none for the objective {self.objective}, got {self.blocks}; {' and '.join(takes)} take it")
         return self
 
+    @property
+    def what(self) -> str:
+        """Its objective, with the number of blocks where it takes one: `early (2)`."""
+        return f"{self.objective} ({self.blocks})" if self.blocks else self.objective
+
     def batches_per_rank(self, ranks: int) -> int:
         """Batches per optimizer step of each of `ranks` processes. Raises ConfigError if they cannot be divided evenly."""
         if self.accumulate % ranks:

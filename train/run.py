@@ -21,6 +21,7 @@ from .batches import Place
 from .boards import Board
 from .card import write_card
 from .checkpoint_files import STUDENT, checkpoint_paths, peek, step_of
+from .curves import ONE_BAND, Curves
 from .distill import StepReport, train_step
 from .lengths import change_of_lengths, differences_besides_lengths
 from .models import metadata_of
@@ -68,6 +69,9 @@ def train(
             torch.manual_seed(recipe.seed ^ (ranks.rank << 20))
             changes = [*run.recipe_changes(), *change] if run else []
             state = restore(workshop, checkpoints, {one["recipe_sha256_before"] for one in changes}) if resume else RunState()
+            if run and not recipe.needs_diffusion_model and state.best is not None and ONE_BAND not in Curves.of(run.metrics).held_out:
+                log.warning("The held-out loss was the velocity gap; it is the last stage's objective now. The best step is sought anew.")
+                state.best = None
             if run and change:
                 run.change_recipe(recipe.to_toml(), changes)
             learner, total = workshop.learner, workshop.schedule.total_steps

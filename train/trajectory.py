@@ -168,10 +168,10 @@ def gap_at(
 ) -> tuple[Tensor, Tensor | None]:
     """Per-sample loss [B] with gradients to the student, and the velocity that the teacher follows (None if nothing needs it).
 
-    The diffusion model gets the teacher's and the student's embedding at the same latent, noise level and guidance; objectives about its
-    blocks without a trajectory, always at the start of one. With classifier-free
-    guidance of weight w on both sides and the teacher's unconditional velocity on both, the loss would be w^2 times this one: so CFG only
-    decides where the teacher's trajectory goes.
+    The diffusion model gets the teacher's and the student's embedding at the same latent, noise level and guidance. `text_stream` and
+    `keys_values` always compare at the noise with which a trajectory starts. With classifier-free guidance of weight w on both sides and
+    the teacher's unconditional velocity on both, the loss would be w^2 times this one: so CFG only decides where the teacher's trajectory
+    goes.
     """
     student_text_BLD = student(position.token_ids_BL)
     own = None if position.rows is None else position.rows.own
@@ -191,6 +191,11 @@ def gap_at(
     return objective.loss(Gap(student_text_BLD, position.text_BLD, student_velocity, teacher_velocity, own)), followed
 
 
+def compared_at(position: Position, objective: Objective) -> Position:
+    """Where the objective compares: what it sees of the model without a trajectory, at the start of one."""
+    return replace(position, step=0) if objective.needs_model and not objective.needs_velocity else position
+
+
 def _gap_inside(position: Position, model: FrozenModel, student_text_BLD: Tensor, objective: Objective) -> tuple[Tensor, Tensor | None]:
     """`gap_at` for what is seen in the model's blocks. Only the teacher's pass goes to its end, and only where its trajectory goes on."""
     goes_on = objective.needs_velocity and position.step + 2 < len(position.sigmas_T)
@@ -202,8 +207,7 @@ def _gap_inside(position: Position, model: FrozenModel, student_text_BLD: Tensor
         loss_B = objective.loss(Gap(student_BLD, teacher_BLD, student_seen=student_seen, teacher_seen=teacher_seen))
         return (loss_B,) if velocity is None else (loss_B, velocity)
 
-    place = position if objective.needs_velocity else replace(position, step=0)
-    loss_B, *velocities = place.by_group(gap_of, student_text_BLD, position.text_BLD)
+    loss_B, *velocities = compared_at(position, objective).by_group(gap_of, student_text_BLD, position.text_BLD)
     with torch.no_grad():
         return loss_B, position.guided(model, velocities[0]) if velocities else None
 

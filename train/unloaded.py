@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..config.files import ConfigError
-from ..diffusion.files import DTYPES
+from ..diffusion.files import DETECTION_ERRORS, DTYPES
 from ..diffusion.frozen import FrozenModel
 from ..diffusion.projection import text_projection
 from ..encoder.files import StudentFile
@@ -105,11 +106,13 @@ def config_in(entries: Mapping[str, Entry], file: str) -> tuple[Any, torch.dtype
 
 def _detected(tensors: dict[str, Tensor], file: str) -> tuple[Any, dict[str, Tensor]]:
     """ComfyUI's configuration of a diffusion model, and the tensors of its file by their names in the model. Raises ValueError."""
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
-    inner = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True) or dict(tensors)
-    config = comfy.model_detection.model_config_from_unet(inner, "")
-    if config is None and (converted := comfy.model_detection.convert_diffusers_mmdit(inner, "")) is not None:
-        config, inner = comfy.model_detection.model_config_from_unet(converted, ""), converted
+    config, inner = None, {}
+    with contextlib.suppress(*DETECTION_ERRORS):
+        prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+        inner = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True) or dict(tensors)
+        config = comfy.model_detection.model_config_from_unet(inner, "")
+        if config is None and (converted := comfy.model_detection.convert_diffusers_mmdit(inner, "")) is not None:
+            config, inner = comfy.model_detection.model_config_from_unet(converted, ""), converted
     if config is None:
         raise ValueError(f"{file} is not a diffusion model that ComfyUI knows.\nWhat to do: name another file in diffusion_model.file.")
     return config, inner

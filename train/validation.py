@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..encoder.teacher_text import TeacherText
+from .curves import ONE_BAND
+from .objectives import Objective
 from .teacher_chunks import texts_of
 from .trajectory import Position, gap_at, gaps_by_band
 from .workshop import Workshop
-
-ONE_BAND = "all"
 
 
 @contextlib.contextmanager
@@ -45,7 +45,9 @@ class HeldOut:
 
         In a run without the diffusion model: the mean loss of the last stage's objective, as one band.
         """
-        workshop = self.workshop
+        workshop, recipe = self.workshop, self.workshop.recipe
+        # All processes must ask for it, also those without a batch.
+        objective = None if recipe.needs_diffusion_model else workshop.objective(len(recipe.stages) - 1)
         batches = workshop.schedule.held_out_batches()
         if self._texts is None:
             self._texts = texts_of(workshop.teacher, batches)
@@ -53,17 +55,17 @@ class HeldOut:
         with without_dropout(workshop.student):
             for batch, text in zip(batches, self._texts, strict=True):
                 [position] = workshop.starts([batch], [text])
-                for band, loss_B in self._gaps(position):
+                for band, loss_B in self._gaps(position, objective):
                     total, count = sums.get(band, (0.0, 0))
                     sums[band] = (total + float(loss_B.double().sum()), count + len(loss_B))
         return _mean_over_ranks(workshop.ranks.gather(sums)), len(workshop.schedule.held_out)
 
-    def _gaps(self, position: Position) -> Iterator[tuple[str, Tensor]]:
-        workshop, recipe = self.workshop, self.workshop.recipe
-        if recipe.needs_diffusion_model:
-            yield from gaps_by_band(position, workshop.model, workshop.embed, recipe.validation.sigma_bands)
+    def _gaps(self, position: Position, objective: Objective | None) -> Iterator[tuple[str, Tensor]]:
+        workshop = self.workshop
+        if objective is None:
+            yield from gaps_by_band(position, workshop.model, workshop.embed, workshop.recipe.validation.sigma_bands)
         else:
-            yield ONE_BAND, gap_at(position, workshop.model, workshop.embed, workshop.objective(len(recipe.stages) - 1))[0]
+            yield ONE_BAND, gap_at(position, workshop.model, workshop.embed, objective)[0]
 
 
 def _mean_over_ranks(gathered: list[dict[str, tuple[float, int]]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -25,6 +26,8 @@ from .teacher_cache import open_cache
 from .teacher_chunks import TeacherChunks, texts_of
 from .trajectory import Position, start
 from .variance import variance_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -59,9 +62,11 @@ class Workshop:
             shared = self.ranks.share(self._variance(number, objective) if self.ranks.is_main else None)
             assert shared is not None
             self._variances[number] = shared
+            self.load_model()  # the teacher took its place
         return replace(objective, variance_D=self._variances[number].to(self.model.device)) if objective.scaled else objective
 
     def _variance(self, number: int, objective: Objective) -> Tensor:
+        log.info("Computing the variance of the teacher's text for stage %s.", self.recipe.stages[number].name)
         texts = (text for batch in self.schedule.sample(number) for text in texts_of(self.teacher, [batch]))
         return variance_of(texts, self.model.text_projection if objective.at == "projection" else Identity(), self.model.device)
 

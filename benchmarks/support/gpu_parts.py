@@ -31,7 +31,6 @@ from ...train.checkpoint_files import STUDENT, TENSORS
 from ...train.distill import train_step
 from ...train.memory import check_memory, check_ram, ram_parts
 from ...train.models import rehearsal_of
-from ...train.objectives import OBJECTIVES
 from ...train.recipe import Recipe, load_recipe
 from ...train.run import train
 from ...train.teacher_chunks import texts_of
@@ -213,7 +212,9 @@ def measure_recipe(scale: Scale, name: str, settings: Sequence[str] = ()) -> Ite
     if scale.full:
         _write_models(scale, recipe)
     load, workshop = measuring.timed(lambda: open_workshop(recipe, Ranks()))
-    different = {(stage.objective, stage.resolution_px, stage.batch): number for number, stage in reversed([*enumerate(recipe.stages)])}
+    different = {
+        (stage.objective, stage.blocks, stage.resolution_px, stage.batch): number for number, stage in reversed([*enumerate(recipe.stages)])
+    }
     with workshop.model.differentiable(recipe.diffusion_model.checkpoint_blocks):
         for number in sorted(different.values()):
             yield {"recipe": name, "dtype": recipe.diffusion_model.dtype, "load_s": load.wall_s} | _measure_stage(scale, workshop, number)
@@ -221,12 +222,12 @@ def measure_recipe(scale: Scale, name: str, settings: Sequence[str] = ()) -> Ite
 
 def _measure_stage(scale: Scale, workshop: Workshop, number: int) -> Row:
     stage, learner, model = workshop.recipe.stages[number], workshop.learner, workshop.model
-    batches = workshop.schedule.batches(number, 0)
+    batches, objective = workshop.schedule.batches(number, 0), workshop.objective(number)
     encoding, texts = measuring.timed(lambda: texts_of(workshop.teacher, batches))
     swap, start = measuring.timed(lambda: workshop.starts(batches, texts))
 
     def step(positions: list[Any]) -> Any:
-        return train_step(start if positions[0].done else positions, model, learner, OBJECTIVES[stage.objective])
+        return train_step(start if positions[0].done else positions, model, learner, objective)
 
     # The first step allocates the optimizer's state and chooses kernels: its operations are counted, its time is not.
     with FlopCounterMode(display=False) as counter:

@@ -17,13 +17,19 @@ from distilled_t5.tests.support import practice_accelerator as practice
 from distilled_t5.tests.support.flops import flop_counter
 from distilled_t5.tests.support.trainer import teacher_of
 from distilled_t5.train.distill import train_step
-from distilled_t5.train.objectives import OBJECTIVES
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.workshop import open_workshop
 
 SMALL_STUDENT = "student.layout={d_model=64, d_ff=128, num_layers=2, num_heads=2, d_kv=32, gated=true}"
 BF16, FP8 = "diffusion_model.dtype=bf16", "diffusion_model.dtype=fp8_e4m3fn"
 KEPT, MIXED = "diffusion_model.checkpoint_blocks=false", "optimizer.autocast=bf16"
+
+
+def objective(name: str, blocks: int = 0) -> list[str]:
+    """The settings of a run of which both stages have this objective."""
+    return [f"stage.{number}.{key}={value}" for number in (0, 1) for key, value in {"objective": name, "blocks": blocks}.items()]
+
+
 # Family, resolution, batch, accumulate, settings.
 CONFIGURATIONS = {
     "flux": ("flux", 256, 2, 1, []),
@@ -36,6 +42,10 @@ CONFIGURATIONS = {
     "pixart alpha": ("pixart_alpha", 384, 2, 1, [MIXED]),
     "pixart sigma in bf16": ("pixart_sigma", 384, 1, 2, [BF16]),
     "chroma in bf16": ("chroma", 256, 2, 1, [BF16, MIXED]),
+    "flux, early": ("flux", 256, 2, 1, [*objective("early", 1), MIXED]),
+    "sd3, text_stream": ("sd3", 256, 2, 1, [*objective("text_stream", 1), MIXED]),
+    "pixart, keys_values": ("pixart_alpha", 384, 2, 1, [*objective("keys_values"), MIXED]),
+    "flux, projected": ("flux", 256, 2, 1, [*objective("projected"), MIXED]),
 }
 
 
@@ -91,6 +101,7 @@ def test_the_rehearsed_peak_is_that_of_the_real_step_and_so_are_the_operations(n
     batches = workshop.schedule.batches(0, 0)
     # A prompt that fills its length, as the rehearsal has it.
     texts = [workshop.teacher.encode(["word " * 100] * stage.batch, 64, with_empty=batch.drawn.cfg_B is not None) for batch in batches]
+    objective = workshop.objective(0)
     teacher_of(workshop).clip.patcher.detach()
     positions = workshop.starts(batches, texts)
     del texts
@@ -100,7 +111,9 @@ def test_the_rehearsed_peak_is_that_of_the_real_step_and_so_are_the_operations(n
     gc.collect()
     practice.reset_peak()
     with workshop.model.differentiable(workshop.recipe.diffusion_model.checkpoint_blocks), flop_counter() as counted:
-        train_step(positions, workshop.model, workshop.learner, OBJECTIVES["velocity"])
+        train_step(positions, workshop.model, workshop.learner, objective)
     peak = practice.memory.peak - others
     assert -0.02 <= rehearsal.total / peak - 1 <= 0.05, (rehearsal.total, peak, rehearsal.largest.need)
-    assert sum(rehearsal.largest.flops.values()) == counted.get_total_flops()
+    operations = sum(rehearsal.largest.flops.values())
+    # `early` has fewer at the last step of a trajectory.
+    assert operations < counted.get_total_flops() if objective.at == "streams" else operations == counted.get_total_flops()

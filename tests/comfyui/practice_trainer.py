@@ -112,6 +112,14 @@ def test_teacher_and_diffusion_model_change_places_on_a_device_with_little_memor
     assert stepped(workshop, positions)[0] == report
 
 
+def test_the_teacher_is_off_the_device_again_when_its_variance_is_known():
+    practice.set_budget(LITTLE_BYTES)
+    workshop = open_workshop(load_recipe("smoke", [*QUICK, "stage.0.objective=projected"]), Ranks())
+    workshop.starts_at(workshop.schedule.place(0))
+    workshop.objective(0)
+    assert teacher_of(workshop).clip.patcher.loaded_size() == 0
+
+
 def test_a_diffusion_model_in_fp16_is_computed_in_fp16_and_its_loss_is_scaled():
     workshop, positions = opened("diffusion_model.dtype=fp16")
     assert workshop.model.compute_dtype == torch.float16

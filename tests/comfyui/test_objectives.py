@@ -25,6 +25,8 @@ from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.small_flux import FLUX, diffusion_model_file, teacher_file
 from distilled_t5.train import stand_ins
+from distilled_t5.train.batches import Schedule
+from distilled_t5.train.models import load_frozen_model
 from distilled_t5.train.objectives import OBJECTIVES, Objective
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.rehearsal import Target, rehearse
@@ -117,6 +119,15 @@ def test_a_student_like_its_teacher_has_no_gap_at_any_noise_level(model: FrozenM
             assert (velocity is not None) == (objective.at == "streams" and step == 0), "after the last step, nothing needs it"
 
 
+def test_after_the_last_block_the_image_alone_is_compared(model: FrozenModel) -> None:
+    teacher_BLD, _ = texts(model.family.text_width)
+    place = position(model, teacher_BLD)._of([0])
+    both = model.family.block_lists.keys() != {"blocks"}
+    for blocks in range(1, len(model.blocks) + 1):
+        seen, _ = place.seen(model, teacher_BLD[:1], replace(OBJECTIVES["early"], blocks=blocks), to_the_end=False)
+        assert len(seen) == (2 if both and blocks < len(model.blocks) else 1)
+
+
 @pytest.mark.every_version
 def test_the_projected_text_is_what_reaches_the_first_block(model: FrozenModel) -> None:
     teacher_BLD, _ = texts(model.family.text_width)
@@ -187,6 +198,17 @@ def test_the_text_projection_is_read_alone_from_every_form_of_file(form: Callabl
     assert torch.equal(alone.training_sigmas(4, 8, 8), whole.training_sigmas(4, 8, 8))
 
 
+@pytest.mark.parametrize("lacking", ["txt_in.weight", "txt_in.bias", "img_in.weight"])
+def test_a_file_that_lacks_a_tensor_is_refused_also_where_the_projection_alone_is_read(lacking: str, tmp_path: Path) -> None:
+    tensors = drawn(FLUX.tensors(), seed=2)
+    del tensors[lacking]
+    save_file(tensors, tmp_path / "flux.safetensors")
+    expected = "is not a diffusion model that ComfyUI knows" if lacking == "img_in.weight" else f"The diffusion model lacks {lacking}."
+    with pytest.raises(ValueError, match=expected) as refused:
+        projection_alone(tmp_path / "flux.safetensors", FAMILIES["flux"], CPU)
+    assert "What to do: name" in str(refused.value)
+
+
 STEPS = 2
 PLAN = [
     *(("scaled", 0), ("whitened", 0), ("whitened_cosine", 0), ("projected", 0)),
@@ -237,16 +259,36 @@ def test_a_run_that_only_imitates_never_loads_the_diffusion_model(tmp_path: Path
     assert "The last stage's objective on prompts never trained on" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_variance_is_that_of_the_same_prompts_for_every_process(tmp_path: Path) -> None:
-    first, second = (open_workshop(run_of([("whitened", 0)]), Ranks()) for _ in range(2))
-    ours, theirs = first.objective(0).variance_D, second.objective(0).variance_D
-    assert ours is not None and theirs is not None and torch.equal(ours, theirs) and ours.shape == (4096,)
+def test_the_text_projection_is_the_files_whether_or_not_the_model_is_loaded_in_fp8(tmp_path: Path) -> None:
+    files = [f"diffusion_model.file={diffusion_model_file(tmp_path)}", "diffusion_model.dtype=fp8_e4m3fn"]
+    plans = [("projected", 0)], [("projected", 0), ("velocity", 0)]
+    alone, beside = (load_frozen_model(run_of(plan, *files)).text_projection.state_dict() for plan in plans)
+    assert same(alone, beside)
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart_alpha"])
+def test_the_text_projection_is_made_before_random_numbers_are_drawn(family: str) -> None:
+    guided = [f"diffusion_model.family={family}", "stage.0.resolution_px=272", "stage.1.resolution_px=272"]
+    guided += ["sampling.guidance=[]"] if family != "flux" else []
+    workshop = open_workshop(run_of([("projected", 0), ("velocity", 0)], *guided), Ranks())
+    before = torch.get_rng_state()
+    workshop.objective(0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_variance_is_that_of_the_first_prompts_of_all_processes() -> None:
+    recipe = load_recipe("smoke", ["stage.0.accumulate=2", "validation.prompts=2"])
+    alone, *parts = (Schedule(recipe, rank, world).sample(0) for rank, world in ((0, 1), (0, 2), (1, 2)))
+    assert len(alone) > 1
+    for part in parts:
+        assert [batch.prompts for batch in part] == [batch.prompts for batch in alone]
 
 
 @pytest.mark.parametrize(
     ("family", "objective", "blocks", "expected"),
     [
         ("flux", "early", 3, "Stage stage-0: expected at most 2 for blocks, got 3: stand-in has 2 blocks."),
+        ("flux", "text_stream", 2, "expected at most 1 for blocks, got 2: stand-in has 2 blocks, and a text stream after 1 of them."),
         ("sd3", "text_stream", 2, "expected at most 1 for blocks, got 2: stand-in has 2 blocks, and a text stream after 1 of them."),
     ],
 )

@@ -141,6 +141,15 @@ def test_the_first_changes_with_which_a_run_fits_are_named(share, caplog):
     assert said[-1].startswith("No shipped recipe is made for so little memory.")
 
 
+def test_changes_for_an_offloaded_run_that_ran_out_of_memory_leave_the_model_in_ram_too():
+    found = rehearsed_on_gpu(SQUEEZED)
+    # Everything of the first candidates that are smaller fits at once.
+    said = what_fits(SQUEEZED, found, int((found.total - 1) / 0.95), rehearsed_on_gpu).splitlines()
+    assert said[0] == "make these changes (--set KEY=VALUE), as rehearsed:"
+    advised = float(said[-2].split()[0])
+    assert 0 < advised <= 0.9 * found.least / 1e9 + 0.05
+
+
 def test_the_report_of_a_run_that_does_not_fit_ends_its_verdict_with_what_to_do():
     said = report(SQUEEZED, Question.of("0.05gb", None, 0.4, None))
     assert re.search(r"does not fit: 0\.\d GB are needed with everything offloaded\.\nWhat to do: .*, as rehearsed:\n  0\.\d GB, ", said)
@@ -151,7 +160,9 @@ def test_a_run_that_ran_out_of_memory_and_cannot_be_rehearsed_gets_general_advic
         raise NotImplementedError("aten::new_operator")
 
     monkeypatch.setattr(rehearsal, "rehearse", old)
-    assert less_memory(SQUEEZED).startswith("lower batch and raise accumulate by the same factor, or lower resolution_px or the longest of")
+    assert less_memory(SQUEEZED, 1).startswith(
+        "lower batch and raise accumulate by the same factor, or lower resolution_px or the longest of"
+    )
 
 
 def test_the_command_reports_memory_time_and_cost_without_loading_anything(comfyui_path, tmp_path):

@@ -295,7 +295,7 @@ NAN_LOSS = Objective(lambda gap: velocity_gap(gap) * float("nan"))
         ("student", "the student's text embedding", "optimizer.learning_rate or optimizer.autocast"),
         (
             NAN_LOSS,
-            "the loss, though teacher, diffusion model and student gave finite numbers",
+            "the loss, though the texts of teacher and student are finite",
             "optimizer.learning_rate or diffusion_model",
         ),
         (STEEP, "the gradient, though the loss is finite", "optimizer.learning_rate or diffusion_model.dtype"),

@@ -90,11 +90,6 @@ def test_a_gpu_keeps_a_part_of_its_memory():
         check_memory(ON_GPU, 84, "cuda:0", str)
 
 
-def test_what_a_run_takes_of_a_device_leaves_the_model_in_ram_where_not_everything_fits():
-    assert [ON_GPU.taken(size) for size in (169, 168)] == [160, 80]
-    assert [ON_CPU.taken(size) for size in (210, 209)] == [210, 210]
-
-
 def test_the_shipped_recipe_for_a_device_is_named():
     flux = FAMILIES["flux"]
     assert shipped_advice(flux, 16 * GIB, True) == "The shipped recipe schnell-16gb is made for this much memory."

@@ -81,3 +81,12 @@ def test_only_objectives_about_blocks_need_the_diffusion_model_and_only_two_walk
     assert {name for name, each in OBJECTIVES.items() if each.needs_model} == {"velocity", "early", "text_stream", "keys_values"}
     assert {name for name, each in OBJECTIVES.items() if each.needs_velocity} == {"velocity", "early"}
     assert {name for name, each in OBJECTIVES.items() if each.takes_blocks} == {"early", "text_stream"}
+
+
+@pytest.mark.parametrize("name", ["scaled", "whitened", "whitened_cosine"])
+@pytest.mark.parametrize("constant", [D // 2 + 1, D])
+def test_constant_channels_of_the_teacher_leave_the_loss_finite(name, constant):
+    variance_D = torch.from_numpy(VARIANCE.astype(np.float32)).clone()
+    variance_D[:constant] = 0
+    text = torch.ones(B, L, D)
+    assert OBJECTIVES[name].loss(Gap(text, text, variance_D=variance_D)).isfinite().all()

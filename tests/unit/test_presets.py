@@ -68,6 +68,12 @@ def test_a_run_that_continues_keeps_the_stages_that_are_over_and_all_other_numbe
     assert recipe_of("schnell-12gb", replace(WISHES, steps=after), asked, taken) == asked
 
 
+@pytest.mark.parametrize(("objective", "differs"), [("embedding", True), ("velocity", False)])
+def test_previews_change_in_a_run_only_if_they_do_not_decide_whether_the_diffusion_model_is_loaded(objective, differs):
+    without, beside = (load_recipe("smoke", [f"stage.1.objective={objective}", f"preview.vae={vae}"]) for vae in ("''", "ae.safetensors"))
+    assert bool(differences_besides_lengths(without, beside)) == differs
+
+
 def test_steps_that_are_too_few_are_refused_with_the_fewest_that_are_possible():
     begun = recipe_of("schnell-12gb", replace(WISHES, steps=100))
     with pytest.raises(ValueError, match=r"60 steps are too few .*, 70 of which are taken\.\nWhat to do: set steps to 70 or more"):

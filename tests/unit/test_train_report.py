@@ -117,6 +117,15 @@ def test_a_damaged_line_of_metrics_is_left_out_of_the_curves_and_removed(tmp_pat
     assert cut_metrics(path, 3) == 1
 
 
+def test_held_out_losses_of_another_measure_are_left_out_of_the_curves(tmp_path):
+    rows = [(1, {"0.00-1.00": 0.2}, 0.2), (2, {"all": 0.7}, 0.7), (3, {"all": 0.6}, 0.6)]
+    lines = ({"step": step, "held_out_loss": mean, "held_out_by_band": bands} for step, bands, mean in rows)
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    curves = Curves.of(tmp_path / "metrics.jsonl")
+    assert curves.best == (3, 0.6) and list(curves.held_out) == ["all"]
+    assert Curves.of(tmp_path / "none").best is None
+
+
 def test_an_image_is_written_with_its_step(run):
     with Reporter(run, TEN, start_step=120) as reporter:
         path = reporter.image("contact-sheet", lambda: square("red"))
