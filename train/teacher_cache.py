@@ -8,6 +8,7 @@ A text is known by its teacher (the folder; see `cache_folder`), its prompt and 
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import math
 import shutil
@@ -36,6 +37,9 @@ from .models import load_teacher_of, teacher_width
 from .recipe import Recipe
 
 PER_SHARD = 64
+# The disk, the user's share of it, or what the file system allows a file is full; safetensors gives the number in its message.
+FULL = (errno.ENOSPC, errno.EFBIG, *((errno.EDQUOT,) if hasattr(errno, "EDQUOT") else ()))
+WINDOWS_FULL = 112
 
 
 def open_cache(
@@ -61,7 +65,7 @@ def open_cache(
         cache.make(missing, ranks, stopping, text_width)
     if lost := cache.missing():
         raise UserError(
-            f"{len(lost):,} texts that another process has are not in {cache.shards.folder}.",
+            f"{len(lost):,} texts written by another process are missing from {cache.shards.folder}.",
             "name a folder in teacher.cache that all machines of the run share.",
         )
     return cache
@@ -87,8 +91,10 @@ class CachedTexts:
             return self.shards.read(key)
         except DamagedShard as damage:
             self.shards.remove(damage)
-            with undisturbed():
-                self.make(self.missing(), Ranks())
+            # Another process may have made them again meanwhile.
+            if missing := self.missing():
+                with undisturbed():
+                    self.make(missing, Ranks())
         return self.shards.read(key)
 
     @property
@@ -175,7 +181,13 @@ class CachedTexts:
         try:
             self.shards.write(texts)
         except (OSError, SafetensorError) as error:
-            raise self._no_room(self.missing(), str(error).splitlines()[0]) from error
+            reason = str(error).splitlines()[0]
+            if getattr(error, "errno", None) in FULL or any(f"(os error {code})" in reason for code in (*FULL, WINDOWS_FULL)):
+                raise self._no_room(self.missing(), reason) from error
+            raise UserError(
+                f"The teacher's texts cannot be written to {self.shards.folder}: {reason}.",
+                "check that this user can write there, and that the disk answers; then run the same command again.",
+            ) from error
 
     def _check_room(self, missing: Sequence[str]) -> None:
         free = shutil.disk_usage(self.shards.folder).free
