@@ -112,7 +112,7 @@ class TextShards:
     def __init__(self, folder: Path, teacher: str) -> None:
         self.folder, self.teacher = folder, teacher
         self._places: dict[str, Path] = {}
-        self._known: set[Path] = set()
+        self._known: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder)
 
@@ -129,7 +129,9 @@ class TextShards:
 
         Raises UserError for a shard of another teacher.
         """
-        for path in sorted({*self.folder.glob("*.safetensors")} - self._known):
+        with os.scandir(self.folder) as entries:
+            new = {entry.name for entry in entries if entry.name.endswith(".safetensors")} - self._known
+        for path in (self.folder / name for name in sorted(new)):
             try:
                 self._add(path)
             except DamagedShard as damage:  # noqa: PERF203 (the others stay)
@@ -149,7 +151,7 @@ class TextShards:
                 f"move it to {path.parent.with_name(teacher)}, or delete it.",
             )
         self._places |= dict.fromkeys(checksums, path)
-        self._known.add(path)
+        self._known.add(path.name)
 
     def remove(self, damage: DamagedShard) -> None:
         """Forget a damaged shard. Remove its file with a warning, unless another process has removed or replaced it."""
@@ -157,7 +159,7 @@ class TextShards:
             log.warning("%s The file is removed.", damage)
             with contextlib.suppress(PermissionError):  # Windows removes no file that another process reads
                 damage.path.unlink(missing_ok=True)
-        self._known.discard(damage.path)
+        self._known.discard(damage.path.name)
         self._places = {key: path for key, path in self._places.items() if path != damage.path}
 
     def read(self, key: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +114,16 @@ def _detected(tensors: dict[str, Tensor], file: str) -> tuple[Any, dict[str, Ten
     if config is None:
         raise ValueError(f"{file} is not a diffusion model that ComfyUI knows.\nWhat to do: name another file in diffusion_model.file.")
     return config, inner
+
+
+def width_of_diffusion_model(recipe: Recipe) -> int | None:
+    """Channels of the text that the recipe's diffusion model takes; None where its file is missing or cannot be read."""
+    path = found(recipe.diffusion_model.file, "diffusion_models")
+    if path is None:
+        return None
+    with contextlib.suppress(ValueError):
+        return projection_alone(path, recipe.family, torch.device("cpu")).text_width
+    return None
 
 
 def projection_alone(path: Path, family: Family, device: torch.device) -> FrozenModel:
