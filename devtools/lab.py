@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..runtime.disk import replace_file
+from ..runtime.disk import replace_file, sha256
 from ..runtime.lock import lock
+from ..train.recipe import load_recipe
 from .comfyui.ending import interrupt_when_asked
 from .commands import ROOT, run_all
 from .docs.lab_tables import tables, write
@@ -34,19 +37,20 @@ QUICK_ARMS, QUICK_STEPS, QUICK_IMAGES = 2, 2, 2
 
 @dataclass(frozen=True)
 class Work:
-    """Where the lab of one family keeps what its runs share, and ComfyUI."""
+    """Where the lab of one family keeps what its runs share, and ComfyUI; `shared`: the digest of what decides every run."""
 
     folder: Path
     comfyui: Path
+    shared: str = ""
 
     @property
     def pretrained(self) -> Path:
-        return self.folder / "pretrained.safetensors"
+        return self.folder / f"pretrained-{self.shared}.safetensors"
 
     @property
     def teacher(self) -> Path:
         """The evaluation of the teacher alone, whose images every other one takes."""
-        return self.folder / "teacher"
+        return self.folder / f"teacher-{self.shared}"
 
     @property
     def suite(self) -> Path:
@@ -65,15 +69,41 @@ def write_suite(name: str, path: Path, limit: int | None) -> None:
     replace_file(path, suite.model_copy(update={**without, "tasks": tasks}).to_toml().encode())
 
 
+def decisive(lab: Lab, work: Work) -> str:
+    """A digest of what decides every run besides its recipe.
+
+    That is the pack's sources, the versions of ComfyUI and torch, the suite, and the model files that recipe and suite name.
+    """
+    from ..evaluate.provenance import sources_sha256
+    from ..runtime.comfyui import version_of
+    from ..runtime.model_folders import SHIPPED
+    from .lab_pretrain import sources
+
+    texts = [load_recipe(lab.recipe).to_toml(), work.suite.read_text(encoding="utf-8")]
+    models = [sha256(path) for path in sorted(SHIPPED.rglob("*.safetensors")) if any(path.name in text for text in texts)]
+    parts = [sources_sha256(), sources(), version_of(work.comfyui), metadata.version("torch"), *texts, *models]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
 def runs_of(lab: Lab, work: Work, seeds: int) -> list[tuple[Run, tuple[str, ...]]]:
-    """Every run in its order, with the values of `--set` that make it."""
+    """Every run in its order, with the values of `--set` that make it. A run of other sources or models has another folder."""
     found = []
     for seed in range(seeds):
+        starts = {PRETRAINED: work.pretrained}
         for arm in lab.arms:
-            digest = lab.load(arm, seed, work.pretrained).sha256[:8]
-            overrides = arm.overrides(lab.recipe, lab.settings, seed, work.pretrained)
-            found.append((Run(work.folder / "runs" / f"{arm.name}-seed-{seed}-{digest}", arm.name, seed), overrides))
+            overrides = arm.overrides(lab.recipe, lab.settings, seed, starts)
+            digest = hashlib.sha256((work.shared + lab.load(arm, seed, starts).sha256).encode()).hexdigest()[:8]
+            start = starts[arm.start] if arm.start and arm.start != PRETRAINED else None
+            run = Run(work.folder / "runs" / f"{arm.name}-seed-{seed}-{digest}", arm.name, seed, start)
+            starts[arm.name] = run.trained
+            found.append((run, overrides))
     return found
+
+
+def with_starts(lab: Lab, asked: Iterable[str]) -> set[str]:
+    """The arms that are asked for and those whose students they start from."""
+    names = {*asked}
+    return names | {arm.start for arm in lab.arms if arm.name in names and arm.start and arm.start != PRETRAINED}
 
 
 def prepare(lab: Lab, work: Work, asked: Iterable[str], at_once: int) -> None:
@@ -81,7 +111,7 @@ def prepare(lab: Lab, work: Work, asked: Iterable[str], at_once: int) -> None:
     due = []
     if not (work.teacher / "results.json").is_file():
         due.append(evaluation(work.suite, work.teacher, work.comfyui))
-    started = [arm for arm in lab.arms if arm.name in asked and any(PRETRAINED in setting for setting in arm.settings)]
+    started = [arm for arm in lab.arms if arm.name in asked and arm.start == PRETRAINED]
     if started and not work.pretrained.is_file():
         due.append(["-m", "distilled_t5.devtools.lab_pretrain", lab.recipe, "--out", work.pretrained, "--comfyui", work.comfyui])
     run_all(due, at_once)
@@ -95,6 +125,9 @@ def due(lab: Lab, work: Work, runs: Iterable[tuple[Run, tuple[str, ...]]], until
         if time.monotonic() >= until_s:
             print("The time of --hours is over: the same command continues.")
             return
+        if run.start and not run.start.is_file():
+            print(f"{run.arm}, seed {run.seed}: its start is not trained yet; the same command trains it later.", flush=True)
+            continue
         print(f"{run.arm}, seed {run.seed}: {run.folder}", flush=True)
         yield run.prepare(lab.recipe, overrides, work.suite, work.teacher, work.comfyui)
 
@@ -122,7 +155,8 @@ def planned(options: argparse.Namespace, work: Work) -> Lab:
     if options.quick:
         lab = replace(lab, arms=tuple(arm.shortened(QUICK_STEPS) for arm in lab.arms[:QUICK_ARMS]))
         lab = replace(lab, settings=(*lab.settings, "optimizer.warmup_steps=1"))
-    return lab.planned(Counted(work.folder / "flops.json", started))
+    counted = Counted(work.folder / "flops.json", started)
+    return lab.planned(counted, lambda: counted.pretraining_tflop(lab.recipe, work.comfyui))
 
 
 def make(options: argparse.Namespace) -> None:
@@ -133,10 +167,11 @@ def make(options: argparse.Namespace) -> None:
     with lock(work.folder, "--runs"):
         lab = planned(options, work)
         write_suite(lab.suite, work.suite, QUICK_IMAGES if options.quick else None)
+        work = replace(work, shared=decisive(lab, work))
         runs = runs_of(lab, work, 1 if options.quick else SEEDS)
         try:
             if options.hours:
-                asked = options.only or [arm.name for arm in lab.arms]
+                asked = with_starts(lab, options.only or [arm.name for arm in lab.arms])
                 prepare(lab, work, asked, at_once)
                 run_all(due(lab, work, [one for one in runs if one[0].arm in asked], begin_s + 3600 * options.hours), at_once)
         finally:
@@ -145,13 +180,26 @@ def make(options: argparse.Namespace) -> None:
 
 
 def publish(options: argparse.Namespace, found: dict[str, Any], work: Work) -> None:
-    """Write the results of a family, and without --quick those of the pack with tables and plots; print the tables."""
+    """Write the results of a family, and without --quick those of the pack with tables and plots; print the tables.
+
+    Where the pack's results have runs that are not among these, they stay, and these are written beside the runs.
+    """
     kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() and not options.quick else {}
+    lost = missing(kept.get(options.family, {}), found)
+    aside = work.folder / "results.json"
     kept[options.family] = found
-    replace_file(work.folder / "results.json" if options.quick else RESULTS, (json.dumps(kept, indent=2) + "\n").encode())
-    if not options.quick:
+    replace_file(aside if options.quick or lost else RESULTS, (json.dumps(kept, indent=2) + "\n").encode())
+    if not options.quick and not lost:
         write(kept)
     print("\n\n".join(tables(found).values()))
+    if lost:
+        print(f"The pack's results stay as they are, since these lack runs of {', '.join(lost)}. These are in {aside}.")
+
+
+def missing(kept: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """The arms of which the kept results have more finished runs than those found."""
+    there = {arm["name"]: len(arm["seeds"]) for arm in found["arms"]}
+    return [arm["name"] for arm in kept.get("arms", []) if len(arm["seeds"]) > there.get(arm["name"], 0)]
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +18,10 @@ from ..train.recipe import Recipe, Stage, load_recipe
 from .commands import ROOT
 
 ARMS = ROOT / "benchmarks" / "lab.toml"
-# A file that an arm may start from: a T5 of the student's size, pretrained on text alone.
-PRETRAINED = "{pretrained}"
+# What an arm may start from, in its value of student.start: a T5 of the student's size, pretrained on text alone, or "{NAME}", the
+# student that an earlier arm has trained with the same seed.
+PRETRAINED = "pretrained"
+START = re.compile(r"student\.start=\{(.+)\}")
 FAMILIES = ("flux", "sd3")
 # Any number that the warm-up does not exceed: a step takes what it takes in a run of any length.
 COUNTED_STEPS = 1000
@@ -31,7 +34,7 @@ class Arm:
     """Stages as tables of a recipe: what they leave out is as in the first stage of the base recipe.
 
     times: the arithmetic, as a multiple of that of the first arm; the stages' steps are then proportions. tflop: the arithmetic of a
-    planned arm, 10^12 operations.
+    planned arm, 10^12 operations; captions: how many it draws. Both with those of the student that it starts from.
     """
 
     name: str
@@ -41,11 +44,17 @@ class Arm:
     families: tuple[str, ...] = FAMILIES
     times: float | None = None
     tflop: float = 0.0
+    captions: int = 0
 
-    def overrides(self, recipe: str, common: Sequence[str], seed: int, pretrained: Path) -> tuple[str, ...]:
-        """The values of `--set` with which the trainer's command trains this arm from a shipped recipe."""
+    @property
+    def start(self) -> str | None:
+        """What it starts from; None: random weights."""
+        return next((found[1] for setting in self.settings if (found := START.fullmatch(setting))), None)
+
+    def overrides(self, recipe: str, common: Sequence[str], seed: int, starts: Mapping[str, Path]) -> tuple[str, ...]:
+        """The values of `--set` with which the trainer's command trains this arm from a shipped recipe. `starts`: files by name."""
         stages = [_first_stage(recipe) | {"name": f"{number}-{stage['objective']}", **stage} for number, stage in enumerate(self.stages, 1)]
-        own = (setting.replace(PRETRAINED, pretrained.as_posix()) for setting in self.settings)
+        own = (START.sub(lambda found: f"student.start={starts[found[1]].as_posix()}", setting) for setting in self.settings)
         return (f"seed={seed}", f"output.name={self.name}", *common, *own, f"stage={toml_value(stages)}")
 
     def steps(self) -> str:
@@ -84,22 +93,33 @@ class Lab:
         arms = tuple(arm for table in found["arm"] for arm in _arms(table) if family in arm.families)
         return cls(family, **found["family"][family], settings=tuple(found["settings"]), arms=arms, claims=tuple(found["claim"]))
 
-    def load(self, arm: Arm, seed: int, pretrained: Path) -> Recipe:
+    def load(self, arm: Arm, seed: int, starts: Mapping[str, Path]) -> Recipe:
         """The recipe of a run."""
-        return load_recipe(self.recipe, arm.overrides(self.recipe, self.settings, seed, pretrained))
+        return load_recipe(self.recipe, arm.overrides(self.recipe, self.settings, seed, starts))
 
-    def planned(self, count: Count) -> Lab:
+    def planned(self, count: Count, pretraining_tflop: Callable[[], float]) -> Lab:
         """The lab with the arithmetic of every arm, and the steps of those that are to take a multiple of the base's."""
         alike: dict[tuple[str, ...], list[Arm]] = {}
         for arm in self.arms:
-            alike.setdefault(tuple(setting for setting in arm.settings if PRETRAINED not in setting), []).append(arm)
+            alike.setdefault(tuple(setting for setting in arm.settings if not START.fullmatch(setting)), []).append(arm)
         per_step: dict[str, list[float]] = {}
         for settings, arms in alike.items():
             stages = tuple({**stage, "steps": COUNTED_STEPS} for arm in arms for stage in arm.stages)
-            counted = iter(count(self.load(Arm("counted", "counted", stages, settings), 0, Path())))
+            counted = iter(count(self.load(Arm("counted", "counted", stages, settings), 0, {})))
             per_step |= {arm.name: [next(counted) for _ in arm.stages] for arm in arms}
         base = _tflop(self.arms[0], per_step[self.arms[0].name])
-        return replace(self, arms=tuple(_scaled(arm, per_step[arm.name], base) for arm in self.arms))
+        made: dict[str, Arm] = {}
+        for arm in self.arms:
+            if arm.start == PRETRAINED and PRETRAINED not in made:
+                made[PRETRAINED] = Arm(PRETRAINED, PRETRAINED, (), tflop=pretraining_tflop())
+            before = made[arm.start] if arm.start else Arm("random", "random", ())
+            scaled = _scaled(arm, per_step[arm.name], base, before.tflop)
+            made[arm.name] = replace(scaled, captions=before.captions + self._captions(scaled))
+        return replace(self, arms=tuple(made[arm.name] for arm in self.arms))
+
+    def _captions(self, arm: Arm) -> int:
+        recipe = self.load(arm, 0, {arm.start: Path()} if arm.start else {})
+        return sum(-(-stage.steps // recipe.sampling.steps) * stage.batch * stage.accumulate for stage in recipe.stages)
 
 
 def _arms(table: Mapping[str, Any]) -> list[Arm]:
@@ -114,10 +134,16 @@ def _tflop(arm: Arm, per_step: Sequence[float]) -> float:
     return sum(stage["steps"] * flops for stage, flops in zip(arm.stages, per_step, strict=True)) / 1e12
 
 
-def _scaled(arm: Arm, per_step: Sequence[float], base_tflop: float) -> Arm:
-    factor = 1.0 if arm.times is None else arm.times * base_tflop / _tflop(arm, per_step)
+def _scaled(arm: Arm, per_step: Sequence[float], base_tflop: float, before_tflop: float) -> Arm:
+    """The arm with its steps. `before_tflop`: what its start took, which is part of its arithmetic."""
+    factor = 1.0 if arm.times is None else (arm.times * base_tflop - before_tflop) / _tflop(arm, per_step)
+    if factor <= 0:
+        raise ValueError(
+            f"{ARMS.name}: {arm.name} starts from a student that took {before_tflop:.3g} TFLOP; expected less than "
+            f"{arm.times} times the base's {base_tflop:.3g}.\nWhat to do: give it larger times."
+        )
     scaled = replace(arm, stages=tuple({**stage, "steps": max(1, round(factor * stage["steps"]))} for stage in arm.stages))
-    return replace(scaled, tflop=_tflop(scaled, per_step))
+    return replace(scaled, tflop=before_tflop + _tflop(scaled, per_step))
 
 
 class Counted:
@@ -136,6 +162,16 @@ class Counted:
             self._known |= dict(zip(missing, found, strict=True))
             replace_file(self.file, json.dumps(self._known, indent=1).encode())
         return [self._known[key] for key in keys]
+
+    def pretraining_tflop(self, recipe: str, comfyui: Path) -> float:
+        """The operations, 10^12, of the pretraining of a student."""
+        from .lab_pretrain import sources, tflop
+
+        key = f"pretraining {recipe} {sources()}"
+        if key not in self._known:
+            self._known[key] = tflop(recipe, comfyui)
+            replace_file(self.file, json.dumps(self._known, indent=1).encode())
+        return self._known[key]
 
     def _rehearsed(self, recipe: Recipe) -> list[float]:
         self._start_comfyui()

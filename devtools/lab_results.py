@@ -17,6 +17,8 @@ from .lab_arms import Arm, Lab
 from .lab_run import Run
 from .miniature_results import TEACHER, Verdicts, share, training_s, verdicts_of
 
+# Student's t of a 95 % interval, of 2 to 6 runs.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571)
 RESULTS = ROOT / "benchmarks" / "results" / "lab.json"
 
 
@@ -62,6 +64,7 @@ def _row(arm: Arm, base_tflop: float, runs: Sequence[Run], teacher_TN: Verdicts)
         "stages": arm.steps(),
         "tflop": round(arm.tflop, 2),
         "of_base": round(arm.tflop / base_tflop, 3),
+        "captions": arm.captions,
         "failed": [f"seed {run.seed}: {run.failure.read_text(encoding='utf-8')}" for run in runs if run.failure.is_file() and not run.done],
         "seeds": [_seed(run, teacher_TN) for run in done],
     }
@@ -83,11 +86,25 @@ def _tasks(verdicts_STN: Verdicts) -> dict[str, Any]:
 
 
 def _claim(claim: Mapping[str, str], arms: Sequence[Run], against: Sequence[Run], teacher_TN: Verdicts) -> dict[str, Any]:
-    """The difference of two arms as a share of the teacher, on the same questions and the seeds that both have; of one task if named."""
+    """The difference of two arms as a share of the teacher, on the same questions and the seeds that both have; of one task if named.
+
+    It is clear if neither its interval over captions nor that over training runs has 0.
+    """
     pairs = [(one, other) for one in arms for other in against if one.seed == other.seed and one.done and other.done]
     rows = [number for number, task in enumerate(TASKS) if claim.get("task", task) == task]
     differences = [(_verdicts(one) - _verdicts(other))[rows] for one, other in pairs]
     if not pairs:
         return {**claim, "seeds": []}
     each = [round(float(one.mean() / teacher_TN[rows].mean()), 4) for one in differences]
-    return {**claim, "seeds": each, "difference": share(np.mean(differences, axis=0), teacher_TN[rows])}
+    difference, runs = share(np.mean(differences, axis=0), teacher_TN[rows]), over_runs(each)
+    bounds = (difference["low"], difference["high"], *(runs or (None,)))
+    clear = all(bound is not None and bound > 0 for bound in bounds) or all(bound is not None and bound < 0 for bound in bounds)
+    return {**claim, "seeds": each, "difference": difference, "over_runs": runs, "clear": clear}
+
+
+def over_runs(each: Sequence[float]) -> list[float] | None:
+    """The 95 % interval of the mean of some runs' differences, by Student's t; None of a single run."""
+    if len(each) < 2:
+        return None
+    reach = T_95[len(each) - 2] * float(np.std(each, ddof=1)) / len(each) ** 0.5
+    return [round(float(np.mean(each)) - reach, 4), round(float(np.mean(each)) + reach, 4)]

@@ -16,11 +16,15 @@ from .commands import ROOT, run_all
 
 @dataclass(frozen=True)
 class Run:
-    """The folder of an arm with a seed; its name has the recipe's digest, so that a changed arm is another run."""
+    """The folder of an arm with a seed; its name has a digest of what decides it, so that a changed arm is another run.
+
+    start: the file of another run's student that it starts from.
+    """
 
     folder: Path
     arm: str
     seed: int
+    start: Path | None = None
 
     @property
     def trained(self) -> Path:

@@ -34,14 +34,18 @@ def open_diffusion_model(path: Path, dtype: str, family: Family, exact_gradients
     return FrozenModel(patcher, family, exact_gradients)
 
 
+class UnfittingModel(ValueError):
+    """A diffusion model of another family than the recipe's, or of another guidance."""
+
+
 def check_family(name: str, model: Any, family: Family) -> None:
-    """Raise ValueError for a model of another family, with the name of that family if it is registered."""
+    """Raise UnfittingModel for a model of another family, with the name of that family if it is registered."""
     reason = family.refuse(model)
     if reason is None:
         return
     for other in FAMILIES.values():
         if other.refuse(model) is None:
-            raise ValueError(
+            raise UnfittingModel(
                 f"{name} is a {other.display_name}, not a {family.display_name}.\n"
                 f'What to do: name a {family.display_name} file in diffusion_model.file, or set diffusion_model.family = "{other.name}".'
             )
@@ -58,22 +62,22 @@ def use_one_thread_if_small(model: FrozenModel) -> None:
 
 
 def check_guidance(name: str, model: FrozenModel, guidance: Sequence[float]) -> None:
-    """Raise ValueError unless guidance values are given exactly if the model has a guidance input."""
+    """Raise UnfittingModel unless guidance values are given exactly if the model has a guidance input."""
     if guidance and not model.takes_guidance:
-        raise ValueError(
+        raise UnfittingModel(
             f"{name} takes no guidance, but sampling.guidance is {', '.join(f'{value:g}' for value in guidance)}.\n"
             "What to do: set sampling.guidance = [] in a recipe, or leave it out of a suite."
         )
     if model.takes_guidance and not guidance:
         usual = f"{model.family.default_guidance:g}"
-        raise ValueError(
+        raise UnfittingModel(
             f"{name} needs guidance, but sampling.guidance is empty.\n"
             f"What to do: set it to {usual}, or to a list with {usual} among other values in a recipe."
         )
 
 
 def _refused(problem: str, family: Family) -> ValueError:
-    return ValueError(
+    return UnfittingModel(
         f"{problem}\nWhat to do: name a complete {family.display_name} file (.safetensors) of models/diffusion_models in "
         "diffusion_model.file."
     )

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..families.family import Family
 from ..runtime.disk import remove_abandoned, sync_file, sync_folder, unfinished
 from ..runtime.errors import StudentFileError, UserError
-from ..runtime.header import Entry, read_entries, read_strings
+from ..runtime.header import Entry, read_header
 from ..runtime.weights import DTYPES
 from .rows import Rows
 from .teacher_text import TeacherText
@@ -30,21 +31,23 @@ FORMATS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 TEXTS = "distilled_t5.texts"
 DIGITS = 16
 Parts = Mapping[str, Tensor]
+# What tells a file from one that has replaced it: its number in the file system, and when it was written.
+Seen = tuple[int, int]
 log = logging.getLogger(__name__)
 
 
 class DamagedShard(UserError):
-    """A shard whose texts cannot be read, or are not those that were written."""
+    """A shard whose texts cannot be read, or are not those that were written. `seen`: which file it was, None if there was none."""
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: Path, reason: str, seen: Seen | None = None) -> None:
         super().__init__(f"{path} is damaged: {reason}", "nothing, its texts are made again; if it is damaged once more, check the disk.")
-        self.path = path
+        self.path, self.seen = path, seen
 
 
 def packed(text: TeacherText, dtype: torch.dtype) -> dict[str, Tensor]:
     """The text of a single prompt as named tensors, its rows rounded to `dtype`; in 8 bits each row has a scale of its own.
 
-    Equal rows that follow each other are stored once, and so are not the zeros beyond the last channel of the companions' rows.
+    Equal rows that follow each other are stored once; zeros beyond the last channel of the companions' rows are not stored.
     """
     parts = {"ids": text.token_ids_BL[0].int(), "pooled": text.pooled_BP[0].clone(), **_rounded("text", text.text_BLD[0], dtype)}
     if text.rows is not None and len(before_KD := text.rows.before[0]):
@@ -108,8 +111,8 @@ class TextShards:
 
     def __init__(self, folder: Path, teacher: str) -> None:
         self.folder, self.teacher = folder, teacher
-        self._places: dict[str, tuple[Path, int]] = {}
-        self._known: set[Path] = set()
+        self._places: dict[str, Path] = {}
+        self._known: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder)
 
@@ -126,54 +129,70 @@ class TextShards:
 
         Raises UserError for a shard of another teacher.
         """
-        for path in sorted({*self.folder.glob("*.safetensors")} - self._known):
+        with os.scandir(self.folder) as entries:
+            new = {entry.name for entry in entries if entry.name.endswith(".safetensors")} - self._known
+        for path in (self.folder / name for name in sorted(new)):
             try:
                 self._add(path)
             except DamagedShard as damage:  # noqa: PERF203 (the others stay)
                 self.remove(damage)
 
     def _add(self, path: Path) -> None:
+        seen = _seen(path)
         try:
-            teacher, checksums = json.loads(read_strings(path)[TEXTS])
+            teacher, checksums = json.loads(read_header(path)[1][TEXTS])
         except StudentFileError as error:
-            raise _damage(path, error) from error
+            raise self._damage(path, error, seen) from error
         except (KeyError, ValueError, TypeError) as error:
-            raise DamagedShard(path, "it does not say what it holds.") from error
+            raise DamagedShard(path, "it does not say what it holds.", seen) from error
         if teacher != self.teacher:
             raise UserError(
                 f"{path} holds texts of another teacher: expected {self.teacher}, got {teacher}.",
                 f"move it to {path.parent.with_name(teacher)}, or delete it.",
             )
-        self._places |= {key: (path, checksum) for key, checksum in checksums.items()}
-        self._known.add(path)
+        self._places |= dict.fromkeys(checksums, path)
+        self._known.add(path.name)
 
     def remove(self, damage: DamagedShard) -> None:
-        """Remove a damaged shard, and say so."""
-        log.warning("%s The file is removed.", damage)
-        damage.path.unlink(missing_ok=True)
-        self._known.discard(damage.path)
-        self._places = {key: place for key, place in self._places.items() if place[0] != damage.path}
+        """Forget a damaged shard. Remove its file with a warning, unless another process has removed or replaced it."""
+        if damage.seen and damage.seen == _seen(damage.path):
+            log.warning("%s The file is removed.", damage)
+            with contextlib.suppress(PermissionError):  # Windows removes no file that another process reads
+                damage.path.unlink(missing_ok=True)
+        self._known.discard(damage.path.name)
+        self._places = {key: path for key, path in self._places.items() if path != damage.path}
 
     def read(self, key: str) -> dict[str, Tensor]:
         """The parts of a text. Raises DamagedShard.
 
         They are read, not mapped into memory: if a mapped file becomes shorter, the system ends the process.
         """
-        path, checksum = self._places[key]
+        path = self._places[key]
+        seen = _seen(path)
         try:
-            entries = {name.partition(".")[2]: entry for name, entry in read_entries(path).items() if name.startswith(f"{key}.")}
+            entries, strings = read_header(path)
+            checksum = json.loads(strings[TEXTS])[1][key]
             with path.open("rb") as file:
-                parts = {name: _tensor(file, entry) for name, entry in entries.items()}
-        except StudentFileError as error:
-            raise _damage(path, error) from error
-        except (LookupError, TypeError, RuntimeError) as error:
-            raise DamagedShard(path, "its header does not fit its content.") from error
+                own = {name.partition(".")[2]: entry for name, entry in entries.items() if name.startswith(f"{key}.")}
+                parts = {name: _tensor(file, entry) for name, entry in own.items()}
+        except (StudentFileError, FileNotFoundError) as error:
+            raise self._damage(path, error, seen) from error
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise DamagedShard(path, "its header does not fit its content.", seen) from error
         if _checksum(parts) != checksum:
-            raise DamagedShard(path, "its checksum differs.")
+            raise DamagedShard(path, "its checksum differs.", seen)
         return parts
 
+    def _damage(self, path: Path, error: Exception, seen: Seen | None) -> Exception:
+        """What an error in reading means: a disk that does not answer, or a folder that is gone, is not a damaged file."""
+        if not self.folder.is_dir():
+            return UserError(f"{self.folder}, the folder of the teacher's texts, is gone.", "connect its disk again, then resume the run.")
+        if isinstance(error.__cause__, OSError):
+            return error
+        return DamagedShard(path, error.problem if isinstance(error, StudentFileError) else "it does not exist.", seen)
+
     def write(self, texts: Mapping[str, Parts]) -> None:
-        """Write a shard, completely or not at all. Processes that write the same texts at the same time replace each other's file.
+        """Write a shard, completely or not at all. Of processes that write the same texts at the same time, the first one's file stays.
 
         Raises OSError or SafetensorError; then nothing is left behind.
         """
@@ -183,14 +202,27 @@ class TextShards:
         with unfinished(path) as aside:
             save_file(tensors, aside, {TEXTS: json.dumps([self.teacher, checksums])})
             sync_file(aside)
-            os.replace(aside, path)
+            _name_if_free(aside, path)
         sync_folder(self.folder)
         self._add(path)
 
 
-def _damage(path: Path, error: StudentFileError) -> Exception:
-    """What an error in reading means: a disk that does not answer is not a damaged file."""
-    return error if isinstance(error.__cause__, OSError) else DamagedShard(path, error.problem)
+def _name_if_free(aside: Path, path: Path) -> None:
+    """Give a shard its name unless another process, whose last bits may differ, has written it: that file may be in use."""
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        pass
+    except OSError:  # no hard links here (exFAT, some network shares)
+        if not path.is_file():
+            os.replace(aside, path)
+
+
+def _seen(path: Path) -> Seen | None:
+    with contextlib.suppress(OSError):
+        state = path.stat()
+        return state.st_ino, state.st_mtime_ns
+    return None
 
 
 def _tensor(file: io.BufferedReader, entry: Entry) -> Tensor:

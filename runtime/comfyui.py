@@ -57,7 +57,7 @@ def refuse_old_comfyui(version: str) -> None:
         raise ValueError(f"ComfyUI {version} is too old: {OLDEST} or newer is needed.\nWhat to do: update ComfyUI.")
 
 
-def _version(folder: Path) -> str:
+def version_of(folder: Path) -> str:
     file = folder / "comfyui_version.py"
     found = re.search('__version__ = "(.+)"', file.read_text(encoding="utf-8")) if file.is_file() else None
     return found[1] if found else "without a version"
@@ -72,7 +72,7 @@ def start_comfyui(folder: Path, flags: Sequence[str], before_torch: Callable[[],
     later. Raises ValueError for a ComfyUI that is too old and for flags with which
     nothing can be trained.
     """
-    version = _version(folder)
+    version = version_of(folder)
     refuse_old_comfyui(version)
     sys.stderr.write(f"ComfyUI {version}: {folder}\n")
     flags = list(flags)

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import stat
 import sys
@@ -29,9 +30,10 @@ OF_PROCESS = re.compile(rf"\..*\.([0-9]+){re.escape(UNFINISHED)}")
 def unfinished(path: Path) -> Iterator[Path]:
     """A new file beside `path`, to be written and renamed. It is removed at the end, and by `remove_abandoned` if this process is killed.
 
-    The process is known by its number, which is part of the name, and by a lock on the file where the system has locks.
+    The process is known by its number, which is part of the name, and by a lock on the file where the system has locks. Processes of
+    several machines may have one number, so the name is also random.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.{os.getpid()}{UNFINISHED}")
     with contextlib.ExitStack() as stack:
         if sys.platform != "win32":  # Windows renames no open file
             _lock(stack.enter_context(aside.open("ab")).fileno())

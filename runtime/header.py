@@ -37,15 +37,16 @@ class Entry:
 
 def read_entries(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file by name. Raises StudentFileError for a file that is not one, or is cut off."""
-    return _read(path)[0]
+    return read_header(path)[0]
 
 
 def read_strings(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file. Raises StudentFileError as `read_entries` does."""
-    return _read(path)[1]
+    return read_header(path)[1]
 
 
-def _read(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file. Raises StudentFileError as `read_entries` does."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
         raise StudentFileError(f"{path.name} {what}; expected a .safetensors file.", "name a .safetensors file.")

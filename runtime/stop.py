@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; not on Windows
 # `timeout`, terminals and job managers signal both a process and its group: two such signals are one request.
 SAME_REQUEST_S = 0.5
-NOTICE = "\nStopping: the run is saved after this step. A second signal ends it at once, without saving.\n"
+NOTICE = "\nStopping: the run is saved after this step, or the texts that are encoded. A second signal ends it at once, without saving.\n"
 
 
 class Stopped(Exception):

@@ -86,6 +86,10 @@ class Schedule:
         numbers = [trajectory * part.accumulate + number for number in range(self.rank, part.accumulate, self.ranks)]
         return [self._training_batch(stage, number) for number in numbers]
 
+    def first(self, stage: int) -> list[Batch]:
+        """The batches of all processes on the first trajectory of a stage."""
+        return [self._training_batch(stage, number) for number in range(self.recipe.stages[stage].accumulate)]
+
     def sample(self, stage: int) -> list[Batch]:
         """The first batches of a stage over all processes, of some SAMPLED_PROMPTS prompts."""
         part = self.recipe.stages[stage]

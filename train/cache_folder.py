@@ -10,14 +10,18 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import comfy.cli_args
+import comfy.model_management
+import comfyui_version
+import torch
 from tqdm import tqdm
 
 from ..encoder.text_shards import TextShards
 from ..families.family import Family
 from ..prompts.negatives import NEGATIVES
-from ..runtime.disk import unfinished
+from ..runtime.disk import sync_file, unfinished
 from ..runtime.errors import UserError, printable
 from .inputs import model_digests
 from .recipe import STAND_IN, Recipe
@@ -62,23 +66,47 @@ def teachers_shards(recipe: Recipe, described: Mapping[str, str]) -> TextShards:
             f"teacher.cache: {root} {what}; expected a folder of teacher's texts.", "name an empty folder, or one that does not exist yet."
         )
     name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
-    shards = TextShards(root / name, name)
-    if not (about := shards.folder / ABOUT).is_file():
+    return TextShards(root / name, name)
+
+
+def write_about(folder: Path, described: Mapping[str, str]) -> None:
+    """Describe the teacher beside its texts, and with what the first of them were made."""
+    if not _read_about(about := folder / ABOUT):
         with unfinished(about) as aside:
-            aside.write_text(json.dumps(described, indent=1), encoding="utf-8")
+            aside.write_text(json.dumps({**described, **_made_with()}, indent=1), encoding="utf-8")
+            sync_file(aside)
             os.replace(aside, about)
-    return shards
 
 
-def tell_others(folder: Path, described: Mapping[str, str]) -> None:
-    """Say in what the other teachers of the folder differ: whoever expects no work may have changed something."""
+def _made_with() -> dict[str, str]:
+    """What may decide the last bits besides the teacher: with another of it, texts are taken as they are."""
+    device = comfy.model_management.text_encoder_device()
+    return {"ComfyUI": comfyui_version.__version__, "torch": torch.__version__, "device": device.type}
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def made_otherwise(folder: Path) -> str:
+    """With which other versions or device the texts of a folder were made; empty if with the same."""
+    there, here = _read_about(folder / ABOUT), _made_with()
+    other = {name: there[name] for name in here if there.get(name, here[name]) != here[name]}
+    return "; ".join(f"{name} {printable(str(value))}, now {here[name]}" for name, value in other.items())
+
+
+def other_teachers(folder: Path, described: Mapping[str, str]) -> list[str]:
+    """In what the other teachers of the folder differ: whoever expects no work may have changed something."""
+    lines = []
     for about in sorted({*folder.parent.glob(f"*/{ABOUT}")} - {folder / ABOUT}):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            other = json.loads(about.read_text(encoding="utf-8"))
-            different = [
-                f"{name} {printable(str(other.get(name, 'none')))}" for name in described | other if described.get(name) != other.get(name)
-            ]
-            tell(f"Beside it, {about.parent.name} is of another teacher: {'; '.join(different)}.")
+        other = _read_about(about)
+        different = [f"{name} {printable(str(other.get(name, 'none')))}" for name in described if described[name] != other.get(name)]
+        more = [f"{name} {printable(str(other[name]))}" for name in sorted(other.keys() - described.keys()) if name.startswith("teacher.")]
+        lines.append(f"{about.parent.name}, in the same folder, has the texts of another teacher: {'; '.join(different + more)}.")
+    return lines
 
 
 def tell(line: str) -> None:

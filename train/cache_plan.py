@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..encoder.text_shards import FORMATS
 from ..runtime.errors import UserError
 from .batches import Schedule
 from .recipe import Recipe
 
-# Bytes of a number in the formats of `teacher.cache_format`; and of a token's id, and of the scale of a token's row.
-NUMBER_BYTES = {"bf16": 2, "fp8": 1}
+# Bytes of a token's id, of the scale of a token's row, and of a number of the pooled vector.
 ID_BYTES = SCALE_BYTES = FLOAT32_BYTES = 4
 
 
@@ -42,10 +43,21 @@ def wanted(schedule: Schedule) -> dict[str, tuple[str, int]]:
 
     With CFG also the empty prompt. Longer stages and other previews, which a resumed run may have, need more.
     """
+    return _by_key(schedule.texts(), schedule.recipe)
+
+
+def of_an_estimate(schedule: Schedule) -> dict[str, tuple[str, int]]:
+    """The texts of the first trajectory of every stage, and of those from which the teacher's variance is measured."""
+    stages = range(len(schedule.recipe.stages))
+    batches = [batch for stage in stages for batch in (*schedule.first(stage), *schedule.sample(stage))]
+    return _by_key(((prompt, batch.drawn.token_length) for batch in batches for prompt in batch.prompts), schedule.recipe)
+
+
+def _by_key(texts: Iterable[tuple[str, int]], recipe: Recipe) -> dict[str, tuple[str, int]]:
     found: dict[str, tuple[str, int]] = {}
-    for prompt, length in schedule.texts():
+    for prompt, length in texts:
         found[key_of(prompt, length)] = prompt, length
-        if schedule.recipe.sampling.cfg:
+        if recipe.sampling.cfg:
             found[key_of("", length)] = "", length
     return found
 
@@ -53,7 +65,7 @@ def wanted(schedule: Schedule) -> dict[str, tuple[str, int]]:
 def text_bytes(recipe: Recipe, length: float, width: int) -> float:
     """Bytes on disk of a text of so many tokens and channels, where no rows are equal."""
     part, family = recipe.teacher, recipe.family
-    number = NUMBER_BYTES[part.cache_format]
+    number = FORMATS[part.cache_format].itemsize
     scale = SCALE_BYTES if part.cache_format == "fp8" else 0
     channels = sum(family.companions.values())
     rows_before = family.most_rows_before if part.companions else 0

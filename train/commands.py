@@ -114,9 +114,10 @@ def _cache(options: argparse.Namespace, flags: list[str]) -> int:
         from .batches import Schedule
         from .cache_plan import wanted
         from .teacher_cache import open_cache
+        from .unloaded import width_of_diffusion_model
 
         try:
-            cache = open_cache(recipe, wanted(Schedule(recipe)), ranks, lambda: stop.requested)
+            cache = open_cache(recipe, wanted(Schedule(recipe)), ranks, lambda: stop.requested, width_of_diffusion_model(recipe))
         except Stopped:
             if ranks.is_main:
                 print("Stopped; the same command continues.")

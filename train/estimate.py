@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import comfy.model_management
 
 from ..encoder.teacher import Teacher
 from ..runtime.accelerator import timed
 from ..runtime.ranks import Ranks
-from .cache_plan import expected
+from .cache_plan import expected, of_an_estimate
 from .distill import train_step
 from .memory import GB, SAVED_BYTES, TEACHER, part_lines, ram_parts
 from .recipe import Recipe
 from .report import memory_mb, reset_peak_memory
+from .teacher_cache import CachedTexts
 from .teacher_chunks import chunk_of, texts_of
 from .workshop import Workshop, open_workshop
 
@@ -51,17 +53,14 @@ class StageEstimate:
 def estimate(recipe: Recipe, ranks: Ranks) -> str:
     """Load everything, take three steps of each stage without saving, and report. Raises what a run would raise.
 
-    A cache is neither made nor used: what it would take is counted.
+    A cache is not made: some texts are encoded into a folder that is removed, and the others are counted.
     """
-    workshop = open_workshop(recipe.without_cache(), ranks)
-    with workshop.model.differentiable(recipe.diffusion_model.checkpoint_blocks):
-        stages = [_measure(workshop, number) for number in range(len(recipe.stages))]
-    cache_lines = []
-    if recipe.teacher.cache:
-        plan = expected(recipe, workshop.model.text_width)
-        hours = plan.texts * stages[0].encode_s / workshop.schedule.prompts_per_trajectory(0) / ranks.world / 3600
-        cache_lines = [f"Teacher's texts on disk: {plan}, {hours:.2f} hours before the first step."]
-        stages = [replace(stage, encode_s=0.0, swap_s=0.0) for stage in stages]
+    with tempfile.TemporaryDirectory() as scratch:
+        if recipe.teacher.cache:
+            recipe = recipe.with_cache(ranks.share(scratch))
+        workshop = open_workshop(recipe, ranks, texts=of_an_estimate)
+        with workshop.model.differentiable(recipe.diffusion_model.checkpoint_blocks):
+            stages = [_measure(workshop, number) for number in range(len(recipe.stages))]
     return "\n".join(
         [
             *_memory_lines(workshop),
@@ -70,9 +69,17 @@ def estimate(recipe: Recipe, ranks: Ranks) -> str:
             *_stage_lines(recipe, stages),
             "",
             *disk_lines(recipe, workshop.student.layout.parameters),
-            *cache_lines,
+            *_cache_lines(workshop),
         ]
     )
+
+
+def _cache_lines(workshop: Workshop) -> list[str]:
+    if not isinstance(cache := workshop.teacher, CachedTexts):
+        return []
+    plan = expected(workshop.recipe, workshop.model.text_width)
+    hours = plan.texts * cache.seconds / max(1, cache.encoded) / workshop.ranks.world / 3600
+    return [f"Teacher's texts on disk: {plan}, {hours:.2f} hours before the first step, measured on {cache.encoded} texts."]
 
 
 def _measure(workshop: Workshop, number: int) -> StageEstimate:
@@ -81,8 +88,7 @@ def _measure(workshop: Workshop, number: int) -> StageEstimate:
     # As before each chunk of a run, the diffusion model is on the device.
     workshop.load_model()
     reset_peak_memory()
-    assert isinstance(workshop.teacher, Teacher), "an estimate uses no cache"
-    teacher_comes_s, _ = timed(workshop.teacher.clip.load_model, device)
+    teacher_comes_s = timed(workshop.teacher.clip.load_model, device)[0] if isinstance(workshop.teacher, Teacher) else 0.0
     encode_s, texts = timed(lambda: texts_of(workshop.teacher, batches), device)
     model_comes_s, positions = timed(lambda: workshop.starts(batches, texts), device)
     seconds = []
@@ -91,7 +97,7 @@ def _measure(workshop: Workshop, number: int) -> StageEstimate:
         seconds.append(step_s)
     # The first step of a size is slower: memory is allocated and kernels are chosen.
     settled = seconds[1:] or seconds
-    chunk = chunk_of(0, schedule.prompts_per_trajectory(number), workshop.recipe.teacher.chunk_prompts, schedule.trajectories(number))
+    chunk = chunk_of(0, schedule.prompts_per_trajectory(number), workshop.recipe.teacher.at_a_time, schedule.trajectories(number))
     return StageEstimate(
         stage.name,
         stage.steps,

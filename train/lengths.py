@@ -1,4 +1,7 @@
-"""What may change when a run is resumed: the steps of its stages, and the images made while it trains, which do not affect the student."""
+"""What may change when a run is resumed: the steps of its stages, and what does not affect the student.
+
+That is the images made while it trains, and the folder of the teacher's texts.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,15 @@ from .recipe import Recipe
 
 
 def differences_besides_lengths(present: Recipe, requested: Recipe) -> list[str]:
-    """What differs between two recipes if anything besides the steps of their stages and `preview` does, else nothing."""
+    """What differs between two recipes if anything besides the steps of their stages, `preview` and a cache's folder does, else nothing."""
     # Previews may load the diffusion model for a run that does without it otherwise, and then its held-out loss is another.
     if len(present.stages) == len(requested.stages) and present.needs_diffusion_model == requested.needs_diffusion_model:
         steps = zip(requested.stages, present.stages, strict=True)
         stages = tuple(asked.model_copy(update={"steps": stage.steps}) for asked, stage in steps)
-        if not present.differences(requested.model_copy(update={"stages": stages, "preview": present.preview})):
+        alike = {"stages": stages, "preview": present.preview}
+        cached = present.teacher.cache and requested.teacher.cache
+        there = requested.with_cache(present.teacher.cache) if cached else requested
+        if not present.differences(there.model_copy(update=alike)):
             return []
     return present.differences(requested)
 
@@ -31,7 +37,7 @@ def change_of_lengths(present: Recipe, requested: Recipe, step: int) -> dict[str
             _check(stage.name, asked.steps, step - begin, stage.steps)
             changes.append(f"{stage.name}: {stage.steps:,} -> {asked.steps:,} steps")
         begin += stage.steps
-    changes += present.differences(present.model_copy(update={"preview": requested.preview}))
+    changes += present.differences(present.model_copy(update={"preview": requested.preview, "teacher": requested.teacher}))
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "step": step,

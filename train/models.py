@@ -13,7 +13,7 @@ import comfy.model_management
 import torch
 
 from ..config.files import ConfigError
-from ..diffusion.files import check_family, check_guidance, open_diffusion_model, use_one_thread_if_small
+from ..diffusion.files import UnfittingModel, check_family, check_guidance, open_diffusion_model, use_one_thread_if_small
 from ..diffusion.frozen import FrozenModel
 from ..encoder.metadata import StudentMetadata
 from ..encoder.teacher import Teacher, load_teacher
@@ -178,7 +178,7 @@ def _rehearsed(recipe: Recipe, device: torch.device, processes: int) -> Rehearsa
         return rehearsal_of(recipe, device, processes=processes)
     except StudentFileError:
         return None
-    except ConfigError:
+    except (ConfigError, UnfittingModel):
         raise
     except ValueError as error:
         log.warning("The run is not rehearsed, so its memory is not known before it starts; it goes on. %s", error)

@@ -334,9 +334,9 @@ class Recipe(Config):
         """A copy to be published, in which absolute paths are cut to their file names."""
         return Recipe.model_validate(_without_folders(self.model_dump(by_alias=True, exclude_none=True)))
 
-    def without_cache(self) -> Recipe:
-        """A copy whose teacher encodes while the run trains."""
-        return self.model_copy(update={"teacher": self.teacher.model_copy(update={"cache": ""})})
+    def with_cache(self, folder: str) -> Recipe:
+        """A copy with its teacher's texts in another folder; "": the teacher encodes while the run trains."""
+        return self.model_copy(update={"teacher": self.teacher.model_copy(update={"cache": folder})})
 
     def _without_report(self) -> Recipe:
         return self.model_copy(update={"report": ReportPart()})

@@ -23,6 +23,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from ..diffusion.files import check_family, check_guidance
 from ..diffusion.frozen import FrozenModel
 from ..diffusion.gradients import replaced
 from ..encoder.teacher_text import TeacherText
@@ -37,7 +38,7 @@ from .objectives import OBJECTIVES
 from .optimizer import MuonAndAdamW
 from .recipe import Recipe, Stage
 from .trajectory import Draw, Position, start
-from .unloaded import check_blocks, diffusion_model, teacher_model, teacher_of, weights_from_ram
+from .unloaded import check_blocks, diffusion_model, found, teacher_model, teacher_of, weights_from_ram
 
 # Parts of memory beside the diffusion model's weights.
 STUDENT, MOMENTS, GRADIENTS = "student's weights", "optimizer's running means", "student's gradients"
@@ -64,8 +65,8 @@ class Target:
 def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool = False) -> Rehearsal:
     """What the run takes at its greatest prompt length. with_time: also the operations of a mean step.
 
-    Raises ValueError for a model whose sizes are not known, and whatever torch and ComfyUI raise where they cannot do it.
-    """
+    Raises ValueError for a model whose sizes are not known, UnfittingModel for one that is not the recipe's, and whatever torch and
+    ComfyUI raise where they cannot do it."""
     lengths = recipe.sampling.token_lengths
     longest, mean = max(lengths), round(sum(lengths) / len(lengths))
     with _without_a_server(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -73,6 +74,9 @@ def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool
         with Ledger(target.device) as ledger:
             scene = _Scene(recipe, target, ledger)
             check_blocks(recipe, scene.model)
+            if file := found(recipe.diffusion_model.file, "diffusion_models"):
+                check_family(file.name, scene.model.model, recipe.family)
+                check_guidance(file.name, scene.model, recipe.sampling.guidance)
             stages = []
             for stage in recipe.stages:
                 need, flops = scene.step(stage, teacher.text(stage.batch, longest), stage.batches_per_rank(processes))

@@ -93,7 +93,8 @@ def cache_lines(recipe: Recipe, found: Rehearsal) -> list[str]:
     """What the teacher's texts of a recipe with a cache take on disk."""
     if not recipe.teacher.cache:
         return []
-    return [f"Teacher's texts on disk: {expected(recipe, found.text_width)} in {recipe.teacher.cache}; the hours include encoding them."]
+    size = f"Teacher's texts on disk: {expected(recipe, found.text_width)} in {recipe.teacher.cache}"
+    return [f"{size}; the hours include encoding them, at the same share. A teacher that is partly in RAM takes longer: see --estimate."]
 
 
 def verdict(found: Rehearsal, memory_bytes: int) -> str:

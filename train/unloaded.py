@@ -118,6 +118,16 @@ def _detected(tensors: dict[str, Tensor], file: str) -> tuple[Any, dict[str, Ten
     return config, inner
 
 
+def width_of_diffusion_model(recipe: Recipe) -> int | None:
+    """Channels of the text that the recipe's diffusion model takes; None where its file is missing or cannot be read."""
+    path = found(recipe.diffusion_model.file, "diffusion_models")
+    if path is None:
+        return None
+    with contextlib.suppress(ValueError):
+        return projection_alone(path, recipe.family, torch.device("cpu")).text_width
+    return None
+
+
 def projection_alone(path: Path, family: Family, device: torch.device) -> FrozenModel:
     """A diffusion model of which the text projection alone is read: all other weights are on torch's `meta` device.
 

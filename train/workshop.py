@@ -99,12 +99,17 @@ class Workshop:
 
 
 def open_workshop(
-    recipe: Recipe, ranks: Ranks, recorded: Mapping[str, str] | None = None, stopping: Callable[[], bool] = lambda: False
+    recipe: Recipe,
+    ranks: Ranks,
+    recorded: Mapping[str, str] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+    texts: Callable[[Schedule], dict[str, tuple[str, int]]] = wanted,
 ) -> Workshop:
     """Read prompts, load models, make the student; with a cache, first encode the texts that it lacks.
 
-    `recorded` are the inputs of the run that is resumed. Raises ValueError for whatever is missing or does not fit together, and for too
-    little memory and other inputs before anything is loaded; Stopped where the cache is not complete once `stopping`.
+    `recorded` are the inputs of the run that is resumed; `texts` those that a cache holds. Raises ValueError for whatever is missing or
+    does not fit together, and for too little memory and other inputs before anything is loaded; Stopped where the cache is not complete
+    once `stopping`.
     """
     schedule = Schedule(recipe, ranks.rank, ranks.world)
     # A missing VAE is reported now and not at the first preview.
@@ -116,7 +121,8 @@ def open_workshop(
     student = make_student_of(recipe)
     cache = None
     if recipe.teacher.cache:
-        cache = open_cache(recipe, wanted(schedule), ranks, stopping, rehearsal.text_width if rehearsal else None)
+        width = rehearsal.text_width if rehearsal else None
+        cache = open_cache(recipe, texts(schedule), ranks, stopping, width, resumed=bool(recorded))
     model = load_frozen_model(recipe)
     if cache is not None:
         check_width(recipe, cache.text_width, model.text_width)

@@ -12,6 +12,7 @@ from .markdown import between_marks, table
 from .miniature_tables import LAB, PAGE, percent
 
 PLOT = ROOT / "assets" / "lab-{0}.png"
+IMAGE = "\n\n![Share of the teacher against floating-point operations](../assets/lab-{0}.png)"
 COMMAND = "python dev.py lab"
 # Smaller shares, in percent, are drawn here.
 LEAST = 60
@@ -28,17 +29,17 @@ def arms(found: Row) -> str:
     """The arms by their arithmetic."""
     tasks = list(found["teacher"])
     names = [task.replace("_", " ") for task in tasks]
-    head = ["objectives", "optimizer steps", "TFLOP", "of the base's", "share of teacher", "each seed", "n of each", *names]
+    head = ["objectives", "optimizer steps", "TFLOP", "of the base's", "captions", "share of teacher", "each seed", "n of each", *names]
     rows = [_arm(one, tasks) for one in sorted(found["arms"], key=lambda one: one["tflop"])]
     right = [percent(found["teacher"][task], digits=0) for task in tasks]
-    teacher = ["the teacher", *[None] * 5, found["teacher"][tasks[0]]["n"], *right]
+    teacher = ["the teacher", *[None] * 6, found["teacher"][tasks[0]]["n"], *right]
     return table(head, [teacher, *rows])
 
 
 def _arm(one: Row, tasks: Sequence[str]) -> list[Any]:
     seeds = ", ".join([*(f"{100 * seed['share']:.1f}" for seed in one["seeds"]), *("failed" for _ in one["failed"])])
     right = [percent(one["tasks"][task], digits=0) if one["seeds"] else None for task in tasks]
-    arithmetic, share = (f"{one['tflop']:.3g}", f"{one['of_base']:.2f}"), one.get("share")
+    arithmetic, share = (f"{one['tflop']:.3g}", f"{one['of_base']:.2f}", f"{one['captions']:,}"), one.get("share")
     return [one["title"], one["stages"], *arithmetic, percent(share, " %"), seeds, share and share["n"], *right]
 
 
@@ -51,10 +52,12 @@ def claims(found: Row) -> str:
             f"{titles[one['arm']]} against {titles[one['against']]}" + (f", {one['task'].replace('_', ' ')}" if "task" in one else ""),
             percent(one["difference"]),
             ", ".join(f"{100 * seed:.1f}" for seed in one["seeds"]),
+            one["over_runs"] and " to ".join(f"{100 * bound:.1f}" for bound in one["over_runs"]),
+            "yes" if one["clear"] else "no",
         ]
         for one in found["claims"]
     ]
-    return table(["question", "compared (arithmetic)", "difference, points", "each seed"], rows)
+    return table(["question", "compared (arithmetic)", "difference, points", "each seed", "over runs", "clear"], rows)
 
 
 def marked(family: str, name: str) -> str:
@@ -67,7 +70,8 @@ def renewed(page: str, found: Row, names: Sequence[str]) -> str:
     for family, of_family in found.items():
         made = tables(of_family)
         for name in names:
-            page = between_marks(page, marked(family, name), made[name], COMMAND)
+            image = IMAGE.format(family) if name == "arms" else ""
+            page = between_marks(page, marked(family, name), made[name] + image, COMMAND)
     return page
 
 

@@ -1,4 +1,4 @@
-"""The lab: its arms are recipes, arithmetic is shared out as asked, runs are kept apart, and the pages show what the results hold."""
+"""The lab: its arms are recipes with the arithmetic that they are given, runs are kept apart, and the pages show the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distilled_t5.devtools.commands import run_all
 from distilled_t5.devtools.docs.lab_tables import PLOT, TABLES, plot, renewed, tables
 from distilled_t5.devtools.docs.miniature_tables import PAGE
 from distilled_t5.devtools.lab_arms import FAMILIES, Arm, Counted, Lab
-from distilled_t5.devtools.lab_results import RESULTS, results
+from distilled_t5.devtools.lab_results import RESULTS, over_runs, results
 from distilled_t5.devtools.lab_run import Run, perform
 from distilled_t5.devtools.miniature_results import TEACHER
 from distilled_t5.train.recipe import Recipe, load_recipe
@@ -53,17 +53,19 @@ def small(folder: Path) -> Lab:
     """A lab of three arms whose steps that follow cost ten times as much as those that imitate."""
     (folder / "lab.toml").write_text(SMALL, encoding="utf-8")
     read = Lab.read("flux", folder / "lab.toml")
-    return read.planned(lambda recipe: [1e10 if stage.objective == "velocity" else 1e9 for stage in recipe.stages])
+    return read.planned(lambda recipe: [1e10 if stage.objective == "velocity" else 1e9 for stage in recipe.stages], lambda: 1.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_arm_is_a_recipe_of_its_family_and_every_question_is_about_arms(family: str, tmp_path: Path) -> None:
-    read = Lab.read(family).planned(lambda recipe: [1e9] * len(recipe.stages))
+    read = Lab.read(family).planned(lambda recipe: [1e9] * len(recipe.stages), lambda: 0.1)
     assert len({arm.name for arm in read.arms}) == len(read.arms)
     assert {arm.name for arm in read.arms} >= {name for claim in read.claims for name in (claim["arm"], claim["against"])}
     assert {claim.get("task", "word") for claim in read.claims} <= set(TASKS)
+    starts = ["pretrained"]
     for arm in read.arms:
-        recipe = read.load(arm, 2, tmp_path / "pretrained.safetensors")
+        recipe = read.load(arm, 2, {name: tmp_path / f"{name}.safetensors" for name in starts})
+        starts.append(arm.name)
         assert (recipe.seed, recipe.output.name, recipe.family.name) == (2, arm.name, family)
         assert [stage.objective for stage in recipe.stages] == [stage["objective"] for stage in arm.stages]
         assert recipe.stages[-1].corpora == load_recipe(read.recipe).stages[0].corpora
@@ -78,8 +80,32 @@ def test_an_arm_with_several_multiples_of_the_arithmetic_becomes_several_with_th
     base, tenth, one = small(tmp_path).arms
     assert [arm.name for arm in (base, tenth, one)] == ["base", "follow-0.1", "follow-1"]
     assert base.tflop == pytest.approx(25.0)
-    assert [stage["steps"] for arm in (tenth, one) for stage in arm.stages] == [250, 2500]
+    # The student that they start from took 1.
+    assert [stage["steps"] for arm in (tenth, one) for stage in arm.stages] == [150, 2400]
     assert (tenth.tflop, one.tflop) == (2.5, 25.0)
+    assert [arm.captions for arm in (base, tenth, one)] == [3500 * 32, 75 * 8, 1200 * 8]
+
+
+def test_an_arm_that_starts_from_another_has_its_arithmetic_and_captions_too(tmp_path: Path) -> None:
+    second = Arm("second", "second", ({"objective": "velocity", "steps": 2000},), ("student.start={base}", "sampling.steps=20"))
+    planned = small(tmp_path)
+    planned = replace(planned, arms=(*planned.arms, second)).planned(lambda recipe: [1e10] * len(recipe.stages), lambda: 1.0)
+    assert planned.arms[-1].tflop == planned.arms[0].tflop + 20
+    assert planned.arms[-1].captions == planned.arms[0].captions + 100 * 32
+    work = lab.Work(tmp_path, tmp_path)
+    runs = lab.runs_of(planned, work, 2)
+    first, last = runs[4][0], runs[7]
+    assert (first.arm, first.seed, last[0].start) == ("base", 1, first.trained)
+    assert f"student.start={first.trained.as_posix()}" in last[1]
+    assert lab.with_starts(planned, ["second"]) == {"base", "second"}
+    assert list(lab.due(planned, work, [last], time.monotonic() + 60)) == []
+
+
+def test_an_arm_whose_start_takes_all_of_its_arithmetic_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"follow-0\.1 starts from a student that took 9 TFLOP; expected less than 0\.1 times(.|\n)*What to do"
+    ):
+        small(tmp_path).planned(lambda recipe: [1e10] * len(recipe.stages), lambda: 9.0)
 
 
 def test_operations_are_counted_once_for_all_arms_of_equal_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,11 +113,11 @@ def test_operations_are_counted_once_for_all_arms_of_equal_settings(tmp_path: Pa
     monkeypatch.setattr(Counted, "_rehearsed", lambda _, recipe: counted.append(recipe) or [1.0] * len(recipe.stages))
     read = small(tmp_path)
     for _ in range(2):
-        assert read.planned(Counted(tmp_path / "flops.json", list)).arms[0].tflop == 7e-9
+        assert read.planned(Counted(tmp_path / "flops.json", list), lambda: 0.0).arms[0].tflop == 7e-9
     changed = replace(
-        read, arms=(*read.arms, replace(read.arms[0], name="more", stages=({"objective": "embedding", "batch": 4, "steps": 1},)))
+        read, arms=(*read.arms, replace(read.arms[0], name="more", stages=({"objective": "embedding", "batch": 4, "steps": 100},)))
     )
-    assert changed.planned(Counted(tmp_path / "flops.json", list)).arms[-1].tflop == 1e-12
+    assert changed.planned(Counted(tmp_path / "flops.json", list), lambda: 0.0).arms[-1].tflop == 1e-10
     assert [[(stage.objective, stage.batch) for stage in one.stages] for one in counted] == [
         [("embedding", 32), ("velocity", 32), ("velocity", 8)],
         [("embedding", 4)],
@@ -105,6 +131,26 @@ def test_one_seed_of_all_arms_comes_before_the_second_and_a_changed_arm_is_anoth
     changed = replace(planned, arms=(planned.arms[0].shortened(200), *planned.arms[1:]))
     again = [run for run, _ in lab.runs_of(changed, work, 2)]
     assert [one.folder == other.folder for one, other in zip(runs, again, strict=True)] == 2 * [False, True, True]
+    with_other_sources = [run for run, _ in lab.runs_of(planned, replace(work, shared="other"), 2)]
+    assert not {run.folder for run in runs} & {run.folder for run in with_other_sources}
+
+
+def test_what_decides_every_run_is_the_suite_the_models_and_the_versions(tmp_path: Path) -> None:
+    planned, work = small(tmp_path), lab.Work(tmp_path, tmp_path)
+    work.suite.write_text("miniature_vae.safetensors", encoding="utf-8")
+    before = lab.decisive(planned, work)
+    assert lab.decisive(planned, work) == before
+    (tmp_path / "comfyui_version.py").write_text('__version__ = "1.0"', encoding="utf-8")
+    with_version = lab.decisive(planned, work)
+    work.suite.write_text("no VAE", encoding="utf-8")
+    assert len({before, with_version, lab.decisive(planned, work)}) == 3
+
+
+def test_results_with_fewer_runs_than_the_kept_ones_do_not_replace_them(tmp_path: Path) -> None:
+    found = found_in(tmp_path)
+    assert lab.missing({}, found) == lab.missing(found, found) == []
+    fewer = {**found, "arms": [found["arms"][0] | {"seeds": found["arms"][0]["seeds"][:1]}]}
+    assert lab.missing(found, fewer) == ["base", "follow-1"]
 
 
 def write_done(run: Run, right: int, teacher: int = 8, n: int = 10) -> None:
@@ -159,13 +205,29 @@ def test_tables_have_every_arm_by_its_arithmetic_and_failures_too(tmp_path: Path
     made = tables(found_in(tmp_path))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in made["arms"].splitlines()]
     assert [row[0] for row in rows[2:]] == ["the teacher", "velocity", "embedding, velocity", "velocity"]
-    assert rows[3][1:7] == ["250 velocity", "2.5", "0.10", "-", "failed", "-"]
-    assert rows[4][1:4] == ["5,000 embedding, 2,000 velocity", "25", "1.00"]
-    assert (rows[4][5], rows[4][6]) == ("100.0, 75.0", "10")
+    assert rows[3][1:8] == ["150 velocity", "2.5", "0.10", "600", "-", "failed", "-"]
+    assert rows[4][1:5] == ["5,000 embedding, 2,000 velocity", "25", "1.00", "112,000"]
+    assert (rows[4][6], rows[4][7]) == ("100.0, 75.0", "10")
     answers = [[cell.strip() for cell in line.strip("|").split("|")] for line in made["claims"].splitlines()]
     assert answers[3][:2] == ["And for words?", "embedding, velocity (1.00) against velocity (1.00), word"]
     assert answers[3][2].startswith("50.0 (")
-    assert answers[3][3] == "50.0"
+    assert answers[3][3:] == ["50.0", "-", "no"]
+
+
+def test_a_difference_is_clear_only_if_it_is_so_over_captions_and_over_runs(tmp_path: Path) -> None:
+    assert over_runs([0.01]) is None
+    assert over_runs([0.01, 0.02, 0.03]) == pytest.approx([-0.0048, 0.0448], abs=1e-4)
+    planned = small(tmp_path)
+    runs = [run for run, _ in lab.runs_of(planned, lab.Work(tmp_path, tmp_path), 2)]
+    for run, right in ((runs[0], 8), (runs[3], 8), (runs[2], 2), (runs[5], 2)):
+        write_done(run, right)
+    claim = results(planned, runs, "dev.py lab")["claims"][0]
+    assert (claim["seeds"], claim["over_runs"], claim["clear"]) == ([0.75, 0.75], [0.75, 0.75], True)
+
+
+def test_the_page_has_the_plot_of_each_family(tmp_path: Path) -> None:
+    page = renewed(PAGE.read_text(encoding="utf-8"), {"flux": found_in(tmp_path)}, TABLES[PAGE])
+    assert "(../assets/lab-flux.png)" in page and "lab-sd3.png" not in page
 
 
 def test_the_plot_is_an_image(tmp_path: Path) -> None:
@@ -226,5 +288,5 @@ def test_a_wrong_arm_is_answered_with_the_known_ones(monkeypatch: pytest.MonkeyP
 
 def test_a_stage_takes_what_it_leaves_out_from_the_recipe() -> None:
     arm = Arm("one", "one", ({"objective": "velocity", "steps": 200, "batch": 8},))
-    recipe = load_recipe("miniature-quarter", arm.overrides("miniature-quarter", (), 0, Path("none")))
+    recipe = load_recipe("miniature-quarter", arm.overrides("miniature-quarter", (), 0, {}))
     assert (recipe.stages[0].batch, recipe.stages[0].resolution_px, recipe.stages[0].steps) == (8, 96, 200)

@@ -105,6 +105,37 @@ def test_the_same_texts_are_the_same_file_whoever_writes_them(tmp_path):
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [content]
 
 
+def test_a_shard_that_another_process_has_written_with_other_bits_stays_and_is_read(tmp_path):
+    keys = [f"12-{number}" for number in range(3)]
+    first, second = (TextShards(tmp_path, "teacher") for _ in range(2))
+    for shards, seed in ((first, 0), (second, 10)):
+        shards.write({key: packed(text(seed=seed + number), BF16) for number, key in enumerate(keys)})
+    assert len(list(tmp_path.iterdir())) == 1
+    for shards in (first, second):
+        assert same(dict(sorted(shards.read(keys[1]).items())), dict(sorted(packed(text(seed=1), BF16).items())))
+
+
+def test_a_shard_that_another_process_has_made_again_is_not_removed(tmp_path, caplog):
+    shards = shards_in(tmp_path)
+    [path] = tmp_path.iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DamagedShard) as damage:
+        [shards.read(f"12-{number}") for number in range(3)]
+    path.unlink()
+    shards_in(tmp_path)
+    shards.remove(damage.value)
+    shards.find()
+    assert "12-1" in shards and path.read_bytes() == content and not caplog.text
+
+
+def test_a_folder_that_is_gone_is_not_damage(tmp_path):
+    shards = shards_in(tmp_path / "texts")
+    (tmp_path / "texts").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"texts, the folder of the teacher's texts, is gone\.\nWhat to do: connect its disk"):
+        shards.read("12-1")
+
+
 def test_a_shard_that_is_cut_off_is_removed_with_a_warning(tmp_path, caplog):
     shards_in(tmp_path)
     [path] = tmp_path.iterdir()
