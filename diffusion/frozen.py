@@ -73,7 +73,9 @@ class FrozenModel:
     @functools.cached_property
     def text_projection(self) -> Module:
         """The layers through which the text goes before the first block, in float32 on the device. They stay there."""
-        tensors = self.model.diffusion_model.state_dict()
+        found = self.model.diffusion_model.state_dict()
+        # Copies, as the model's own leave the device with it.
+        tensors = {name: tensor.clone() for name, tensor in found.items() if name.startswith(self.family.text_projection)}
         return text_projection(self.model.model_config, self.family, tensors).to(self.device)
 
     def load(self, memory_required: int = 0) -> None:
