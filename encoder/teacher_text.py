@@ -1,4 +1,4 @@
-"""A teacher's text embeddings and pooled vectors of prompts, and where a run has them from."""
+"""A teacher's text embeddings and pooled vectors of prompts, and where a run gets them."""
 
 # B batch, K rows of the companions, L text tokens, D text width, P pooled width
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.cli_args
 import pytest
 import torch
 from distilled_t5.encoder.teacher import Teacher
@@ -228,6 +229,13 @@ def test_another_teacher_or_format_has_a_folder_of_its_own_and_what_differs_is_s
     assert len({json.loads((folder / "about.json").read_text(encoding="utf-8"))["tokenizers"] for folder in folders}) == 1
 
 
+def test_flags_of_comfyui_that_decide_how_a_teacher_computes_are_part_of_it(tmp_path, monkeypatch):
+    before = description(recipe(tmp_path))
+    monkeypatch.setattr(comfy.cli_args.args, "fp16_text_enc", True)
+    after = description(recipe(tmp_path))
+    assert [key for key in before if before[key] != after[key]] == ["ComfyUI's flags"]
+
+
 def test_a_resumed_run_that_finds_only_the_texts_of_another_teacher_is_refused_with_what_differs(whole, tmp_path):
     shutil.copytree(whole / "cache", tmp_path / "cache")
     one = recipe(tmp_path / "cache", "teacher.cache_format=fp8")
@@ -387,7 +395,7 @@ def test_a_cache_that_was_killed_or_made_by_two_at_once_or_by_two_ranks_has_the_
     assert said.count("the teacher is not loaded") == 1
 
 
-def test_rounding_is_told_as_a_share_of_the_deviation_too_since_some_objectives_divide_by_the_variance():
+def test_rounding_is_reported_as_a_share_of_the_deviation_too_since_some_objectives_divide_by_the_variance():
     exact_BLD = torch.randn(4, 64, 8, generator=torch.Generator().manual_seed(0))
     exact_BLD[..., 0] = 100 + 0.1 * exact_BLD[..., 0]
     rounding = Rounding()
