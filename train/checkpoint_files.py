@@ -43,7 +43,7 @@ def step_of(path: Path) -> int:
 def best_of(paths: Sequence[Path]) -> Path | None:
     """The oldest of the checkpoints with the lowest held-out loss so far: the one that reached it.
 
-    The lowest so far rises only where the loss is measured in another way from there on: then earlier ones do not count.
+    The lowest so far rises only where the loss is measured differently from there on: then earlier ones do not count.
     """
     rated: list[tuple[float, Path]] = []
     for path in paths:

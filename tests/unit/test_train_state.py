@@ -140,7 +140,7 @@ def test_student_of_a_checkpoint_is_a_file_that_the_node_opens(tmp_path):
     assert same(dict(sorted(read_checkpoint(folder).student.items())), dict(sorted(tensors.items())))
 
 
-def test_where_the_held_out_loss_is_measured_in_another_way_earlier_checkpoints_are_not_the_best(tmp_path):
+def test_where_the_held_out_loss_is_measured_differently_earlier_checkpoints_are_not_the_best(tmp_path):
     store = checkpoints(tmp_path, keep_last=9)
     for step, best in [(1, 0.3), (2, 0.2), (3, None), (4, 0.7), (5, 0.6), (6, 0.6)]:
         store.save(some_state(step, best))
