@@ -70,9 +70,7 @@ def train(
             changes = [*run.recipe_changes(), *change] if run else []
             state = restore(workshop, checkpoints, {one["recipe_sha256_before"] for one in changes}) if resume else RunState()
             if run and not recipe.needs_diffusion_model and state.best is not None and ONE_BAND not in Curves.of(run.metrics).held_out:
-                log.warning(
-                    "The held-out loss was the velocity gap; it is the last stage's objective now. Earlier steps no longer count for the best one."
-                )
+                log.warning("The held-out loss was the velocity gap; it is the last stage's objective now. Earlier steps no longer count.")
                 state.best = None
             if run and change:
                 run.change_recipe(recipe.to_toml(), changes)
