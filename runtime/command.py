@@ -27,6 +27,14 @@ def add_comfyui_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--comfyui", metavar="DIR", help=f"folder of ComfyUI (default: {default})")
 
 
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add the recipe and --set, of the trainer's commands."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one, such as smoke")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="part.key=value", help="change one value of the recipe; may be repeated"
+    )
+
+
 def exit_status(run: Callable[[], int], command: str, memory_advice: Callable[[], str] | None = None) -> int:
     """The exit status of `run`: its own, 130 after Ctrl-C, 1 after an expected failure, which is printed. A bug keeps its traceback."""
     with contextlib.redirect_stdout(Terminal(sys.stdout)), contextlib.redirect_stderr(Terminal(sys.stderr)):

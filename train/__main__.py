@@ -39,8 +39,7 @@ COMMANDS = {
 
 def command_line() -> argparse.ArgumentParser:
     """The parser of the command's arguments."""
-    from distilled_t5.runtime.command import add_comfyui_option
-    from distilled_t5.train.commands import add_recipe
+    from distilled_t5.runtime.command import add_comfyui_option, add_recipe
 
     parser = argparse.ArgumentParser(
         prog="train",

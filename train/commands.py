@@ -6,20 +6,12 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from ..runtime.command import add_comfyui_option
+from ..runtime.command import add_comfyui_option, add_recipe
 from ..runtime.errors import UserError
 from .run_directory import RunDirectory
 from .watch import PORT
 
 STOPPING = "\nStopping: what is encoded is written. A second signal ends the command at once.\n"
-
-
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Add the recipe and --set."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one, such as smoke")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="part.key=value", help="change one value of the recipe; may be repeated"
-    )
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ from .file_sizes import text_width_in
 from .memory import Rehearsal, check_memory, check_ram, least_ram, ram_parts, shipped_advice, usable_of, without_gpu
 from .objectives import OBJECTIVES
 from .recipe import RANDOM, STAND_IN, Recipe
-from .remedies import fitting, smaller, with_less_ram
+from .remedies import GENERAL, fitting, smaller, with_less_ram
 from .student_start import make_student
 from .unloaded import check_blocks, projection_alone
 
@@ -169,8 +169,7 @@ def less_memory(recipe: Recipe, processes: int) -> str:
     try:
         return what_fits(recipe, again(recipe), total, again)
     except (ValueError, MemoryError):
-        general = "lower batch and raise accumulate by the same factor, or lower resolution_px or the longest of sampling.token_lengths."
-        return f"{general}\n{shipped_advice(recipe.family, total, device.type != 'cpu')}"
+        return f"{GENERAL}\n{shipped_advice(recipe.family, total, device.type != 'cpu')}"
 
 
 def _rehearsed(recipe: Recipe, device: torch.device, processes: int) -> Rehearsal | None:

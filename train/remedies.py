@@ -6,10 +6,13 @@ import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..runtime.errors import UserError
 from .memory import GB
 from .recipe import RANDOM, Recipe, Stage
 
 FP8 = "fp8_e4m3fn"
+# Where changes cannot be rehearsed.
+GENERAL = "lower batch and raise accumulate by the same factor, or lower resolution_px or the longest of sampling.token_lengths."
 
 
 def smaller(recipe: Recipe) -> Iterator[Recipe]:
@@ -69,7 +72,10 @@ def fitting(recipe: Recipe, candidates: Sequence[Recipe], needed: Callable[[Reci
         found[place] = needed(candidates[place])
         return found[place] <= limit_bytes
 
-    first = bisect.bisect_left(range(len(candidates)), True, key=fits)
+    try:
+        first = bisect.bisect_left(range(len(candidates)), True, key=fits)
+    except UserError:
+        return GENERAL
     lines = [_line(recipe, candidates[place], found[place], limit_bytes) for place in sorted(found) if place <= first]
     if first < len(candidates):
         return "\n".join(["make these changes (--set KEY=VALUE), as rehearsed:", *lines])
