@@ -10,7 +10,6 @@ import argparse
 import functools
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from typing import Any
 from ..runtime.disk import replace_file, sha256
 from ..runtime.lock import lock
 from ..train.recipe import load_recipe
-from .comfyui.ending import interrupt_when_asked
+from .comfyui.ending import run_to_its_end
 from .commands import ROOT, run_all
 from .docs.lab_tables import tables, write
 from .lab_arms import FAMILIES, PRETRAINED, Counted, Lab
@@ -205,14 +204,7 @@ def missing(kept: dict[str, Any], found: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Read the command line and run."""
     options = command_line().parse_args()
-    interrupt_when_asked()
-    try:
-        make(options)
-    except (RuntimeError, ValueError, OSError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        print("\nStopped. The same command continues.", file=sys.stderr)
-        sys.exit(130)
+    run_to_its_end(lambda: make(options), "Stopped. The same command continues.")
 
 
 if __name__ == "__main__":

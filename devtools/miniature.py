@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import psutil
 from ..miniature.files import FOLDERS, place
 from ..runtime.disk import replace_file
 from ..runtime.model_folders import SHIPPED
-from .comfyui.ending import interrupt_when_asked
+from .comfyui.ending import run_to_its_end
 from .commands import ROOT, run_all
 from .docs.miniature_tables import tables, write
 from .miniature_results import MIDDLE, RESULTS, SD3_STUDENT, SIZES, UNTRAINED, measured, results
@@ -240,14 +239,7 @@ def make(options: argparse.Namespace) -> None:
 def main() -> None:
     """Read the command line and run."""
     options = command_line().parse_args()
-    interrupt_when_asked()
-    try:
-        make(options)
-    except (RuntimeError, ValueError, OSError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        print("\nStopped. The same command continues.", file=sys.stderr)
-        sys.exit(130)
+    run_to_its_end(lambda: make(options), "Stopped. The same command continues.")
 
 
 if __name__ == "__main__":

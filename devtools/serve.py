@@ -4,11 +4,10 @@ import argparse
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 from ..runtime.model_folders import SHIPPED
-from .comfyui.ending import interrupt_when_asked
+from .comfyui.ending import run_to_its_end
 from .comfyui.server import ComfyServer
 from .models.random_models import ensure_all, link_into
 
@@ -76,13 +75,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8188)
     parser.add_argument("--base", type=Path, default=BASE)
     arguments = parser.parse_args()
-    interrupt_when_asked()
-    try:
-        serve(arguments.comfyui, arguments.port, arguments.base)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (RuntimeError, ValueError, OSError) as error:
-        sys.exit(str(error))
+    run_to_its_end(lambda: serve(arguments.comfyui, arguments.port, arguments.base))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable
 
 POLL_S = 0.5
 _ending = threading.Event()
@@ -19,6 +21,19 @@ def interrupt_when_asked() -> None:
         if number is not None and (name == "SIGINT" or signal.getsignal(number) != signal.SIG_IGN):
             signal.signal(number, _on_signal)
     interrupt_at_the_end_of(os.getppid())
+
+
+def run_to_its_end(work: Callable[[], object], when_stopped: str = "") -> None:
+    """Run a command's work. An expected failure ends the process with its message, a stop with status 130 and `when_stopped`."""
+    interrupt_when_asked()
+    try:
+        work()
+    except (RuntimeError, ValueError, OSError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        if when_stopped:
+            print(f"\n{when_stopped}", file=sys.stderr)
+        sys.exit(130)
 
 
 def interrupt_at_the_end_of(parent_pid: int) -> None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from distilled_t5.devtools.commands import ROOT
 from distilled_t5.devtools.docs.lab_tables import TABLES
 from distilled_t5.devtools.lab_arms import Lab
 from distilled_t5.devtools.lab_results import RESULTS
-from distilled_t5.tests.support.trainer import BOUND_S
+from distilled_t5.tests.support.trainer import BOUND_S, interrupt
 from distilled_t5.world.pictures import TASKS
 
 pytestmark = [pytest.mark.full, pytest.mark.skipif(os.name == "nt", reason="Windows has none of these signals and links")]
@@ -46,13 +44,7 @@ def test_a_stopped_trial_continues_to_its_tables_and_touches_nothing_that_is_kep
     while not [*runs.glob("*/runs/train/recipe.toml")]:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=BOUND_S)[0]
-    assert process.returncode == 130, said
-    assert "Stopped. The same command continues." in said
-    assert "Traceback" not in said
-    assert psutil.wait_procs(children, timeout=10)[1] == []
+    interrupt(process)
 
     process = start(comfyui_path, tmp_path)
     said = process.communicate(timeout=BOUND_S)[0]

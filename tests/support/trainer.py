@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from .prepared import run_prepared
 
@@ -76,6 +79,17 @@ def start(arguments: Sequence[str], folder: Path, launcher: Sequence[str] = (), 
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     STARTED.append(process)
     return process
+
+
+def interrupt(process: subprocess.Popen[str]) -> None:
+    """Press Ctrl-C in a development command, which must say that it continues, and leave no child."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=BOUND_S)[0]
+    assert process.returncode == 130, said
+    assert "Stopped. The same command continues." in said
+    assert "Traceback" not in said
+    assert psutil.wait_procs(children, timeout=10)[1] == []
 
 
 def kill_started() -> None:
