@@ -19,11 +19,12 @@ from typing import Any
 
 from ..runtime.disk import replace_file, sha256
 from ..runtime.lock import lock
+from ..runtime.model_folders import SHIPPED
 from ..train.recipe import load_recipe
 from .comfyui.ending import run_to_its_end
 from .commands import ROOT, run_all
 from .docs.lab_tables import tables, write
-from .lab_arms import FAMILIES, PRETRAINED, Counted, Lab
+from .lab_arms import FAMILIES, PRETRAINED, TEXTS, Counted, Lab
 from .lab_results import RESULTS, results
 from .lab_run import Run, evaluation
 from .miniature import processes
@@ -75,7 +76,6 @@ def decisive(lab: Lab, work: Work) -> str:
     """
     from ..evaluate.provenance import sources_sha256
     from ..runtime.comfyui import version_of
-    from ..runtime.model_folders import SHIPPED
     from .lab_pretrain import sources
 
     texts = [load_recipe(lab.recipe).to_toml(), work.suite.read_text(encoding="utf-8")]
@@ -88,13 +88,14 @@ def runs_of(lab: Lab, work: Work, seeds: int) -> list[tuple[Run, tuple[str, ...]
     """Every run in its order, with the values of `--set` that make it. A run of other sources or models has another folder."""
     found = []
     for seed in range(seeds):
-        starts = {PRETRAINED: work.pretrained}
+        files = {PRETRAINED: work.pretrained, TEXTS: work.folder / TEXTS}
         for arm in lab.arms:
-            overrides = arm.overrides(lab.recipe, lab.settings, seed, starts)
-            digest = hashlib.sha256((work.shared + lab.load(arm, seed, starts).sha256).encode()).hexdigest()[:8]
-            start = starts[arm.start] if arm.start and arm.start != PRETRAINED else None
-            run = Run(work.folder / "runs" / f"{arm.name}-seed-{seed}-{digest}", arm.name, seed, start)
-            starts[arm.name] = run.trained
+            overrides = arm.overrides(lab.recipe, lab.settings, seed, files)
+            digest = hashlib.sha256((work.shared + lab.load(arm, seed, files).sha256).encode()).hexdigest()[:8]
+            start = files[arm.start] if arm.start and arm.start != PRETRAINED else None
+            shipped = SHIPPED / "text_encoders" / f"{lab.shipped}.safetensors" if lab.shipped and not found else None
+            run = Run(work.folder / "runs" / f"{arm.name}-seed-{seed}-{digest}", arm.name, seed, start, shipped)
+            files[arm.name] = run.trained
             found.append((run, overrides))
     return found
 
@@ -153,9 +154,9 @@ def planned(options: argparse.Namespace, work: Work) -> Lab:
     lab = Lab.read(options.family)
     if options.quick:
         lab = replace(lab, arms=tuple(arm.shortened(QUICK_STEPS) for arm in lab.arms[:QUICK_ARMS]))
-        lab = replace(lab, settings=(*lab.settings, "optimizer.warmup_steps=1"))
+        lab = replace(lab, settings=(*lab.settings, "optimizer.warmup_steps=1"), shipped="")
     counted = Counted(work.folder / "flops.json", started)
-    return lab.planned(counted, lambda: counted.pretraining_tflop(lab.recipe, work.comfyui))
+    return lab.planned(counted.tflop, lambda: counted.pretraining_tflop(lab.recipe, work.comfyui))
 
 
 def make(options: argparse.Namespace) -> None:

@@ -14,27 +14,23 @@ from typing import Any
 
 from ..config.toml import toml_value
 from ..runtime.disk import replace_file
-from ..train.recipe import Recipe, Stage, load_recipe
+from ..train.recipe import Recipe, load_recipe
 from .commands import ROOT
 
 ARMS = ROOT / "benchmarks" / "lab.toml"
 # What an arm may start from, in its value of student.start: a T5 of the student's size, pretrained on text alone, or "{NAME}", the
-# student that an earlier arm has trained with the same seed.
-PRETRAINED = "pretrained"
-START = re.compile(r"student\.start=\{(.+)\}")
+# student that an earlier arm has trained with the same seed. In teacher.cache, "{texts}" is the folder that all runs share.
+PRETRAINED, TEXTS = "pretrained", "texts"
+START, NAMED = re.compile(r"student\.start=\{(.+)\}"), re.compile(r"\{([\w.-]+)\}$")
 FAMILIES = ("flux", "sd3")
-# Any number that the warm-up does not exceed: a step takes what it takes in a run of any length.
-COUNTED_STEPS = 1000
-# Floating-point operations of a step of each stage of a recipe, with the teacher's.
-Count = Callable[[Recipe], Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Arm:
     """Stages as tables of a recipe: what they leave out is as in the first stage of the base recipe.
 
-    times: the arithmetic, as a multiple of that of the first arm; the stages' steps are then proportions. tflop: the arithmetic of a
-    planned arm, 10^12 operations; captions: how many it draws. Both with those of the student that it starts from.
+    tflop: the arithmetic of a planned arm, 10^12 operations; captions: how many it draws. Both with those of the student that it starts
+    from.
     """
 
     name: str
@@ -42,7 +38,6 @@ class Arm:
     stages: tuple[Mapping[str, Any], ...]
     settings: tuple[str, ...] = ()
     families: tuple[str, ...] = FAMILIES
-    times: float | None = None
     tflop: float = 0.0
     captions: int = 0
 
@@ -51,15 +46,15 @@ class Arm:
         """What it starts from; None: random weights."""
         return next((found[1] for setting in self.settings if (found := START.fullmatch(setting))), None)
 
-    def overrides(self, recipe: str, common: Sequence[str], seed: int, starts: Mapping[str, Path]) -> tuple[str, ...]:
-        """The values of `--set` with which the trainer's command trains this arm from a shipped recipe. `starts`: files by name."""
+    def overrides(self, recipe: str, common: Sequence[str], seed: int, files: Mapping[str, Path]) -> tuple[str, ...]:
+        """The values of `--set` with which the trainer trains this arm from a shipped recipe. `files`: what `{NAME}` stands for."""
         stages = [_first_stage(recipe) | {"name": f"{number}-{stage['objective']}", **stage} for number, stage in enumerate(self.stages, 1)]
-        own = (START.sub(lambda found: f"student.start={starts[found[1]].as_posix()}", setting) for setting in self.settings)
+        own = (NAMED.sub(lambda found: files[found[1]].as_posix(), setting) for setting in self.settings)
         return (f"seed={seed}", f"output.name={self.name}", *common, *own, f"stage={toml_value(stages)}")
 
     def steps(self) -> str:
         """Its stages in words."""
-        return ", ".join(f"{stage['steps']:,} {stage['objective']}{_blocks(stage)}" for stage in self.stages)
+        return ", ".join(f"{stage['steps']:,} {stage['objective']}{_details(stage)}" for stage in self.stages)
 
     def shortened(self, steps: int) -> Arm:
         """The arm with so many steps in every stage."""
@@ -71,13 +66,18 @@ def _first_stage(recipe: str) -> dict[str, Any]:
     return load_recipe(recipe).stages[0].model_dump(exclude_none=True)
 
 
-def _blocks(stage: Mapping[str, Any]) -> str:
-    return f" ({stage['blocks']})" if "blocks" in stage else ""
+def _details(stage: Mapping[str, Any]) -> str:
+    details = [str(stage["blocks"])] if "blocks" in stage else []
+    details += [f"batches of {stage['batch']}"] if "batch" in stage else []
+    return f" ({', '.join(details)})" if details else ""
 
 
 @dataclass(frozen=True)
 class Lab:
-    """The arms of one family, the first of which is the base, and the questions that pairs of them answer."""
+    """The arms of one family, the first of which is the base, and the questions that pairs of them answer.
+
+    shipped: the student of the pack that the base's recipe has trained with its first seed; it is not trained again.
+    """
 
     family: str
     recipe: str
@@ -85,106 +85,77 @@ class Lab:
     settings: tuple[str, ...]
     arms: tuple[Arm, ...]
     claims: tuple[Mapping[str, str], ...]
+    shipped: str = ""
 
     @classmethod
     def read(cls, family: str, path: Path = ARMS) -> Lab:
-        """The arms of a family, in the order in which they are trained; an arm with several `times` becomes several."""
+        """The arms of a family, in the order in which they are trained."""
         found = tomllib.loads(path.read_text(encoding="utf-8"))
-        arms = tuple(arm for table in found["arm"] for arm in _arms(table) if family in arm.families)
-        return cls(family, **found["family"][family], settings=tuple(found["settings"]), arms=arms, claims=tuple(found["claim"]))
+        arms = (Arm(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}) for table in found["arm"])
+        return cls(
+            family,
+            **found["family"][family],
+            settings=tuple(found["settings"]),
+            arms=tuple(arm for arm in arms if family in arm.families),
+            claims=tuple(found["claim"]),
+        )
 
-    def load(self, arm: Arm, seed: int, starts: Mapping[str, Path]) -> Recipe:
+    def load(self, arm: Arm, seed: int, files: Mapping[str, Path]) -> Recipe:
         """The recipe of a run."""
-        return load_recipe(self.recipe, arm.overrides(self.recipe, self.settings, seed, starts))
+        return load_recipe(self.recipe, arm.overrides(self.recipe, self.settings, seed, files))
 
-    def planned(self, count: Count, pretraining_tflop: Callable[[], float]) -> Lab:
-        """The lab with the arithmetic of every arm, and the steps of those that are to take a multiple of the base's."""
-        alike: dict[tuple[str, ...], list[Arm]] = {}
+    def planned(self, tflop: Callable[[Recipe], float], pretraining_tflop: Callable[[], float]) -> Lab:
+        """The lab with the arithmetic and the captions of every arm."""
+        made = {PRETRAINED: Arm(PRETRAINED, PRETRAINED, (), tflop=pretraining_tflop() if self._has_pretrained else 0.0)}
         for arm in self.arms:
-            alike.setdefault(tuple(setting for setting in arm.settings if not START.fullmatch(setting)), []).append(arm)
-        per_step: dict[str, list[float]] = {}
-        for settings, arms in alike.items():
-            stages = tuple({**stage, "steps": COUNTED_STEPS} for arm in arms for stage in arm.stages)
-            counted = iter(count(self.load(Arm("counted", "counted", stages, settings), 0, {})))
-            per_step |= {arm.name: [next(counted) for _ in arm.stages] for arm in arms}
-        base = _tflop(self.arms[0], per_step[self.arms[0].name])
-        made: dict[str, Arm] = {}
-        for arm in self.arms:
-            if arm.start == PRETRAINED and PRETRAINED not in made:
-                made[PRETRAINED] = Arm(PRETRAINED, PRETRAINED, (), tflop=pretraining_tflop())
             before = made[arm.start] if arm.start else Arm("random", "random", ())
-            scaled = _scaled(arm, per_step[arm.name], base, before.tflop)
-            made[arm.name] = replace(scaled, captions=before.captions + self._captions(scaled))
+            # What it starts from changes nothing in what its own steps take.
+            own = replace(arm, settings=tuple(setting for setting in arm.settings if not START.fullmatch(setting)))
+            recipe = self.load(own, 0, {TEXTS: Path(TEXTS)})
+            made[arm.name] = replace(arm, tflop=before.tflop + tflop(recipe), captions=before.captions + _captions(recipe))
         return replace(self, arms=tuple(made[arm.name] for arm in self.arms))
 
-    def _captions(self, arm: Arm) -> int:
-        recipe = self.load(arm, 0, {arm.start: Path()} if arm.start else {})
-        return sum(-(-stage.steps // recipe.trajectory_steps(stage)) * stage.batch * stage.accumulate for stage in recipe.stages)
+    @property
+    def _has_pretrained(self) -> bool:
+        return any(arm.start == PRETRAINED for arm in self.arms)
 
 
-def _arms(table: Mapping[str, Any]) -> list[Arm]:
-    times = table.get("times", [None])
-    names = [table["name"] if number is None else f"{table['name']}-{number:g}" for number in times]
-    settings, families = tuple(table.get("settings", ())), tuple(table.get("families", FAMILIES))
-    arm = Arm("", table["title"], tuple(table["stages"]), settings, families)
-    return [replace(arm, name=name, times=number) for name, number in zip(names, times, strict=True)]
-
-
-def _tflop(arm: Arm, per_step: Sequence[float]) -> float:
-    return sum(stage["steps"] * flops for stage, flops in zip(arm.stages, per_step, strict=True)) / 1e12
-
-
-def _scaled(arm: Arm, per_step: Sequence[float], base_tflop: float, before_tflop: float) -> Arm:
-    """The arm with its steps. `before_tflop`: what its start took, which is part of its arithmetic."""
-    factor = 1.0 if arm.times is None else (arm.times * base_tflop - before_tflop) / _tflop(arm, per_step)
-    if factor <= 0:
-        raise ValueError(
-            f"{ARMS.name}: {arm.name} starts from a student that took {before_tflop:.3g} TFLOP; expected less than "
-            f"{arm.times} times the base's {base_tflop:.3g}.\nWhat to do: give it larger times."
-        )
-    scaled = replace(arm, stages=tuple({**stage, "steps": max(1, round(factor * stage["steps"]))} for stage in arm.stages))
-    return replace(scaled, tflop=before_tflop + _tflop(scaled, per_step))
+def _captions(recipe: Recipe) -> int:
+    return sum(-(-stage.steps // recipe.trajectory_steps(stage)) * stage.batch * stage.accumulate for stage in recipe.stages)
 
 
 class Counted:
-    """Counts the operations of stages by a rehearsal, once for equal stages, settings and sources of the pack."""
+    """Counts the operations of runs by a rehearsal, once for equal recipes and sources of the pack."""
 
     def __init__(self, file: Path, start_comfyui: Callable[[], object]) -> None:
         self.file, self._start_comfyui = file, start_comfyui
         self._known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
-    def __call__(self, recipe: Recipe) -> list[float]:
-        """The operations of a step of each stage."""
-        keys = [_key(recipe, stage) for stage in recipe.stages]
-        if missing := {key: stage for key, stage in zip(keys, recipe.stages, strict=True) if key not in self._known}:
-            print(f"Counting the operations of a step of {len(missing)} stages", flush=True)
-            found = self._rehearsed(recipe.model_copy(update={"stages": tuple(missing.values())}))
-            self._known |= dict(zip(missing, found, strict=True))
-            replace_file(self.file, json.dumps(self._known, indent=1).encode())
-        return [self._known[key] for key in keys]
+    def tflop(self, recipe: Recipe) -> float:
+        """The operations, 10^12, of all steps of a run, the teacher's included."""
+        from ..evaluate.provenance import sources_sha256
+
+        key = hashlib.sha256((sources_sha256() + recipe.to_toml()).encode()).hexdigest()
+        return self._once(key, lambda: self._rehearsed(recipe))
 
     def pretraining_tflop(self, recipe: str, comfyui: Path) -> float:
         """The operations, 10^12, of the pretraining of a student."""
         from .lab_pretrain import sources, tflop
 
-        key = f"pretraining {recipe} {sources()}"
+        return self._once(f"pretraining {recipe} {sources()}", lambda: tflop(recipe, comfyui))
+
+    def _once(self, key: str, count: Callable[[], float]) -> float:
         if key not in self._known:
-            self._known[key] = tflop(recipe, comfyui)
+            self._known[key] = count()
             replace_file(self.file, json.dumps(self._known, indent=1).encode())
         return self._known[key]
 
-    def _rehearsed(self, recipe: Recipe) -> list[float]:
+    def _rehearsed(self, recipe: Recipe) -> float:
+        print(f"Counting the operations of {recipe.output.name}", flush=True)
         self._start_comfyui()
         import torch
 
         from ..train.models import rehearsal_of
 
         stages = rehearsal_of(recipe, torch.device("cpu"), with_time=True).stages
-        return [sum(stage.flops.values()) + sum(stage.teacher_flops.values()) for stage in stages]
-
-
-def _key(recipe: Recipe, stage: Stage) -> str:
-    from ..evaluate.provenance import sources_sha256
-
-    alone = recipe.model_copy(update={"stages": (stage.model_copy(update={"name": "counted"}),)})
-    return hashlib.sha256((sources_sha256() + alone.to_toml()).encode()).hexdigest()
+        return sum(stage.steps * sum((*stage.flops.values(), *stage.teacher_flops.values())) for stage in stages) / 1e12

@@ -18,13 +18,14 @@ from .commands import ROOT, run_all
 class Run:
     """The folder of an arm with a seed; its name has a digest of what decides it, so that a changed arm is another run.
 
-    start: the file of another run's student that it starts from.
+    start: the file of another run's student that it starts from; shipped: that of a student that is there already.
     """
 
     folder: Path
     arm: str
     seed: int
     start: Path | None = None
+    shipped: Path | None = None
 
     @property
     def trained(self) -> Path:
@@ -53,6 +54,9 @@ class Run:
         evaluate = evaluation(suite, self.evaluation, comfyui, "--student", student)
         job = {"arm": self.arm, "seed": self.seed, "teacher": teacher, "train": train, "evaluate": evaluate}
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.shipped:
+            self.trained.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self.trained, self.shipped.read_bytes())
         replace_file(self.folder / "job.json", json.dumps(job, indent=1, default=str).encode())
         return ["-m", "distilled_t5.devtools.lab_run", self.folder]
 
