@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,8 @@ from distilled_t5.nodes.model_files import clip_l_names, new_file, path_of, remo
 from distilled_t5.runtime.disk import UNFINISHED
 from distilled_t5.runtime.errors import StudentFileError
 from distilled_t5.students.t5.layout import SHARED, StudentLayout
-from distilled_t5.tests.support.small_encoders import embedding
+from distilled_t5.tests.support.prepared import run_prepared
+from distilled_t5.tests.support.small_encoders import embedding, serve
 from distilled_t5.tests.support.tiny_students import FULL_VOCABULARY, joined, published_file, sparse_file, taken_apart, tiny_tensors
 from safetensors.torch import load_file
 
@@ -43,6 +43,14 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def load(clip_name2: str, clip_name1: str = "none", **settings: Any) -> Any:
     return DistilledT5Loader.execute(clip_name1, clip_name2, "flux", **settings).args[0]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The good student, loaded from a folder of its own."""
+    folder = tmp_path_factory.mktemp("loaded")
+    published_file(folder / "good.safetensors", STUDENT)
+    return serve(folder / "good.safetensors").clip
 
 
 def refusal(act: Callable[[], object], kind: type[Exception] = StudentFileError) -> str:
@@ -142,8 +150,8 @@ def test_torch_file_of_the_authors_is_refused_with_the_command_that_converts_it(
     message = refusal(lambda: load("authors.pth"))
     assert message.startswith("authors.pth is a file of torch.save")
     command = message.splitlines()[-1].partition(": python -c ")[2]
-    done = subprocess.run([sys.executable, "-c", command.strip('"')], cwd=comfyui_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    status, said = run_prepared(["-c", command.strip('"')], comfyui_path, 100)
+    assert status == 0, said
     assert load("authors.safetensors").cond_stage_model.layout == FULL_VOCABULARY
 
 
@@ -283,9 +291,8 @@ def test_dtype_that_comes_by_a_link_and_is_unknown_is_refused_with_those_that_ar
     ],
     ids=lambda name: ascii(name)[1:20],
 )
-def test_names_that_cannot_be_saved_are_refused_before_anything_is_written(models, name):
+def test_names_that_cannot_be_saved_are_refused_before_anything_is_written(models, clip, name):
     before = sorted(models.parent.rglob("*"))
-    clip = load("good.safetensors")
     message = refusal(lambda: DistilledT5Save.execute(clip, name, "as loaded"), ValueError)
     assert "cannot be the name" in message
     assert "mine/t5_base" in message
@@ -310,9 +317,9 @@ def test_names_that_cannot_be_saved_are_refused_before_anything_is_written(model
         ("x" * 200, "x" * 200 + ".safetensors"),
     ],
 )
-def test_names_that_can_be_saved(models, name, file):
+def test_names_that_can_be_saved(models, clip, name, file):
     assert new_file(name) == models.resolve() / file
-    DistilledT5Save.execute(load("good.safetensors"), name, "as loaded")
+    DistilledT5Save.execute(clip, name, "as loaded")
     assert (models / file).is_file()
 
 
