@@ -300,10 +300,10 @@ def print_summary(outcomes: list[Outcome]) -> None:
 def steps_of_test(options: argparse.Namespace, comfyui: Path) -> dict[str, tuple[list[str], Places]]:
     """The steps that the command line asks for, by name."""
 
-    def tests(folder: str, mark: str = "", full: bool = options.full) -> list[str]:
+    def tests(folder: str, mark: str = "", full: bool = options.full, workers: int = 2) -> list[str]:
         marks = " and ".join([*([mark] if mark else []), *([] if full else ["not full"])])
         chosen = [*(["-k", options.k] if options.k else []), *(["-m", marks] if marks else [])]
-        return ["pytest", f"tests/{folder}", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *chosen]
+        return ["pytest", f"tests/{folder}", "-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder", *chosen]
 
     version, here = comfyui_version(comfyui), {"COMFYUI_PATH": lambda: comfyui}
     steps: dict[str, tuple[list[str], Places]] = {"ruff check": (["ruff", "check", "."], {})}
@@ -316,7 +316,8 @@ def steps_of_test(options: argparse.Namespace, comfyui: Path) -> dict[str, tuple
         there = {"COMFYUI_PATH": functools.partial(fetched_comfyui, other)}
         steps[f"comfyui {other}"] = tests("comfyui", REPEATED, options.full and other == OLDEST), there
     steps[f"browser {version}"] = tests("browser"), here
-    steps[f"frontend {FRONTEND[0]}"] = tests("browser", REPEATED), here | {"FRONTEND_PATH": fetched_frontend}
+    # Two tests in the default run: a second worker would start a second server and a second browser.
+    steps[f"frontend {FRONTEND[0]}"] = tests("browser", REPEATED, workers=2 if options.full else 1), here | {"FRONTEND_PATH": fetched_frontend}
     return steps
 
 
