@@ -104,11 +104,12 @@ def works(path: str) -> bool:
 
 def run_in_foreground(command: list[str], **extra: str) -> int:
     """Run a command that prints to the terminal. On a signal it is asked to stop and may clean up; then KeyboardInterrupt is raised."""
-    stops, running = [], []
+    stops, running, told = [], [], []
 
     def pass_on(number: int, _frame: object) -> None:
         stops.append(number)
         for child in running:
+            told.append(number)
             if os.name != "nt":
                 child.send_signal(signal.SIGINT)
             elif number == signal.SIGTERM:
@@ -119,6 +120,8 @@ def run_in_foreground(command: list[str], **extra: str) -> int:
     try:
         # A separate session: otherwise a terminal's Ctrl-C would reach the child a second time and interrupt its clean-up.
         running.append(subprocess.Popen(command, cwd=ROOT, env=environment(**extra), stdin=subprocess.DEVNULL, start_new_session=True))
+        if len(stops) > len(told):  # a signal came while the child was started
+            pass_on(stops[0], None)
         code = running[0].wait()
     finally:
         for number, handler in before:
