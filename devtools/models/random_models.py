@@ -95,7 +95,7 @@ def _save(weights: Weights, path: Path) -> None:
         for weight in weights.values():
             content = weight.contiguous().reshape(-1).view(torch.uint8).numpy()
             if content.any():
-                file.write(content)
+                file.write(content.data)
             else:
                 file.seek(content.nbytes, os.SEEK_CUR)
         file.truncate()
