@@ -23,7 +23,8 @@ def worker() -> Iterator[LoadWorker]:
 
 @pytest.fixture
 def dev(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """dev.py as a module of its own for each test."""
+    """dev.py as a module of its own for each test; it imports from its folder."""
+    monkeypatch.syspath_prepend(str(ROOT))
     spec = importlib.util.spec_from_file_location("dev_under_test", ROOT / "dev.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
