@@ -1,4 +1,4 @@
-"""All that a developer runs, in one file that needs nothing but Python 3.11: `python dev.py test | demo | serve | bench | miniature | lab`.
+"""All that a developer runs; it needs nothing but Python 3.11: `python dev.py test | demo | serve | bench | miniature | lab`.
 
 Each command first sets up what it needs (uv, .venv, ComfyUI, links) and prints one line per step; what is already set up is left alone."""
 
@@ -17,12 +17,12 @@ import sys
 import tarfile
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT
 from typing import NoReturn
+
+from devtools.outcomes import Outcome, print_summary, read_report, say
 
 ROOT = Path(__file__).resolve().parent
 DEV, VENV, TOOLS = ROOT / ".dev", ROOT / ".venv", ROOT / ".dev" / "tools"
@@ -34,24 +34,10 @@ OLDEST, *_, NEWEST = VERSIONS
 NEEDED_GB, REPEATED = 8, "every_version"  # the mark of the tests that run on other versions of ComfyUI and on the newest frontend, too
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 Places = dict[str, Callable[[], Path]]  # environment variables, and what finds or fetches the folders that they name
-say = functools.partial(print, flush=True)
 
 
 class Trouble(Exception):
     """An expected failure; its text is a message for the person at the terminal."""
-
-
-@dataclass
-class Outcome:
-    """The result of one step of `test`; `tests` holds the seconds and the name of each test."""
-
-    step: str
-    passed: int = 0
-    failed: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
-    note: str = ""
-    tests: tuple[tuple[float, str], ...] = ()
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -104,11 +90,12 @@ def works(path: str) -> bool:
 
 def run_in_foreground(command: list[str], **extra: str) -> int:
     """Run a command that prints to the terminal. On a signal it is asked to stop and may clean up; then KeyboardInterrupt is raised."""
-    stops, running = [], []
+    stops, running, told = [], [], []
 
     def pass_on(number: int, _frame: object) -> None:
         stops.append(number)
         for child in running:
+            told.append(number)
             if os.name != "nt":
                 child.send_signal(signal.SIGINT)
             elif number == signal.SIGTERM:
@@ -119,6 +106,8 @@ def run_in_foreground(command: list[str], **extra: str) -> int:
     try:
         # A separate session: otherwise a terminal's Ctrl-C would reach the child a second time and interrupt its clean-up.
         running.append(subprocess.Popen(command, cwd=ROOT, env=environment(**extra), stdin=subprocess.DEVNULL, start_new_session=True))
+        if len(stops) > len(told):  # a signal came while the child was started
+            pass_on(stops[0], None)
         code = running[0].wait()
     finally:
         for number, handler in before:
@@ -263,14 +252,6 @@ def ensure_program(name: str) -> str:
     return found
 
 
-def read_report(step: str, report: Path) -> Outcome:
-    """The outcome of a step, from pytest's JUnit report."""
-    cases = list(ElementTree.parse(report).iter("testcase"))
-    failed, skipped = (sum(any(child.tag in tags for child in case) for case in cases) for tags in (("failure", "error"), ("skipped",)))
-    tests = ((float(case.get("time", 0)), f"{step}: {case.get('classname')}::{case.get('name')}") for case in cases)
-    return Outcome(step, len(cases) - failed - skipped, failed, skipped, tests=tuple(tests))
-
-
 def run_step(step: str, command: list[str], places: Places) -> Outcome:
     """Run a checker or pytest with the folders and programs that it needs; an exit status other than 0 is a failure."""
     say(f"\n== {step}")
@@ -286,24 +267,13 @@ def run_step(step: str, command: list[str], places: Places) -> Outcome:
     return outcome
 
 
-def print_summary(outcomes: list[Outcome]) -> None:
-    """The slowest tests and one table; the last line contains the sums alone."""
-    slowest = sorted((test for outcome in outcomes for test in outcome.tests), reverse=True)[:10]
-    say("\nslowest tests", *(f"{seconds:>8.1f} s  {name}" for seconds, name in slowest), sep="\n")
-    say(f"\n{'step':<18}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}")
-    for outcome in outcomes:
-        say(f"{outcome.step:<18}{outcome.passed:>8}{outcome.failed:>8}{outcome.skipped:>9}{outcome.seconds:>9.1f}  {outcome.note}".rstrip())
-    passed, failed, skipped = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("passed", "failed", "skipped"))
-    say(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
-
-
 def steps_of_test(options: argparse.Namespace, comfyui: Path) -> dict[str, tuple[list[str], Places]]:
     """The steps that the command line asks for, by name."""
 
-    def tests(folder: str, mark: str = "", full: bool = options.full) -> list[str]:
+    def tests(folder: str, mark: str = "", full: bool = options.full, workers: int = 2) -> list[str]:
         marks = " and ".join([*([mark] if mark else []), *([] if full else ["not full"])])
         chosen = [*(["-k", options.k] if options.k else []), *(["-m", marks] if marks else [])]
-        return ["pytest", f"tests/{folder}", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *chosen]
+        return ["pytest", f"tests/{folder}", "-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder", *chosen]
 
     version, here = comfyui_version(comfyui), {"COMFYUI_PATH": lambda: comfyui}
     steps: dict[str, tuple[list[str], Places]] = {"ruff check": (["ruff", "check", "."], {})}
@@ -316,7 +286,9 @@ def steps_of_test(options: argparse.Namespace, comfyui: Path) -> dict[str, tuple
         there = {"COMFYUI_PATH": functools.partial(fetched_comfyui, other)}
         steps[f"comfyui {other}"] = tests("comfyui", REPEATED, options.full and other == OLDEST), there
     steps[f"browser {version}"] = tests("browser"), here
-    steps[f"frontend {FRONTEND[0]}"] = tests("browser", REPEATED), here | {"FRONTEND_PATH": fetched_frontend}
+    # Of the two tests in the default run, a second worker would start a second server and a second browser.
+    workers = 2 if options.full else 1
+    steps[f"frontend {FRONTEND[0]}"] = tests("browser", REPEATED, workers=workers), here | {"FRONTEND_PATH": fetched_frontend}
     return steps
 
 

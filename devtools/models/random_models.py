@@ -93,10 +93,11 @@ def _save(weights: Weights, path: Path) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for weight in weights.values():
-            if weight.float().any():
-                file.write(weight.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            content = weight.contiguous().reshape(-1).view(torch.uint8).numpy()
+            if content.any():
+                file.write(content.data)
             else:
-                file.seek(weight.numel() * weight.element_size(), os.SEEK_CUR)
+                file.seek(content.nbytes, os.SEEK_CUR)
         file.truncate()
 
 

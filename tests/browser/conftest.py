@@ -13,7 +13,7 @@ from distilled_t5.devtools.docs.browser import PACK, chromium, find_chromium, pa
 from distilled_t5.devtools.models.random_models import ensure_all, link_into
 from distilled_t5.tests.support.comfy_tab import ComfyTab
 from filelock import FileLock
-from playwright.sync_api import BrowserContext, expect
+from playwright.sync_api import BrowserContext, Route, expect
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # With the files of another frontend than ComfyUI's own, the pack is in the folder that an archive of the main branch unpacks to.
@@ -56,12 +56,6 @@ def server(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield running
 
 
-@pytest.fixture(params=[False, True], ids=["canvas", "nodes-2"])
-def nodes_2(request: pytest.FixtureRequest) -> bool:
-    """Each of the page's two renderers: False is the canvas, True is Nodes 2.0."""
-    return request.param
-
-
 @pytest.fixture
 def comfy(request: pytest.FixtureRequest, browser_context: BrowserContext, server: ComfyServer) -> Iterator[ComfyTab]:
     """A tab for the test to open; afterwards its picture is kept, and an error on it fails the test."""
@@ -86,9 +80,16 @@ def server_without_pack(comfyui_path: Path, tmp_path_factory: pytest.TempPathFac
         yield running
 
 
-@pytest.fixture
-def comfy_without_pack(
-    request: pytest.FixtureRequest, browser_context: BrowserContext, server_without_pack: ComfyServer
-) -> Iterator[ComfyTab]:
-    """A tab on the ComfyUI without the pack."""
-    yield from recorded(ComfyTab(browser_context, server_without_pack), request.node.name)
+def without_pack(route: Route) -> None:
+    """Answer for a server that has other nodes alone."""
+    answer = route.fetch()
+    route.fulfill(response=answer, json={name: node for name, node in answer.json().items() if not name.startswith("DistilledT5")})
+
+
+@pytest.fixture(params=["server", pytest.param("server_without_pack", marks=pytest.mark.full)])
+def comfy_without_pack(request: pytest.FixtureRequest, browser_context: BrowserContext) -> Iterator[ComfyTab]:
+    """A tab that gets none of the pack's nodes, from a server that has them, and from one that does not."""
+    tab = ComfyTab(browser_context, request.getfixturevalue(request.param))
+    if request.param == "server":
+        tab.page.route("**/object_info", without_pack)
+    yield from recorded(tab, request.node.name)

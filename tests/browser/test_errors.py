@@ -32,7 +32,10 @@ def broken_files(server: ComfyServer) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("broken_files")
-@pytest.mark.parametrize(("case", "nodes_2"), [("vae", False), ("vae", True), ("truncated", False), ("clip_l", False)])
+@pytest.mark.parametrize(
+    ("case", "nodes_2"),
+    [("vae", False), ("vae", True), *(pytest.param(case, False, marks=pytest.mark.full) for case in ("truncated", "clip_l"))],
+)
 def test_a_wrong_file_is_explained_under_view_details(comfy: ComfyTab, case: str, nodes_2: bool) -> None:
     comfy.open_template(FLUX_DEV, nodes_2=nodes_2)
     comfy.set_widgets("DistilledT5Loader", clip_name2=f"{case}.safetensors")

@@ -10,6 +10,7 @@ from distilled_t5.devtools.comfyui.server import ComfyServer
 from distilled_t5.encoder.files import write_student
 from distilled_t5.encoder.metadata import StudentMetadata
 from distilled_t5.tests.support.comfy_tab import ComfyTab
+from distilled_t5.tests.support.renderers import ONE_IN_NODES_2, ONE_ON_THE_CANVAS
 from distilled_t5.tests.support.tiny_students import FULL_VOCABULARY, tiny_tensors
 from playwright.sync_api import expect
 
@@ -34,7 +35,15 @@ def headings_of(page: Path) -> list[str]:
     return headings
 
 
-@pytest.mark.parametrize("query", ["Distilled T5", "small T5"])
+@pytest.mark.parametrize(
+    ("nodes_2", "query"),
+    [
+        pytest.param(False, "Distilled T5", id="canvas-Distilled T5"),
+        pytest.param(True, "small T5", id="nodes-2-small T5"),
+        pytest.param(True, "Distilled T5", id="nodes-2-Distilled T5", marks=pytest.mark.full),
+        pytest.param(False, "small T5", id="canvas-small T5", marks=pytest.mark.full),
+    ],
+)
 def test_the_loader_is_found_by_name_and_by_alias_and_placed(comfy: ComfyTab, nodes_2: bool, query: str) -> None:
     comfy.open(nodes_2=nodes_2, empty=True)
     comfy.place_from_search(query, "Distilled T5 Loader")
@@ -52,6 +61,7 @@ def test_the_loader_is_found_by_every_name_in_use(comfy: ComfyTab) -> None:
         expect(results.filter(has=comfy.page.get_by_text(title, exact=True))).to_be_visible()
 
 
+@pytest.mark.parametrize("nodes_2", ONE_IN_NODES_2)
 def test_a_node_is_dragged_from_the_library(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open(nodes_2=nodes_2, empty=True)
     comfy.drag_from_library("Distilled T5 Loader", at=(900, 400))
@@ -63,6 +73,7 @@ def test_a_node_is_dragged_from_the_library(comfy: ComfyTab, nodes_2: bool) -> N
     assert {"Distilled T5 Loader", "CLIP-L file"} <= set(comfy.drawn_texts())
 
 
+@pytest.mark.parametrize("nodes_2", ONE_ON_THE_CANVAS)
 def test_the_blueprint_becomes_a_subgraph_with_our_nodes(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open(nodes_2=nodes_2, empty=True)
     comfy.place_from_search(BLUEPRINT, BLUEPRINT)

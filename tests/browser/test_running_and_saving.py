@@ -67,7 +67,7 @@ def test_the_text_of_what_was_loaded_stays_and_returns_after_a_reload_without_lo
     assert kept == set(entry["prompt"][2])
 
 
-@pytest.mark.parametrize("nodes_2", ONE_IN_NODES_2)
+@pytest.mark.parametrize("nodes_2", ONE_ON_THE_CANVAS)
 def test_a_saved_and_loaded_workflow_is_unchanged(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open(nodes_2=nodes_2)
     for path in sorted(FOLDER.glob("*.json")):
@@ -77,7 +77,7 @@ def test_a_saved_and_loaded_workflow_is_unchanged(comfy: ComfyTab, nodes_2: bool
         assert content(comfy.graph()) == content(before), path.name
 
 
-@pytest.mark.parametrize("nodes_2", ONE_ON_THE_CANVAS)
+@pytest.mark.parametrize("nodes_2", ONE_IN_NODES_2)
 def test_a_reload_and_saving_keep_every_value(comfy: ComfyTab, server: ComfyServer, nodes_2: bool) -> None:
     name = f"mine-{'new' if nodes_2 else 'old'}"
     comfy.open_template(LORA, nodes_2=nodes_2)

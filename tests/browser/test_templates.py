@@ -12,6 +12,7 @@ import pytest
 from distilled_t5.devtools.comfyui.server import ComfyServer
 from distilled_t5.devtools.docs.browser import PACK
 from distilled_t5.tests.support.comfy_tab import ComfyTab
+from distilled_t5.tests.support.renderers import ONE_IN_NODES_2
 from distilled_t5.tests.support.workflows import EXAMPLE_NAMES, FLUX_DEV, FORM, MINIATURE, example
 from playwright.sync_api import expect
 
@@ -23,30 +24,36 @@ def sizes(workflow: dict[str, Any]) -> dict[int, list[float]]:
     return {node["id"]: node["size"] for node in workflow["nodes"]}
 
 
-# The zoom of every template is looked at in every run; opened one by one are these.
-MARKS = {FLUX_DEV: pytest.mark.every_version, MINIATURE: ()}
+# Opened one by one in the default run; the others are opened by the test of the zoom.
+OPENED = [pytest.param(name, marks=pytest.mark.every_version if name == FLUX_DEV else pytest.mark.full) for name in EXAMPLE_NAMES]
 
 
 def widget_values(workflow: dict[str, Any]) -> dict[int, Any]:
     return {node["id"]: node.get("widgets_values") or [] for node in workflow["nodes"]}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in (FLUX_DEV, MINIATURE) else pytest.mark.full) for name in EXAMPLE_NAMES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] * (name != MINIATURE)) for name in EXAMPLE_NAMES])
 def test_a_template_opens_from_the_template_browser(comfy: ComfyTab, name: str) -> None:
     comfy.open()
     comfy.load_template(name)
     assert_complete(comfy, name)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.full)) for name in EXAMPLE_NAMES])
+@pytest.mark.parametrize("name", OPENED)
 def test_a_template_opens_from_its_link_in_nodes_2(comfy: ComfyTab, name: str) -> None:
     comfy.open_template(name, nodes_2=True)
     assert_complete(comfy, name)
 
 
-@pytest.mark.parametrize("window_px", WINDOWS_PX)
+@pytest.mark.parametrize(
+    ("nodes_2", "window_px"),
+    [
+        pytest.param(False, WINDOWS_PX[0], id="canvas-large"),
+        pytest.param(True, WINDOWS_PX[1], id="nodes-2-small"),
+        pytest.param(False, WINDOWS_PX[1], id="canvas-small", marks=pytest.mark.full),
+        pytest.param(True, WINDOWS_PX[0], id="nodes-2-large", marks=pytest.mark.full),
+    ],
+)
 def test_every_template_opens_at_a_zoom_at_which_its_text_is_drawn(comfy: ComfyTab, nodes_2: bool, window_px: tuple[int, int]) -> None:
     comfy.page.set_viewport_size({"width": window_px[0], "height": window_px[1]})
     comfy.open(nodes_2=nodes_2)
@@ -117,6 +124,7 @@ def without_the_student(server: ComfyServer, tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("without_the_student")
+@pytest.mark.parametrize("nodes_2", ONE_IN_NODES_2)
 def test_a_missing_model_is_named_with_its_folder_and_a_download(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open_template(FLUX_DEV, nodes_2=nodes_2)
     expect(comfy.page.get_by_test_id("error-overlay")).to_contain_text("distilled_t5_base.safetensors")

@@ -139,7 +139,11 @@ def test_a_run_that_ended_says_how_and_one_that_was_killed_is_noticed(tab, run):
     )
 
 
-def test_the_page_that_is_served_follows_the_run_from_its_end_to_its_resume(tab, run):
+def test_the_page_that_is_served_follows_the_run_from_its_end_to_its_resume(tab, run, monkeypatch):
+    monkeypatch.setattr(page_module, "INTERVAL_S", 2.0)
+    written = run.page.read_text(encoding="utf-8")
+    assert '"interval": 10.0' in written
+    run.page.write_text(written.replace('"interval": 10.0', '"interval": 2.0'), encoding="utf-8")
     with open_server(str(run.path), 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

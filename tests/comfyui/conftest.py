@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -25,6 +26,11 @@ LONG = (
 LONG_TESTS = (
     "test_at_its_start_comfyui_prints_nothing_that_it_does_not_print_without_the_pack",
     "test_the_bars_of_loading_and_saving_go_from_nothing_to_the_end",
+)
+# Files that use the session's server: one worker runs all of them, because a second server takes as long to start as many tests.
+SERVED = (
+    *("test_server.py", "test_workflows.py", "test_progress_and_cancel.py", "test_evaluation_workflows.py", "test_miniature_world.py"),
+    *("test_trainer_smoke.py", "test_distil_in_graph.py", "test_fuzz_loader.py"),
 )
 # Files about ComfyUI itself: their tests get the marker `every_version`.
 ABOUT_COMFYUI = (
@@ -72,8 +78,8 @@ def is_newest() -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of the files about ComfyUI."""
-    if missing := [name for name in ABOUT_COMFYUI if not Path(__file__).with_name(name).exists()]:
-        raise pytest.UsageError(f"ABOUT_COMFYUI in {__file__} names {', '.join(missing)}: update it after renaming or removing a file.")
+    if missing := [name for name in (*ABOUT_COMFYUI, *SERVED) if not Path(__file__).with_name(name).exists()]:
+        raise pytest.UsageError(f"A list in {__file__} names {', '.join(missing)}: update it after renaming or removing a file.")
     for item in items:
         if item.path.name in ABOUT_COMFYUI:
             item.add_marker(pytest.mark.every_version)
@@ -81,9 +87,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.full)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each file of tests goes to one worker, and the files that use the server to the same one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneServer(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "server" if Path(file).name in SERVED else file
+
+    return OneServer(config, log)
+
+
 def pytest_unconfigure() -> None:
     """Remove ComfyUI's folders."""
     BASE.cleanup()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def computed_once() -> Iterator[None]:
+    """Tokenizers are read once, and equal recipes are rehearsed once."""
+    from distilled_t5.tests.support.computed_once import read_tokenizers_once, rehearse_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        read_tokenizers_once(patch, COMFYUI)
+        rehearse_once(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

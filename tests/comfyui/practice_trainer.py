@@ -46,7 +46,7 @@ def free_device() -> Iterator[None]:
     practice.set_budget(None)
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(scope="module", params=["smoke", pytest.param("miniature-quick", marks=pytest.mark.full)])
 def recipe(request: pytest.FixtureRequest) -> Recipe:
     add_model_folders()
     return load_recipe(request.param, [*RUNS[request.param], *OFTEN, *PREVIEW])

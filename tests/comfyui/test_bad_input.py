@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +18,14 @@ from distilled_t5.nodes import DistilledT5Loader, DistilledT5Save, DistilledT5Te
 from distilled_t5.nodes.model_files import clip_l_names, new_file, path_of, remove_abandoned_files, text_encoder_names
 from distilled_t5.runtime.disk import UNFINISHED
 from distilled_t5.runtime.errors import StudentFileError
-from distilled_t5.students.t5.layout import SHARED, StudentLayout
-from distilled_t5.tests.support.small_encoders import embedding
-from distilled_t5.tests.support.tiny_students import FULL_VOCABULARY, joined, published_file, sparse_file, taken_apart, tiny_tensors
+from distilled_t5.students.t5.layout import SHARED
+from distilled_t5.tests.support.bad_students import FILES, STUDENT
+from distilled_t5.tests.support.prepared import run_prepared
+from distilled_t5.tests.support.small_encoders import embedding, serve
+from distilled_t5.tests.support.tiny_students import FULL_VOCABULARY, published_file, sparse_file, tiny_tensors
 from safetensors.torch import load_file
 
-STUDENT = tiny_tensors(FULL_VOCABULARY)
-TABLE = (32128, 8)
 NAME = "bad.safetensors"
-Maker = Callable[[Path], Any]
 
 
 @pytest.fixture
@@ -45,6 +43,14 @@ def load(clip_name2: str, clip_name1: str = "none", **settings: Any) -> Any:
     return DistilledT5Loader.execute(clip_name1, clip_name2, "flux", **settings).args[0]
 
 
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The good student, loaded from a folder of its own."""
+    folder = tmp_path_factory.mktemp("loaded")
+    published_file(folder / "good.safetensors", STUDENT)
+    return serve(folder / "good.safetensors").clip
+
+
 def refusal(act: Callable[[], object], kind: type[Exception] = StudentFileError) -> str:
     """The message of an error that a person can act on; nothing may have been loaded."""
     loaded = list(comfy.model_management.current_loaded_models)
@@ -55,64 +61,6 @@ def refusal(act: Callable[[], object], kind: type[Exception] = StudentFileError)
     assert message.splitlines()[-1].startswith("What to do: ")
     assert not message.startswith("What to do: ")
     return message
-
-
-def changed(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """The tensors of a student with some of them replaced, added or (None) taken away; `__` stands for a dot."""
-    table = STUDENT | {name.replace("__", "."): tensor for name, tensor in changes.items() if tensor is not None}
-    return {name: tensor for name, tensor in table.items() if changes.get(name.replace(".", "__"), tensor) is not None}
-
-
-def xxl() -> dict[str, tuple[int, ...]]:
-    return {name.removeprefix("encoder."): shape for name, shape in StudentLayout.named("xxl", output_width=None).tensors().items()}
-
-
-def wrong_metadata(path: Path) -> None:
-    published_file(path, STUDENT, {"distilled_t5.format_version": "1", "distilled_t5.projection": "none"})
-
-
-def truncated(path: Path) -> None:
-    published_file(path, STUDENT)
-    os.truncate(path, path.stat().st_size - 1000)
-
-
-def damaged(path: Path) -> None:
-    """Tensor bytes that are not those whose hash the file names."""
-    header, data = taken_apart(published_file(path, STUDENT).read_bytes())
-    header["__metadata__"] = {"distilled_t5.format_version": "1", "modelspec.hash_sha256": "0x" + "12" * 32}
-    path.write_bytes(joined(header, data))
-
-
-FILES: dict[str, tuple[Maker, tuple[str, ...]]] = {
-    "CLIP-L": (lambda path: sparse_file(path, clip_l_shapes(), "F16"), ("a CLIP text encoder", "clip_name1")),
-    "Flux": (lambda path: sparse_file(path, {"double_blocks.0.img_mod.lin.weight": (3072, 64)}), ("a diffusion model",)),
-    "T5-XXL": (lambda path: sparse_file(path, xxl(), "F16"), ("a plain T5-XXL", "Load CLIP, DualCLIPLoader or TripleCLIPLoader")),
-    "stripped student": (
-        lambda path: published_file(path, {name: t for name, t in STUDENT.items() if "projection" not in name}),
-        ("without a projection", "final_projection.0 and .3"),
-    ),
-    "LoRA": (lambda path: sparse_file(path, {"lora_unet_single_blocks_0.lora_down.weight": (4, 8)}), ("a LoRA", "LoraLoader")),
-    "VAE": (lambda path: sparse_file(path, {"decoder.conv_in.weight": (8, 16, 3, 3)}), ("a VAE", "Load VAE")),
-    "empty": (lambda path: path.touch(), ("is empty (0 bytes)", "download")),
-    "truncated": (truncated, ("not a complete safetensors file", "cut off")),
-    "renamed GGUF": (lambda path: path.write_bytes(b"GGUF" + bytes(999)), ("GGUF", "ComfyUI-GGUF")),
-    "wrong width": (
-        lambda path: published_file(path, tiny_tensors(StudentLayout(8, 12, 1, 2, 4, hidden_width=8, projected_width=768))),
-        ("width 768", "flux requires 4096"),
-    ),
-    "missing tensor": (lambda path: published_file(path, changed(encoder__encoder__final_layer_norm__weight=None)), ("final_layer_norm",)),
-    "extra tensor": (lambda path: published_file(path, changed(lm_head=torch.zeros(3))), ("1 unexpected", "  lm_head\n")),
-    "NaN": (
-        lambda path: published_file(path, changed(encoder__shared__weight=torch.full(TABLE, torch.nan, dtype=torch.bfloat16))),
-        ("hold NaN or infinity", f"  {SHARED}\n"),
-    ),
-    "integers": (
-        lambda path: published_file(path, changed(encoder__shared__weight=torch.zeros(*TABLE, dtype=torch.int8))),
-        (f"  {SHARED}: I8\n", "BF16"),
-    ),
-    "wrong metadata": (wrong_metadata, ("distilled_t5.projection = 'none'", "a projection")),
-    "other data than its hash says": (damaged, ("changed or damaged", "Expected 1212", "Got")),
-}
 
 
 @pytest.mark.parametrize(("make", "parts"), FILES.values(), ids=FILES)
@@ -142,8 +90,8 @@ def test_torch_file_of_the_authors_is_refused_with_the_command_that_converts_it(
     message = refusal(lambda: load("authors.pth"))
     assert message.startswith("authors.pth is a file of torch.save")
     command = message.splitlines()[-1].partition(": python -c ")[2]
-    done = subprocess.run([sys.executable, "-c", command.strip('"')], cwd=comfyui_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    status, said = run_prepared(["-c", command.strip('"')], comfyui_path, 100)
+    assert status == 0, said
     assert load("authors.safetensors").cond_stage_model.layout == FULL_VOCABULARY
 
 
@@ -283,9 +231,8 @@ def test_dtype_that_comes_by_a_link_and_is_unknown_is_refused_with_those_that_ar
     ],
     ids=lambda name: ascii(name)[1:20],
 )
-def test_names_that_cannot_be_saved_are_refused_before_anything_is_written(models, name):
+def test_names_that_cannot_be_saved_are_refused_before_anything_is_written(models, clip, name):
     before = sorted(models.parent.rglob("*"))
-    clip = load("good.safetensors")
     message = refusal(lambda: DistilledT5Save.execute(clip, name, "as loaded"), ValueError)
     assert "cannot be the name" in message
     assert "mine/t5_base" in message
@@ -310,9 +257,9 @@ def test_names_that_cannot_be_saved_are_refused_before_anything_is_written(model
         ("x" * 200, "x" * 200 + ".safetensors"),
     ],
 )
-def test_names_that_can_be_saved(models, name, file):
+def test_names_that_can_be_saved(models, clip, name, file):
     assert new_file(name) == models.resolve() / file
-    DistilledT5Save.execute(load("good.safetensors"), name, "as loaded")
+    DistilledT5Save.execute(clip, name, "as loaded")
     assert (models / file).is_file()
 
 

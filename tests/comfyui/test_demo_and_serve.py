@@ -214,7 +214,9 @@ def test_serve_prints_its_address_answers_there_and_ends_when_asked(comfyui_path
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has none of these signals")
-@pytest.mark.parametrize("sent", ["SIGINT", "SIGHUP", "SIGKILL"])
+@pytest.mark.parametrize(
+    "sent", [pytest.param("SIGINT", marks=pytest.mark.full), pytest.param("SIGHUP", marks=pytest.mark.full), "SIGKILL"]
+)
 def test_serve_leaves_no_comfyui_behind_however_it_is_stopped(comfyui_path: Path, tmp_path: Path, sent: str) -> None:
     with serving(comfyui_path, tmp_path, free_port()) as process:
         line_of(process, tmp_path, "Starting")

@@ -321,6 +321,7 @@ def test_cancel_saves_and_the_next_run_continues_to_the_same_student(trained, se
     assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, STEPS + 1))
     encoder = server.base / "models" / "text_encoders" / "cancelled.safetensors"
     assert open_student(encoder).metadata.sha256 == checksum("trained")
+    encoder.unlink()
     assert "memory leak" not in server.log().lower()
 
 

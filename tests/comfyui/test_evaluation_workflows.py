@@ -15,40 +15,45 @@ from distilled_t5.encoder.files import write_student
 from distilled_t5.encoder.metadata import StudentMetadata
 from distilled_t5.families.flux_tensors import FluxLayout
 from distilled_t5.miniature.autoencoder import vae_tensors
-from distilled_t5.miniature.files import FLUX_FILE, TEACHER_FILE, VAE_FILE, place
+from distilled_t5.miniature.files import FLUX_FILE, TEACHER_FILE, VAE_FILE
 from distilled_t5.runtime.random_weights import drawn
 from distilled_t5.students.t5.layout import StudentLayout
 from distilled_t5.tests.support.workflows import ATTENTION_MAP, ENCODER_MAP, ENCODER_REPORT, MINIATURE_STUDENT, WRITTEN_TEXT, example
 from PIL import Image
 
 WIDTH = 128
+# The files of the miniature, and the untrained ones in their place.
+UNTRAINED = {name: f"untrained_{name}" for name in (FLUX_FILE, VAE_FILE, TEACHER_FILE, MINIATURE_STUDENT)}
 TEACHER = StudentLayout(d_model=WIDTH, d_ff=64, num_layers=1, num_heads=2, d_kv=16)
 STUDENT = StudentLayout(d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16, hidden_width=32, projected_width=WIDTH)
 
 
-def untrained_miniature(models: Path) -> None:
-    """Write files with the names and types of the miniature's and random weights, in ComfyUI's folder of models."""
-    for kind in ("diffusion_models", "text_encoders", "vae"):
-        (models / kind).mkdir(parents=True, exist_ok=True)
+def untrained_miniature(models: Path) -> list[Path]:
+    """Write files of the types of the miniature's with random weights into ComfyUI's folder of models."""
     flux = FluxLayout(width=128, double=1, single=1, text_width=WIDTH)
-    safetensors.torch.save_file(drawn(flux.tensors(), seed=3), place(models, FLUX_FILE))
-    safetensors.torch.save_file(vae_tensors(), place(models, VAE_FILE))
+    safetensors.torch.save_file(drawn(flux.tensors(), seed=3), models / "diffusion_models" / UNTRAINED[FLUX_FILE])
+    safetensors.torch.save_file(vae_tensors(), models / "vae" / UNTRAINED[VAE_FILE])
     for number, (name, layout) in enumerate(((TEACHER_FILE, TEACHER), (MINIATURE_STUDENT, STUDENT))):
         projection = "mlp" if layout.projected_width else "none"
         metadata = StudentMetadata(token_length=40, pooled="zero", projection=projection, text_width=WIDTH)
-        write_student(models / "text_encoders" / name, drawn(layout.tensors(), seed=number), metadata)
+        write_student(models / "text_encoders" / UNTRAINED[name], drawn(layout.tensors(), seed=number), metadata)
+    return list(models.rglob("untrained_*"))
 
 
 @pytest.fixture(scope="module")
-def host(comfyui_path: Path, pack_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    base = tmp_path_factory.mktemp("server")
-    untrained_miniature(base / "models")
-    with ComfyServer(comfyui=comfyui_path, base=base, pack=pack_root) as running:
-        yield running
+def host(server: ComfyServer) -> Iterator[ComfyServer]:
+    files = untrained_miniature(server.base / "models")
+    yield server
+    server.free()
+    for path in files:
+        path.unlink()
 
 
 def prompt_of(host: ComfyServer, name: str) -> dict[str, Any]:
-    return to_api_prompt(example(name), host.object_info())
+    prompt = to_api_prompt(example(name), host.object_info())
+    for node in prompt.values():
+        node["inputs"] |= {key: UNTRAINED[value] for key, value in node["inputs"].items() if isinstance(value, str) and value in UNTRAINED}
+    return prompt
 
 
 def shown(host: ComfyServer, prompt: dict[str, Any], entry: dict[str, Any], node_type: str) -> Image.Image:

@@ -91,8 +91,8 @@ def test_the_shipped_files_are_listed_after_the_users_own(server: ComfyServer) -
 
 
 def test_pictures_of_held_out_combinations_read_back_right(server: ComfyServer, prompt: dict[str, Any], encoder: str) -> None:
-    asked_for = asked(6)
-    assert right(asked_for, drawn(server, prompt, asked_for)) >= least(encoder, TASKS, 6)
+    asked_for = asked(3)
+    assert right(asked_for, drawn(server, prompt, asked_for)) >= least(encoder, TASKS, 3)
 
 
 @pytest.mark.full
@@ -142,7 +142,7 @@ def from_picture(prompt: dict[str, Any], name: str, denoise: float) -> dict[str,
 def test_a_picture_is_changed_to_what_the_prompt_says(server: ComfyServer, prompt: dict[str, Any], encoder: str) -> None:
     """Image to image at four fifths of the noise: the thing of the picture gets the colour that the caption gives it."""
     changed_right = 0
-    for number, (scene, _) in enumerate(questions("single_object", 8)):
+    for number, (scene, _) in enumerate(questions("single_object", 4)):
         path = server.base / "input" / f"miniature-{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((render(scene, CELL_PX) * 255).round().astype(np.uint8)).save(path)
@@ -151,7 +151,7 @@ def test_a_picture_is_changed_to_what_the_prompt_says(server: ComfyServer, promp
         [picture] = server.images(server.run(changed))
         assert not verdict(scene, pixels(picture))
         changed_right += verdict(new, pixels(picture))
-    assert changed_right >= 6, "of 8"
+    assert changed_right >= 3, "of 4"
 
 
 @pytest.mark.full

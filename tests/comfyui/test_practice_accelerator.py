@@ -39,9 +39,9 @@ def checks(file: str) -> list[str]:
     return re.findall(r"^def (test_\w+)", (HERE / file).read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def run_checks(comfyui: Path, report: Path, *files: str) -> Verdicts:
+def run_checks(comfyui: Path, report: Path, *files: str, mark: str = "not full") -> Verdicts:
     """Run files of checks; by name, what went wrong in a check, nothing if it passed."""
-    arguments = [str(PYTEST), *(str(HERE / file) for file in files), "-q", "--tb=short", f"--junitxml={report}"]
+    arguments = [str(PYTEST), *(str(HERE / file) for file in files), "-m", mark, "-q", "--tb=short", f"--junitxml={report}"]
     _, said = run_prepared(arguments, HERE.parents[1], BOUND_S, COMFYUI_PATH=str(comfyui), OMP_NUM_THREADS="1")
     assert report.is_file(), said
     verdicts: Verdicts = {}
@@ -163,6 +163,7 @@ def test_a_server_on_an_accelerator_trains_in_its_queue_and_draws_what_a_server_
 
 
 @pytest.mark.full
-def test_the_tests_of_the_nodes_pass_on_an_accelerator(comfyui_path, tmp_path):
-    found = run_checks(comfyui_path, tmp_path / "report.xml", "test_nodes.py")
+@pytest.mark.parametrize(("mark", "files"), [("full", FILES), ("not full", ("test_nodes.py",))], ids=["long checks", "nodes"])
+def test_long_checks_and_the_tests_of_the_nodes_pass_on_an_accelerator(mark, files, comfyui_path, tmp_path):
+    found = run_checks(comfyui_path, tmp_path / "report.xml", *files, mark=mark)
     assert found and not {name: why for name, why in found.items() if why}

@@ -28,10 +28,15 @@ def host(server: ComfyServer, stand_ins: Path) -> Iterator[ComfyServer]:
     server.free()
 
 
+def start_of(host: ComfyServer) -> str:
+    """What a server prints until it is ready."""
+    return host.log().split("To see the GUI go to")[0]
+
+
 def pack_lines(host: ComfyServer) -> list[str]:
-    """The lines of the log that name the pack's folder or the pack."""
+    """The lines of a server's start that name the pack's folder or the pack."""
     names = (str(host.base / "custom_nodes" / host.pack.name), "distilled_t5", "DistilledT5", "Distilled T5")
-    return [line for line in host.log().splitlines() if any(name in line for name in names)]
+    return [line for line in start_of(host).splitlines() if any(name in line for name in names)]
 
 
 def node_info(host: ComfyServer, name: str) -> dict[str, Any]:
@@ -58,15 +63,14 @@ def test_the_pack_loads_without_a_warning(host: ComfyServer) -> None:
     imported = [line for line in pack_lines(host) if "seconds" in line]
     assert len(imported) == 1
     assert "IMPORT FAILED" not in imported[0]
-    before_ready = log.split("To see the GUI go to")[0]
     folder = str(host.base / "custom_nodes" / host.pack.name)
-    blamed = [line for line in before_ready.splitlines() if folder in line and "seconds" not in line]
+    blamed = [line for line in start_of(host).splitlines() if folder in line and "seconds" not in line]
     assert blamed == [], "ComfyUI reported the pack while it started"
 
 
 def start_lines(host: ComfyServer) -> set[str]:
     """What a server prints until it is ready, without numbers, its folder and the lines that every pack causes."""
-    lines = host.log().split("To see the GUI go to")[0].replace(str(host.base), "BASE").splitlines()
+    lines = start_of(host).replace(str(host.base), "BASE").splitlines()
     plain = {re.sub(r"\d+(\.\d+)?", "N", line.removeprefix("[INFO]").strip()) for line in lines}
     return plain - {"Import times for custom nodes:", f"N seconds: BASE/custom_nodes/{re.sub('[0-9]+', 'N', host.pack.name)}"}
 

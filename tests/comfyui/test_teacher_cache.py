@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +21,8 @@ from distilled_t5.runtime.errors import UserError
 from distilled_t5.runtime.header import read_entries
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.runtime.stop import Stopped
+from distilled_t5.tests.support.cache_runs import check_same_run, made, recipe, shards_of, texts_in
 from distilled_t5.tests.support.exact import same
-from distilled_t5.tests.support.trainer import PACK, TWO_PROCESSES, command, finish, metrics, start
 from distilled_t5.train import teacher_cache, workshop
 from distilled_t5.train.batches import Schedule
 from distilled_t5.train.cache_folder import description
@@ -32,53 +30,14 @@ from distilled_t5.train.cache_plan import expected, key_of, wanted
 from distilled_t5.train.commands import command_line, run_command
 from distilled_t5.train.estimate import estimate
 from distilled_t5.train.models import load_teacher_of
-from distilled_t5.train.recipe import Recipe, load_recipe
+from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.rehearsal import Target, rehearse
 from distilled_t5.train.rehearsal_report import cache_lines
 from distilled_t5.train.run import train
-from distilled_t5.train.state import read_checkpoint
-from distilled_t5.train.teacher_cache import CachedTexts, Rounding, open_cache
+from distilled_t5.train.teacher_cache import Rounding, open_cache
 from distilled_t5.train.workshop import open_workshop
 
-STEPS = 11
-SETTINGS = [
-    "stage.0.steps=2",
-    "stage.1.steps=9",
-    "sampling.steps=2",
-    "validation.prompts=3",
-    "validation.every_steps=4",
-    "checkpoints.every_steps=50",
-    "student.dropout=0.1",
-]
 CPU = torch.device("cpu")
-
-
-def recipe(cache: Path, *more: str) -> Recipe:
-    return load_recipe("smoke", [*SETTINGS, f"teacher.cache={cache}", *more])
-
-
-def made(one: Recipe, stopping: Any = lambda: False) -> CachedTexts:
-    return open_cache(one, wanted(Schedule(one)), Ranks(), stopping)
-
-
-def shards_of(cache: Path) -> list[Path]:
-    return sorted(cache.glob("*/*.safetensors"))
-
-
-def texts_in(cache: CachedTexts, keys: Sequence[str]) -> dict[str, Any]:
-    return {key: dict(sorted(cache.shards.read(key).items())) for key in keys}
-
-
-PARTS = ("student", "optimizer", "position", "best")
-
-
-def check_same_run(run: Path, other: Path, parts: Sequence[str] = (*PARTS, "rng")) -> None:
-    ours, theirs = (read_checkpoint(folder / "checkpoints" / f"step-{STEPS:06d}") for folder in (run, other))
-    for part in parts:
-        assert same(getattr(ours, part), getattr(theirs, part)), part
-    assert [(line["step"], line.get("loss"), line.get("held_out_loss")) for line in metrics(run)] == [
-        (line["step"], line.get("loss"), line.get("held_out_loss")) for line in metrics(other)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -358,46 +317,6 @@ def test_a_stop_before_the_first_text_leaves_no_shard(tmp_path):
     assert not shards_of(tmp_path / "cache")
 
 
-def cache_command(comfyui: Path, base: Path, *more: str) -> list[str]:
-    sets = [part for setting in (*SETTINGS, "stage.1.steps=400", "teacher.cache=cache", *more) for part in ("--set", setting)]
-    return [str(PACK / "train"), "cache", "smoke", "--comfyui", str(comfyui), *sets, "--", "--base-directory", str(base), "--cpu"]
-
-
-def all_texts(folder: Path) -> dict[str, Any]:
-    one = recipe(folder / "cache", "stage.1.steps=400")
-    return texts_in(made(one), list(wanted(Schedule(one))))
-
-
-@pytest.mark.full
-@pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX")
-def test_a_cache_that_was_killed_or_made_by_two_at_once_or_by_two_ranks_has_the_bits_of_one_made_in_one_go(comfyui_path, tmp_path):
-    for name in ("whole", "killed", "together", "ranks"):
-        (tmp_path / name).mkdir()
-    said = finish(cache_command(comfyui_path, tmp_path), tmp_path / "whole")
-    assert "Done: " in said and "teacher's texts: 100%" in said
-    process = start(cache_command(comfyui_path, tmp_path), tmp_path / "killed")
-    deadline = time.monotonic() + 300
-    while len(shards_of(tmp_path / "killed" / "cache")) < 2:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert "are there; " in finish(cache_command(comfyui_path, tmp_path), tmp_path / "killed")
-    pair = [start(cache_command(comfyui_path, tmp_path), tmp_path / "together") for _ in range(2)]
-    for process in pair:
-        output = process.communicate()[0]
-        assert process.returncode == 0, output
-    finish(cache_command(comfyui_path, tmp_path), tmp_path / "ranks", launcher=TWO_PROCESSES)
-    expected_texts = all_texts(tmp_path / "whole")
-    for name in ("killed", "together", "ranks"):
-        assert same(all_texts(tmp_path / name), expected_texts), name
-        assert not list((tmp_path / name / "cache").rglob(".*")), name
-    # And a run with two processes takes them.
-    sets = [*SETTINGS, "teacher.cache=whole/cache"]
-    said = finish(command(comfyui_path, tmp_path, tmp_path / "run", settings=sets), tmp_path, launcher=TWO_PROCESSES)
-    assert said.count("the teacher is not loaded") == 1
-
-
 def test_rounding_is_reported_as_a_share_of_the_deviation_too_since_some_objectives_divide_by_the_variance():
     exact_BLD = torch.randn(4, 64, 8, generator=torch.Generator().manual_seed(0))
     exact_BLD[..., 0] = 100 + 0.1 * exact_BLD[..., 0]
@@ -410,37 +329,3 @@ def test_rounding_is_reported_as_a_share_of_the_deviation_too_since_some_objecti
     gap = (exact_BLD[..., 0].bfloat16().double() - exact_BLD[..., 0].double()).square().mean().sqrt()
     median = exact_BLD.double().flatten(0, 1).var(0, unbiased=False).median()
     assert worst == pytest.approx(float(gap / max(deviation, (0.1 * median).sqrt())))
-
-
-def resumed_until(comfyui: Path, folder: Path, step: int, killed: bool) -> None:
-    """Train, or go on, until a step is logged; then end the process."""
-    more = ["--resume"] if (folder / "run" / "checkpoints").is_dir() else []
-    settings = [*SETTINGS[:-2], "checkpoints.every_steps=1", SETTINGS[-1], "teacher.cache=cache"]
-    process = start(command(comfyui, folder / "base", folder / "run", *more, settings=settings), folder)
-    deadline = time.monotonic() + 300
-    while not any(int(path.name[-6:]) >= step for path in folder.glob("run/checkpoints/step-*")) and process.poll() is None:
-        assert time.monotonic() < deadline, "no checkpoint"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL if killed else signal.SIGTERM)
-    process.communicate()
-
-
-@pytest.mark.full
-@pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX")
-def test_a_run_with_a_cache_that_is_killed_between_and_in_stages_has_the_bits_of_one_in_one_go(comfyui_path, tmp_path):
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
-    settings = [*SETTINGS[:-2], "checkpoints.every_steps=1", SETTINGS[-1], "teacher.cache=cache"]
-    finish(command(comfyui_path, tmp_path / "whole" / "base", tmp_path / "whole" / "run", settings=settings), tmp_path / "whole")
-    # The first stage has two steps.
-    for step, killed in ((2, True), (5, True), (8, False)):
-        resumed_until(comfyui_path, tmp_path / "cut", step, killed)
-    # The folder of the texts may be moved meanwhile.
-    (tmp_path / "cut" / "cache").rename(tmp_path / "cut" / "moved")
-    settings[-1] = "teacher.cache=moved"
-    said = finish(
-        command(comfyui_path, tmp_path / "cut" / "base", tmp_path / "cut" / "run", "--resume", settings=settings), tmp_path / "cut"
-    )
-    assert "the teacher is not loaded" in said
-    # Python's and numpy's generators, which the trainer does not use, differ from process to process.
-    check_same_run(tmp_path / "cut" / "run", tmp_path / "whole" / "run", PARTS)

@@ -24,12 +24,12 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="kill -9 and limits o
 LONGER = [
     *QUICK,
     "stage.0.steps=4",
-    "stage.1.steps=36",
+    "stage.1.steps=24",
     "checkpoints.every_steps=2",
     "checkpoints.keep_last=3",
     "validation.every_steps=20",
 ]
-TOTAL_STEPS = 40
+TOTAL_STEPS = 28
 
 
 # One start of ComfyUI for several commands that fail after it.

@@ -131,8 +131,12 @@ def test_after_a_resume_every_batch_is_encoded_with_the_same_composition(encoded
 
 @pytest.mark.parametrize(
     "step",
-    [3, 5, 6, 7],
-    ids=["first trajectory of a chunk", "second trajectory of a chunk", "between chunks", "first of the next"],
+    [
+        pytest.param(3, id="first trajectory of a chunk", marks=pytest.mark.full),
+        pytest.param(5, id="second trajectory of a chunk"),
+        pytest.param(6, id="between chunks"),
+        pytest.param(7, id="first of the next", marks=pytest.mark.full),
+    ],
 )
 def test_a_run_stopped_within_a_chunk_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, step):
     run, report = tmp_path / "run", Reporter.step

@@ -75,6 +75,9 @@ dev.run_in_foreground([sys.executable, "-m", "pytest", "-p", "no:cacheprovider",
 """
 HOOKS = """
 import runpy
+from xdist.workermanage import NodeManager
+
+NodeManager.EXIT_TIMEOUT = {exit_s}
 ours = runpy.run_path({path!r})
 globals().update({{name: hook for name, hook in ours.items() if name.startswith("pytest_")}})
 """
@@ -89,20 +92,20 @@ def appears(path: Path) -> bool:
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows tells no process that its parent ended")
 @pytest.mark.parametrize(
-    ("workers", "first", "cleaning_s"),
+    ("workers", "first", "cleaning_s", "exit_s"),
     [
-        ((), None, 1),
-        ((), "SIGTERM", 1),
-        # Longer than the five seconds after which the workers of an ending run are interrupted, and then killed.
-        (("-n", "2"), None, 11),
-        pytest.param(("-n", "2"), "SIGTERM", 11, marks=pytest.mark.full),
+        ((), None, 1, 10),
+        ((), "SIGTERM", 1, 10),
+        # Longer than pytest-xdist gives the workers of a run that ends, which is ten seconds.
+        (("-n", "2"), None, 2, 1),
+        pytest.param(("-n", "2"), "SIGTERM", 11, 10, marks=pytest.mark.full),
     ],
 )
 def test_tests_clean_up_undisturbed_when_dev_py_is_killed(
-    tmp_path: Path, workers: tuple[str, ...], first: str | None, cleaning_s: int
+    tmp_path: Path, workers: tuple[str, ...], first: str | None, cleaning_s: int, exit_s: int
 ) -> None:
     (tmp_path / "test_long.py").write_text(TESTS.format(cleaning_s=cleaning_s))
-    (tmp_path / "conftest.py").write_text(HOOKS.format(path=str(ROOT / "tests" / "conftest.py")))
+    (tmp_path / "conftest.py").write_text(HOOKS.format(path=str(ROOT / "tests" / "conftest.py"), exit_s=exit_s))
     running = subprocess.Popen([sys.executable, "-c", RUNS_TESTS, str(tmp_path), *workers], cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         assert appears(tmp_path / "started")
