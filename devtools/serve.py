@@ -43,7 +43,7 @@ def encoders_of(comfyui: Path) -> Path:
 
 def welcome(url: str, comfyui: Path, base: Path) -> str:
     """What to open, and which models are there."""
-    lines = ["Ready. Open a link: each is a template that draws in seconds (number 10 trains first, for three minutes):"]
+    lines = ["Ready. Open a link: each is a template that draws in seconds (number 10 trains first, for two minutes):"]
     lines += [f"  {url}/?template={name}&source={ROOT.name}" for name in drawing_templates()]
     if (base / WORKFLOWS / f"{TRAINED}.json").exists():
         lines.append(f"The student of demo --train draws with the workflow {TRAINED}: press W in ComfyUI and open it.")

@@ -32,10 +32,13 @@ LENGTH = ["stage.0.steps=2", "stage.1.steps=4", "validation.prompts=2"]
 QUICK = [*LENGTH, "sampling.steps=4", "sampling.token_lengths=[16]"]
 OFTEN = ["checkpoints.every_steps=2", "checkpoints.keep_last=9", "preview.every_steps=6", "validation.every_steps=3"]
 PREVIEW = ['preview.prompts=["a red heart"]', "preview.vae=miniature_vae.safetensors"]
-# Two stages, which imitate and follow. Dropout draws on the device.
+# They imitate and follow. Dropout draws on the device.
 RUNS = {
     "smoke": [*QUICK, "student.dropout=0.1", "optimizer.autocast=bf16"],
-    "miniature-quick": [*LENGTH, *(f"stage.{number}.batch=4" for number in (0, 1)), "student.dropout=0.1", "optimizer.warmup_steps=2"],
+    "miniature-quick": [
+        *(f"stage.{number}.{setting}" for number in range(3) for setting in ("steps=2", "batch=4")),
+        *("validation.prompts=2", "student.dropout=0.1", "optimizer.warmup_steps=2"),
+    ],
 }
 
 

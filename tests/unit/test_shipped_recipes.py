@@ -247,7 +247,7 @@ def test_students_of_the_miniature_differ_in_size_alone_and_are_as_large_as_they
     assert shares == pytest.approx({"half": 1 / 2, "quarter": 1 / 4, "tenth": 1 / 10, "fortieth": 1 / 40}, rel=0.2)
 
 
-def test_the_quick_student_of_the_miniature_is_the_quarter_with_fewer_steps():
+def test_the_quick_student_of_the_miniature_is_the_quarter_in_a_few_steps_of_the_overnight_sequence():
     others = {line.split(":")[0] for line in load_recipe("miniature-quarter").differences(load_recipe("miniature-quick"))}
     lengths = {"stage.0.steps", "stage.1.steps", "optimizer.warmup_steps", "validation.prompts"}
     intervals = {f"{part}.every_steps" for part in ("validation", "checkpoints", "preview")}
