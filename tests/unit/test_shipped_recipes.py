@@ -73,8 +73,6 @@ def test_every_option_is_used_by_a_shipped_recipe():
     # user's to say.
     assert used == set(options(Recipe)) - {
         "output.also_serves",
-        "stage.blocks",
-        "stage.trajectory_steps",
         "teacher.cache",
         "teacher.cache_format",
     }
@@ -248,10 +246,13 @@ def test_students_of_the_miniature_differ_in_size_alone_and_are_as_large_as_they
 
 
 def test_the_quick_student_of_the_miniature_is_the_quarter_in_a_few_steps_of_the_overnight_sequence():
-    others = {line.split(":")[0] for line in load_recipe("miniature-quarter").differences(load_recipe("miniature-quick"))}
-    lengths = {"stage.0.steps", "stage.1.steps", "optimizer.warmup_steps", "validation.prompts"}
+    quarter, quick = load_recipe("miniature-quarter"), load_recipe("miniature-quick")
+    others = {line.split(":")[0] for line in quarter.differences(quick)}
     intervals = {f"{part}.every_steps" for part in ("validation", "checkpoints", "preview")}
-    assert others == {"name", "output.name", *lengths, *intervals}
+    lengths = {"optimizer.warmup_steps", "validation.prompts", *intervals}
+    assert {key for key in others if not key.startswith("stage")} == {"name", "output.name", *lengths}
+    assert {stage.corpora for stage in quick.stages} == {quarter.stages[0].corpora}
+    assert [stage.objective for stage in quick.stages] == ["projected", "early", "velocity"]
 
 
 def test_the_student_of_the_miniatures_sd3_is_trained_as_that_of_its_flux():
