@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OF_THE_PRESET = "as in the preset"
 MOST_STEPS, MOST_SEED = 100_000_000, 2**31 - 1
 RUNS = "distilled_t5"
-PRESET = "schnell-16gb"
+PRESET = "flux-overnight-16gb"
 
 
 class DistilledT5Distil(io.ComfyNode):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.files import SHIPPED
+from ..config.files import shipped_names
 from ..config.parts import file_stem
 from ..config.toml import toml_value
 from ..families.family import Family
@@ -44,7 +44,7 @@ class Wishes:
 
 def preset_names() -> list[str]:
     """The shipped recipes that can be presets."""
-    return sorted(path.stem for path in SHIPPED.glob("*.toml") if path.stem not in NOT_PRESETS)
+    return [name for name in shipped_names() if name not in NOT_PRESETS]
 
 
 def starter_prompts() -> str:

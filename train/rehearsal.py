@@ -97,8 +97,9 @@ def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool
                 moments=ledger.live[MOMENTS],
                 parameters=recipe.student_layout(scene.model.text_width).parameters,
                 text_width=scene.model.text_width,
-                encoding=teacher.need,
+                encoding=teacher.need(longest),
                 on_gpu=target.on_gpu,
+                cached=bool(recipe.teacher.cache),
             )
 
 
@@ -132,8 +133,7 @@ class _Teacher:
             self.model = teacher_model(recipe, target.device)
         weights_from_ram(self.model)
         self.held = self.ledger.live[MODEL]
-        self.need = Need({}, {}, "")
-        self._made: dict[tuple[int, int], tuple[TeacherText, Flops]] = {}
+        self._made: dict[tuple[int, int], tuple[TeacherText, Flops, Need]] = {}
 
     def text(self, batch: int, length: int) -> TeacherText:
         """The texts of a batch of prompts of this length."""
@@ -142,14 +142,20 @@ class _Teacher:
             with self.ledger, self.ledger.of(ENCODING):
                 self.ledger.restart()
                 text = teacher.encode(["a"] * batch, length, with_empty=bool(self.recipe.sampling.cfg))
-            self._made[batch, length] = text, Flops(self.ledger.flops)
-            self.need = max(self.need, _need(self.ledger), key=lambda need: need.total)
+            self._made[batch, length] = text, Flops(self.ledger.flops), _need(self.ledger)
         return self._made[batch, length][0]
 
     def flops(self, batch: int, length: int) -> Flops:
         """The operations that these texts take."""
         self.text(batch, length)
         return self._made[batch, length][1]
+
+    def need(self, length: int) -> Need:
+        """The peak while texts of this length are encoded: for a cache, each alone."""
+        if self.recipe.teacher.cache:
+            self.text(1, length)
+        batches = [1] if self.recipe.teacher.cache else [stage.batch for stage in self.recipe.stages]
+        return max((self._made[batch, length][2] for batch in batches), key=lambda need: need.total)
 
 
 class _Scene:
