@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from distilled_t5.runtime.ranks import Ranks
-from distilled_t5.tests.support.overnight import BOUNDARIES, STEPS, small_overnight
-from distilled_t5.tests.support.trainer import BOUND_S, check_same_run, command, finish, metrics, on_accelerator, start
+from distilled_t5.tests.support.overnight import BOUNDARIES, STEPS, check_same_run, small_overnight
+from distilled_t5.tests.support.trainer import BOUND_S, command, finish, metrics, on_accelerator, start
 from distilled_t5.train.batches import Schedule
 from distilled_t5.train.cache_plan import wanted
 from distilled_t5.train.recipe import Recipe

@@ -35,8 +35,6 @@ QUICK = [
 ]
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 BOUND_S = 400
-# The parts of a checkpoint that do not differ between processes, as Python's and numpy's generators do, which the trainer does not use.
-PARTS = ("student", "optimizer", "position", "best")
 ACCELERATOR = Path(__file__).with_name("practice_accelerator_command.py")
 STARTED: list[subprocess.Popen[str]] = []
 
@@ -131,17 +129,3 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def on_accelerator(arguments: Sequence[str]) -> list[str]:
     """A command with the practice accelerator in the place of the CPU."""
     return [str(ACCELERATOR), *(part for part in arguments if part != "--cpu")]
-
-
-def check_same_run(run: Path, other: Path, step: int, parts: Sequence[str] = PARTS) -> None:
-    """Two runs have the same bits in the checkpoint of a step, and the same losses up to it."""
-    from distilled_t5.train.state import read_checkpoint
-
-    from .exact import same
-
-    ours, theirs = (read_checkpoint(folder / "checkpoints" / f"step-{step:06d}") for folder in (run, other))
-    for part in parts:
-        assert same(getattr(ours, part), getattr(theirs, part)), part
-    assert [(line["step"], line.get("loss"), line.get("held_out_loss")) for line in metrics(run)] == [
-        (line["step"], line.get("loss"), line.get("held_out_loss")) for line in metrics(other)
-    ]
