@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +77,8 @@ def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool
             if file := found(recipe.diffusion_model.file, "diffusion_models"):
                 check_family(file.name, scene.model.model, recipe.family)
                 check_guidance(file.name, scene.model, recipe.sampling.guidance)
+            if recipe.teacher.cache:
+                teacher.text(1, longest)  # before others, which stay
             stages = []
             for stage in recipe.stages:
                 need, flops = scene.step(stage, teacher.text(stage.batch, longest), stage.batches_per_rank(processes))
@@ -97,7 +99,7 @@ def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool
                 moments=ledger.live[MOMENTS],
                 parameters=recipe.student_layout(scene.model.text_width).parameters,
                 text_width=scene.model.text_width,
-                encoding=teacher.need(longest),
+                encoding=teacher.need([1] if recipe.teacher.cache else [stage.batch for stage in recipe.stages], longest),
                 on_gpu=target.on_gpu,
                 cached=bool(recipe.teacher.cache),
             )
@@ -150,11 +152,8 @@ class _Teacher:
         self.text(batch, length)
         return self._made[batch, length][1]
 
-    def need(self, length: int) -> Need:
-        """The peak while texts of this length are encoded: for a cache, each alone."""
-        if self.recipe.teacher.cache:
-            self.text(1, length)
-        batches = [1] if self.recipe.teacher.cache else [stage.batch for stage in self.recipe.stages]
+    def need(self, batches: Sequence[int], length: int) -> Need:
+        """The most that it takes to encode batches of texts of this length, which it has encoded."""
         return max((self._made[batch, length][2] for batch in batches), key=lambda need: need.total)
 
 
