@@ -99,7 +99,7 @@ def expected(recipe: Recipe, width: int) -> Plan:
 
 def _at_most(recipe: Recipe) -> float:
     """The different texts that a run can draw, of corpora that are not all there."""
-    drawn = sum(-(-stage.steps // recipe.sampling.steps) * stage.batch * stage.accumulate for stage in recipe.stages)
+    drawn = sum(-(-stage.steps // recipe.trajectory_steps(stage)) * stage.batch * stage.accumulate for stage in recipe.stages)
     corpora = {str(corpus.model_copy(update={"repeat": 1})): corpus for stage in recipe.stages for corpus in stage.corpora}
     prompts = sum(map(_prompts_of, corpora.values())) + (1 + len(NEGATIVES) if recipe.sampling.negatives else 0)
     return min(float(drawn + recipe.validation.prompts), prompts * len(recipe.sampling.token_lengths))

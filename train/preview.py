@@ -59,7 +59,7 @@ class Previewer:
         workshop, batches = self.workshop, preview_batches(self.workshop.recipe)
         if self._texts is None:
             self._texts = texts_of(workshop.teacher, batches)
-        starts = workshop.starts(batches, self._texts)
+        starts = workshop.starts(batches, self._texts, workshop.recipe.sampling.steps)
         with without_dropout(workshop.student):
             students = [self._by_student(start, text) for start, text in zip(starts, self._texts, strict=True)]
         noises = [batch.drawn.noise for batch in batches]

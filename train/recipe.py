@@ -182,11 +182,17 @@ class Stage(Part):
         "projected: the text in the first block and before it; embedding (Eq. 4), scaled, whitened, whitened_cosine: the embeddings"
     )
     blocks: int = Field(default=0, ge=0, description="early, text_stream: how many blocks of the diffusion model; 0 for other objectives")
+    trajectory_steps: int = Field(
+        default=0,
+        ge=0,
+        description="denoising steps of a trajectory in this stage; 0: as sampling.steps. 1: new prompts at every step, for objectives "
+        "that follow no trajectory",
+    )
 
     @model_serializer(mode="wrap")
     def _without_later_keys(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A recipe without the key has the digest that it had before the key existed."""
-        return {key: value for key, value in written(self).items() if key != "blocks" or value}
+        """A recipe without the keys has the digest that it had before they existed."""
+        return {key: value for key, value in written(self).items() if key not in ("blocks", "trajectory_steps") or value}
 
     @model_validator(mode="after")
     def _check_blocks(self) -> Stage:
@@ -319,6 +325,10 @@ class Recipe(Config):
                 f"stage {stage.name}: expected an objective that {family.display_name} has, got {stage.objective}; "
                 "early and velocity fit every family"
             )
+
+    def trajectory_steps(self, stage: Stage) -> int:
+        """Denoising steps of a trajectory in a stage."""
+        return stage.trajectory_steps or self.sampling.steps
 
     @property
     def needs_diffusion_model(self) -> bool:

@@ -54,7 +54,7 @@ class HeldOut:
         sums: dict[str, tuple[float, int]] = {}
         with without_dropout(workshop.student):
             for batch, text in zip(batches, self._texts, strict=True):
-                [position] = workshop.starts([batch], [text])
+                [position] = workshop.starts([batch], [text], workshop.recipe.sampling.steps)
                 for band, loss_B in self._gaps(position, objective):
                     total, count = sums.get(band, (0.0, 0))
                     sums[band] = (total + float(loss_B.double().sum()), count + len(loss_B))

@@ -32,7 +32,7 @@ def small_overnight(cache: Path | str, steps: Sequence[int] = STEPS, *more: str)
     """The recipe; its texts are more than one shard."""
     small, shipped = load_recipe("smoke", [*SETTINGS, f"teacher.cache={cache}", *more]), load_recipe("flux-overnight-24gb")
     assert [stage.objective for stage in shipped.stages] == ["projected", "early", "velocity"]
-    kept = ("name", "objective")
+    kept = ("name", "objective", "trajectory_steps")
     stages = tuple(
         small.stages[0].model_copy(
             update={"steps": count, "blocks": min(stage.blocks, BLOCKS), **{key: getattr(stage, key) for key in kept}}

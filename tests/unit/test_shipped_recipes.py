@@ -47,7 +47,7 @@ KEYS = {
     "preview.": ["every_steps", "prompts", "vae"],
     "report.": ["wandb"],
     "output.": ["name", "also_serves"],
-    "stage.": ["name", "resolution_px", "steps", "batch", "accumulate", "objective", "blocks"],
+    "stage.": ["name", "resolution_px", "steps", "batch", "accumulate", "objective", "blocks", "trajectory_steps"],
     "stage.corpora.": ["kind", "path", "column", "repeat", "limit", "mix"],
 }
 OPTIONS = [part + key for part, keys in KEYS.items() for key in keys]
@@ -148,7 +148,7 @@ def test_the_readme_shows_every_recipe_of_full_size_once_and_those_for_one_night
 def test_shipped_recipe_trains_whole_trajectories_with_known_objectives(name):
     recipe = load_recipe(name)
     for stage in recipe.stages:
-        assert stage.steps % recipe.sampling.steps == 0
+        assert stage.steps % recipe.trajectory_steps(stage) == 0
         assert stage.objective in OBJECTIVES
         assert recipe.teacher.chunk_prompts >= stage.batch * stage.accumulate
     assert recipe.optimizer.warmup_steps < sum(stage.steps for stage in recipe.stages)
@@ -236,6 +236,7 @@ def test_overnight_recipes_imitate_from_the_cache_then_follow_early_then_the_vel
     assert float(recipe_tables.rows_of(recipe_tables.PAGE.read_text(encoding="utf-8"))[name].split(" | ")[5]) < 8
     assert len({stage.corpora for stage in recipe.stages}) == 1, "each prompt is encoded once"
     assert {corpus.path for corpus in recipe.stages[0].corpora} >= {"corpora/t2i-compbench", "prompts/long.txt"}
+    assert [stage.trajectory_steps for stage in recipe.stages] == [1, 0, 0], "new prompts at every step that imitates"
     assert recipe.sampling.negatives > 0 and recipe.sampling.token_lengths == (256,)
     assert recipe.teacher.cache and recipe.student.start == "flan-t5-base"
     assert "Rehearsed and not run" in text and ("Apache-2.0" in text) == ("schnell" in recipe.diffusion_model.file)
