@@ -46,7 +46,7 @@ def with_less_ram(recipe: Recipe) -> Iterator[Recipe]:
     diffusion model in fp8.
     """
     if not recipe.teacher.cache:
-        yield (recipe := _changed(recipe, "teacher", chunk_prompts=1))
+        yield _changed(recipe, "teacher", chunk_prompts=1)
         yield (recipe := recipe.with_cache(CACHE))
     if recipe.diffusion_model.dtype != FP8:
         yield _changed(recipe, "diffusion_model", dtype=FP8)
