@@ -227,8 +227,8 @@ def test_less_memory_means_fewer_tokens_at_once(start):
     assert most(f"{start}-24gb") > most(f"{start}-16gb") > most(f"{start}-12gb")
 
 
-@pytest.mark.parametrize("name", OVERNIGHT)
-def test_overnight_recipes_imitate_from_the_cache_then_follow_early_then_the_velocity_within_eight_hours(name):
+@pytest.mark.parametrize("name", [name for name in OVERNIGHT if name.startswith("flux-")])
+def test_overnight_recipes_of_flux_imitate_from_the_cache_then_follow_early_then_the_velocity_within_eight_hours(name):
     recipe, text = load_recipe(name), (SHIPPED / f"{name}.toml").read_text(encoding="ascii")
     assert [(stage.objective, stage.blocks) for stage in recipe.stages] == [("projected", 0), ("early", 2), ("velocity", 0)]
     imitate, early, velocity = (stage.steps for stage in recipe.stages)
