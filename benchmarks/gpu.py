@@ -35,6 +35,7 @@ SIZES_GB |= {"sd3.5_medium.safetensors": 4.9, "pixart_alpha_1024_ms.safetensors"
 # The shipped recipes for models of full size; small runs have the first ones, of every family.
 RECIPES = (
     *("flux-dev-paper", "pixart-sigma-24gb", "schnell-24gb", "sd35-medium-24gb", "chroma-24gb", "pixart-alpha-paper"),
+    *("flux-overnight-24gb", "flux-dev-overnight-24gb", "flux-overnight-16gb", "flux-overnight-12gb"),
     *("flux-dev-large", "flux-dev-xl", "schnell-16gb", "schnell-12gb", "flux-dev-small"),
 )
 EVERY_FAMILY = RECIPES[:6]

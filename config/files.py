@@ -29,6 +29,11 @@ class ConfigError(UserError):
         self.problems = list(problems)
 
 
+def shipped_names(folder: Path = SHIPPED) -> list[str]:
+    """The names of the shipped recipes or suites, recipes for one night first."""
+    return sorted((path.stem for path in folder.glob("*.toml")), key=lambda name: ("-overnight-" not in name, name))
+
+
 def load_config(name_or_path: str, overrides: Sequence[str], model: type[Model], noun: str = "recipe", folder: Path = SHIPPED) -> Model:
     """The recipe or suite in a file, or the shipped one of that name in `folder`, with `part.key=value` settings applied.
 
@@ -62,7 +67,7 @@ def _find(name_or_path: str, noun: str, folder: Path) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path
-    shipped = sorted(file.stem for file in folder.glob("*.toml"))
+    shipped = shipped_names(folder)
     name = path.name.removesuffix(".toml")
     if name in shipped and str(path.parent) in (".", folder.name):
         return folder / f"{name}.toml"

@@ -24,6 +24,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..runtime.disk import replace_file
+from ..train.checkpoint_files import STUDENT as STUDENT_FILE
+from ..train.checkpoint_files import checkpoint_paths, step_of
+from ..train.presets import length_settings
 from ..train.recipe import load_recipe
 from ..train.run_directory import RunDirectory
 from ..world.pictures import TASKS, Scene
@@ -39,9 +42,10 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKFLOW = ROOT / "example_workflows" / "08-Miniature-draw-on-a-CPU.json"
 TEACHER, STUDENT = "miniature_teacher.safetensors", "miniature_student_quarter.safetensors"
 OF_EACH_TASK = 2
-TRAIN_STEPS = 1_600
-# Minutes of so many steps; drawing takes one more.
-TRAIN_MINUTES = 4
+RECIPE = "miniature-quick"
+# Minutes of its steps; drawing takes one more.
+TRAIN_MINUTES = 3
+CHECKPOINTS = 10
 SHEET, NUMBERS, RUN = "contact-sheet.png", "demo.json", "run"
 Question = tuple[Scene, str]
 
@@ -51,32 +55,43 @@ def asked() -> list[Question]:
     return [question for task in TASKS for question in questions(task, OF_EACH_TASK)]
 
 
+def steps_of_each_stage() -> list[int]:
+    """The steps of the stages of the recipe."""
+    return [stage.steps for stage in load_recipe(RECIPE).stages]
+
+
 def expected_time(train_steps: int) -> str:
     """How long the demo takes on two CPU cores."""
-    minutes = 1 + round(TRAIN_MINUTES * train_steps / TRAIN_STEPS)
+    minutes = 1 + round(TRAIN_MINUTES * train_steps / sum(steps_of_each_stage()))
     return "about a minute" if minutes == 1 else f"about {minutes} minutes"
 
 
 def settings_of(steps: int) -> list[str]:
-    """The recipe's settings for so many steps, at least two."""
-    followed, every_steps = max(steps // 10, 1), max(steps // 8, 1)
+    """The recipe's settings for so many steps, at least one in each stage."""
+    every_steps = max(steps // CHECKPOINTS, 1)
     return [
         f"output.name={TRAINED}",
-        f"stage.0.steps={steps - followed}",
-        f"stage.1.steps={followed}",
-        f"optimizer.warmup_steps={min(steps, 100)}",
-        f"checkpoints.every_steps={every_steps}",
-        "checkpoints.keep_last=8",
-        f"validation.every_steps={every_steps}",
-        f"preview.every_steps={every_steps}",
+        *length_settings(load_recipe(RECIPE), steps),
+        *(f"{part}.every_steps={every_steps}" for part in ("validation", "checkpoints", "preview")),
+        f"checkpoints.keep_last={CHECKPOINTS + 1}",
         "validation.prompts=32",
     ]
+
+
+def students_of(run: Path, trained: Path) -> dict[str, Path]:
+    """The files of a run's students by the names to draw with: the last one saved in each stage, and the finished one."""
+    saved, found, begin = checkpoint_paths(run / "checkpoints"), {}, 0
+    for stage in load_recipe(str(RunDirectory(run).recipe)).stages[:-1]:
+        in_stage = [path for path in saved if begin < step_of(path) <= begin + stage.steps]
+        found |= {f"{TRAINED}_{stage.name}.safetensors": path / STUDENT_FILE for path in in_stage[-1:]}
+        begin += stage.steps
+    return found | {trained.name: trained}
 
 
 def train_student(comfyui: Path, base: Path, run: Path, steps: int) -> dict[str, Path]:
     """Train a small student with the trainer's command, into the folder that `serve` shows, with a workflow that draws with it.
 
-    Returns its files after the first steps and at the end, by the names to draw with. Replaces what an earlier demo has left.
+    Returns its files at the end of each stage, by the names to draw with. Replaces what an earlier demo has left.
     """
     trained, workflow = base / "models" / "text_encoders" / f"{TRAINED}.safetensors", base / WORKFLOWS / f"{TRAINED}.json"
     if RunDirectory(run).is_run:
@@ -86,14 +101,13 @@ def train_student(comfyui: Path, base: Path, run: Path, steps: int) -> dict[str,
     # The trainer never overwrites: the new student would have a number beside it.
     trained.unlink(missing_ok=True)
     sets = [part for setting in settings_of(steps) for part in ("--set", setting)]
-    command = [sys.executable, str(ROOT / "train"), "miniature-tenth", "--run", str(run), "--comfyui", str(comfyui), *sets]
+    command = [sys.executable, str(ROOT / "train"), RECIPE, "--run", str(run), "--comfyui", str(comfyui), *sets]
     code = subprocess.run([*command, "--", "--base-directory", str(base)], check=False).returncode
     if code:
         raise RuntimeError(f"The trainer ended with status {code}.\nWhat to do: see its output above.")
     workflow.parent.mkdir(parents=True, exist_ok=True)
     replace_file(workflow, WORKFLOW.read_text(encoding="utf-8").replace(STUDENT, trained.name).encode())
-    early = min((run / "checkpoints").glob("step-*"))
-    return {f"{TRAINED}_{early.name}.safetensors": early / "student.safetensors", trained.name: trained}
+    return students_of(run, trained)
 
 
 def draw(server: ComfyServer, prompt: dict[str, Any], encoders: Sequence[str]) -> dict[str, list[Image.Image]]:
@@ -206,11 +220,13 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=ROOT / "demo-output")
     parser.add_argument("--train", action="store_true")
-    parser.add_argument("--train-steps", type=int, default=TRAIN_STEPS)
+    parser.add_argument("--train-steps", type=int, default=sum(steps_of_each_stage()))
     parser.add_argument("--base", type=Path, default=BASE)
     arguments = parser.parse_args()
-    if arguments.train_steps < 2:
-        parser.error(f"--train-steps is {arguments.train_steps}: expected at least 2.\nWhat to do: leave it out for {TRAIN_STEPS} steps.")
+    if arguments.train_steps < (least := len(steps_of_each_stage())):
+        parser.error(
+            f"--train-steps is {arguments.train_steps}: expected at least {least}.\nWhat to do: leave it out for those of {RECIPE}."
+        )
     interrupt_when_asked()
     try:
         facts = run_demo(arguments.comfyui, arguments.out, arguments.train_steps if arguments.train else 0, arguments.base)

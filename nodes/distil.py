@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 OF_THE_PRESET = "as in the preset"
 MOST_STEPS, MOST_SEED = 100_000_000, 2**31 - 1
-RUNS = "distilled_t5"
-PRESET = "schnell-16gb"
+# Beside the runs, which share it.
+RUNS, CACHE = "distilled_t5", "teacher-cache"
+PRESET = "flux-overnight-16gb"
 
 
 class DistilledT5Distil(io.ComfyNode):
@@ -135,6 +136,6 @@ def _run_and_recipe(
     vae = {OF_THE_PRESET: None, NO_FILE: ""}.get(preview_vae, preview_vae)
     run = RunDirectory(Path(folder_paths.get_output_directory(), RUNS, chosen["name"]))
     text, count = checked_prompts(run, prompts) if prompts.strip() else ("", 0)
-    path = run.prompts if text else None
-    wishes = Wishes(diffusion_model, dtype, t5, companions, vae=vae, prompts=path, prompt_count=count, **chosen)
+    path, cache = run.prompts if text else None, run.path.with_name(CACHE)
+    wishes = Wishes(diffusion_model, dtype, t5, companions, vae=vae, prompts=path, prompt_count=count, cache=cache, **chosen)
     return run, recipe_of(preset, wishes, *begun(run)), text

@@ -27,9 +27,9 @@ def add_comfyui_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--comfyui", metavar="DIR", help=f"folder of ComfyUI (default: {default})")
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
+def add_recipe(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     """Add the recipe and --set, of the trainer's commands."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one, such as smoke")
+    parser.add_argument("recipe", metavar="RECIPE", nargs=nargs, help="a recipe file, or the name of a shipped one, such as smoke")
     parser.add_argument(
         "--set", action="append", default=[], metavar="part.key=value", help="change one value of the recipe; may be repeated"
     )

@@ -46,18 +46,21 @@ def command_line() -> argparse.ArgumentParser:
         description="Distil a text encoder. Flags after -- are ComfyUI's (--reserve-vram, --cpu ...).",
         epilog="Other commands, each with --help: " + "; ".join(f"train {name}: {what}" for name, what in COMMANDS.items()) + ".",
     )
-    add_recipe(parser)
+    add_recipe(parser, nargs="?")
     parser.add_argument("--run", metavar="DIR", help="folder of the run (default: runs/NAME-OF-RECIPE)")
     parser.add_argument(
         "--resume", action="store_true", help="continue from the run's last checkpoint; the steps of its stages and `preview` may differ"
     )
     parser.add_argument(
-        "--estimate", action="store_true", help="measure three steps of each stage and report what the run will take, without training"
+        "--estimate",
+        action="store_true",
+        help="measure three steps of each stage and report what the run will take, without training; without RECIPE: of the overnight "
+        "recipe for this GPU",
     )
     parser.add_argument(
         "--rehearse",
         action="store_true",
-        help="count memory and operations without weights, GPU or training; RECIPE may be all: a table of the shipped recipes",
+        help="count memory and operations without weights, GPU or training; without RECIPE, or with all: a table of the shipped recipes",
     )
     parser.add_argument("--memory", metavar="SIZE", help="with --rehearse: whether the run fits a GPU sold with this memory, such as 12gb")
     parser.add_argument("--gpu", metavar="NAME", help='with --rehearse: fit and hours on this GPU, such as "RTX 4090"')
@@ -79,9 +82,11 @@ def main(argv: list[str]) -> int:
         from distilled_t5.train import commands
 
         given = commands.command_line().parse_args(ours)
-        return exit_status(lambda: commands.run_command(given, flags), "trainer")
+        return exit_status(lambda: commands.run_command(given, flags), "trainer", lambda: commands.memory_advice(given))
     parser = command_line()
     options = parser.parse_args(ours)
+    if options.recipe is None and not (options.rehearse or options.estimate):
+        parser.error("RECIPE is missing: name one, such as smoke or flux-overnight-24gb; --rehearse alone lists all with what they take")
     if not options.rehearse and (options.memory or options.gpu or options.price):
         parser.error("--memory, --gpu and --price are options of --rehearse")
     if options.rehearse:
@@ -101,12 +106,29 @@ def memory_advice(options: argparse.Namespace) -> str:
     )
 
 
+def recipe_for_this_gpu() -> str:
+    """The shipped recipe for the memory of this process's GPU. Raises UserError without one."""
+    import comfy.model_management
+    from distilled_t5.families import FAMILIES
+    from distilled_t5.runtime.errors import UserError
+    from distilled_t5.train.memory import shipped_for
+
+    device = comfy.model_management.get_torch_device()
+    total = 0 if device.type == "cpu" else comfy.model_management.get_total_memory(device)
+    if name := shipped_for(total, FAMILIES["flux"]):
+        return name
+    raise UserError(
+        f"--estimate without RECIPE measures the overnight recipe for this machine's GPU, and none is made for {device}.",
+        "name a recipe, such as smoke; --rehearse alone lists all with what they take.",
+    )
+
+
 def rehearse(options: argparse.Namespace, flags: list[str]) -> int:
     """Print what a recipe takes, counted on fake tensors; the exit status."""
     from distilled_t5.runtime.comfyui import find_comfyui, start_comfyui
     from distilled_t5.train.recipe import load_recipe
 
-    recipe = None if options.recipe == "all" else load_recipe(options.recipe, options.set)
+    recipe = None if options.recipe in (None, "all") else load_recipe(options.recipe, options.set)
     # As on NVIDIA's GPUs, where ComfyUI chooses it itself.
     chosen = [] if any(flag.startswith("--use-") and flag.endswith("attention") for flag in flags) else ["--use-pytorch-cross-attention"]
     start_comfyui(find_comfyui(options.comfyui), [*flags, *chosen])
@@ -124,8 +146,8 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
     from distilled_t5.train.preflight import preflight
     from distilled_t5.train.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, options.set)
-    device_type = start_comfyui(find_comfyui(options.comfyui), flags, before_torch=lambda: preflight(recipe))
+    recipe = load_recipe(options.recipe, options.set) if options.recipe else None
+    device_type = start_comfyui(find_comfyui(options.comfyui), flags, before_torch=lambda: preflight(recipe) if recipe else None)
     from distilled_t5.runtime.ranks import Ranks
 
     with Ranks.open(device_type) as ranks:
@@ -135,6 +157,9 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
         from distilled_t5.train.run import train
         from distilled_t5.train.run_directory import RunDirectory
 
+        if recipe is None:
+            options.recipe = recipe_for_this_gpu()
+            preflight(recipe := load_recipe(options.recipe, options.set))
         if options.estimate:
             report = estimate(recipe, ranks)
             if ranks.is_main:

@@ -119,17 +119,21 @@ class Schedule:
         drawn = draw(self.recipe.seed, number, len(prompts), shape, sampling.guidance, sampling.token_lengths, sampling.cfg)
         return Batch(prompts, drawn)
 
-    def prompts(self) -> Iterator[BatchPrompts]:
-        """The prompts of every batch of all processes: stage by stage, then those held out."""
-        for stage, part in enumerate(self.recipe.stages):
-            for number in range(self.trajectories(stage) * part.accumulate):
+    def prompts(self, first: int = 0) -> Iterator[BatchPrompts]:
+        """The prompts of every batch of all processes: stage by stage from stage `first` on, then those held out."""
+        for stage in range(first, len(self.recipe.stages)):
+            for number in range(self.trajectories(stage) * self.recipe.stages[stage].accumulate):
                 yield self._training_prompts(stage, number)
         yield from self._held_out_prompts()
 
-    def texts(self) -> Iterator[tuple[str, int]]:
-        """Every prompt that the run takes from its teacher and its token length, in the order in which it trains; some more than once."""
+    def texts(self, step: int = 0) -> Iterator[tuple[str, int]]:
+        """Every prompt that the run takes from its teacher and its token length, in the order in which it trains; some more than once.
+
+        step: where the run goes on. What stages that are over took is left out.
+        """
         lengths = self.recipe.sampling.token_lengths
-        for prompts, stage, number in self.prompts():
+        first = self.place(step).stage if step < self.total_steps else len(self.recipe.stages)
+        for prompts, stage, number in self.prompts(first):
             # The noise is drawn before the length, which takes minutes for the longest runs.
             length = lengths[0] if len(lengths) == 1 else self._batch(prompts, stage, number).drawn.token_length
             yield from ((prompt, length) for prompt in prompts)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..encoder.text_shards import FORMATS
+from ..prompts.common_text import COUNTS
+from ..prompts.corpora import Corpus
+from ..prompts.mix import read_corpus
+from ..prompts.negatives import NEGATIVES
 from ..runtime.errors import UserError
 from .batches import Schedule
 from .recipe import Recipe
@@ -38,12 +43,13 @@ def key_of(prompt: str, length: int) -> str:
     return f"{length}-{hashlib.sha256(prompt.encode()).hexdigest()[:32]}"
 
 
-def wanted(schedule: Schedule) -> dict[str, tuple[str, int]]:
+def wanted(schedule: Schedule, step: int = 0) -> dict[str, tuple[str, int]]:
     """The prompt and token length of every text that the run takes from its teacher, by key, in the order in which it trains.
 
-    With CFG also the empty prompt. Longer stages and other previews, which a resumed run may have, need more.
+    With CFG also the empty prompt. Longer stages and other previews, which a resumed run may have, need more. step: where the run goes on;
+    texts of stages that are over are left out.
     """
-    return _by_key(schedule.texts(), schedule.recipe)
+    return _by_key(schedule.texts(step), schedule.recipe)
 
 
 def of_an_estimate(schedule: Schedule) -> dict[str, tuple[str, int]]:
@@ -75,18 +81,35 @@ def text_bytes(recipe: Recipe, length: float, width: int) -> float:
 def expected(recipe: Recipe, width: int) -> Plan:
     """About how many texts a run needs: prompts are counted, their token lengths are not drawn.
 
-    Where the prompts are not there, as many as the run draws: at most so many.
+    Where prompts are not there, at most as many as the run draws, or as its corpora have at every token length.
     """
     lengths = recipe.sampling.token_lengths
     extra = (len(recipe.preview.prompts) if recipe.preview.vae else 0) + (len(lengths) if recipe.sampling.cfg else 0)
     try:
         times = Counter(prompt for prompts, _, _ in Schedule(recipe).prompts() for prompt in prompts)
     except UserError:
-        drawn = sum(-(-stage.steps // recipe.trajectory_steps(stage)) * stage.batch * stage.accumulate for stage in recipe.stages)
-        texts, known = float(drawn + recipe.validation.prompts), False
+        texts, known = _at_most(recipe), False
     else:
         # A prompt that is drawn n times has so many different ones of k lengths.
         missed = 1 - 1 / len(lengths)
         texts, known = sum(count * len(lengths) * (1 - missed**n) for n, count in Counter(times.values()).items()), True
     mean = sum(lengths) / len(lengths)
     return Plan(texts + extra, (texts + extra) * text_bytes(recipe, mean, width), known)
+
+
+def _at_most(recipe: Recipe) -> float:
+    """The different texts that a run can draw, of corpora that are not all there."""
+    drawn = sum(-(-stage.steps // recipe.trajectory_steps(stage)) * stage.batch * stage.accumulate for stage in recipe.stages)
+    corpora = {str(corpus.model_copy(update={"repeat": 1})): corpus for stage in recipe.stages for corpus in stage.corpora}
+    prompts = sum(map(_prompts_of, corpora.values())) + (1 + len(NEGATIVES) if recipe.sampling.negatives else 0)
+    return min(float(drawn + recipe.validation.prompts), prompts * len(recipe.sampling.token_lengths))
+
+
+def _prompts_of(corpus: Corpus) -> float:
+    """At most how many prompts a corpus has; without limit if it is not there and has none."""
+    if corpus.kind == "common_text":
+        return corpus.limit or COUNTS["train"]
+    try:
+        return len(read_corpus(corpus))
+    except UserError:
+        return corpus.limit or math.inf

@@ -59,6 +59,16 @@ def run_command(options: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def memory_advice(options: argparse.Namespace) -> str:
+    """What needs less memory than these options' command."""
+    if options.command != "cache":
+        return "close other programs, then run the same command again."
+    from .models import less_memory_for_texts
+    from .recipe import load_recipe
+
+    return less_memory_for_texts(load_recipe(options.recipe, options.set))
+
+
 def _watch(options: argparse.Namespace) -> int:
     from .watch import open_server
 

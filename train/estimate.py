@@ -123,7 +123,7 @@ def _memory_lines(workshop: Workshop) -> list[str]:
             f"{rehearsal.least / GB:.2f} GB with as much left in RAM as ComfyUI can, "
             f"where the diffusion model takes {rehearsal.model / GB:.2f} GB and the teacher's encoders {rehearsal.teacher / GB:.2f} GB."
         )
-    parts = [*part_lines(stage.need.all_here), *part_lines({TEACHER: 0 if rehearsal.on_gpu else rehearsal.teacher})]
+    parts = [*part_lines(stage.need.all_here), *part_lines({TEACHER: rehearsal.teacher_beside})]
     return [f"Memory on {device} by part, rehearsed for stage {stage.name}:", *parts, *(f"  {line}" for line in sums)]
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..config.files import SHIPPED
+from ..config.files import shipped_names
 from ..families.family import Family
 from .recipe import Recipe, Stage, load_recipe
 from .teacher_chunks import chunk_of
@@ -73,7 +73,8 @@ class Rehearsal:
     """What a process of a run takes.
 
     model, teacher, student, moments: bytes of weights as they are held, and of the optimizer's running means. parameters: the student's
-    number of weights. text_width: channels of the text. encoding: the teacher's peak.
+    number of weights. text_width: channels of the text. encoding: the teacher's peak. cached: the teacher is gone when the student is
+    trained.
     """
 
     stages: Sequence[StageRehearsal]
@@ -85,6 +86,7 @@ class Rehearsal:
     text_width: int
     encoding: Need
     on_gpu: bool
+    cached: bool = False
 
     @property
     def largest(self) -> StageRehearsal:
@@ -93,8 +95,14 @@ class Rehearsal:
 
     @property
     def total(self) -> int:
-        """Bytes on the device with the diffusion model on it; on a CPU the teacher is there too."""
-        return self.largest.need.total + (0 if self.on_gpu else self.teacher)
+        """Bytes on the device with the diffusion model on it; on a CPU the teacher is there too, or before it where there is a cache."""
+        training = self.largest.need.total
+        return training if self.on_gpu else max(training, self.encoding.total) if self.cached else training + self.teacher
+
+    @property
+    def teacher_beside(self) -> int:
+        """Bytes of the teacher that are on the device while the student is trained."""
+        return 0 if self.on_gpu or self.cached else self.teacher
 
     @property
     def least(self) -> int:
@@ -152,9 +160,12 @@ def check_memory(rehearsal: Rehearsal, total_bytes: int, device: str, advice: Ca
         return
     stage = max(rehearsal.stages, key=lambda stage: stage.need.least)
     offloaded = " even with as much left in RAM as ComfyUI can" if rehearsal.on_gpu else ""
-    parts = dict(stage.need.least_parts) if rehearsal.on_gpu else {**rehearsal.largest.need.all_here, TEACHER: rehearsal.teacher}
+    who = f"stage {stage.name}"
+    parts = dict(stage.need.least_parts) if rehearsal.on_gpu else {**rehearsal.largest.need.all_here, TEACHER: rehearsal.teacher_beside}
+    if sum(parts.values()) < rehearsal.least:
+        who, parts = "the teacher", {TEACHER: rehearsal.teacher, "its activations": rehearsal.encoding.total - rehearsal.teacher}
     raise ValueError(
-        f"Not enough memory on {device}: stage {stage.name} needs {rehearsal.least / GB:.1f} GB{offloaded}; "
+        f"Not enough memory on {device}: {who} needs {rehearsal.least / GB:.1f} GB{offloaded}; "
         f"{device} has {total_bytes / GB:.1f} GB, of which a run can use {usable / GB:.1f} GB.\n"
         + "\n".join(part_lines(parts))
         + f"\nWhat to do: {advice()}"
@@ -219,6 +230,7 @@ def shipped_for(total_bytes: int, family: Family) -> str | None:
 
 
 def _stated_gb(family: Family) -> dict[int, str]:
-    """The family's shipped recipes by the memory size in their names, GB."""
-    stated = [(int(match[1]), path.stem) for path in SHIPPED.glob("*.toml") if (match := STATED_GB.search(path.stem))]
-    return {size: name for size, name in sorted(stated) if load_recipe(name).family == family}
+    """The family's shipped recipes by the memory size in their names, GB; of those of one size, the shortest name for one night."""
+    names = sorted(shipped_names(), key=lambda name: ("-overnight-" in name, -len(name)))
+    stated = [(int(match[1]), name) for name in names if (match := STATED_GB.search(name))]
+    return {size: name for size, name in stated if load_recipe(name).family == family}

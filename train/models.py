@@ -26,7 +26,7 @@ from ..students.trained import TrainedStudent
 from . import stand_ins
 from .batches import served_length
 from .file_sizes import text_width_in
-from .memory import Rehearsal, check_memory, check_ram, least_ram, ram_parts, shipped_advice, usable_of, without_gpu
+from .memory import GB, Rehearsal, check_memory, check_ram, least_ram, ram_parts, shipped_advice, usable_of, without_gpu
 from .objectives import OBJECTIVES
 from .recipe import RANDOM, STAND_IN, Recipe
 from .remedies import GENERAL, fitting, smaller, with_less_ram
@@ -145,7 +145,7 @@ def rehearse_before_loading(recipe: Recipe, ranks: Ranks) -> Rehearsal | None:
 
 def what_fits(recipe: Recipe, found: Rehearsal, total_bytes: int, again: Callable[[Recipe], Rehearsal]) -> str:
     """What to do for a run with this rehearsal on a device of this memory: changes that are rehearsed now, and the shipped recipe."""
-    usable, candidates = usable_of(total_bytes, found.on_gpu), [*smaller(recipe)]
+    usable, candidates = usable_of(total_bytes, found.on_gpu), [*smaller(recipe, bool(found.teacher_beside))]
     offloaded = found.total > usable
     log.warning("Rehearsing changes of the recipe that take less memory, %d times at most ...", len(candidates).bit_length())
 
@@ -170,6 +170,20 @@ def less_memory(recipe: Recipe, processes: int) -> str:
         return what_fits(recipe, again(recipe), total, again)
     except (ValueError, MemoryError):
         return f"{GENERAL}\n{shipped_advice(recipe.family, total, device.type != 'cpu')}"
+
+
+def less_memory_for_texts(recipe: Recipe) -> str:
+    """What to do for a teacher that ran out of memory while it encoded a cache on this machine's device."""
+    device, sizes = comfy.model_management.text_encoder_device(), ""
+    with contextlib.suppress(ValueError, MemoryError):
+        need, total = rehearsal_of(recipe, device).encoding, comfy.model_management.get_total_memory(device)
+        offloaded = f", {need.least / GB:.1f} GB with its weights in RAM" if device.type != "cpu" else ""
+        sizes = f"The teacher takes {need.total / GB:.1f} GB while it encodes{offloaded}, as rehearsed; {device} has {total / GB:.1f} GB.\n"
+    return (
+        "close other programs, then run the same command again: it goes on (on a GPU with -- --reserve-vram 2, which keeps 2 GB more of "
+        f"it free).\n{sizes}If that is not enough, name a smaller file of the teacher in teacher.t5, such as one in fp8, or lower the "
+        "longest of sampling.token_lengths; either makes other texts."
+    )
 
 
 def _rehearsed(recipe: Recipe, device: torch.device, processes: int) -> Rehearsal | None:

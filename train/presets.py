@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.files import SHIPPED
+from ..config.files import shipped_names
 from ..config.parts import file_stem
 from ..config.toml import toml_value
 from ..families.family import Family
@@ -28,6 +28,7 @@ class Wishes:
 
     dtype: None for the preset's. companions: the files of CLIP-L and CLIP-G by name, without those that are absent. steps: 0 for the
     preset's. vae: None for the preset's, "" for no images. prompts: a file with a prompt on each line; None for the preset's own prompts.
+    cache: folder of the teacher's texts, for presets that keep them; None for the preset's.
     """
 
     diffusion_model: str
@@ -40,11 +41,12 @@ class Wishes:
     vae: str | None = None
     prompts: Path | None = None
     prompt_count: int = 0
+    cache: Path | None = None
 
 
 def preset_names() -> list[str]:
     """The shipped recipes that can be presets."""
-    return sorted(path.stem for path in SHIPPED.glob("*.toml") if path.stem not in NOT_PRESETS)
+    return [name for name in shipped_names() if name not in NOT_PRESETS]
 
 
 def starter_prompts() -> str:
@@ -58,7 +60,7 @@ def recipe_of(preset: str, wishes: Wishes, begun: Recipe | None = None, taken: i
     Raises UserError for a number of steps that is too small, ConfigError for other values.
     """
     recipe = load_recipe(preset)
-    settings = [*_model_settings(recipe, wishes), *_length_settings(recipe, wishes.steps, begun, taken), *_prompt_settings(recipe, wishes)]
+    settings = [*_model_settings(recipe, wishes), *length_settings(recipe, wishes.steps, begun, taken), *_prompt_settings(recipe, wishes)]
     return load_recipe(preset, settings)
 
 
@@ -102,13 +104,18 @@ def _model_settings(recipe: Recipe, wishes: Wishes) -> Iterator[str]:
     values |= {f"teacher.{name}": wishes.companions.get(name, NO_FILE) for name in recipe.family.companions}
     if wishes.dtype is not None:
         values["diffusion_model.dtype"] = wishes.dtype
+    if recipe.teacher.cache and wishes.cache:
+        values["teacher.cache"] = str(wishes.cache)
     if wishes.vae is not None:
         values["preview.vae"] = wishes.vae
     return (f"{key}={toml_value(value)}" for key, value in values.items())
 
 
-def _length_settings(recipe: Recipe, steps: int, begun: Recipe | None, taken: int) -> Iterator[str]:
-    """Every stage, and for a new run the steps of warm-up and between reports, in proportion; a run that has begun keeps these."""
+def length_settings(recipe: Recipe, steps: int, begun: Recipe | None = None, taken: int = 0) -> Iterator[str]:
+    """For so many steps, 0 for the recipe's own: those of every stage, of warm-up and between reports, in proportion.
+
+    A run that has begun keeps its warm-up and reports. Raises UserError for too few steps.
+    """
     usual = [stage.steps for stage in recipe.stages]
     steps = steps or sum(usual)
     if begun is None and steps == sum(usual):

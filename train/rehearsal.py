@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +77,8 @@ def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool
             if file := found(recipe.diffusion_model.file, "diffusion_models"):
                 check_family(file.name, scene.model.model, recipe.family)
                 check_guidance(file.name, scene.model, recipe.sampling.guidance)
+            if recipe.teacher.cache:
+                teacher.text(1, longest)  # before others, which stay
             stages = []
             for stage in recipe.stages:
                 need, flops = scene.step(stage, teacher.text(stage.batch, longest), stage.batches_per_rank(processes))
@@ -97,8 +99,9 @@ def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool
                 moments=ledger.live[MOMENTS],
                 parameters=recipe.student_layout(scene.model.text_width).parameters,
                 text_width=scene.model.text_width,
-                encoding=teacher.need,
+                encoding=teacher.need([1] if recipe.teacher.cache else [stage.batch for stage in recipe.stages], longest),
                 on_gpu=target.on_gpu,
+                cached=bool(recipe.teacher.cache),
             )
 
 
@@ -132,8 +135,7 @@ class _Teacher:
             self.model = teacher_model(recipe, target.device)
         weights_from_ram(self.model)
         self.held = self.ledger.live[MODEL]
-        self.need = Need({}, {}, "")
-        self._made: dict[tuple[int, int], tuple[TeacherText, Flops]] = {}
+        self._made: dict[tuple[int, int], tuple[TeacherText, Flops, Need]] = {}
 
     def text(self, batch: int, length: int) -> TeacherText:
         """The texts of a batch of prompts of this length."""
@@ -142,14 +144,17 @@ class _Teacher:
             with self.ledger, self.ledger.of(ENCODING):
                 self.ledger.restart()
                 text = teacher.encode(["a"] * batch, length, with_empty=bool(self.recipe.sampling.cfg))
-            self._made[batch, length] = text, Flops(self.ledger.flops)
-            self.need = max(self.need, _need(self.ledger), key=lambda need: need.total)
+            self._made[batch, length] = text, Flops(self.ledger.flops), _need(self.ledger)
         return self._made[batch, length][0]
 
     def flops(self, batch: int, length: int) -> Flops:
         """The operations that these texts take."""
         self.text(batch, length)
         return self._made[batch, length][1]
+
+    def need(self, batches: Sequence[int], length: int) -> Need:
+        """The most that it takes to encode batches of texts of this length, which it has encoded."""
+        return max((self._made[batch, length][2] for batch in batches), key=lambda need: need.total)
 
 
 class _Scene:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import comfy.model_management
 
-from ..config.files import SHIPPED
+from ..config.files import shipped_names
 from ..runtime.errors import UserError
 from .cache_plan import expected
 from .estimate import disk_lines, ram_lines
@@ -142,8 +142,8 @@ def table(share: float = SHARE, flags: Sequence[str] = ()) -> Iterator[str]:
     heads = ["Recipe", "Peak on the GPU", "Offloaded", "Teacher", "RAM", "Operations", *(f"{name}, hours" for name in SHOWN_GPUS)]
     yield _row(heads)
     yield _row(["---"] * len(heads))
-    for path in sorted(SHIPPED.glob("*.toml")):
-        yield recipe_row(path.stem, share, flags)
+    for name in shipped_names():
+        yield recipe_row(name, share, flags)
 
 
 def recipe_row(name: str, share: float = SHARE, flags: Sequence[str] = ()) -> str:

@@ -10,18 +10,21 @@ from ..runtime.errors import UserError
 from .memory import GB
 from .recipe import RANDOM, Recipe, Stage
 
-FP8 = "fp8_e4m3fn"
+FP8, CACHE = "fp8_e4m3fn", "teacher-cache"
 # Where changes cannot be rehearsed.
 GENERAL = "lower batch and raise accumulate by the same factor, or lower resolution_px or the longest of sampling.token_lengths."
 
 
-def smaller(recipe: Recipe) -> Iterator[Recipe]:
+def smaller(recipe: Recipe, teacher_beside: bool = False) -> Iterator[Recipe]:
     """The recipe with more and more changes, the least harmful first.
 
-    The same result more slowly; the diffusion model in fp8; shorter prompts; smaller images; a smaller student.
+    The same result more slowly; the diffusion model in fp8; shorter prompts; smaller images; a smaller student. teacher_beside: the teacher
+    takes memory of the student's training, unless its texts are on disk.
     """
     if not recipe.diffusion_model.checkpoint_blocks:
         yield (recipe := _changed(recipe, "diffusion_model", checkpoint_blocks=True))
+    if teacher_beside and not recipe.teacher.cache:
+        yield (recipe := recipe.with_cache(CACHE))
     while any(stage.batch > 1 for stage in recipe.stages):
         yield (recipe := _in_stages(recipe, _half_batch))
     if recipe.diffusion_model.dtype != FP8:
@@ -37,8 +40,14 @@ def smaller(recipe: Recipe) -> Iterator[Recipe]:
 
 
 def with_less_ram(recipe: Recipe) -> Iterator[Recipe]:
-    """The recipe with changes that lower the RAM beside a GPU: fewer of the teacher's embeddings at once; the diffusion model in fp8."""
-    yield (recipe := _changed(recipe, "teacher", chunk_prompts=1))
+    """The recipe with changes that lower the RAM beside a GPU.
+
+    Fewer of the teacher's embeddings at once; all of them on disk, so that its weights and the diffusion model's are not there at once; the
+    diffusion model in fp8.
+    """
+    if not recipe.teacher.cache:
+        yield _changed(recipe, "teacher", chunk_prompts=1)
+        yield (recipe := recipe.with_cache(CACHE))
     if recipe.diffusion_model.dtype != FP8:
         yield _changed(recipe, "diffusion_model", dtype=FP8)
 

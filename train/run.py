@@ -19,6 +19,7 @@ from ..runtime.stop import Stopped, StopRequest
 from .banner import facts_of
 from .batches import Place
 from .boards import Board
+from .cache_plan import wanted
 from .card import write_card
 from .checkpoint_files import STUDENT, checkpoint_paths, peek, step_of
 from .curves import ONE_BAND, Curves
@@ -32,7 +33,7 @@ from .recipe import Recipe, load_recipe
 from .report import Reporter
 from .resume import gather_state, restore
 from .run_directory import RunDirectory
-from .state import Checkpoints, recorded_inputs
+from .state import Checkpoints, recorded_inputs, resumed_step
 from .trial import trials
 from .validation import HeldOut, lower
 from .workshop import RunState, Workshop, open_workshop
@@ -62,7 +63,9 @@ def train(
         stopping = stop or stack.enter_context(StopRequest())
         recorded = recorded_inputs(run_path / "checkpoints") if resume and ranks.is_main else None
         with starting(run) if run else contextlib.nullcontext():
-            workshop = open_workshop(recipe, ranks, recorded, lambda: stopping.requested)
+            begin = ranks.share(resumed_step(run_path / "checkpoints") if resume and ranks.is_main else 0) if recipe.teacher.cache else 0
+            texts = functools.partial(wanted, step=begin)
+            workshop = open_workshop(recipe, ranks, recorded, lambda: stopping.requested, texts)
             write = functools.partial(_write_checkpointed, workshop)
             checkpoints = Checkpoints(run_path / "checkpoints", write, recipe.checkpoints.keep_last)
             # Dropout draws from torch's global generator; each process gets a seed of its own.

@@ -35,6 +35,7 @@ from .checkpoint_files import (
     digest_of,
     peek,
     read_manifest,
+    step_of,
 )
 from .run_directory import CONTINUE
 
@@ -173,6 +174,15 @@ def recorded_inputs(folder: Path) -> dict[str, str]:
             if (path / VALUES).is_file():
                 return dict(unpack(json.loads((path / VALUES).read_bytes())["inputs"], {}))
     return {}
+
+
+def resumed_step(folder: Path) -> int:
+    """The step from which a run goes on: that of its newest intact checkpoint, every byte of which is read; 0 without one."""
+    for path in reversed(checkpoint_paths(folder)):
+        with contextlib.suppress(OSError, ValueError):
+            check_files(path, read_manifest(path))
+            return step_of(path)
+    return 0
 
 
 def write_checkpoint(folder: Path, state: TrainerState, write_student: StudentWriter) -> None:

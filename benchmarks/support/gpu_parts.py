@@ -171,6 +171,7 @@ def recipe_of(scale: Scale, name: str, settings: Sequence[str] = ()) -> Recipe:
     """A shipped recipe for its cost alone: starter prompts at its longest length, a random student, one batch per optimizer step."""
     recipe = load_recipe(name)
     sets = ["student.start=random", "preview.vae=", "teacher.chunk_prompts=1", "validation.prompts=1", "optimizer.warmup_steps=0"]
+    sets.append("teacher.cache=")
     sets.append(f"sampling.token_lengths=[{max(recipe.sampling.token_lengths) if scale.full else 16}]")
     for number in range(len(recipe.stages)):
         sets += [f"stage.{number}.accumulate=1", f"stage.{number}.corpora={PROMPTS_FILE}"]

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping
 
-from ...config.files import SHIPPED
+from ...config.files import SHIPPED, shipped_names
 from ..comfyui.in_process import ROOT, start_comfyui
 
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "recipes.md"
@@ -17,6 +17,8 @@ ROW = re.compile(r"^\| `([\w-]+)` \| (\d.*) \|$", re.MULTILINE)
 # The README shows neither recipes of the miniature nor the other sizes of the paper's student.
 LEFT_OUT = re.compile(r"smoke|miniature-.*|flux-dev-(small|large|xl)")
 HEAD = "| Recipe | GPU memory, with offloading | RAM | RTX 4090 "
+# What a recipe with a cache says of its size.
+TEXTS = re.compile(r"(?:at most|about) [\d,]+ texts, [\d.,]+ [GM]B")
 COMMENT = re.compile(r"[\d.,]+ GB of GPU memory at the peak,.*?on one RTX 4090 at 40% of its peak [\w ,]+ hours", re.DOTALL)
 
 
@@ -26,15 +28,17 @@ def rows_of(page: str) -> dict[str, str]:
 
 
 def with_rows(page: str, rows: Mapping[str, str]) -> str:
-    """The page with these rows in the table."""
+    """The page with these rows in the table, recipes for one night first."""
     first, *_, last = ROW.finditer(page)
-    return page[: first.start()] + "\n".join(f"| `{name}` | {rows[name]} |" for name in sorted(rows)) + page[last.end() :]
+    lines = (f"| `{name}` | {rows[name]} |" for name in shipped_names() if name in rows)
+    return page[: first.start()] + "\n".join(lines) + page[last.end() :]
 
 
 def compact(rows: Mapping[str, str]) -> str:
-    """The README's table: two recipes a line, the shortest runs first."""
+    """The README's table: two recipes a line, those for one night first, then the shortest runs."""
     cells = {name: row.split(" | ") for name, row in rows.items() if not LEFT_OUT.fullmatch(name)}
-    names = sorted(cells, key=lambda name: float(cells[name][5].replace(",", "").removeprefix("under ")))
+    hours = {name: float(row[5].replace(",", "").removeprefix("under ")) for name, row in cells.items()}
+    names = sorted(cells, key=lambda name: ("-overnight-" not in name, hours[name]))
     shown = [f"| `{name}` | {cells[name][0]}, {cells[name][1]} | {cells[name][3]} | {cells[name][5]} h " for name in names]
     lines = [HEAD * 2 + "|", "|---" * 8 + "|"]
     return "\n".join([*lines, *("".join(shown[place : place + 2]) + "|" for place in range(0, len(shown), 2))])
@@ -57,16 +61,20 @@ def comment(row: str) -> str:
 def main() -> None:
     """Rehearse and write."""
     start_comfyui("--use-pytorch-cross-attention")
+    from ...train.cache_plan import expected
+    from ...train.recipe import load_recipe
     from ...train.rehearsal_report import recipe_row
 
-    names = sys.argv[1:] or [path.stem for path in SHIPPED.glob("*.toml")]
+    names = sys.argv[1:] or shipped_names()
     rows = rows_of(PAGE.read_text(encoding="utf-8"))
     for name in names:
         rows |= rows_of(recipe_row(name))
         print(f"{name}: {rows[name]}", flush=True)
     written = {PAGE: with_rows(PAGE.read_text(encoding="utf-8"), rows), README: with_table(README.read_text(encoding="utf-8"), rows)}
-    recipes = [SHIPPED / f"{name}.toml" for name in names]
-    written |= {path: COMMENT.sub(comment(rows[path.stem]), path.read_text(encoding="utf-8")) for path in recipes}
+    for name in names:
+        path, recipe = SHIPPED / f"{name}.toml", load_recipe(name)
+        texts = str(expected(recipe, recipe.family.text_width))
+        written[path] = TEXTS.sub(texts, COMMENT.sub(comment(rows[name]), path.read_text(encoding="utf-8")))
     for path, text in written.items():
         path.write_text(text, encoding="utf-8")
 

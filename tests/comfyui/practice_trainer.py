@@ -18,6 +18,7 @@ from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support import practice_accelerator as practice
 from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.trainer import metrics, teacher_of
+from distilled_t5.train.__main__ import recipe_for_this_gpu
 from distilled_t5.train.distill import train_step
 from distilled_t5.train.estimate import estimate
 from distilled_t5.train.objectives import OBJECTIVES
@@ -135,6 +136,11 @@ def test_a_diffusion_model_in_fp16_is_computed_in_fp16_and_its_loss_is_scaled():
     assert report.loss == pytest.approx(expected.loss, rel=0.02)
     assert report.gradient_norm == pytest.approx(expected.gradient_norm, rel=0.05)
     assert not same(workshop.student.tensors(), before)
+
+
+def test_without_a_recipe_the_estimate_is_of_the_overnight_recipe_for_the_memory_of_the_device():
+    practice.set_budget(17_000_000_000)
+    assert recipe_for_this_gpu() == "flux-overnight-16gb"
 
 
 def test_the_estimate_counts_the_memory_of_the_device():

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from distilled_t5.devtools.comfyui.server import free_port
-from distilled_t5.devtools.demo import expected_time, settings_of
+from distilled_t5.devtools.demo import RECIPE, expected_time, settings_of, steps_of_each_stage
 from distilled_t5.encoder.files import open_student
 from distilled_t5.tests.support.tiny_students import published_file
 from distilled_t5.train.recipe import load_recipe
@@ -59,19 +59,20 @@ def demo(comfyui: Path, out: Path, *options: str) -> tuple[str, dict[str, Any]]:
     return done.stdout + done.stderr, json.loads((out / "demo.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("steps", [2, 5, 20, 1_600])
+@pytest.mark.parametrize("steps", [len(steps_of_each_stage()), 5, 20, 1_600, sum(steps_of_each_stage())])
 def test_the_demos_recipe_is_valid_for_any_number_of_steps(steps: int) -> None:
-    recipe = load_recipe("miniature-tenth", settings_of(steps))
+    recipe = load_recipe(RECIPE, settings_of(steps))
     assert sum(stage.steps for stage in recipe.stages) == steps
-    assert recipe.checkpoints.every_steps == max(1, steps // 8)
+    assert recipe.checkpoints.every_steps == max(1, steps // 10)
 
 
 def test_the_demos_expected_time_grows_with_its_steps() -> None:
-    assert [expected_time(steps) for steps in (0, 100, 1_600, 16_000)] == [
+    own = sum(steps_of_each_stage())
+    assert [expected_time(steps) for steps in (0, own // 10, own, 10 * own)] == [
         "about a minute",
         "about a minute",
-        "about 5 minutes",
-        "about 41 minutes",
+        "about 4 minutes",
+        "about 31 minutes",
     ]
 
 
@@ -93,12 +94,13 @@ def test_demo_draws_with_teacher_and_student_and_judges_every_picture(comfyui_pa
 
 
 @pytest.mark.full
-def test_demo_with_train_shows_a_new_student_before_and_after(comfyui_path: Path, tmp_path: Path) -> None:
-    kept = tmp_path / "out" / "kept"
-    demo(comfyui_path, tmp_path / "out", "--train", "--train-steps", "2")  # the second student replaces this one
+def test_demo_with_train_shows_a_new_student_after_each_stage(comfyui_path: Path, tmp_path: Path) -> None:
+    kept, stages = tmp_path / "out" / "kept", [stage.name for stage in load_recipe(RECIPE).stages]
+    demo(comfyui_path, tmp_path / "out", "--train", "--train-steps", str(len(stages)))  # the second student replaces this one
     said, told = demo(comfyui_path, tmp_path / "out", "--train", "--train-steps", "16")
-    teacher, before, after = told["right"]
-    assert (teacher, before, after) == ("miniature_teacher.safetensors", "demo_student_step-000002.safetensors", "demo_student.safetensors")
+    teacher, *students, after = told["right"]
+    assert (teacher, after) == ("miniature_teacher.safetensors", "demo_student.safetensors")
+    assert students == [f"demo_student_{name}.safetensors" for name in stages[:-1]]
     assert "WARNING" not in said
     named = [
         Path(path) for path in re.findall(r"(?:Done|Model card|How the student was trained|its model card|The student): ([^\s;]+)", said)
@@ -107,7 +109,7 @@ def test_demo_with_train_shows_a_new_student_before_and_after(comfyui_path: Path
     assert len(named) == 6
     assert [str(path) for path in named if not path.exists()] == [], "every path that is named exists afterwards"
     assert "demo_student" in (tmp_path / "out" / "run" / "page.html").read_text(encoding="utf-8")
-    assert sum(int(count[0]) for count in told["right"][before].values()) <= 2, "it knows nothing yet"
+    assert sum(int(count[0]) for count in told["right"][students[0]].values()) <= 2, "it knows nothing yet"
     open_student(kept / "models" / "text_encoders" / after)
     workflow = (kept / "user" / "default" / "workflows" / "demo_student.json").read_text(encoding="utf-8")
     assert after in workflow and "miniature_student_quarter" not in workflow

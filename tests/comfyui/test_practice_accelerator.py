@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,12 +15,12 @@ from distilled_t5.devtools.comfyui.server import ComfyServer, server_command
 from distilled_t5.devtools.comfyui.workflow import set_inputs, to_api_prompt
 from distilled_t5.tests.support import evaluation_world
 from distilled_t5.tests.support.prepared import run_prepared
-from distilled_t5.tests.support.trainer import TWO_PROCESSES, command, finish, metrics
+from distilled_t5.tests.support.trainer import ACCELERATOR, TWO_PROCESSES, command, finish, metrics, on_accelerator
 from distilled_t5.tests.support.workflows import example
 from PIL import Image
 
 HERE = Path(__file__).parent
-PYTEST, SCRIPT = (HERE.parent / "support" / name for name in ("practice_pytest.py", "practice_accelerator_command.py"))
+PYTEST = HERE.parent / "support" / "practice_pytest.py"
 BOUND_S = 1800
 # Run in one process: each would import torch and ComfyUI.
 FILES = tuple(f"practice_{name}.py" for name in ("device", "encoder", "nodes", "trainer", "rehearsal"))
@@ -87,11 +86,6 @@ def test_every_node_is_executed_on_the_accelerator():
     assert set(json.loads((HERE / "schemas.json").read_text(encoding="utf-8"))) <= executed
 
 
-def on_accelerator(arguments: Sequence[str]) -> list[str]:
-    """A command with the practice accelerator in the place of the CPU."""
-    return [str(SCRIPT), *(part for part in arguments if part != "--cpu")]
-
-
 def losses(run: Path) -> list[float]:
     return [row["loss"] for row in metrics(run) if "loss" in row]
 
@@ -148,7 +142,7 @@ def test_a_server_on_an_accelerator_trains_in_its_queue_and_draws_what_a_server_
 ):
     def accelerated(*arguments: Any) -> list[str]:
         python, *command = server_command(*arguments)
-        return [python, str(SCRIPT), *(part for part in command if part != "--cpu")]
+        return [python, str(ACCELERATOR), *(part for part in command if part != "--cpu")]
 
     monkeypatch.setattr(comfyui_server, "server_command", accelerated)
     with ComfyServer(comfyui_path, tmp_path, pack_root) as on_npu:

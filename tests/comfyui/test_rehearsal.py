@@ -11,18 +11,18 @@ import comfy.memory_management
 import comfy.model_management
 import pytest
 import torch
-from distilled_t5.config.files import SHIPPED
+from distilled_t5.config.files import SHIPPED, shipped_names
 from distilled_t5.families import FAMILIES
 from distilled_t5.runtime.errors import UserError
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.flops import flop_counter
 from distilled_t5.tests.support.prepared import run_prepared
 from distilled_t5.tests.support.trainer import PACK, command, finish
-from distilled_t5.train import rehearsal
+from distilled_t5.train import commands, rehearsal
 from distilled_t5.train.distill import train_step
 from distilled_t5.train.gpus import SHOWN_BYTES_PER_GB
 from distilled_t5.train.memory import Rehearsal, usable_of
-from distilled_t5.train.models import less_memory, what_fits
+from distilled_t5.train.models import less_memory, less_memory_for_texts, what_fits
 from distilled_t5.train.objectives import OBJECTIVES
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.rehearsal import Target, rehearse
@@ -165,6 +165,34 @@ def test_a_run_that_ran_out_of_memory_and_cannot_be_rehearsed_gets_general_advic
     )
 
 
+def test_a_cache_that_ran_out_of_memory_is_told_what_the_teacher_takes_and_what_takes_less():
+    one = load_recipe("smoke", ["teacher.cache=cache"])
+    need = rehearse(one, Target(torch.device("cpu"))).encoding
+    said = less_memory_for_texts(one)
+    assert "run the same command again: it goes on" in said
+    assert f"The teacher takes {need.total / 1e9:.1f} GB while it encodes, as rehearsed; cpu has " in said
+    assert "a smaller file of the teacher in teacher.t5, such as one in fp8" in said
+    given = commands.command_line().parse_args(["cache", "smoke", "--set", "teacher.cache=cache"])
+    assert commands.memory_advice(given) == said
+    # Each text is encoded alone.
+    assert need.total < rehearse(load_recipe("smoke"), Target(torch.device("cpu"))).encoding.total
+
+
+def test_on_a_cpu_a_cache_is_advised_where_the_teacher_is_what_does_not_fit():
+    recipe = load_recipe("smoke")
+    device = Target(torch.device("cpu"))
+    found, cached = rehearse(recipe, device), rehearse(recipe.with_cache("teacher-cache"), device)
+    assert cached.total < found.total
+    said = what_fits(recipe, found, cached.total, lambda changed: rehearse(changed, device)).splitlines()
+    assert said[1].endswith('fits: teacher.cache: not set -> "teacher-cache"; teacher.cache_format: not set -> "bf16"')
+
+
+def test_without_a_recipe_the_estimate_is_that_of_the_overnight_recipe_for_this_gpu(comfyui_path, tmp_path):
+    arguments = [str(PACK / "train"), "--estimate", "--comfyui", str(comfyui_path), "--", "--base-directory", str(tmp_path), "--cpu"]
+    said = finish(arguments, tmp_path, code=1)
+    assert "none is made for cpu.\nWhat to do: name a recipe, such as smoke; --rehearse alone lists all" in said
+
+
 def test_the_command_reports_memory_time_and_cost_without_loading_anything(comfyui_path, tmp_path):
     said = finish(command(comfyui_path, tmp_path, tmp_path / "run", "--rehearse", "--gpu", "rtx 4090", "--price", "0.5"), tmp_path)
     assert not (tmp_path / "run").exists()
@@ -222,11 +250,11 @@ def test_the_row_of_smoke_is_that_of_its_rehearsal():
 
 @pytest.mark.full
 def test_the_table_of_recipes_is_what_the_command_prints(comfyui_path, tmp_path):
-    arguments = [str(PACK / "train"), "all", "--rehearse", "--comfyui", str(comfyui_path), "--", "--base-directory", str(tmp_path)]
+    arguments = [str(PACK / "train"), "--rehearse", "--comfyui", str(comfyui_path), "--", "--base-directory", str(tmp_path)]
     status, said = run_prepared(arguments, tmp_path, TABLE_S)
     rows = [line for line in said.splitlines() if line.startswith("| `")]
     assert status == 0, said
-    assert len(rows) == len(list(SHIPPED.glob("*.toml")))
+    assert [row.split("`")[1] for row in rows] == shipped_names()
     for row in rows:
         name = row.split("`")[1]
         assert numbers(row) == pytest.approx(numbers(shipped_row(name)), rel=0.02, abs=0.11), name

@@ -35,6 +35,7 @@ QUICK = [
 ]
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 BOUND_S = 400
+ACCELERATOR = Path(__file__).with_name("practice_accelerator_command.py")
 STARTED: list[subprocess.Popen[str]] = []
 
 
@@ -123,3 +124,8 @@ def teacher_of(workshop: Workshop) -> Teacher:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def on_accelerator(arguments: Sequence[str]) -> list[str]:
+    """A command with the practice accelerator in the place of the CPU."""
+    return [str(ACCELERATOR), *(part for part in arguments if part != "--cpu")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from distilled_t5.prompts.negatives import NEGATIVES
 from distilled_t5.train.batches import Schedule, preview_batches
 from distilled_t5.train.cache_plan import expected, key_of, text_bytes, wanted
 from distilled_t5.train.recipe import Recipe, load_recipe
@@ -48,6 +49,12 @@ def test_without_the_prompts_the_number_is_at_most_that_of_the_draws():
     drawn = sum(-(-stage.steps // one.sampling.steps) * stage.batch * stage.accumulate for stage in stages)
     plan = expected(one, 4096)
     assert not plan.known and plan.texts == drawn + one.validation.prompts and str(plan).startswith("at most ")
+
+
+def test_without_the_prompts_the_number_is_at_most_that_of_their_corpora_where_these_are_limited():
+    one = load_recipe("flux-overnight-12gb", ["sampling.token_lengths=[77, 256]", "preview.vae=''"])
+    sizes = [4200, 20_000, 146, 64, 1 + len(NEGATIVES)]
+    assert str(expected(one, 4096)).startswith(f"at most {2 * sum(sizes):,} texts, ")
 
 
 def test_a_text_takes_two_bytes_or_one_for_each_channel_of_each_token():

@@ -81,7 +81,7 @@ def check_train(arguments: list[str], _folder: Path) -> None:
         train_subcommands.command_line().parse_args(arguments)
         return
     asked = parse(train_command.command_line(), arguments)
-    if not (asked.rehearse and asked.recipe == "all"):
+    if not (asked.rehearse and asked.recipe in (None, "all")):
         load_recipe(asked.recipe, asked.set)
 
 

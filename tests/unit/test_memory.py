@@ -52,6 +52,16 @@ def test_on_a_cpu_everything_including_the_teacher_is_in_ram():
     assert (ON_CPU.total, ON_CPU.least) == (210, 210)
 
 
+def test_with_a_cache_the_teacher_comes_before_the_training_and_either_may_be_what_does_not_fit():
+    cached = dataclasses.replace(ON_CPU, cached=True)
+    assert (cached.total, cached.teacher_beside, ON_CPU.teacher_beside, ON_GPU.teacher_beside) == (160, 0, 50, 0)
+    with pytest.raises(ValueError, match="stage large needs") as refusal:
+        check_memory(cached, 159, "cpu", str)
+    assert "teacher's encoders" not in str(refusal.value)
+    with pytest.raises(ValueError, match=r"the teacher needs 0\.0 GB(.|\n)*teacher's encoders(.|\n)*its activations"):
+        check_memory(dataclasses.replace(cached, encoding=Need({"a": 170}, {"a": 170}, "a")), 169, "cpu", str)
+
+
 def test_a_model_that_is_cheaper_on_the_device_than_from_ram_stays_there():
     need = Need({"model": 1, "rest": 40}, {"rest": 55}, "rest")
     assert (need.total, need.least) == (41, 41)
@@ -92,7 +102,7 @@ def test_a_gpu_keeps_a_part_of_its_memory():
 
 def test_the_shipped_recipe_for_a_device_is_named():
     flux = FAMILIES["flux"]
-    assert shipped_advice(flux, 16 * GIB, True) == "The shipped recipe schnell-16gb is made for this much memory."
+    assert shipped_advice(flux, 16 * GIB, True) == "The shipped recipe flux-overnight-16gb is made for this much memory."
     assert shipped_advice(flux, 4 * GIB, True) == "No shipped recipe is made for so little memory."
     assert shipped_advice(flux, 4 * GIB, False) == "The shipped recipe smoke runs on any machine, but Flux.1 needs a GPU."
 
@@ -100,13 +110,13 @@ def test_the_shipped_recipe_for_a_device_is_named():
 def test_the_largest_recipe_that_a_card_holds_is_named():
     # What cards of 8, 12, 16, 24 and 80 GB show.
     sizes = [8_363_704_320, 12_621_709_312, 16_892_723_200, 25_386_352_640, 85_024_112_640]
-    assert [shipped_for(size, FAMILIES["flux"]) for size in sizes] == [None, "schnell-12gb", "schnell-16gb", "schnell-24gb", "schnell-24gb"]
+    assert [shipped_for(size, FAMILIES["flux"]) for size in sizes] == [None, *(f"flux-overnight-{size}gb" for size in (12, 16, 24, 24))]
     named = {family: shipped_for(sizes[-1], FAMILIES[family]) for family in ("sd3", "pixart_sigma", "chroma", "pixart_alpha")}
     assert named == {"sd3": "sd35-medium-24gb", "pixart_sigma": "pixart-sigma-24gb", "chroma": "chroma-24gb", "pixart_alpha": None}
 
 
 def test_recipes_of_two_families_with_the_same_memory_size_do_not_hide_each_other():
-    assert [shipped_for(25_386_352_640, FAMILIES[name]) for name in ("flux", "sd3")] == ["schnell-24gb", "sd35-medium-24gb"]
+    assert [shipped_for(25_386_352_640, FAMILIES[name]) for name in ("flux", "sd3")] == ["flux-overnight-24gb", "sd35-medium-24gb"]
     assert shipped_for(10**12, dataclasses.replace(FAMILIES["flux"], name="other")) is None
 
 
@@ -135,7 +145,7 @@ def test_training_without_a_gpu_is_said_in_days():
     said = without_gpu(long, FAMILIES["flux"])
     assert f"about {320_000 * 30 / 86_400:,.0f} days at an assumed 1 TFLOP/s" in said
     assert said.startswith("No GPU is used") and "not practical" in said
-    assert said.endswith("use a GPU; schnell-12gb runs on 12 GB.")
+    assert said.endswith("use a GPU; flux-overnight-12gb runs on 12 GB.")
     assert without_gpu(ON_CPU, FAMILIES["flux"]) == ""
 
 

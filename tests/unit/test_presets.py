@@ -43,6 +43,12 @@ def test_every_preset_becomes_shorter_or_longer_with_its_stages_in_proportion(pr
         assert 1 <= getattr(asked, part).every_steps <= getattr(usual, part).every_steps
 
 
+def test_presets_that_keep_the_teachers_texts_keep_them_in_the_folder_that_is_named_and_others_none(tmp_path):
+    wishes = replace(WISHES, cache=tmp_path / "teacher-cache")
+    folders = {preset: recipe_of(preset, wishes).teacher.cache for preset in ("flux-overnight-16gb", "schnell-16gb")}
+    assert folders == {"flux-overnight-16gb": str(tmp_path / "teacher-cache"), "schnell-16gb": ""}
+
+
 def test_a_number_format_takes_the_place_of_the_presets():
     assert recipe_of("schnell-16gb", replace(WISHES, dtype="bf16")).diffusion_model.dtype == "bf16"
 

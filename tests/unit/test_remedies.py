@@ -80,8 +80,17 @@ def test_the_first_change_that_fits_is_advised_with_its_bytes_and_few_are_rehear
         assert all(", does not fit: " in line for line in lines[1:-1])
 
 
-def test_ram_is_lowered_by_fewer_embeddings_first_and_then_by_fp8():
+def test_ram_is_lowered_by_fewer_embeddings_first_then_by_a_cache_and_then_by_fp8():
     recipe = load_recipe("flux-dev-paper")
-    first, second = with_less_ram(recipe)
+    first, second, third = with_less_ram(recipe)
     assert recipe.differences(first) == ["teacher.chunk_prompts: 256 -> 1"]
-    assert first.differences(second) == ['diffusion_model.dtype: "bf16" -> "fp8_e4m3fn"']
+    assert recipe.differences(second) == ['teacher.cache: not set -> "teacher-cache"', 'teacher.cache_format: not set -> "bf16"']
+    assert second.differences(third) == ['diffusion_model.dtype: "bf16" -> "fp8_e4m3fn"']
+    assert [*with_less_ram(load_recipe("flux-overnight-24gb"))] == []
+
+
+def test_a_cache_is_advised_where_the_teacher_takes_memory_of_the_training():
+    recipe = load_recipe("schnell-24gb")
+    first = next(smaller(recipe, teacher_beside=True))
+    assert recipe.differences(first)[0] == 'teacher.cache: not set -> "teacher-cache"'
+    assert next(smaller(first, teacher_beside=True)).teacher == first.teacher
