@@ -104,11 +104,12 @@ class RunPage:
             yield "dropped steps", f"{newest['skipped_steps']:,}"
 
     def _stages(self) -> Iterator[dict[str, Any]]:
-        begin = 0
+        begin, students = 0, len(self.recipe.students)
+        mean = f", mean of {students} students" if students > 1 else ""
         for number, stage in enumerate(self.recipe.stages):
             curve = self.curves.loss.get(number)
             points = curve.points() if curve else []
-            yield {"name": stage.name, "objective": stage.what, "begin": begin, "end": begin + stage.steps, "loss": points}
+            yield {"name": stage.name, "objective": f"{stage.what}{mean}", "begin": begin, "end": begin + stage.steps, "loss": points}
             begin += stage.steps
 
 
