@@ -104,8 +104,7 @@ class RunPage:
             yield "dropped steps", f"{newest['skipped_steps']:,}"
 
     def _stages(self) -> Iterator[dict[str, Any]]:
-        begin, students = 0, len(self.recipe.students)
-        mean = f", mean of {students} students" if students > 1 else ""
+        begin, mean = 0, ", mean of the students" if any(self.recipe.student_names) else ""
         for number, stage in enumerate(self.recipe.stages):
             curve = self.curves.loss.get(number)
             points = curve.points() if curve else []

@@ -55,7 +55,7 @@ class Previewer:
         prompts = self.workshop.recipe.preview.prompts
         images = self._decoded(self._latents())
         self._teacher, *self._students = (images[begin : begin + len(prompts)] for begin in range(0, len(images), len(prompts)))
-        if not self.workshop.others:
+        if not self.workshop.learner.name:
             return self._beside_teacher(self._students[0])
         named = zip((learner.name for learner in self.workshop.learners), self._students, strict=True)
         return contact_sheet({"teacher": self._teacher, **{f"student {name}": each for name, each in named}}, prompts)

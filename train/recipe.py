@@ -97,7 +97,7 @@ class FrozenModelPart(Part):
 class StudentPart(Part):
     """A text encoder that is trained. Exactly one of `size` and `layout` must be given."""
 
-    name: FileStem | None = Field(default=None, description="of several ([[student]] more than once): its name, added to output.name")
+    name: FileStem | None = Field(default=None, description="of several, each a [[student]]: its name, added to output.name")
     size: StudentSize | None = Field(default=None, description="a published size of the network, such as base")
     layout: LayoutTable | None = Field(default=None, description="any other size")
     start: FilePath = Field(
@@ -301,12 +301,16 @@ class Recipe(Config):
         return self
 
     @property
+    def student_names(self) -> list[str]:
+        """The names of its students, each of which has a run of its own in that of the recipe; "" for one without a name."""
+        return [student.name or "" for student in self.students]
+
+    @property
     def each(self) -> tuple[Recipe, ...]:
         """For each student the recipe that trains it alone, to the same bits."""
-        return (self,) if len(self.students) == 1 else tuple(map(self._alone, self.students))
+        return tuple(map(self._alone, self.students)) if any(self.student_names) else (self,)
 
     def _alone(self, student: StudentPart) -> Recipe:
-        """With the name of the student added to those of recipe and encoder."""
         output = self.output.model_copy(update={"name": f"{self.output.name}-{student.name}"})
         alone = {"name": f"{self.name}-{student.name}", "output": output, "students": (student.model_copy(update={"name": None}),)}
         return self._without_report().model_copy(update=alone)
@@ -314,8 +318,8 @@ class Recipe(Config):
     @property
     def student(self) -> StudentPart:
         """The student of a recipe with one; see `each`."""
-        [student] = self.students
-        return student
+        assert len(self.students) == 1, "the recipes of `each` have one"
+        return self.students[0]
 
     @property
     def needs_diffusion_model(self) -> bool:
@@ -362,15 +366,11 @@ class Recipe(Config):
     def differences(self, other: Recipe) -> list[str]:
         """What differs in `other` besides `report`, one line per key (`seed: 0 -> 1`); of recipes with other students, only their names."""
         dumped = [recipe._without_report().model_dump(by_alias=True, exclude_none=True) for recipe in (self, other)]
-        names = [", ".join(student.name or "unnamed" for student in recipe.students) for recipe in (self, other)]
-        if names[0] != names[1]:
-            dumped = [values | {"student": name} for values, name in zip(dumped, names, strict=True)]
+        if self.student_names != other.student_names:
+            dumped = [values | {"student": recipe.student_names} for values, recipe in zip(dumped, (self, other), strict=True)]
         mine, theirs = (dict(_leaves(values)) for values in dumped)
-        return [
-            f"{path}: {mine.get(path, 'not set')} -> {theirs.get(path, 'not set')}"
-            for path in mine | theirs
-            if mine.get(path) != theirs.get(path)
-        ]
+        changed = (path for path in mine | theirs if mine.get(path) != theirs.get(path))
+        return [f"{path}: {mine.get(path, 'not set')} -> {theirs.get(path, 'not set')}" for path in changed]
 
 
 def _leaves(value: Any, path: str = "") -> list[tuple[str, str]]:

@@ -36,8 +36,6 @@ def check_recipe(recipe: Recipe) -> None:
 
 def _check_students(recipe: Recipe) -> None:
     names = [student.name for student in recipe.students]
-    if len(names) == 1 and names[0]:
-        raise ValueError(f"student.name: expected none for one student, whose encoder has output.name; got {names[0]}")
     if len(names) > 1 and None in names:
         raise ValueError(f"student.{names.index(None)}.name is missing: each of several students needs a name")
     # They name folders, and some file systems do not tell A from a.

@@ -180,7 +180,7 @@ class Reporter:
             log.info("Removed %d lines of metrics beyond step %d; those steps are repeated.", dropped, self.step_number)
         self._metrics = opened.enter_context(run.metrics.open("ab", buffering=0))
         self._page = RunPage(run, self.recipe)
-        self._boards = Boards([*open_boards(run, self.recipe, self.step_number), *boards])
+        self._boards = Boards([*open_boards(run, self.recipe, self.step_number, quiet=bool(self.student)), *boards])
         opened.callback(self._boards.close)
 
     def _open_bar(self) -> None:
@@ -201,7 +201,8 @@ class Reporter:
 
     @property
     def _when(self) -> str:
-        return f"Step {self.step_number}{f', student {self.student}' if self.student else ''}"
+        who = f"student {self.student}" if self.student else "mean of the students" if any(self.recipe.student_names) else ""
+        return f"Step {self.step_number}{who and f', {who}'}"
 
     def _lap(self) -> float:
         """Seconds since the last report of any kind."""

@@ -33,8 +33,7 @@ class Reports:
     def open(cls, runs: Sequence[RunDirectory | None], recipe: Recipe, step: int, boards: Sequence[Board], stack: ExitStack) -> Reports:
         """Those of the directories of the run and of its students, None on processes other than the main one; the stack closes them."""
         run, students = stack.enter_context(Reporter(runs[0], recipe, step, boards)), {}
-        for own, one, part in zip(runs[1:], recipe.each, recipe.students, strict=False):
-            name = part.name or ""
+        for own, one, name in zip(runs[1:], recipe.each, recipe.student_names, strict=False):
             students[name] = stack.enter_context(Reporter(own, one, step, student=name))
         return cls(run, students)
 

@@ -55,7 +55,7 @@ def train(
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.suppress(Stopped))
-        own = [student_folder(run_path, student.name) for student in recipe.students]
+        own = [student_folder(run_path, name) for name in recipe.student_names]
         # A student of several has a run of its own in the run, as if it were trained alone.
         recipes = {run_path: recipe} | dict(zip(own, recipe.each, strict=True))
         runs = [stack.enter_context(_open_run(one, path, resume)) for path, one in recipes.items()] if ranks.is_main else []
@@ -66,10 +66,12 @@ def train(
             for run in runs:
                 starts.enter_context(starting(run))
             workshop = open_workshop(recipe, ranks, recorded, lambda: stopping.requested)
-            stores = [_checkpoints(one, path, len(own)) for one, path in zip(workshop.all, own, strict=True)]
+            # The newest checkpoint of a student is kept until those of all are written.
+            kept = recipe.checkpoints.keep_last + (len(own) > 1)
+            stores = [_checkpoints(one, path, kept) for one, path in zip(workshop.all, own, strict=True)]
             # Dropout draws from torch's global generator; each process gets a seed of its own.
             torch.manual_seed(recipe.seed ^ (ranks.rank << 20))
-            for learner in workshop.learners if len(own) > 1 else ():
+            for learner in workshop.learners if any(recipe.student_names) else ():
                 learner.random = RandomStream()
             earlier = [{change["recipe_sha256_before"] for change in one} for one in changes]
             state = restore(workshop, stores, earlier[-len(own) :]) if resume else RunState([None] * len(own))
@@ -127,9 +129,7 @@ def _comparable(best: float | None, run: RunDirectory) -> float | None:
     return None
 
 
-def _checkpoints(workshop: Workshop, path: Path, students: int) -> Checkpoints:
-    # The newest one of a student is kept until those of all are written.
-    kept = workshop.recipe.checkpoints.keep_last + (students > 1)
+def _checkpoints(workshop: Workshop, path: Path, kept: int) -> Checkpoints:
     return Checkpoints(path / "checkpoints", functools.partial(_write_checkpointed, workshop), kept)
 
 

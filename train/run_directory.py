@@ -22,7 +22,7 @@ ANOTHER = "give another folder with --run (in ComfyUI: another name)"
 STUDENTS = "students"
 
 
-def student_folder(run: Path, name: str | None) -> Path:
+def student_folder(run: Path, name: str) -> Path:
     """The folder of a student's own run; without a name, that of the run, whose only student it is."""
     return run / STUDENTS / name if name else run
 

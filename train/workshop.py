@@ -144,8 +144,8 @@ def open_workshop(
     teacher = cache or load_teacher_of(recipe, model.text_width)
     students = [student.to(model.device) for student in students]
     chunks = TeacherChunks(teacher, schedule, recipe.teacher.at_a_time)
-    names = [part.name or "" for part in recipe.students]
-    learners = [new_learner(recipe, ranks, student, model, name) for student, name in zip(students, names, strict=True)]
+    pairs = zip(students, recipe.student_names, strict=True)
+    learners = [new_learner(recipe, ranks, student, model, name) for student, name in pairs]
     variances: dict[int, Tensor] = {}
     first, *others = [
         Workshop(one, ranks, schedule, model, teacher, chunks, rehearsal, student, learner, known, _variances=variances)

@@ -34,6 +34,7 @@ LATER = [
 SHARED = ["diffusion_model.family=chroma", "teacher.clip_l=none", 'output.also_serves=["pixart_sigma"]']
 PAPER = (SHIPPED / "flux-dev-paper.toml").read_text(encoding="utf-8")
 SMOKE = (SHIPPED / "smoke.toml").read_text(encoding="utf-8")
+TWO = (SHIPPED / "smoke-two-students.toml").read_text(encoding="utf-8")
 
 
 def recipe_of(folder: Path, text: str, *overrides: str) -> Recipe:
@@ -102,7 +103,7 @@ def test_prompts_of_any_letters_round_trip_in_a_recipe(tmp_path):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_misspelt_key_is_refused_with_the_nearest_key(option, tmp_path):
-    base = SMOKE if "layout" in option else PAPER
+    base = TWO if option == "student.name" else SMOKE if "layout" in option else PAPER
     later = SHARED if option == "output.also_serves" else LATER
     text = recipe_of(tmp_path, base, *later, "report.wandb=true").to_toml()
     *tables, key = option.split(".")
@@ -356,6 +357,66 @@ def test_keys_that_recipes_lacked_earlier_are_written_only_where_they_are_set():
     assert "restart_per_stage = true" in restarting.to_toml()
     assert "optimizer.restart_per_stage: not set -> true" in plain.differences(restarting)
     assert restarting.periods == tuple(stage.steps for stage in restarting.stages)
+
+
+# --- several students ---
+
+
+def test_a_recipe_with_two_students_is_two_recipes_with_one_that_share_the_rest():
+    recipe = load_recipe("smoke-two-students", ["report.wandb=true"])
+    wide, narrow = recipe.each
+    assert [one.output.name for one in recipe.each] == ["distilled_t5_smoke-wide", "distilled_t5_smoke-narrow"]
+    assert [one.name for one in recipe.each] == ["smoke-two-students-wide", "smoke-two-students-narrow"]
+    assert load_recipe("smoke").differences(wide) == [
+        'name: "smoke" -> "smoke-two-students-wide"',
+        'output.name: "distilled_t5_smoke" -> "distilled_t5_smoke-wide"',
+    ]
+    assert {line.split(":")[0] for line in wide.differences(narrow)} >= {"student.layout.d_model", "student.dropout", "output.name"}
+    assert recipe.report.wandb and not wide.report.wandb
+    assert load_recipe("smoke").each == (load_recipe("smoke"),)
+
+
+def test_one_table_and_a_list_of_one_are_the_same_recipe_with_the_text_of_before(tmp_path):
+    listed = recipe_of(tmp_path, SMOKE.replace("[student]", "[[student]]"))
+    assert listed == load_recipe("smoke")
+    assert "\n[student]\nlayout" in listed.to_toml()
+
+
+def test_settings_of_one_of_several_students_are_given_by_its_number():
+    recipe = load_recipe("smoke-two-students", ["student.1.dropout=0.2", "student.0.layout.num_heads=3"])
+    assert [student.dropout for student in recipe.students] == [0.0, 0.2]
+    assert load_recipe("smoke-two-students").differences(recipe) == [
+        "student.0.layout.num_heads: 2 -> 3",
+        "student.1.dropout: 0.1 -> 0.2",
+    ]
+
+
+def test_of_recipes_with_other_students_the_difference_is_their_names(tmp_path):
+    recipe = load_recipe("smoke-two-students")
+    first, _, rest = TWO.partition('[[student]]\nname = "narrow"')
+    fewer = recipe_of(tmp_path, first + rest.partition("\n\n")[2])
+    assert recipe.differences(fewer) == ['student: ["wide", "narrow"] -> ["wide"]']
+    assert fewer.each == recipe.each[:1], "a student stays the same without the others"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ('name = "narrow"', 'name = "wide"', "the recipe: expected a different name for every student, got wide, wide"),
+        ('name = "narrow"', 'name = "Wide"', "the recipe: expected a different name for every student, got wide, Wide"),
+        ('name = "narrow"\n', "", "the recipe: student.1.name is missing: each of several students needs a name"),
+        ('name = "narrow"', 'name = "a/b"', "student.1.name: expected a file name of letters"),
+        ("dropout = 0.1", "dropout = 1.0", "student.1.dropout: expected less than 1, got 1.0"),
+    ],
+)
+def test_several_students_that_cannot_be_told_apart_or_are_not_valid_are_refused(old, new, expected, tmp_path):
+    assert old in TWO
+    (found,) = refusal(tmp_path, TWO.replace(old, new, 1))
+    assert found.startswith(expected)
+
+
+def test_an_empty_list_of_students_is_refused(tmp_path):
+    assert refusal(tmp_path, SMOKE, "student=[]")[0].startswith("student: expected at least one entry, got []")
 
 
 # --- finding a recipe ---
