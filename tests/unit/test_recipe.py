@@ -409,7 +409,7 @@ def test_of_recipes_with_other_students_the_difference_is_their_names(tmp_path):
         ("dropout = 0.1", "dropout = 1.0", "student.1.dropout: expected less than 1, got 1.0"),
     ],
 )
-def test_several_students_that_cannot_be_told_apart_or_are_not_valid_are_refused(old, new, expected, tmp_path):
+def test_students_with_equal_names_without_a_name_or_with_wrong_values_are_refused(old, new, expected, tmp_path):
     assert old in TWO
     (found,) = refusal(tmp_path, TWO.replace(old, new, 1))
     assert found.startswith(expected)
