@@ -69,10 +69,7 @@ def train(
             # The newest checkpoint of a student is kept until those of all are written.
             kept = recipe.checkpoints.keep_last + (len(own) > 1)
             stores = [_checkpoints(one, path, kept) for one, path in zip(workshop.all, own, strict=True)]
-            # Dropout draws from torch's global generator; each process gets a seed of its own.
-            torch.manual_seed(recipe.seed ^ (ranks.rank << 20))
-            for learner in workshop.learners if any(recipe.student_names) else ():
-                learner.random = RandomStream()
+            _seed(workshop)
             earlier = [{change["recipe_sha256_before"] for change in one} for one in changes]
             state = restore(workshop, stores, earlier[-len(own) :]) if resume else RunState([None] * len(own))
             if runs and not recipe.needs_diffusion_model:
@@ -97,6 +94,13 @@ def train(
             for one, store, run in zip(workshop.all, stores, runs[-len(own) :], strict=True)
         ]
     return None
+
+
+def _seed(workshop: Workshop) -> None:
+    # Dropout draws from torch's global generator; each process gets a seed of its own.
+    torch.manual_seed(workshop.recipe.seed ^ (workshop.ranks.rank << 20))
+    for learner in workshop.learners:
+        learner.random = RandomStream() if learner.name else None
 
 
 def _open_run(recipe: Recipe, path: Path, resume: bool) -> RunDirectory:
