@@ -175,24 +175,30 @@ def train_step(
     What the teacher does is computed once, and one student's graph exists at a time. A loss or gradient that is not finite on any rank
     drops the student's step on all; see `Learner.check_not_lost`.
     """
-    moved, velocities = [], []
+    steps, moved, velocities = [], [], []
     totals = [torch.zeros((), device=learner.device) for learner in learners]
+    sigma = compared_at(positions[0], objective).sigma
     for number, position in enumerate(positions, start=1):
+        last = number == len(positions)
         losses_B, velocity = gaps_at(position, model, [learner.embed for learner in learners], objective)
+        velocities.append(velocity)
         for place, learner in enumerate(learners):
-            with contextlib.nullcontext() if number == len(positions) else learner.without_sync():
+            with contextlib.nullcontext() if last else learner.without_sync():
                 loss = next(losses_B).mean() / len(positions)
                 learner.scaler.scale(loss).backward()
             totals[place] = totals[place] + loss.detach()
+            if last:
+                # Now, so that with one micro-batch the gradients of one student at a time exist.
+                steps.append(_update(learner, totals[place], sigma, positions, velocities))
         moved.append(advance(position, velocity))
-        velocities.append(velocity)
-    sigma = compared_at(positions[0], objective).sigma
-    pairs = zip(learners, totals, strict=True)
-    return [_update(learner, float(learner.mean_over_ranks(total)), sigma, positions, velocities) for learner, total in pairs], moved
+    return steps, moved
 
 
-def _update(learner: Learner, loss: float, sigma: float, positions: Sequence[Position], velocities: Sequence[Tensor | None]) -> StepReport:
+def _update(
+    learner: Learner, total: Tensor, sigma: float, positions: Sequence[Position], velocities: Sequence[Tensor | None]
+) -> StepReport:
     """Clip a student's gradient and step its optimizer, unless something is not finite."""
+    loss = float(learner.mean_over_ranks(total))
     learner.scaler.unscale_(cast(Optimizer, learner.optimizer))
     norm = float(clip_grad_norm_(learner.student.parameters(), learner.max_gradient_norm))
     dropped = not (math.isfinite(loss) and math.isfinite(norm))

@@ -18,7 +18,7 @@ GENERAL = "lower batch and raise accumulate by the same factor, or lower resolut
 def smaller(recipe: Recipe) -> Iterator[Recipe]:
     """The recipe with more and more changes, the least harmful first.
 
-    The same result more slowly; fewer students at once, which are the same alone; the diffusion model in fp8; shorter prompts; smaller
+    The same result more slowly; fewer students at once, which stay the same; the diffusion model in fp8; shorter prompts; smaller
     images; a smaller student.
     """
     if not recipe.diffusion_model.checkpoint_blocks:
