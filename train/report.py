@@ -176,7 +176,7 @@ class Reporter:
     def _open(self, run: RunDirectory, opened: contextlib.ExitStack, boards: Sequence[Board]) -> None:
         opened.enter_context(logging_to(run.log, shown=not self.student))
         dropped = cut_metrics(run.metrics, self.step_number)
-        if dropped:
+        if dropped and not self.student:
             log.info("Removed %d lines of metrics beyond step %d; those steps are repeated.", dropped, self.step_number)
         self._metrics = opened.enter_context(run.metrics.open("ab", buffering=0))
         self._page = RunPage(run, self.recipe)
