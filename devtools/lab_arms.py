@@ -119,7 +119,7 @@ class Lab:
 
     def _captions(self, arm: Arm) -> int:
         recipe = self.load(arm, 0, {arm.start: Path()} if arm.start else {})
-        return sum(-(-stage.steps // recipe.sampling.steps) * stage.batch * stage.accumulate for stage in recipe.stages)
+        return sum(-(-stage.steps // recipe.trajectory_steps(stage)) * stage.batch * stage.accumulate for stage in recipe.stages)
 
 
 def _arms(table: Mapping[str, Any]) -> list[Arm]:

@@ -67,13 +67,14 @@ class Schedule:
         assert 0 <= step < self.total_steps
         for number, stage in enumerate(self.recipe.stages):
             if step < stage.steps:
-                return Place(number, *divmod(step, self.recipe.sampling.steps))
+                return Place(number, *divmod(step, self.recipe.trajectory_steps(stage)))
             step -= stage.steps
         raise AssertionError(step)
 
     def trajectories(self, stage: int) -> int:
         """Trajectories of a stage; the last one may be cut short."""
-        return math.ceil(self.recipe.stages[stage].steps / self.recipe.sampling.steps)
+        part = self.recipe.stages[stage]
+        return math.ceil(part.steps / self.recipe.trajectory_steps(part))
 
     def prompts_per_trajectory(self, stage: int) -> int:
         """Prompts that this process has on one trajectory."""

@@ -82,7 +82,7 @@ def expected(recipe: Recipe, width: int) -> Plan:
     try:
         times = Counter(prompt for prompts, _, _ in Schedule(recipe).prompts() for prompt in prompts)
     except UserError:
-        drawn = sum(-(-stage.steps // recipe.sampling.steps) * stage.batch * stage.accumulate for stage in recipe.stages)
+        drawn = sum(-(-stage.steps // recipe.trajectory_steps(stage)) * stage.batch * stage.accumulate for stage in recipe.stages)
         texts, known = float(drawn + recipe.validation.prompts), False
     else:
         # A prompt that is drawn n times has so many different ones of k lengths.

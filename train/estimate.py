@@ -85,12 +85,13 @@ def _cache_lines(workshop: Workshop) -> list[str]:
 def _measure(workshop: Workshop, number: int) -> StageEstimate:
     stage, schedule, objective = workshop.recipe.stages[number], workshop.schedule, workshop.objective(number)
     batches, device = schedule.batches(number, 0), workshop.model.device
+    steps = workshop.recipe.trajectory_steps(stage)
     # As before each chunk of a run, the diffusion model is on the device.
     workshop.load_model()
     reset_peak_memory()
     teacher_comes_s = timed(workshop.teacher.clip.load_model, device)[0] if isinstance(workshop.teacher, Teacher) else 0.0
     encode_s, texts = timed(lambda: texts_of(workshop.teacher, batches), device)
-    model_comes_s, positions = timed(lambda: workshop.starts(batches, texts), device)
+    model_comes_s, positions = timed(lambda: workshop.starts(batches, texts, max(steps, MEASURED_STEPS)), device)
     seconds = []
     for _ in range(min(MEASURED_STEPS, len(positions[0].sigmas_T) - 1)):
         step_s, (_, positions) = timed(lambda places=positions: train_step(places, workshop.model, workshop.learners, objective), device)
@@ -104,7 +105,7 @@ def _measure(workshop: Workshop, number: int) -> StageEstimate:
         optimizer_s=sum(settled) / len(settled),
         encode_s=encode_s,
         swap_s=teacher_comes_s + model_comes_s,
-        steps_per_trajectory=workshop.recipe.sampling.steps,
+        steps_per_trajectory=steps,
         trajectories_per_chunk=len(chunk),
         memory_mb=memory_mb(),
     )

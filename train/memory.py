@@ -137,7 +137,7 @@ def ram_parts(recipe: Recipe, rehearsal: Rehearsal, processes: int, model: int) 
 
 def _chunk_prompts(recipe: Recipe, stage: Stage, processes: int) -> int:
     prompts = stage.batch * stage.batches_per_rank(processes)
-    return prompts * len(chunk_of(0, prompts, recipe.teacher.at_a_time, -(-stage.steps // recipe.sampling.steps)))
+    return prompts * len(chunk_of(0, prompts, recipe.teacher.at_a_time, -(-stage.steps // recipe.trajectory_steps(stage))))
 
 
 def part_lines(parts: Mapping[str, int]) -> list[str]:

@@ -70,7 +70,7 @@ class Previewer:
         workshop, batches = self.workshop, preview_batches(self.workshop.recipe)
         if self._texts is None:
             self._texts = texts_of(workshop.teacher, batches)
-        starts = workshop.starts(batches, self._texts)
+        starts = workshop.starts(batches, self._texts, workshop.recipe.sampling.steps)
         students: list[Position] = []
         for one in workshop.all:
             with without_dropout(one.student):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, WrapValidator, model_serializer, model_validator
 
 from ..config.files import ConfigError, load_config
 from ..config.parts import FROM_LIST, NOT_EMPTY, Config, Count, FilePath, FileStem, OptionalPath, Part, Text
-from ..config.toml import toml_value
 from ..families import FAMILIES
 from ..families.family import Family
 from ..prompts.corpora import Corpus
@@ -21,9 +19,8 @@ from ..students import KINDS
 from ..students.kind import Layout, StudentKind
 from .objectives import OBJECTIVES
 from .recipe_checks import check_recipe
+from .recipe_values import leaves, without_folders
 
-# Keys whose values may be paths.
-PATHS = ("t5", "clip_l", "clip_g", "cache", "file", "start", "vae", "path")
 # Values in the place of a file.
 STAND_IN, RANDOM = "stand-in", "random"
 # The table of any kind of student.
@@ -188,11 +185,17 @@ class Stage(Part):
         "projected: the text in the first block and before it; embedding (Eq. 4), scaled, whitened, whitened_cosine: the embeddings"
     )
     blocks: int = Field(default=0, ge=0, description="early, text_stream: how many blocks of the diffusion model; 0 for other objectives")
+    trajectory_steps: int = Field(
+        default=0,
+        ge=0,
+        description="denoising steps of a trajectory in this stage; 0: as sampling.steps. 1: new prompts at every step, for objectives "
+        "that follow no trajectory",
+    )
 
     @model_serializer(mode="wrap")
     def _without_later_keys(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A recipe without the key has the digest that it had before the key existed."""
-        return {key: value for key, value in written(self).items() if key != "blocks" or value}
+        """A recipe without the keys has the digest that it had before they existed."""
+        return {key: value for key, value in written(self).items() if key not in ("blocks", "trajectory_steps") or value}
 
     @model_validator(mode="after")
     def _check_blocks(self) -> Stage:
@@ -321,6 +324,10 @@ class Recipe(Config):
         assert len(self.students) == 1, "the recipes of `each` have one"
         return self.students[0]
 
+    def trajectory_steps(self, stage: Stage) -> int:
+        """Denoising steps of a trajectory in a stage."""
+        return stage.trajectory_steps or self.sampling.steps
+
     @property
     def needs_diffusion_model(self) -> bool:
         """Whether the run needs more of the diffusion model than its text projection: for a stage, or for previews."""
@@ -333,7 +340,7 @@ class Recipe(Config):
 
     def without_folders(self) -> Recipe:
         """A copy to be published, in which absolute paths are cut to their file names."""
-        return Recipe.model_validate(_without_folders(self.model_dump(by_alias=True, exclude_none=True)))
+        return Recipe.model_validate(without_folders(self.model_dump(by_alias=True, exclude_none=True)))
 
     def with_cache(self, folder: str) -> Recipe:
         """A copy with its teacher's texts in another folder; "": the teacher encodes while the run trains."""
@@ -368,26 +375,9 @@ class Recipe(Config):
         dumped = [recipe._without_report().model_dump(by_alias=True, exclude_none=True) for recipe in (self, other)]
         if self.student_names != other.student_names:
             dumped = [values | {"student": recipe.student_names} for values, recipe in zip(dumped, (self, other), strict=True)]
-        mine, theirs = (dict(_leaves(values)) for values in dumped)
+        mine, theirs = (dict(leaves(values)) for values in dumped)
         changed = (path for path in mine | theirs if mine.get(path) != theirs.get(path))
         return [f"{path}: {mine.get(path, 'not set')} -> {theirs.get(path, 'not set')}" for path in changed]
-
-
-def _leaves(value: Any, path: str = "") -> list[tuple[str, str]]:
-    """Every value of a dumped recipe with its dotted key; an array of plain values is one value."""
-    if isinstance(value, tuple) and any(isinstance(item, dict) for item in value):
-        value = dict(enumerate(value))
-    if isinstance(value, dict):
-        return [leaf for key, item in value.items() for leaf in _leaves(item, f"{path}.{key}".lstrip("."))]
-    return [(path, toml_value(value))]
-
-
-def _without_folders(value: Any, key: str = "") -> Any:
-    if isinstance(value, dict):
-        return {name: _without_folders(part, name) for name, part in value.items()}
-    if isinstance(value, tuple):
-        return [_without_folders(part) for part in value]
-    return Path(value).name if key in PATHS and Path(value).is_absolute() else value
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -83,7 +83,7 @@ def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool
                 if with_time and mean != longest:
                     _, flops = scene.step(stage, teacher.text(stage.batch, mean), stage.batches_per_rank(processes))
                 encoding = teacher.flops(stage.batch, mean) if with_time else Flops()
-                batches = stage.batches_per_rank(processes) / recipe.sampling.steps
+                batches = stage.batches_per_rank(processes) / recipe.trajectory_steps(stage)
                 if with_time and recipe.teacher.cache:
                     # A step's share of what is encoded once.
                     steps = sum(each.steps for each in recipe.stages)
@@ -198,7 +198,7 @@ class _Scene:
 
     def step(self, stage: Stage, text: TeacherText, batches: int) -> tuple[Need, Flops]:
         """Peak and operations of an optimizer step over so many batches with texts like these."""
-        key = (stage.objective, stage.blocks, stage.resolution_px, batches, text.text_BLD.shape)
+        key = (stage.objective, stage.blocks, self.recipe.trajectory_steps(stage), stage.resolution_px, batches, text.text_BLD.shape)
         if key not in self._seen:
             self._seen[key] = self._step(stage, text, batches)
         return self._seen[key]
@@ -206,7 +206,7 @@ class _Scene:
     def _step(self, stage: Stage, text: TeacherText, batches: int) -> tuple[Need, Flops]:
         """The peak of a step, and the mean operations of those of a trajectory."""
         need, flops = self._step_at(0, stage, text, batches)
-        steps = self.recipe.sampling.steps
+        steps = self.recipe.trajectory_steps(stage)
         if OBJECTIVES[stage.objective].at != "streams":
             return need, flops
         # The last one ends early for the teacher's text too.
@@ -239,7 +239,7 @@ class _Scene:
         sampling, some_B = self.recipe.sampling, torch.ones(stage.batch)
         noise = torch.empty(stage.batch, *self.recipe.family.latent_shape(stage.resolution_px))
         drawn = Draw(noise, some_B if sampling.guidance else None, text.text_BLD.shape[1], some_B if sampling.cfg else None)
-        return start(self.model, sampling.steps, drawn, text)
+        return start(self.model, self.recipe.trajectory_steps(stage), drawn, text)
 
 
 def name_parts(ledger: Ledger, learner: Learner, model: FrozenModel) -> None:

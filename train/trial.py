@@ -37,15 +37,15 @@ def trials(workshop: Workshop) -> dict[int, float]:
 
 
 def _cost_of(stage: Stage) -> tuple[object, ...]:
-    return stage.objective, stage.blocks, stage.resolution_px, stage.batch, stage.accumulate
+    return stage.objective, stage.blocks, stage.trajectory_steps, stage.resolution_px, stage.batch, stage.accumulate
 
 
 def _trial(workshop: Workshop, number: int) -> float:
     objective = workshop.objective(number)
     batches, device = workshop.schedule.batches(number, 0), workshop.model.device
     with undisturbed():
-        encode_s, positions = timed(lambda: workshop.starts(batches, texts_of(workshop.teacher, batches)), device)
-        steps = workshop.recipe.sampling.steps
+        steps = workshop.recipe.trajectory_steps(workshop.recipe.stages[number])
+        encode_s, positions = timed(lambda: workshop.starts(batches, texts_of(workshop.teacher, batches), steps), device)
         first_s = _pass_s(workshop, objective, positions)
         # Only at the last step of a trajectory some objectives need no velocity.
         ends_early = objective.at == "streams"

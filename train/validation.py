@@ -56,7 +56,7 @@ class HeldOut:
             for one in workshop.all:
                 stack.enter_context(without_dropout(one.student))
             for batch, text in zip(batches, self._texts, strict=True):
-                [position] = workshop.starts([batch], [text])
+                [position] = workshop.starts([batch], [text], workshop.recipe.sampling.steps)
                 for band, losses_B in self._gaps(position, objective):
                     for own, loss_B in zip(sums, losses_B, strict=True):
                         total, count = own.get(band, (0.0, 0))

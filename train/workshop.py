@@ -100,16 +100,16 @@ class Workshop:
         else:
             comfy.model_management.free_memory(room, self.model.device)
 
-    def starts(self, batches: Sequence[Batch], texts: Sequence[TeacherText]) -> list[Position]:
-        """The starts of some batches' trajectories, with the diffusion model brought back to its device."""
+    def starts(self, batches: Sequence[Batch], texts: Sequence[TeacherText], steps: int) -> list[Position]:
+        """The starts of some batches' trajectories of so many steps, with the diffusion model brought back to its device."""
         self.load_model()
-        steps = self.recipe.sampling.steps
         return [start(self.model, steps, batch.drawn, text) for batch, text in zip(batches, texts, strict=True)]
 
     def starts_at(self, place: Place) -> list[Position]:
         """The starts of this process's batches on the trajectory of a place."""
         texts = self.chunks.take(place.stage, place.trajectory)
-        return self.starts(self.schedule.batches(place.stage, place.trajectory), texts)
+        steps = self.recipe.trajectory_steps(self.recipe.stages[place.stage])
+        return self.starts(self.schedule.batches(place.stage, place.trajectory), texts, steps)
 
 
 def open_workshop(

@@ -224,7 +224,7 @@ def _measure_stage(scale: Scale, workshop: Workshop, number: int) -> Row:
     stage, learner, model = workshop.recipe.stages[number], workshop.learner, workshop.model
     batches, objective = workshop.schedule.batches(number, 0), workshop.objective(number)
     encoding, texts = measuring.timed(lambda: texts_of(workshop.teacher, batches))
-    swap, start = measuring.timed(lambda: workshop.starts(batches, texts))
+    swap, start = measuring.timed(lambda: workshop.starts(batches, texts, workshop.recipe.sampling.steps))
 
     def step(positions: list[Any]) -> Any:
         return train_step(start if positions[0].done else positions, model, [learner], objective)

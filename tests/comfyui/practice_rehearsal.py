@@ -103,7 +103,7 @@ def test_the_rehearsed_peak_is_that_of_the_real_step_and_so_are_the_operations(n
     texts = [workshop.teacher.encode(["word " * 100] * stage.batch, 64, with_empty=batch.drawn.cfg_B is not None) for batch in batches]
     objective = workshop.objective(0)
     teacher_of(workshop).clip.patcher.detach()
-    positions = workshop.starts(batches, texts)
+    positions = workshop.starts(batches, texts, workshop.recipe.sampling.steps)
     del texts
     # What is only held by reference cycles is there or not, as Python's collector likes.
     workshop.learner.optimizer.register_step_pre_hook(_collect)

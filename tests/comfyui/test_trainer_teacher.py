@@ -211,7 +211,7 @@ def test_a_run_with_clip_l_trains_on_its_pooled_vectors(stand_ins, tmp_path):
     clip_l = stand_ins / "models" / "text_encoders" / "clip_l.safetensors"
     workshop = open_workshop(recipe(f"teacher.clip_l={clip_l}"), Ranks())
     batches = workshop.schedule.batches(1, 0)
-    [position, _] = workshop.starts(batches, workshop.chunks.take(1, 0))
+    [position, _] = workshop.starts(batches, workshop.chunks.take(1, 0), 2)
     expected = torch.cat([encode(teacher_of(workshop).clip, prompt)[0][1]["pooled_output"] for prompt in batches[0].prompts])
     torch.testing.assert_close(position.extras["pooled_output"], expected, atol=1e-6, rtol=0)
     [by_band], _ = HeldOut(workshop).losses()

@@ -33,7 +33,7 @@ def test_the_texts_are_those_that_the_processes_take(more, ranks):
     assert all(key == key_of(*text) for key, text in found.items())
 
 
-@pytest.mark.parametrize("more", [[], ["sampling.token_lengths=[16]"], ["stage.1.steps=900"]], ids=str)
+@pytest.mark.parametrize("more", [[], ["sampling.token_lengths=[16]"], ["stage.1.steps=900"], ["stage.1.trajectory_steps=1"]], ids=str)
 def test_the_number_that_a_rehearsal_expects_is_about_that_of_the_run(more):
     one = recipe(*more)
     plan, found = expected(one, 4096), wanted(Schedule(one))

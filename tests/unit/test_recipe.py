@@ -29,6 +29,7 @@ LATER = [
     "sampling.negatives=0.1",
     "stage.0.objective=early",
     "stage.0.blocks=2",
+    "stage.0.trajectory_steps=1",
 ]
 # Another one, for families without companions.
 SHARED = ["diffusion_model.family=chroma", "teacher.clip_l=none", 'output.also_serves=["pixart_sigma"]']

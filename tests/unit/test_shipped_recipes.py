@@ -45,7 +45,7 @@ KEYS = {
     "preview.": ["every_steps", "prompts", "vae"],
     "report.": ["wandb"],
     "output.": ["name", "also_serves"],
-    "stage.": ["name", "resolution_px", "steps", "batch", "accumulate", "objective", "blocks"],
+    "stage.": ["name", "resolution_px", "steps", "batch", "accumulate", "objective", "blocks", "trajectory_steps"],
     "stage.corpora.": ["kind", "path", "column", "repeat", "limit", "mix"],
 }
 OPTIONS = [part + key for part, keys in KEYS.items() for key in keys]
@@ -71,7 +71,13 @@ def test_every_option_is_used_by_a_shipped_recipe():
     used = set().union(*(keys_used(tomllib.loads(path.read_text(encoding="utf-8"))) for path in SHIPPED.glob("*.toml")))
     # Which other families a student serves, and which blocks are enough, has to be measured first; where there is room for a cache is the
     # user's to say.
-    assert used == set(options(Recipe)) - {"output.also_serves", "stage.blocks", "teacher.cache", "teacher.cache_format"}
+    assert used == set(options(Recipe)) - {
+        "output.also_serves",
+        "stage.blocks",
+        "stage.trajectory_steps",
+        "teacher.cache",
+        "teacher.cache_format",
+    }
 
 
 def test_shipped_recipes_are_those_promised():
@@ -143,7 +149,7 @@ def test_the_readme_shows_every_recipe_of_full_size_once_and_the_shortest_runs_f
 def test_shipped_recipe_trains_whole_trajectories_with_known_objectives(name):
     recipe = load_recipe(name)
     for stage in recipe.stages:
-        assert stage.steps % recipe.sampling.steps == 0
+        assert stage.steps % recipe.trajectory_steps(stage) == 0
         assert stage.objective in OBJECTIVES
         assert recipe.teacher.chunk_prompts >= stage.batch * stage.accumulate
     assert recipe.optimizer.warmup_steps < sum(stage.steps for stage in recipe.stages)

@@ -39,3 +39,14 @@ def test_a_process_counts_its_own_prompts_and_the_trajectory_that_a_stage_cuts_s
     assert sum(len(batch.prompts) for batch in schedule.batches(0, 0)) == 6
     assert schedule.trajectories(0) == 3
     assert schedule.place(8).trajectory == 2
+
+
+def test_a_stage_may_have_trajectories_of_its_own_length():
+    settings = ["stage.0.steps=6", "stage.1.steps=6", "sampling.steps=4"]
+    same, own = (Schedule(load_recipe("smoke", [*settings, *more])) for more in ([], ["stage.0.trajectory_steps=1"]))
+    assert [(place.trajectory, place.step) for place in map(own.place, range(6))] == [(number, 0) for number in range(6)]
+    assert [place.trajectory for place in map(same.place, range(6))] == [0, 0, 0, 0, 1, 1]
+    assert (own.trajectories(0), same.trajectories(0)) == (6, 2)
+    # Another stage's batches and places stay as they are.
+    assert [own.place(step) for step in range(6, 12)] == [same.place(step) for step in range(6, 12)]
+    assert own.batches(1, 0)[0].prompts == same.batches(1, 0)[0].prompts
