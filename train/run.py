@@ -74,7 +74,7 @@ def train(
             state = restore(workshop, stores, earlier[-len(own) :]) if resume else RunState([None] * len(own))
             if runs and not recipe.needs_diffusion_model:
                 state.best = [_comparable(best, run) for best, run in zip(state.best, runs[-len(own) :], strict=True)]
-            for run, one, notes in zip(runs, recipes.values(), changes, strict=True):
+            for run, one, notes in zip(runs, recipes.values(), changes, strict=False):
                 if len(notes) > len(run.recipe_changes()):
                     run.change_recipe(one.to_toml(), notes)
             reports = Reports.open(runs or [None] * len(recipes), recipe, workshop.learner.step, boards, stack)

@@ -405,7 +405,7 @@ def test_of_recipes_with_other_students_the_difference_is_their_names(tmp_path):
     [
         ('name = "narrow"', 'name = "wide"', "the recipe: expected a different name for every student, got wide, wide"),
         ('name = "narrow"', 'name = "Wide"', "the recipe: expected a different name for every student, got wide, Wide"),
-        ('name = "narrow"\n', "", "the recipe: student.1.name is missing: each of several students needs a name"),
+        ('name = "narrow"', "", "the recipe: student.1.name is missing: each of several students needs a name"),
         ('name = "narrow"', 'name = "a/b"', "student.1.name: expected a file name of letters"),
         ("dropout = 0.1", "dropout = 1.0", "student.1.dropout: expected less than 1, got 1.0"),
     ],
