@@ -38,7 +38,7 @@ def latent_rms(teacher_SBCHW: Sequence[Tensor], student_SBCHW: Sequence[Tensor])
 def velocity_gaps(position: Position, model: VelocityModel, student: Callable[[Tensor], Tensor], bands: int) -> dict[str, list[float]]:
     """The trainer's held-out velocity gap of each prompt of a batch, from the start of its trajectory, by band of noise level."""
     steps: dict[str, list[Tensor]] = {}
-    for band, gap_B in gaps_by_band(position, model, student, bands):
+    for band, [gap_B] in gaps_by_band(position, model, [student], bands):
         steps.setdefault(band, []).append(gap_B.detach().double().cpu())
     return {band: torch.stack(gaps).mean(dim=0).tolist() for band, gaps in steps.items()}
 

@@ -16,8 +16,8 @@ LOGGER = __name__.rpartition(".runtime.")[0] or __name__
 
 
 @contextlib.contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """While open, this package logs to the file and above the progress bar; ComfyUI also logs to the file."""
+def logging_to(path: Path, shown: bool = True) -> Iterator[None]:
+    """While open, this package logs to the file and, if `shown`, above the progress bar; ComfyUI also logs to the file."""
     to_file = _LogFile(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     above_bar = _AboveBar()
@@ -26,7 +26,8 @@ def logging_to(path: Path) -> Iterator[None]:
     # Not propagated: ComfyUI's handlers would print every line again, across the bar.
     ours.propagate = False
     ours.setLevel(logging.INFO)
-    ours.addHandler(above_bar)
+    if shown:
+        ours.addHandler(above_bar)
     for logger in (ours, root):
         logger.addHandler(to_file)
     try:

@@ -65,6 +65,26 @@ def undisturbed() -> Iterator[None]:
         restore_random_states(before, {})
 
 
+class RandomStream:
+    """Random numbers of its own: they begin where the generators of this process are when it is made.
+
+    states: where they are; what is drawn in `drawing` continues from there.
+    """
+
+    def __init__(self) -> None:
+        self.states = random_states({})
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Draw from this stream while the context is open."""
+        with undisturbed():
+            restore_random_states(self.states, {})
+            try:
+                yield
+            finally:
+                self.states = random_states({})
+
+
 def _device_states() -> dict[str, list[Tensor]]:
     """The states of the accelerators by type; empty without one."""
     kind = accelerator_type()

@@ -167,9 +167,9 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
             return 0
         if ranks.is_main:
             check_output_folder()
-        path = train(recipe, Path(options.run or Path("runs", recipe.name)), options.resume, ranks)
-    if path is not None:
-        print(f"Done: {path}\nDistilled T5 Loader lists it after a refresh (key R).")
+        paths = train(recipe, Path(options.run or Path("runs", recipe.name)), options.resume, ranks)
+    if paths is not None:
+        print("\n".join(f"Done: {path}" for path in paths), "Distilled T5 Loader lists it after a refresh (key R).", sep="\n")
     elif ranks.is_main:
         saved = RunDirectory(options.run or Path("runs", recipe.name)).has_checkpoints
         print("Stopped; continue with --resume." if saved else "Stopped before the first step; run the same command again.")

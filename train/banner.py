@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..encoder.needed_tensors import CLIPS
@@ -11,22 +12,29 @@ from .run_directory import RunDirectory
 from .workshop import Workshop
 
 
-def facts_of(workshop: Workshop, run: RunDirectory | None) -> dict[str, str]:
-    """Recipe, teacher, student, diffusion model, stages, folder and how to watch, each in a line."""
-    recipe, layout = workshop.recipe, workshop.student.layout
-    step, total = workshop.learner.step, workshop.schedule.total_steps
+def facts_of(workshops: Sequence[Workshop], run: RunDirectory | None) -> dict[str, str]:
+    """Recipe, teacher, students, diffusion model, stages, folder and how to watch, each in a line."""
+    workshop, step = workshops[0], workshops[0].learner.step
+    recipe, total = workshop.recipe, workshop.schedule.total_steps
+    name = recipe.name if len(workshops) == 1 else workshop.schedule.recipe.name
     facts = {
-        "Recipe": f"{recipe.name}, {total:,} steps" + (f", continued at step {step:,}" if step else ""),
+        "Recipe": f"{name}, {total:,} steps" + (f", continued at step {step:,}" if step else ""),
         "Teacher": _teacher(recipe),
-        "Student": f"{layout.size_name}, {layout.parameters / 1e6:,.1f} million parameters, from {Path(recipe.student.start).name}",
-        "Diffusion model": f"{Path(recipe.diffusion_model.file).name} ({recipe.family.display_name})"
-        + (f" on {workshop.model.device}" if recipe.needs_diffusion_model else ", not loaded"),
     }
+    facts |= {f"Student {one.learner.name}".rstrip(): _student(one) for one in workshops}
+    facts["Diffusion model"] = f"{Path(recipe.diffusion_model.file).name} ({recipe.family.display_name})" + (
+        f" on {workshop.model.device}" if recipe.needs_diffusion_model else ", not loaded"
+    )
     facts |= {f"Stage {number}": _stage(stage) for number, stage in enumerate(recipe.stages, start=1)}
     if run is not None:
         watch = f'"{sys.executable}" "{Path(__file__).parent}" watch "{run.path}"'
         facts |= {"Folder": str(run.path), "Watch": f"open page.html in that folder, or: {watch}"}
     return facts
+
+
+def _student(workshop: Workshop) -> str:
+    layout, start = workshop.student.layout, Path(workshop.recipe.student.start).name
+    return f"{layout.size_name}, {layout.parameters / 1e6:,.1f} million parameters, from {start}"
 
 
 def _teacher(recipe: Recipe) -> str:

@@ -39,17 +39,18 @@ class Board(Protocol):
         """The run has ended."""
 
 
-def open_boards(run: RunDirectory, recipe: Recipe, step: int) -> list[Board]:
+def open_boards(run: RunDirectory, recipe: Recipe, step: int, quiet: bool = False) -> list[Board]:
     """TensorBoard if it is installed, and Weights & Biases if the recipe says so. One that cannot be opened is left out, with a warning.
 
+    quiet: whether nothing is said of TensorBoard where it is missing.
     TensorBoard replaces what follows `step`; Weights & Biases keeps the points that it has, and takes none of those steps again.
     Raises ValueError with the pip command if wandb is wanted and missing.
     """
     wanted: list[tuple[str, Callable[[], Board], str]] = []
-    if importlib.util.find_spec("tensorboard") is None:
-        log.info(NO_TENSORBOARD)
-    else:
+    if importlib.util.find_spec("tensorboard") is not None:
         wanted.append(("TensorBoard", lambda: TensorBoard(run, step), pip_install("--upgrade tensorboard")))
+    elif not quiet:
+        log.info(NO_TENSORBOARD)
     if recipe.report.wandb:
         wanted.append(("Weights & Biases", lambda: WeightsAndBiases(run, recipe), "`wandb login`, or set WANDB_MODE=offline"))
     boards: list[Board] = []

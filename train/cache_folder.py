@@ -36,7 +36,7 @@ PROBES = (*NEGATIVES, '  Two  SPACES, a line\nand "quotes" (3.5:1) \u4f60\u597d 
 
 def description(recipe: Recipe) -> dict[str, str]:
     """What decides the teacher's texts, in words."""
-    files = {"teacher.t5": STAND_IN} | model_digests(recipe, "teacher.")
+    files = {"teacher.t5": STAND_IN} | model_digests(recipe.each[0], "teacher.")
     flags = sorted(name for name, value in vars(comfy.cli_args.args).items() if name.endswith("text_enc") and value)
     return {
         "version": VERSION,

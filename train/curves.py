@@ -105,8 +105,8 @@ class Curves:
 
 
 def with_sign(sign: str, band: str) -> str:
-    """A band of noise levels with their sign; what is not of noise levels alone."""
-    return band if band == ONE_BAND else f"{sign} {band}"
+    """A band of noise levels with their sign; what is not of noise levels (one band, a student's mean) alone."""
+    return f"{sign} {band}" if band[:1].isdigit() else band
 
 
 def row_of(line: bytes) -> dict[str, Any] | None:

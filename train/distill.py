@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,10 +20,10 @@ from torch.nn import Module
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from ..runtime.randomness import undisturbed
+from ..runtime.randomness import RandomStream, undisturbed
 from .objectives import Objective
 from .optimizer import MuonAndAdamW, make_optimizer, set_rate
-from .trajectory import Position, VelocityModel, advance, compared_at, gap_at
+from .trajectory import Position, VelocityModel, advance, compared_at, gaps_at
 
 if TYPE_CHECKING:
     from ..diffusion.frozen import FrozenModel
@@ -57,7 +57,7 @@ class Learner:
     """Student, optimizer, learning rate by step, and how they are run.
 
     `step` counts the steps of the run, including the `skipped` ones that changed no weight. `not_finite`: what was not finite in the
-    last skipped one.
+    last skipped one. name, random: of one of several students, and what it draws from, so that it is trained as it would be alone.
     """
 
     student: Module
@@ -73,11 +73,20 @@ class Learner:
     skipped: int = 0
     skipped_in_a_row: int = 0
     not_finite: str = ""
+    random: RandomStream | None = None
+    name: str = ""
 
     def embed(self, token_ids_BL: Tensor) -> Tensor:
         """Text embeddings [B, L, D] in the recipe's precision; weights stay float32."""
-        with autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None))
+            if self.random is not None:
+                stack.enter_context(self.random.drawing())
             return self.student(token_ids_BL.to(self.device))
+
+    @property
+    def _who(self) -> str:
+        return f"Student {self.name}: " if self.name else ""
 
     @property
     def lost(self) -> bool:
@@ -88,7 +97,7 @@ class Learner:
         """Raise NotFinite at the tenth dropped step in a row."""
         if self.lost:
             raise NotFinite(
-                f"{SKIPS_IN_A_ROW} steps in a row were not finite. In the last one, the first part that was not finite is "
+                f"{self._who}{SKIPS_IN_A_ROW} steps in a row were not finite. In the last one, the first part that was not finite is "
                 f"{self.not_finite}.\nWhat to do: {CURES[self.not_finite]}"
             )
 
@@ -96,14 +105,15 @@ class Learner:
         """Raise NotFinite if a weight of the student is not finite: such weights must not replace a good checkpoint."""
         if not all(weight.isfinite().all() for weight in self.student.parameters()):
             raise NotFinite(
-                f"At step {self.step} the student's weights are no longer finite. This step is not saved; earlier checkpoints are.\n"
+                f"{self._who}At step {self.step} the student's weights are no longer finite. "
+                "This step is not saved; earlier checkpoints are.\n"
                 "What to do: start a new run with a lower optimizer.learning_rate or more optimizer.warmup_steps, from student.start = the "
                 "student.safetensors of a checkpoint if there is one."
             )
 
 
-def new_learner(recipe: Recipe, ranks: Ranks, student: TrainedStudent, model: FrozenModel) -> Learner:
-    """The learner of a run before its first step."""
+def new_learner(recipe: Recipe, ranks: Ranks, student: TrainedStudent, model: FrozenModel, name: str = "") -> Learner:
+    """The learner of a run before its first step, of one of several students with its name."""
     wrapped = ranks.wrap(student)
     ranks.warm_up(wrapped, torch.zeros(1, 2, dtype=torch.long))
     part = recipe.optimizer
@@ -117,6 +127,7 @@ def new_learner(recipe: Recipe, ranks: Ranks, student: TrainedStudent, model: Fr
         mean_over_ranks=ranks.mean,
         without_sync=functools.partial(ranks.no_sync, wrapped),
         scaler=loss_scaler(model),
+        name=name,
     )
 
 
@@ -157,43 +168,57 @@ class StepReport:
 
 
 def train_step(
-    positions: Sequence[Position], model: VelocityModel, learner: Learner, objective: Objective
-) -> tuple[StepReport, list[Position]]:
-    """One optimizer step over the micro-batches at `positions`; returns where the teacher's velocity takes them.
+    positions: Sequence[Position], model: VelocityModel, learners: Sequence[Learner], objective: Objective
+) -> tuple[list[StepReport], list[Position]]:
+    """One optimizer step of each student over the micro-batches at `positions`; returns where the teacher's velocity takes them.
 
-    A loss or gradient that is not finite on any rank drops the step on all; see `Learner.check_not_lost`.
+    What the teacher does is computed once, and one student's graph exists at a time. A loss or gradient that is not finite on any rank
+    drops the student's step on all; see `Learner.check_not_lost`.
     """
-    moved, total, velocities = [], torch.zeros((), device=learner.device), []
+    steps, moved, velocities = [], [], []
+    totals = [torch.zeros((), device=learner.device) for learner in learners]
+    sigma = compared_at(positions[0], objective).sigma
     for number, position in enumerate(positions, start=1):
         last = number == len(positions)
-        with contextlib.nullcontext() if last else learner.without_sync():
-            loss_B, velocity = gap_at(position, model, learner.embed, objective)
-            loss = loss_B.mean() / len(positions)
-            learner.scaler.scale(loss).backward()
-        total = total + loss.detach()
-        moved.append(advance(position, velocity))
+        losses_B, velocity = gaps_at(position, model, [learner.embed for learner in learners], objective)
         velocities.append(velocity)
-    loss_value = float(learner.mean_over_ranks(total))
+        for place, learner in enumerate(learners):
+            with contextlib.nullcontext() if last else learner.without_sync():
+                loss = next(losses_B).mean() / len(positions)
+                learner.scaler.scale(loss).backward()
+            totals[place] = totals[place] + loss.detach()
+            if last:
+                # Now, so that with one micro-batch the gradients of one student at a time exist.
+                steps.append(_update(learner, totals[place], sigma, positions, velocities))
+        moved.append(advance(position, velocity))
+    return steps, moved
+
+
+def _update(
+    learner: Learner, total: Tensor, sigma: float, positions: Sequence[Position], velocities: Sequence[Tensor | None]
+) -> StepReport:
+    """Clip a student's gradient and step its optimizer, unless something is not finite."""
+    loss = float(learner.mean_over_ranks(total))
     learner.scaler.unscale_(cast(Optimizer, learner.optimizer))
     norm = float(clip_grad_norm_(learner.student.parameters(), learner.max_gradient_norm))
-    dropped = not (math.isfinite(loss_value) and math.isfinite(norm))
+    dropped = not (math.isfinite(loss) and math.isfinite(norm))
     learning_rate = learner.learning_rate(learner.step)
     if dropped:
-        learner.not_finite = _first_not_finite(positions, velocities, learner, loss_value)
+        learner.not_finite = _first_not_finite(positions, velocities, learner, loss)
     else:
         set_rate(learner.optimizer, learning_rate)
         learner.scaler.step(cast(Optimizer, learner.optimizer))
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
     _count(learner, dropped)
-    return StepReport(loss_value, compared_at(positions[0], objective).sigma, norm, learning_rate, dropped), moved
+    return StepReport(loss, sigma, norm, learning_rate, dropped)
 
 
 @torch.no_grad()
 def _first_not_finite(positions: Sequence[Position], velocities: Sequence[Tensor | None], learner: Learner, loss: float) -> str:
     """What in a dropped step is not finite, on any rank: a key of CURES."""
     with undisturbed():
-        embeddings = [learner.embed(position.token_ids_BL) for position in positions]
+        embeddings = [replace(learner, random=None).embed(position.token_ids_BL) for position in positions]
     inputs = [value for position in positions for value in (position.text_BLD, *position.extras.values())]
     parts = [inputs, velocities, embeddings, [torch.tensor(loss)]]
     broken = [not all(value.isfinite().all() for value in part if isinstance(value, Tensor)) for part in parts]

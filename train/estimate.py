@@ -68,7 +68,7 @@ def estimate(recipe: Recipe, ranks: Ranks) -> str:
             *_ram_lines(workshop),
             *_stage_lines(recipe, stages),
             "",
-            *disk_lines(recipe, workshop.student.layout.parameters),
+            *disk_lines(recipe, sum(one.student.layout.parameters for one in workshop.all)),
             *_cache_lines(workshop),
         ]
     )
@@ -94,7 +94,7 @@ def _measure(workshop: Workshop, number: int) -> StageEstimate:
     model_comes_s, positions = timed(lambda: workshop.starts(batches, texts, max(steps, MEASURED_STEPS)), device)
     seconds = []
     for _ in range(min(MEASURED_STEPS, len(positions[0].sigmas_T) - 1)):
-        step_s, (_, positions) = timed(lambda places=positions: train_step(places, workshop.model, workshop.learner, objective), device)
+        step_s, (_, positions) = timed(lambda places=positions: train_step(places, workshop.model, workshop.learners, objective), device)
         seconds.append(step_s)
     # The first step of a size is slower: memory is allocated and kernels are chosen.
     settled = seconds[1:] or seconds
@@ -161,9 +161,11 @@ def _stage_lines(recipe: Recipe, stages: list[StageEstimate]) -> list[str]:
 
 
 def disk_lines(recipe: Recipe, parameters: int) -> list[str]:
-    """The disk that checkpoints and the encoder take, for a student of so many weights."""
-    # The last ones, the best one, and the one that is being written.
-    kept, size_gb = recipe.checkpoints.keep_last + 2, parameters * SAVED_BYTES / GB
+    """The disk that checkpoints and encoders take, for students of so many weights in sum."""
+    # The last ones, the best one, and the one that is being written; of several students, also the one before it.
+    several = len(recipe.students) > 1
+    kept, size_gb = recipe.checkpoints.keep_last + 2 + several, parameters * SAVED_BYTES / GB
+    encoders = f"{len(recipe.students)} encoders" if several else "the encoder"
     return [
-        f"Disk: {kept * size_gb:.2f} GB for at most {kept} checkpoints of {size_gb:.2f} GB, {parameters * 4 / GB:.2f} GB for the encoder."
+        f"Disk: {kept * size_gb:.2f} GB for at most {kept} checkpoints of {size_gb:.2f} GB, {parameters * 4 / GB:.2f} GB for {encoders}."
     ]

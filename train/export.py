@@ -8,12 +8,15 @@ from pathlib import Path
 from ..runtime.disk import publish, remove_abandoned, sync_file, sync_folder, unfinished
 from ..runtime.errors import UserError
 from .checkpoint_files import STUDENT, DamagedCheckpoint, best_of, check_files, checkpoint_paths, peek, read_manifest, step_of
-from .run_directory import RunDirectory
+from .run_directory import STUDENTS, RunDirectory
 
 
 def chosen_checkpoint(run: RunDirectory, step: int | None) -> Path:
     """The folder of a run's checkpoint of this step, or of its newest one. Raises UserError that lists those that exist."""
     paths = [path for path in checkpoint_paths(run.checkpoints) if peek(path)]
+    if students := sorted(path.parent for path in run.path.glob(f"{STUDENTS}/*/recipe.toml")):
+        listed = "\n".join(f"  {path}" for path in students)
+        raise UserError(f"The run in {run.path} has several students.", "give the folder of one of them.", listed)
     if not paths:
         raise UserError(f"The run in {run.path} has no complete checkpoint yet.", "wait for the first one (checkpoints.every_steps).")
     found = paths[-1:] if step is None else [path for path in paths if step_of(path) == step]

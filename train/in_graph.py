@@ -77,7 +77,7 @@ def distil(recipe: Recipe, run: RunDirectory, prompts: str = "") -> Path:
         run.start(recipe.to_toml(), prompts).close()
     try:
         with training():
-            path = train(recipe, run.path, resume, Ranks(), stop=board, boards=[board])
+            paths = train(recipe, run.path, resume, Ranks(), stop=board, boards=[board])
     except BaseException as error:
         # They hold the models for as long as the error is known.
         traceback.clear_frames(error.__traceback__)
@@ -85,10 +85,10 @@ def distil(recipe: Recipe, run: RunDirectory, prompts: str = "") -> Path:
     finally:
         gc.collect()
         comfy.model_management.soft_empty_cache()
-    if path is None:
+    if paths is None:
         comfy.model_management.interrupt_current_processing(False)
         raise comfy.model_management.InterruptProcessingException
-    return path
+    return paths[0]
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ class StageRehearsal:
 class Rehearsal:
     """What a process of a run takes.
 
-    model, teacher, student, moments: bytes of weights as they are held, and of the optimizer's running means. parameters: the student's
+    model, teacher, student, moments: bytes of weights as they are held, and of the optimizer's running means. parameters: the students'
     number of weights. text_width: channels of the text. encoding: the teacher's peak. cached: the teacher is gone when the student is
     trained.
     """

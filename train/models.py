@@ -82,7 +82,8 @@ def load_teacher_of(recipe: Recipe, text_width: int | None) -> Teacher:
     width = teacher.encode(["a"], 2).text_BLD.shape[-1]
     check_width(recipe, width, width if text_width is None else text_width)
     if not stand_in:
-        _check_teaches(teacher, recipe, recipe.student_layout(width))
+        for one in recipe.each:
+            _check_teaches(teacher, recipe, one.student_layout(width))
     return teacher
 
 

@@ -104,11 +104,11 @@ class RunPage:
             yield "dropped steps", f"{newest['skipped_steps']:,}"
 
     def _stages(self) -> Iterator[dict[str, Any]]:
-        begin = 0
+        begin, mean = 0, ", mean of the students" if any(self.recipe.student_names) else ""
         for number, stage in enumerate(self.recipe.stages):
             curve = self.curves.loss.get(number)
             points = curve.points() if curve else []
-            yield {"name": stage.name, "objective": stage.what, "begin": begin, "end": begin + stage.steps, "loss": points}
+            yield {"name": stage.name, "objective": f"{stage.what}{mean}", "begin": begin, "end": begin + stage.steps, "loss": points}
             begin += stage.steps
 
 

@@ -54,7 +54,8 @@ def preflight(recipe: Recipe, written_later: Path | None = None, models: str = "
 
     `written_later`: prompts that need not exist yet. `models`: how the keys of the models begin that are needed.
     """
-    problems = list(dict.fromkeys([*_packages(recipe), *_corpora(recipe, written_later), *_models(recipe, models)]))
+    of_models = [problem for one in recipe.each for problem in _models(one, models)]
+    problems = list(dict.fromkeys([*_packages(recipe), *_corpora(recipe, written_later), *of_models]))
     if problems:
         listed = "\n".join(f"{number}. {problem}" for number, problem in enumerate(problems, start=1))
         raise UserError(
@@ -63,7 +64,7 @@ def preflight(recipe: Recipe, written_later: Path | None = None, models: str = "
 
 
 def models_of(recipe: Recipe) -> list[Model]:
-    """The model files that the recipe names."""
+    """The model files that a recipe with one student names."""
     teacher, text_encoders = recipe.teacher, "text_encoders"
     encoder, start = recipe.family.kind, recipe.student_kind
     models = [

@@ -17,7 +17,7 @@ from ..runtime.errors import UserError, printable
 from .recipe import Recipe, load_recipe
 
 # Shipped recipes that train nothing of use.
-NOT_PRESETS = ("smoke",)
+NOT_PRESETS = ("smoke", "smoke-two-students")
 # Of a user's own prompts, one in so many is held out, at most as many as in the preset; and steps of warm-up, likewise.
 SHARE = 10
 

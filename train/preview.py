@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from ..runtime.randomness import undisturbed
 from .batches import preview_batches
 from .contact_sheet import contact_sheet, image_difference
 from .models import preview_vae
-from .report import Reporter
+from .reports import Reports
 from .teacher_chunks import texts_of
 from .trajectory import Position
 from .validation import without_dropout
@@ -35,39 +35,52 @@ class Previewer:
         self.workshop = workshop
         self.vae = preview_vae(workshop.recipe)
         self._texts: list[TeacherText] | None = None
+        self._teacher: list[Image.Image] = []
+        self._students: list[list[Image.Image]] = []
 
-    def show(self, reporter: Reporter) -> None:
+    def show(self, reports: Reports) -> None:
         """Report a contact sheet. A failure is logged by the reporter; neither success nor failure changes the run."""
         if self.vae is None or not self.workshop.ranks.is_main:
             return
         with undisturbed():
-            reporter.image("preview", self.sheet)
+            if reports.run.image("preview", self.sheet):
+                for reporter, images in zip(reports.students.values(), self._students, strict=False):
+                    reporter.image("preview", lambda images=images: self._beside_teacher(images))
         # The VAE may have pushed the diffusion model off its device.
         self.workshop.load_model()
 
     @torch.no_grad()
     def sheet(self) -> Image.Image:
-        """A row per prompt: the teacher's image, the student's from the same noise, their difference."""
+        """A row per prompt: the teacher's image and those of the students from the same noise; of one student, also the difference."""
         prompts = self.workshop.recipe.preview.prompts
         images = self._decoded(self._latents())
-        teacher, student = images[: len(prompts)], images[len(prompts) :]
-        differences = [image_difference(*pair) for pair in zip(teacher, student, strict=True)]
-        return contact_sheet(teacher, student, differences, prompts)
+        self._teacher, *self._students = (images[begin : begin + len(prompts)] for begin in range(0, len(images), len(prompts)))
+        if not self.workshop.learner.name:
+            return self._beside_teacher(self._students[0])
+        named = zip((learner.name for learner in self.workshop.learners), self._students, strict=True)
+        return contact_sheet({"teacher": self._teacher, **{f"student {name}": each for name, each in named}}, prompts)
+
+    def _beside_teacher(self, student: list[Image.Image]) -> Image.Image:
+        differences = [image_difference(*pair) for pair in zip(self._teacher, student, strict=True)]
+        columns = {"teacher": self._teacher, "student": student, "difference": differences}
+        return contact_sheet(columns, self.workshop.recipe.preview.prompts)
 
     def _latents(self) -> list[Tensor]:
-        """The teacher's latents [1, C, ...] of all prompts, then the student's, on the CPU."""
+        """The teacher's latents [1, C, ...] of all prompts, then each student's, on the CPU."""
         workshop, batches = self.workshop, preview_batches(self.workshop.recipe)
         if self._texts is None:
             self._texts = texts_of(workshop.teacher, batches)
         starts = workshop.starts(batches, self._texts, workshop.recipe.sampling.steps)
-        with without_dropout(workshop.student):
-            students = [self._by_student(start, text) for start, text in zip(starts, self._texts, strict=True)]
+        students: list[Position] = []
+        for one in workshop.all:
+            with without_dropout(one.student):
+                students += [self._by_student(one.embed, start, text) for start, text in zip(starts, self._texts, strict=True)]
         noises = [batch.drawn.noise for batch in batches]
-        return [self._latent(noise, start) for noise, start in zip(noises * 2, [*starts, *students], strict=True)]
+        return [self._latent(noise, start) for noise, start in zip(noises * (1 + len(workshop.all)), [*starts, *students], strict=True)]
 
-    def _by_student(self, start: Position, text: TeacherText) -> Position:
+    def _by_student(self, embed: Callable[[Tensor], Tensor], start: Position, text: TeacherText) -> Position:
         """The start with the student's text, and its own text of the empty prompt."""
-        embed, unconditional = self.workshop.embed, start.unconditional
+        unconditional = start.unconditional
         if text.empty is not None and unconditional is not None:
             empty = replace(text.empty, text_BLD=embed(text.empty.token_ids_BL).float().cpu())
             unconditional = (empty.whole.to(start.x), unconditional[1])

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, WrapValidator, model_serializer, model_validator
 
 from ..config.files import ConfigError, load_config
 from ..config.parts import FROM_LIST, NOT_EMPTY, Config, Count, FilePath, FileStem, OptionalPath, Part, Text
-from ..config.toml import toml_value
-from ..encoder.metadata import alike
 from ..families import FAMILIES
 from ..families.family import Family
 from ..prompts.corpora import Corpus
@@ -21,9 +18,9 @@ from ..runtime.comfyui import NO_FILE
 from ..students import KINDS
 from ..students.kind import Layout, StudentKind
 from .objectives import OBJECTIVES
+from .recipe_checks import check_recipe
+from .recipe_values import leaves, without_folders
 
-# Keys whose values may be paths.
-PATHS = ("t5", "clip_l", "clip_g", "cache", "file", "start", "vae", "path")
 # Values in the place of a file.
 STAND_IN, RANDOM = "stand-in", "random"
 # The table of any kind of student.
@@ -95,8 +92,9 @@ class FrozenModelPart(Part):
 
 
 class StudentPart(Part):
-    """The text encoder that is trained. Exactly one of `size` and `layout` must be given."""
+    """A text encoder that is trained. Exactly one of `size` and `layout` must be given."""
 
+    name: FileStem | None = Field(default=None, description="of several, each a [[student]]: its name, added to output.name")
     size: StudentSize | None = Field(default=None, description="a published size of the network, such as base")
     layout: LayoutTable | None = Field(default=None, description="any other size")
     start: FilePath = Field(
@@ -115,6 +113,11 @@ class StudentPart(Part):
     def is_of(self, kind: StudentKind) -> bool:
         """Whether its size or table is one of this kind."""
         return self.size in kind.sizes or isinstance(self.layout, kind.layout_table())
+
+
+def _one_or_several(given: Any, several: Callable[[Any], Any]) -> tuple[StudentPart, ...]:
+    """The students of `[student]` or of `[[student]]`, with errors at the key that the file has."""
+    return several(tuple(given)) if isinstance(given, list | tuple) else (StudentPart.model_validate(given),)
 
 
 class OptimizerPart(Part):
@@ -277,7 +280,9 @@ class Recipe(Config):
     seed: int = Field(ge=0, lt=2**31, description="seed of every random draw")
     teacher: TeacherPart = Field(description="the text encoder that the student imitates")
     diffusion_model: FrozenModelPart = Field(description="the frozen diffusion model")
-    student: StudentPart = Field(description="the text encoder that is trained")
+    students: Annotated[tuple[StudentPart, ...], NOT_EMPTY, WrapValidator(_one_or_several)] = Field(
+        alias="student", description="the text encoder that is trained, or several"
+    )
     optimizer: OptimizerPart = Field(description="AdamW and its schedule")
     sampling: TrajectoryPart = Field(description="the teacher's denoising trajectories")
     validation: ValidationPart = Field(description="the held-out loss")
@@ -288,43 +293,36 @@ class Recipe(Config):
     stages: Annotated[tuple[Stage, ...], FROM_LIST, NOT_EMPTY] = Field(alias="stage", description="the stages of the run, in order")
 
     @model_serializer(mode="wrap")
-    def _without_unused_report(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A recipe that reports to nothing else has the text that it had before `report` existed."""
-        return {key: value for key, value in written(self).items() if key != "report" or self.report != ReportPart()}
+    def _as_before(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe with one student that reports to nothing else has the text that it had before there could be several, and `report`."""
+        values = {key: value for key, value in written(self).items() if key != "report" or self.report != ReportPart()}
+        return values if len(self.students) > 1 else values | {"student": values["student"][0]}
 
     @model_validator(mode="after")
-    def _check_stages(self) -> Recipe:
-        names = [stage.name for stage in self.stages]
-        if len(set(names)) < len(names):
-            raise ValueError(f"expected a different name for every stage, got {', '.join(names)}")
-        for stage in self.stages:
-            self.family.check_side(stage.resolution_px)
-            self._check_objective(stage)
-        if not set(self.output.also_serves) <= set(alike(self.family)):
-            possible = ", ".join(alike(self.family)) or "none"
-            raise ValueError(f"output.also_serves: expected families with the teacher and padding of {self.family.name} ({possible})")
-        if not any(self.student.is_of(KINDS[name]) for name in self.family.students):
-            kinds = " or ".join(KINDS[name].display_name for name in self.family.students)
-            got = next(kind.display_name for kind in KINDS.values() if self.student.is_of(kind))
-            raise ValueError(f"student: expected a {kinds}, which {self.family.display_name} can use, got a {got}")
-        for name in self.teacher.companions:
-            if name not in self.family.companions:
-                raise ValueError(f'teacher.{name}: expected "{NO_FILE}", as {self.family.display_name} takes none')
-        steps, warmup_steps = min(self.periods), self.optimizer.warmup_steps
-        if warmup_steps > steps:
-            whose = "shortest stage" if self.optimizer.restart_per_stage else "run"
-            raise ValueError(f"optimizer.warmup_steps: expected at most the {steps} steps of the {whose}, got {warmup_steps}")
+    def _check(self) -> Recipe:
+        check_recipe(self)
         return self
 
-    def _check_objective(self, stage: Stage) -> None:
-        """Raise ValueError for an objective about what the family's models lack."""
-        family, streams = self.family, {stream for returned in self.family.block_lists.values() for stream in "+".join(returned).split("+")}
-        has = {"projection": family.text_projection, "keys_values": family.keys_values, "text_stream": "text" in streams}
-        if not has.get(OBJECTIVES[stage.objective].at, True):
-            raise ValueError(
-                f"stage {stage.name}: expected an objective that {family.display_name} has, got {stage.objective}; "
-                "early and velocity fit every family"
-            )
+    @property
+    def student_names(self) -> list[str]:
+        """The names of its students, each of which has a run of its own in that of the recipe; "" for one without a name."""
+        return [student.name or "" for student in self.students]
+
+    @property
+    def each(self) -> tuple[Recipe, ...]:
+        """For each student the recipe that trains it alone, to the same bits."""
+        return tuple(map(self._alone, self.students)) if any(self.student_names) else (self,)
+
+    def _alone(self, student: StudentPart) -> Recipe:
+        output = self.output.model_copy(update={"name": f"{self.output.name}-{student.name}"})
+        alone = {"name": f"{self.name}-{student.name}", "output": output, "students": (student.model_copy(update={"name": None}),)}
+        return self._without_report().model_copy(update=alone)
+
+    @property
+    def student(self) -> StudentPart:
+        """The student of a recipe with one; see `each`."""
+        assert len(self.students) == 1, "the recipes of `each` have one"
+        return self.students[0]
 
     def trajectory_steps(self, stage: Stage) -> int:
         """Denoising steps of a trajectory in a stage."""
@@ -342,7 +340,7 @@ class Recipe(Config):
 
     def without_folders(self) -> Recipe:
         """A copy to be published, in which absolute paths are cut to their file names."""
-        return Recipe.model_validate(_without_folders(self.model_dump(by_alias=True, exclude_none=True)))
+        return Recipe.model_validate(without_folders(self.model_dump(by_alias=True, exclude_none=True)))
 
     def with_cache(self, folder: str) -> Recipe:
         """A copy with its teacher's texts in another folder; "": the teacher encodes while the run trains."""
@@ -373,30 +371,13 @@ class Recipe(Config):
         return self.student_kind.planned(part.size or part.layout or "", part.projection_width, output_width)
 
     def differences(self, other: Recipe) -> list[str]:
-        """What differs in `other` besides `report`, one line per key: `optimizer.learning_rate: 0.0001 -> 0.0002`."""
-        mine, theirs = (dict(_leaves(recipe._without_report().model_dump(by_alias=True, exclude_none=True))) for recipe in (self, other))
-        return [
-            f"{path}: {mine.get(path, 'not set')} -> {theirs.get(path, 'not set')}"
-            for path in mine | theirs
-            if mine.get(path) != theirs.get(path)
-        ]
-
-
-def _leaves(value: Any, path: str = "") -> list[tuple[str, str]]:
-    """Every value of a dumped recipe with its dotted key; an array of plain values is one value."""
-    if isinstance(value, tuple) and any(isinstance(item, dict) for item in value):
-        value = dict(enumerate(value))
-    if isinstance(value, dict):
-        return [leaf for key, item in value.items() for leaf in _leaves(item, f"{path}.{key}".lstrip("."))]
-    return [(path, toml_value(value))]
-
-
-def _without_folders(value: Any, key: str = "") -> Any:
-    if isinstance(value, dict):
-        return {name: _without_folders(part, name) for name, part in value.items()}
-    if isinstance(value, tuple):
-        return [_without_folders(part) for part in value]
-    return Path(value).name if key in PATHS and Path(value).is_absolute() else value
+        """What differs in `other` besides `report`, one line per key (`seed: 0 -> 1`); of recipes with other students, only their names."""
+        dumped = [recipe._without_report().model_dump(by_alias=True, exclude_none=True) for recipe in (self, other)]
+        if self.student_names != other.student_names:
+            dumped = [values | {"student": recipe.student_names} for values, recipe in zip(dumped, (self, other), strict=True)]
+        mine, theirs = (dict(leaves(values)) for values in dumped)
+        changed = (path for path in mine | theirs if mine.get(path) != theirs.get(path))
+        return [f"{path}: {mine.get(path, 'not set')} -> {theirs.get(path, 'not set')}" for path in changed]
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:

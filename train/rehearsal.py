@@ -97,7 +97,7 @@ def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool
                 teacher=teacher.held,
                 student=ledger.live[STUDENT],
                 moments=ledger.live[MOMENTS],
-                parameters=recipe.student_layout(scene.model.text_width).parameters,
+                parameters=sum(one.student_layout(scene.model.text_width).parameters for one in recipe.each),
                 text_width=scene.model.text_width,
                 encoding=teacher.need([1] if recipe.teacher.cache else [stage.batch for stage in recipe.stages], longest),
                 on_gpu=target.on_gpu,
@@ -166,33 +166,39 @@ class _Scene:
         with ledger.of(MODEL), target.device:
             self.model = diffusion_model(recipe, target.device, target.as_gpu)
         weights_from_ram(self.model.model)
-        layout = recipe.student_layout(self.model.text_width)
-        with ledger.of(STUDENT), target.device:
-            student = KINDS[layout.kind].trained(layout, recipe.student.dropout, not recipe.family.masked)
-        # A scaled loss takes no more memory; the scaler would read from a fake number that there was an overflow, and skip the update.
-        self.learner = replace(new_learner(recipe, Ranks(), student, self.model), scaler=GradScaler(enabled=False))
-        if target.as_gpu or target.device.type in AT_ONCE:
-            # torch does not choose it for fake tensors.
-            for group in self.learner.optimizer.param_groups:
-                group["foreach"] = True
-        name_parts(ledger, self.learner, self.model)
+        self.learners = [self._learner(one, target) for one in recipe.each]
         self._update = self._first_update()
         self._seen: dict[tuple[object, ...], tuple[Need, Flops]] = {}
 
+    def _learner(self, recipe: Recipe, target: Target) -> Learner:
+        """The learner of the student of a recipe with one, and its parts named in the ledger."""
+        layout = recipe.student_layout(self.model.text_width)
+        with self.ledger.of(STUDENT), target.device:
+            student = KINDS[layout.kind].trained(layout, recipe.student.dropout, not recipe.family.masked)
+        # A scaled loss takes no more memory; the scaler would read from a fake number that there was an overflow, and skip the update.
+        learner = replace(new_learner(recipe, Ranks(), student, self.model), scaler=GradScaler(enabled=False))
+        if target.as_gpu or target.device.type in AT_ONCE:
+            # torch does not choose it for fake tensors.
+            for group in learner.optimizer.param_groups:
+                group["foreach"] = True
+        name_parts(self.ledger, learner, self.model)
+        return learner
+
     def _first_update(self) -> Flops:
-        """Make the optimizer's state; the operations of its step."""
+        """Make the optimizers' states; the operations of their step."""
         self._make_gradients()
         self.ledger.restart()
-        self.learner.optimizer.step()
-        for value in (value for state in self.learner.optimizer.state.values() for value in state.values()):
-            if isinstance(value, Tensor):
-                self.ledger.is_part(value, MOMENTS)
-        self.learner.optimizer.zero_grad(set_to_none=True)
+        for learner in self.learners:
+            learner.optimizer.step()
+            for value in (value for state in learner.optimizer.state.values() for value in state.values()):
+                if isinstance(value, Tensor):
+                    self.ledger.is_part(value, MOMENTS)
+            learner.optimizer.zero_grad(set_to_none=True)
         return Flops(self.ledger.flops)
 
     def _make_gradients(self) -> None:
         with self.ledger.of(GRADIENTS):
-            for weight in self.learner.student.parameters():
+            for weight in (weight for learner in self.learners for weight in learner.student.parameters()):
                 weight.grad = torch.zeros_like(weight)
 
     def step(self, stage: Stage, text: TeacherText, batches: int) -> tuple[Need, Flops]:
@@ -228,7 +234,7 @@ class _Scene:
             self._make_gradients()
         ledger.restart()
         with ledger.of(BACKWARD), self.model.differentiable(self.recipe.diffusion_model.checkpoint_blocks):
-            train_step([position], self.model, self.learner, objective)
+            train_step([position], self.model, self.learners, objective)
         one = Flops(ledger.flops)
         one.subtract(self._update)
         flops = Flops({dtype: batches * count for dtype, count in one.items()}) + self._update

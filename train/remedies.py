@@ -18,8 +18,8 @@ GENERAL = "lower batch and raise accumulate by the same factor, or lower resolut
 def smaller(recipe: Recipe, teacher_beside: bool = False) -> Iterator[Recipe]:
     """The recipe with more and more changes, the least harmful first.
 
-    The same result more slowly; the diffusion model in fp8; shorter prompts; smaller images; a smaller student. teacher_beside: the teacher
-    takes memory of the student's training, unless its texts are on disk.
+    The same result more slowly; fewer students at once, which stay the same; the diffusion model in fp8; shorter prompts; smaller
+    images; a smaller student. teacher_beside: the teacher takes memory of the student's training, unless its texts are on disk.
     """
     if not recipe.diffusion_model.checkpoint_blocks:
         yield (recipe := _changed(recipe, "diffusion_model", checkpoint_blocks=True))
@@ -27,6 +27,8 @@ def smaller(recipe: Recipe, teacher_beside: bool = False) -> Iterator[Recipe]:
         yield (recipe := recipe.with_cache(CACHE))
     while any(stage.batch > 1 for stage in recipe.stages):
         yield (recipe := _in_stages(recipe, _half_batch))
+    while len(recipe.students) > 1:
+        yield (recipe := recipe.model_copy(update={"students": recipe.students[:-1]}))
     if recipe.diffusion_model.dtype != FP8:
         yield (recipe := _changed(recipe, "diffusion_model", dtype=FP8))
     lengths = recipe.sampling.token_lengths
@@ -36,7 +38,8 @@ def smaller(recipe: Recipe, teacher_beside: bool = False) -> Iterator[Recipe]:
     sizes, size = recipe.student_kind.sizes, recipe.student.size
     for name in reversed(sizes[: sizes.index(size)] if size else ()):
         start = recipe.student.start if recipe.student.start == RANDOM else recipe.student.start.replace(recipe.student.size or "", name)
-        yield (recipe := _changed(recipe, "student", size=name, start=start))
+        smaller_one = recipe.student.model_copy(update={"size": name, "start": start})
+        yield (recipe := recipe.model_copy(update={"students": (smaller_one,)}))
 
 
 def with_less_ram(recipe: Recipe) -> Iterator[Recipe]:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MB = 1_000_000
 JPEG_QUALITY = 92
 NO_HELD_OUT_LOSS = (
-    "Step %d: the held-out loss on %d prompts is not a finite number at the noise levels %s, so this step cannot be the best one. "
+    "%s: the held-out loss on %d prompts is not a finite number at the noise levels %s, so this step cannot be the best one. "
     "What to do: nothing if it happens once; if it continues, stop the run and check teacher.t5, diffusion_model.file and its dtype."
 )
 log = logging.getLogger(__name__)
@@ -59,11 +59,13 @@ class Reporter:
     """Reports one run from `start_step` on; on processes other than the main one, where `run` is None, it does nothing.
 
     Metrics beyond `start_step` are removed first, so that after a resume no step is listed twice. `boards` get the same numbers and
-    images as TensorBoard.
+    images as TensorBoard. `student`: its name, if this is one of several, beside the report of the run: without bar and banner.
     """
 
-    def __init__(self, run: RunDirectory | None, recipe: Recipe, start_step: int = 0, boards: Sequence[Board] = ()) -> None:
-        self.run, self.recipe = run, recipe
+    def __init__(
+        self, run: RunDirectory | None, recipe: Recipe, start_step: int = 0, boards: Sequence[Board] = (), student: str = ""
+    ) -> None:
+        self.run, self.recipe, self.student = run, recipe, student
         self.step_number = start_step
         self.failed_images = 0
         self.time_left = TimeLeft.of(recipe)
@@ -82,11 +84,12 @@ class Reporter:
         """Report what is trained, line by line, and the seconds that a step of later stages took in a trial."""
         self.time_left.in_trial.update(in_trial)
         if self._page is not None:
-            for name, fact in facts.items():
-                log.info("%-16s %s", name, fact)
             self._page.facts = dict(facts)
             self._write_page()
-            self._open_bar()
+            if not self.student:
+                for name, fact in facts.items():
+                    log.info("%-16s %s", name, fact)
+                self._open_bar()
         self._clock_s = time.monotonic()
 
     def step(self, step: int, loss: float, samples: int, stage: int = 0, **numbers: float) -> None:
@@ -115,10 +118,10 @@ class Reporter:
         if self.run is not None:
             self._write({"held_out_loss": mean, "held_out_samples": samples, "held_out_by_band": dict(loss_by_band)}, "validation")
             if math.isfinite(mean):
-                log.info("Step %d: held-out loss %.6g on %d prompts.", self.step_number, mean, samples)
+                log.info("%s: held-out loss %.6g on %d prompts.", self._when, mean, samples)
             else:
                 bands = ", ".join(band for band, loss in loss_by_band.items() if not math.isfinite(loss))
-                log.warning(NO_HELD_OUT_LOSS, self.step_number, samples, bands)
+                log.warning(NO_HELD_OUT_LOSS, self._when, samples, bands)
         return mean
 
     def image(self, name: str, make: Callable[[], Image.Image]) -> Path | None:
@@ -145,7 +148,7 @@ class Reporter:
 
     def saved(self, path: Path) -> None:
         """Report a saved checkpoint."""
-        if self.run is not None:
+        if self.run is not None and not self.student:
             log.info("Step %d: saved %s.", self.step_number, path.name)
         self.time_left.event("checkpoint", self._lap())
 
@@ -171,13 +174,13 @@ class Reporter:
                 file.writelines(traceback.format_exception(error))
 
     def _open(self, run: RunDirectory, opened: contextlib.ExitStack, boards: Sequence[Board]) -> None:
-        opened.enter_context(logging_to(run.log))
+        opened.enter_context(logging_to(run.log, shown=not self.student))
         dropped = cut_metrics(run.metrics, self.step_number)
-        if dropped:
+        if dropped and not self.student:
             log.info("Removed %d lines of metrics beyond step %d; those steps are repeated.", dropped, self.step_number)
         self._metrics = opened.enter_context(run.metrics.open("ab", buffering=0))
         self._page = RunPage(run, self.recipe)
-        self._boards = Boards([*open_boards(run, self.recipe, self.step_number), *boards])
+        self._boards = Boards([*open_boards(run, self.recipe, self.step_number, quiet=bool(self.student)), *boards])
         opened.callback(self._boards.close)
 
     def _open_bar(self) -> None:
@@ -195,6 +198,11 @@ class Reporter:
     def _stage_name(self, stage: int) -> str:
         stages = self.recipe.stages
         return f"stage {stage + 1}/{len(stages)} {stages[stage].name}" if len(stages) > 1 else stages[stage].name
+
+    @property
+    def _when(self) -> str:
+        who = f"student {self.student}" if self.student else "mean of the students" if any(self.recipe.student_names) else ""
+        return f"Step {self.step_number}{who and f', {who}'}"
 
     def _lap(self) -> float:
         """Seconds since the last report of any kind."""

@@ -5,16 +5,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from ..runtime.randomness import random_states, restore_random_states
+from ..runtime.randomness import RandomStream, random_states, restore_random_states
 from .distill import SKIPS_IN_A_ROW
 from .run_directory import ANOTHER
-from .state import Checkpoints, TrainerState
+from .state import Checkpoints, TrainerState, align
 from .trajectory import Position
 from .workshop import RunState, Workshop
 
@@ -23,15 +23,15 @@ log = logging.getLogger(__name__)
 OWN = ("rng", "position")
 
 
-def gather_state(workshop: Workshop, state: RunState) -> TrainerState | None:
-    """The state of the run on the main process, None on the others; all processes must call it.
+def gather_state(workshop: Workshop, best: float | None, positions: Sequence[Position]) -> TrainerState | None:
+    """The state of a student's run on the main process, None on the others; all processes must call it.
 
     Raises NotFinite if a weight of the student is not finite.
     """
     learner, ranks = workshop.learner, workshop.ranks
     learner.check_weights()
-    rng = ranks.gather(random_states({}))
-    latents = ranks.gather([position.x.cpu() for position in state.positions])
+    rng = ranks.gather(learner.random.states if learner.random else random_states({}))
+    latents = ranks.gather([position.x.cpu() for position in positions])
     if not ranks.is_main:
         return None
     return TrainerState(
@@ -42,18 +42,29 @@ def gather_state(workshop: Workshop, state: RunState) -> TrainerState | None:
         schedule={"skipped_in_a_row": learner.skipped_in_a_row, "scaler": learner.scaler.state_dict()},
         rng={str(rank): states for rank, states in enumerate(rng)},
         recipe_sha256=workshop.recipe.sha256,
-        best=state.best,
+        best=best,
         inputs=workshop.inputs,
         position={str(rank): {str(number): x for number, x in enumerate(xs)} for rank, xs in enumerate(latents)},
     )
 
 
-def restore(workshop: Workshop, checkpoints: Checkpoints, earlier: Set[str] = frozenset()) -> RunState:
-    """Load the newest intact checkpoint into every process.
+def restore(workshop: Workshop, checkpoints: Sequence[Checkpoints], earlier: Sequence[Set[str]] = ()) -> RunState:
+    """Load the newest checkpoint that all students have intact into every process.
 
-    `earlier`: digests of recipes that the run had before its stages were lengthened or shortened.
-    Raises ValueError if it was saved with another recipe or another number of processes.
+    `earlier`: for each student, digests of recipes that its run had before its stages were lengthened or shortened.
+    Raises ValueError if one was saved with another recipe or another number of processes.
     """
+    if workshop.ranks.is_main:
+        for note in align(checkpoints):
+            log.warning(note)
+    triples = zip(workshop.all, checkpoints, earlier or [frozenset()] * len(checkpoints), strict=True)
+    restored = [_restore(*each) for each in triples]
+    # All walk the same trajectory.
+    return RunState([best for best, _ in restored], _positions(workshop, restored[0][1]))
+
+
+def _restore(workshop: Workshop, checkpoints: Checkpoints, earlier: Set[str]) -> tuple[float | None, Mapping[str, Tensor]]:
+    """Put a student's state back; its lowest held-out loss, and this process's latents."""
     ranks = workshop.ranks
     state, notes = checkpoints.load_latest() if ranks.is_main else (None, [])
     for note in notes:
@@ -65,7 +76,9 @@ def restore(workshop: Workshop, checkpoints: Checkpoints, earlier: Set[str] = fr
     _put_back(workshop, common)
     for note in restore_random_states(rng, {}):
         log.warning(note)
-    return RunState(common["best"], _positions(workshop, latents))
+    if workshop.learner.random is not None:
+        workshop.learner.random = RandomStream()
+    return common["best"], latents
 
 
 def _check_same_run(workshop: Workshop, same_recipe: bool, processes: int) -> None:

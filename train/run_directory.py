@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,15 @@ from .checkpoint_files import CHECKPOINT, REPLACED
 # What to do, with the command or with the node that trains in ComfyUI.
 CONTINUE = "continue with --resume (in ComfyUI: press Run again)"
 ANOTHER = "give another folder with --run (in ComfyUI: another name)"
+
+
+# Where each of several students has a run of its own.
+STUDENTS = "students"
+
+
+def student_folder(run: Path, name: str) -> Path:
+    """The folder of a student's own run; without a name, that of the run, whose only student it is."""
+    return run / STUDENTS / name if name else run
 
 
 class RunDirectory:
@@ -43,8 +53,8 @@ class RunDirectory:
     @property
     def has_checkpoints(self) -> bool:
         """Whether there is a checkpoint to resume from, intact or not."""
-        folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        return any(CHECKPOINT.match(path.name.removesuffix(REPLACED)) for path in folders)
+        folders = self.path.glob("checkpoints/*"), self.path.glob(f"{STUDENTS}/*/checkpoints/*")
+        return any(CHECKPOINT.match(path.name.removesuffix(REPLACED)) for path in itertools.chain(*folders))
 
     def start(self, recipe_toml: str, prompts: str = "") -> RunDirectory:
         """Make the folder, or take one that is empty or whose run has no checkpoint yet. `prompts`: content of prompts.txt; "" for no file.

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,37 @@ class Checkpoints:
         intact = [path for path in self.paths() if peek(path)]
         for path in set(intact) - {*intact[-self.keep_last :], self.best()}:
             _remove_if_possible(path)
+
+
+def align(stores: Sequence[Checkpoints]) -> list[str]:
+    """Bring several students to the newest step of which all have an intact checkpoint: newer ones of some are removed; messages.
+
+    A kill while they are saved leaves some ahead of the others. Raises NoCheckpoint if there is no such step.
+    """
+    notes: list[str] = []
+    while len(stores) > 1:
+        saved = [{step_of(path) for path in store.paths() if peek(path)} for store in stores]
+        common = max(set.intersection(*saved), default=None)
+        if common is None:
+            listed = "\n".join(
+                f"  {store.folder}: {', '.join(map(str, sorted(steps))) or 'none'}" for store, steps in zip(stores, saved, strict=True)
+            )
+            raise NoCheckpoint(
+                f"There is no step of which every student has an intact checkpoint; the steps of those that are intact:\n{listed}\n"
+                "What to do: start the run again in another folder (--run), or continue the students one by one, each with the recipe.toml "
+                "of its folder and --resume."
+            )
+        for path in (path for store in stores for path in store.paths() if step_of(path) > common and peek(path)):
+            notes.append(
+                f"{path} was removed: other students have no intact checkpoint of that step. The run continues from step {common}."
+            )
+            _remove(path)
+        # One after another: states are large.
+        loaded = [(state.step, damaged) for state, damaged in (store.load_latest() for store in stores)]
+        notes += [note for _, damaged in loaded for note in damaged]
+        if {step for step, _ in loaded} == {common}:
+            break
+    return notes
 
 
 def recorded_inputs(folder: Path) -> dict[str, str]:

@@ -163,32 +163,48 @@ def start(model: FrozenModel, steps: int, drawn: Draw, text: TeacherText) -> Pos
     )
 
 
-def gap_at(
-    position: Position, model: VelocityModel, student: Callable[[Tensor], Tensor], objective: Objective
-) -> tuple[Tensor, Tensor | None]:
-    """Per-sample loss [B] with gradients to the student, and the velocity that the teacher follows (None if nothing needs it).
+def gaps_at(
+    position: Position, model: VelocityModel, students: Sequence[Callable[[Tensor], Tensor]], objective: Objective
+) -> tuple[Iterator[Tensor], Tensor | None]:
+    """Per-sample loss [B] of each student, with gradients to it, and the velocity that the teacher follows (None if nothing needs it).
+
+    The teacher's side is computed once. A student's is computed when its loss is taken, so that one graph at a time need exist.
 
     The diffusion model gets the teacher's and the student's embedding at the same latent, noise level and guidance. `text_stream` and
     `keys_values` always compare at the noise with which a trajectory starts. With classifier-free guidance of weight w on both sides and
     the teacher's unconditional velocity on both, the loss would be w^2 times this one: so CFG only decides where the teacher's trajectory
     goes.
     """
-    student_text_BLD = student(position.token_ids_BL)
-    own = None if position.rows is None else position.rows.own
+    if objective.at == "velocity":
+        gap_of, followed = _velocity_gaps(position, model, objective)
+    elif objective.needs_model:
+        gap_of, followed = _gaps_inside(position, cast("FrozenModel", model), objective)
+    else:
+        gap_of, followed = _text_gaps(position, model, objective), None
+    return (gap_of(student(position.token_ids_BL)) for student in students), followed
+
+
+def _text_gaps(position: Position, model: VelocityModel, objective: Objective) -> Callable[[Tensor], Tensor]:
+    """The loss of a student's text, or of what the diffusion model's text projection makes of it."""
+    own, variance_D = None if position.rows is None else position.rows.own, objective.variance_D
     if objective.at == "embedding":
-        return objective.loss(Gap(student_text_BLD, position.text_BLD, own=own, variance_D=objective.variance_D)), None
-    if objective.at == "projection":
-        projected = cast("FrozenModel", model).text_projection
-        with torch.no_grad():
-            teacher_BLD = projected(position.text_BLD.float())
-        return objective.loss(Gap(projected(student_text_BLD.float()), teacher_BLD, own=own, variance_D=objective.variance_D)), None
-    if objective.at != "velocity":
-        return _gap_inside(position, cast("FrozenModel", model), student_text_BLD, objective)
+        return lambda student_BLD: objective.loss(Gap(student_BLD, position.text_BLD, own=own, variance_D=variance_D))
+    projected = cast("FrozenModel", model).text_projection
+    with torch.no_grad():
+        teacher_BLD = projected(position.text_BLD.float())
+    return lambda student_BLD: objective.loss(Gap(projected(student_BLD.float()), teacher_BLD, own=own, variance_D=variance_D))
+
+
+def _velocity_gaps(position: Position, model: VelocityModel, objective: Objective) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The loss of a student's text, and the velocity that the teacher follows."""
     with torch.no_grad():
         teacher_velocity = position.velocity(model, position.text_BLD)
         followed = position.guided(model, teacher_velocity)
-    student_velocity = position.velocity(model, student_text_BLD)
-    return objective.loss(Gap(student_text_BLD, position.text_BLD, student_velocity, teacher_velocity, own)), followed
+
+    def gap_of(student_BLD: Tensor) -> Tensor:
+        return objective.loss(Gap(student_BLD, position.text_BLD, position.velocity(model, student_BLD), teacher_velocity))
+
+    return gap_of, followed
 
 
 def compared_at(position: Position, objective: Objective) -> Position:
@@ -196,20 +212,32 @@ def compared_at(position: Position, objective: Objective) -> Position:
     return replace(position, step=0) if objective.needs_model and not objective.needs_velocity else position
 
 
-def _gap_inside(position: Position, model: FrozenModel, student_text_BLD: Tensor, objective: Objective) -> tuple[Tensor, Tensor | None]:
-    """`gap_at` for what is seen in the model's blocks. Only the teacher's pass goes to its end, and only where its trajectory goes on."""
-    goes_on = objective.needs_velocity and position.step + 2 < len(position.sigmas_T)
+def _gaps_inside(position: Position, model: FrozenModel, objective: Objective) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
+    """The loss of what is seen of a student's text in the model's blocks, and the velocity that the teacher follows.
 
-    def gap_of(place: Position, student_BLD: Tensor, teacher_BLD: Tensor) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            teacher_seen, velocity = place.seen(model, teacher_BLD, objective, to_the_end=goes_on)
-        student_seen, _ = place.seen(model, student_BLD, objective, to_the_end=False)
-        loss_B = objective.loss(Gap(student_BLD, teacher_BLD, student_seen=student_seen, teacher_seen=teacher_seen))
-        return (loss_B,) if velocity is None else (loss_B, velocity)
+    Only the teacher's pass goes to its end, and only where its trajectory goes on.
+    """
+    goes_on, compared = objective.needs_velocity and position.step + 2 < len(position.sigmas_T), compared_at(position, objective)
+    # One entry for each group of samples whose texts have one length.
+    taught: list[Sequence[Tensor]] = []
 
-    loss_B, *velocities = compared_at(position, objective).by_group(gap_of, student_text_BLD, position.text_BLD)
+    def teach(place: Position, teacher_BLD: Tensor) -> tuple[Tensor, ...]:
+        seen, velocity = place.seen(model, teacher_BLD, objective, to_the_end=goes_on)
+        taught.append(seen)
+        return () if velocity is None else (velocity,)
+
+    def gap_of(student_BLD: Tensor) -> Tensor:
+        groups = iter(taught)
+
+        def of_group(place: Position, student_BLD: Tensor, teacher_BLD: Tensor) -> tuple[Tensor]:
+            seen, _ = place.seen(model, student_BLD, objective, to_the_end=False)
+            return (objective.loss(Gap(student_BLD, teacher_BLD, student_seen=seen, teacher_seen=next(groups))),)
+
+        return compared.by_group(of_group, student_BLD, position.text_BLD)[0]
+
     with torch.no_grad():
-        return loss_B, position.guided(model, velocities[0]) if velocities else None
+        velocities = compared.by_group(teach, position.text_BLD)
+        return gap_of, position.guided(model, velocities[0]) if velocities else None
 
 
 def advance(position: Position, teacher_velocity: Tensor | None) -> Position:
@@ -223,12 +251,14 @@ def advance(position: Position, teacher_velocity: Tensor | None) -> Position:
 
 
 @torch.no_grad()
-def gaps_by_band(position: Position, model: VelocityModel, student: Callable[[Tensor], Tensor], bands: int) -> Iterator[tuple[str, Tensor]]:
-    """Follow a trajectory without training: the band and the per-sample velocity gap [B] of each step."""
+def gaps_by_band(
+    position: Position, model: VelocityModel, students: Sequence[Callable[[Tensor], Tensor]], bands: int
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """Follow a trajectory without training: the band of each step, and each student's per-sample velocity gap [B]."""
     name = band_name if float(position.sigmas_T.max()) <= 1 else _unbounded_band_name
     while not position.done:
-        gap_B, velocity = gap_at(position, model, student, OBJECTIVES["velocity"])
-        yield name(position.sigma, bands), gap_B
+        gaps_B, velocity = gaps_at(position, model, students, OBJECTIVES["velocity"])
+        yield name(position.sigma, bands), list(gaps_B)
         position = advance(position, velocity)
 
 

@@ -11,7 +11,7 @@ from .objectives import Objective
 from .recipe import Stage
 from .report import reset_peak_memory
 from .teacher_chunks import texts_of
-from .trajectory import Position, gap_at
+from .trajectory import Position, gaps_at
 from .workshop import Workshop
 
 # The first pass of a size allocates memory and chooses kernels; the last one is measured.
@@ -41,7 +41,7 @@ def _cost_of(stage: Stage) -> tuple[object, ...]:
 
 
 def _trial(workshop: Workshop, number: int) -> float:
-    learner, objective = workshop.learner, workshop.objective(number)
+    objective = workshop.objective(number)
     batches, device = workshop.schedule.batches(number, 0), workshop.model.device
     with undisturbed():
         steps = workshop.recipe.trajectory_steps(workshop.recipe.stages[number])
@@ -50,13 +50,18 @@ def _trial(workshop: Workshop, number: int) -> float:
         # Only at the last step of a trajectory some objectives need no velocity.
         ends_early = objective.at == "streams"
         last_s = _pass_s(workshop, objective, [replace(one, step=steps - 1) for one in positions]) if ends_early else first_s
-        learner.optimizer.zero_grad(set_to_none=True)
+        for learner in workshop.learners:
+            learner.optimizer.zero_grad(set_to_none=True)
     return first_s + (last_s - first_s + encode_s) / steps
 
 
 def _pass_s(workshop: Workshop, objective: Objective, positions: Sequence[Position]) -> float:
+    # Without their own random numbers, which stay as they are.
+    students = [replace(learner, random=None).embed for learner in workshop.learners]
+
     def work() -> None:
         for one in positions:
-            gap_at(one, workshop.model, workshop.learner.embed, objective)[0].mean().backward()
+            for loss_B in gaps_at(one, workshop.model, students, objective)[0]:
+                loss_B.mean().backward()
 
     return [timed(work, workshop.model.device)[0] for _ in range(PASSES)][-1]

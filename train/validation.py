@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..encoder.teacher_text import TeacherText
 from .curves import ONE_BAND
 from .objectives import Objective
 from .teacher_chunks import texts_of
-from .trajectory import Position, gap_at, gaps_by_band
+from .trajectory import Position, gaps_at, gaps_by_band
 from .workshop import Workshop
 
 
@@ -40,8 +40,8 @@ class HeldOut:
         self._texts: list[TeacherText] | None = None
 
     @torch.no_grad()
-    def loss(self) -> tuple[dict[str, float], int]:
-        """Mean velocity gap by band over all processes, and the number of prompts. The student's dropout is off meanwhile.
+    def losses(self) -> tuple[list[dict[str, float]], int]:
+        """Each student's mean velocity gap by band over all processes, and the number of prompts. Dropout is off meanwhile.
 
         In a run without the diffusion model: the mean loss of the last stage's objective, as one band.
         """
@@ -51,21 +51,24 @@ class HeldOut:
         batches = workshop.schedule.held_out_batches()
         if self._texts is None:
             self._texts = texts_of(workshop.teacher, batches)
-        sums: dict[str, tuple[float, int]] = {}
-        with without_dropout(workshop.student):
+        sums: list[dict[str, tuple[float, int]]] = [{} for _ in workshop.all]
+        with contextlib.ExitStack() as stack:
+            for one in workshop.all:
+                stack.enter_context(without_dropout(one.student))
             for batch, text in zip(batches, self._texts, strict=True):
                 [position] = workshop.starts([batch], [text], workshop.recipe.sampling.steps)
-                for band, loss_B in self._gaps(position, objective):
-                    total, count = sums.get(band, (0.0, 0))
-                    sums[band] = (total + float(loss_B.double().sum()), count + len(loss_B))
-        return _mean_over_ranks(workshop.ranks.gather(sums)), len(workshop.schedule.held_out)
+                for band, losses_B in self._gaps(position, objective):
+                    for own, loss_B in zip(sums, losses_B, strict=True):
+                        total, count = own.get(band, (0.0, 0))
+                        own[band] = (total + float(loss_B.double().sum()), count + len(loss_B))
+        return [_mean_over_ranks(workshop.ranks.gather(own)) for own in sums], len(workshop.schedule.held_out)
 
-    def _gaps(self, position: Position, objective: Objective | None) -> Iterator[tuple[str, Tensor]]:
-        workshop = self.workshop
+    def _gaps(self, position: Position, objective: Objective | None) -> Iterator[tuple[str, Iterable[Tensor]]]:
+        workshop, students = self.workshop, [one.embed for one in self.workshop.all]
         if objective is None:
-            yield from gaps_by_band(position, workshop.model, workshop.embed, workshop.recipe.validation.sigma_bands)
+            yield from gaps_by_band(position, workshop.model, students, workshop.recipe.validation.sigma_bands)
         else:
-            yield ONE_BAND, gap_at(position, workshop.model, workshop.embed, objective)[0]
+            yield ONE_BAND, gaps_at(position, workshop.model, students, objective)[0]
 
 
 def _mean_over_ranks(gathered: list[dict[str, tuple[float, int]]]) -> dict[str, float]:

@@ -32,15 +32,18 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RunState:
-    """What changes along a run besides the learner: the lowest held-out loss so far, and the positions on the trajectory."""
+    """What changes along a run besides the learners: each student's lowest held-out loss so far, and the positions on the trajectory."""
 
-    best: float | None = None
+    best: list[float | None]
     positions: list[Position] = field(default_factory=list)
 
 
 @dataclass
 class Workshop:
-    """Everything that a process of a run works with."""
+    """Everything that a process of a run works with.
+
+    recipe: that which trains the student alone. others: the same for the run's other students, with the same models, prompts and teacher.
+    """
 
     recipe: Recipe
     ranks: Ranks
@@ -52,7 +55,18 @@ class Workshop:
     student: TrainedStudent
     learner: Learner
     inputs: dict[str, str]
+    others: Sequence[Workshop] = ()
     _variances: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def all(self) -> list[Workshop]:
+        """This one and the others: one for each student."""
+        return [self, *self.others]
+
+    @property
+    def learners(self) -> list[Learner]:
+        """Those of all students."""
+        return [one.learner for one in self.all]
 
     def objective(self, number: int) -> Objective:
         """The objective of a stage; if its loss takes the teacher's variance, all processes must call it."""
@@ -76,7 +90,7 @@ class Workshop:
 
     def load_model(self) -> None:
         """Bring the diffusion model to its device, if the run needs it, and leave as much memory free there as an optimizer step takes."""
-        room, has_moments = 0, bool(self.learner.optimizer.state)
+        room, has_moments = 0, all(learner.optimizer.state for learner in self.learners)
         if self.rehearsal:
             device_bytes = usable_bytes(self.model.device)
             kept_free = device_bytes - usable_of(device_bytes, self.rehearsal.on_gpu)
@@ -101,33 +115,41 @@ class Workshop:
 def open_workshop(
     recipe: Recipe,
     ranks: Ranks,
-    recorded: Mapping[str, str] | None = None,
+    recorded: Sequence[Mapping[str, str]] = (),
     stopping: Callable[[], bool] = lambda: False,
     texts: Callable[[Schedule], dict[str, tuple[str, int]]] = wanted,
 ) -> Workshop:
-    """Read prompts, load models, make the student; with a cache, first encode the texts that it lacks.
+    """Read prompts, load models, make the students; with a cache, first encode the texts that it lacks.
 
-    `recorded` are the inputs of the run that is resumed; `texts` those that a cache holds. Raises ValueError for whatever is missing or
-    does not fit together, and for too little memory and other inputs before anything is loaded; Stopped where the cache is not complete
-    once `stopping`.
+    `recorded`: each student's inputs in the run that is resumed; `texts`: those that a cache holds.
+    Raises ValueError for whatever is missing or does not fit together, and for too little memory and other inputs before anything is
+    loaded; Stopped where the cache is not complete once `stopping`.
     """
     schedule = Schedule(recipe, ranks.rank, ranks.world)
     # A missing VAE is reported now and not at the first preview.
     preview_vae(recipe)
-    inputs = inputs_of(recipe, schedule)
-    refuse_other_inputs(recorded or {}, inputs)
+    inputs = [inputs_of(one, schedule) for one in recipe.each]
+    for one, before in zip(inputs, recorded, strict=False):
+        refuse_other_inputs(before, one)
     rehearsal = rehearse_before_loading(recipe, ranks)
     # Before the large models, so that a start of another size is refused within seconds.
-    student = make_student_of(recipe)
+    students = [make_student_of(one) for one in recipe.each]
     cache = None
     if recipe.teacher.cache:
         width = rehearsal.text_width if rehearsal else None
-        cache = open_cache(recipe, texts(schedule), ranks, stopping, width, resumed=bool(recorded))
+        cache = open_cache(recipe, texts(schedule), ranks, stopping, width, resumed=any(recorded))
     model = load_frozen_model(recipe)
     if cache is not None:
         check_width(recipe, cache.text_width, model.text_width)
     teacher = cache or load_teacher_of(recipe, model.text_width)
-    student = student.to(model.device)
+    students = [student.to(model.device) for student in students]
     chunks = TeacherChunks(teacher, schedule, recipe.teacher.at_a_time)
-    learner = new_learner(recipe, ranks, student, model)
-    return Workshop(recipe, ranks, schedule, model, teacher, chunks, rehearsal, student, learner, inputs)
+    pairs = zip(students, recipe.student_names, strict=True)
+    learners = [new_learner(recipe, ranks, student, model, name) for student, name in pairs]
+    variances: dict[int, Tensor] = {}
+    first, *others = [
+        Workshop(one, ranks, schedule, model, teacher, chunks, rehearsal, student, learner, known, _variances=variances)
+        for one, student, learner, known in zip(recipe.each, students, learners, inputs, strict=True)
+    ]
+    first.others = others
+    return first

@@ -181,7 +181,7 @@ def recipe_of(scale: Scale, name: str, settings: Sequence[str] = ()) -> Recipe:
         sets += ["teacher.t5=stand-in", "teacher.clip_l=none", "teacher.clip_g=none", "diffusion_model.file=stand-in"]
         sets += ["sampling.guidance=[3.5]"] if recipe.family.name == "flux" else []
     recipe = load_recipe(name, [*sets, *settings])
-    return recipe if scale.full else recipe.model_copy(update={"student": load_recipe("smoke").student})
+    return recipe if scale.full else recipe.model_copy(update={"students": load_recipe("smoke").students})
 
 
 def _write_models(scale: Scale, recipe: Recipe) -> None:
@@ -228,7 +228,7 @@ def _measure_stage(scale: Scale, workshop: Workshop, number: int) -> Row:
     swap, start = measuring.timed(lambda: workshop.starts(batches, texts, workshop.recipe.sampling.steps))
 
     def step(positions: list[Any]) -> Any:
-        return train_step(start if positions[0].done else positions, model, learner, objective)
+        return train_step(start if positions[0].done else positions, model, [learner], objective)
 
     # The first step allocates the optimizer's state and chooses kernels: its operations are counted, its time is not.
     with FlopCounterMode(display=False) as counter:

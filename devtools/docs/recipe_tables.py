@@ -14,8 +14,8 @@ from ..comfyui.in_process import ROOT, start_comfyui
 
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "recipes.md"
 ROW = re.compile(r"^\| `([\w-]+)` \| (\d.*) \|$", re.MULTILINE)
-# The README shows neither recipes of the miniature nor the other sizes of the paper's student.
-LEFT_OUT = re.compile(r"smoke|miniature-.*|flux-dev-(small|large|xl)")
+# The README shows neither first runs and recipes of the miniature nor the other sizes of the paper's student.
+LEFT_OUT = re.compile(r"smoke.*|miniature-.*|flux-dev-(small|large|xl)")
 HEAD = "| Recipe | GPU memory, with offloading | RAM | RTX 4090 "
 # What a recipe with a cache says of its size.
 TEXTS = re.compile(r"(?:at most|about) [\d,]+ texts, [\d.,]+ [GM]B")

@@ -115,7 +115,7 @@ def test_the_rehearsed_peak_is_that_of_the_real_step_and_so_are_the_operations(n
     gc.collect()
     practice.reset_peak()
     with workshop.model.differentiable(workshop.recipe.diffusion_model.checkpoint_blocks), flop_counter() as counted:
-        train_step(positions, workshop.model, workshop.learner, objective)
+        train_step(positions, workshop.model, workshop.learners, objective)
     peak = practice.memory.peak - others
     assert -0.02 <= rehearsal.total / peak - 1 <= 0.05, (rehearsal.total, peak, rehearsal.largest.need)
     operations = sum(rehearsal.largest.flops.values())

@@ -102,7 +102,8 @@ def opened(*more: str) -> tuple[Workshop, list[Any]]:
 
 def stepped(workshop: Workshop, positions: list[Any]) -> Any:
     with workshop.model.differentiable(workshop.recipe.diffusion_model.checkpoint_blocks):
-        return train_step(positions, workshop.model, workshop.learner, OBJECTIVES["velocity"])
+        [report], moved = train_step(positions, workshop.model, workshop.learners, OBJECTIVES["velocity"])
+        return report, moved
 
 
 def test_teacher_and_diffusion_model_change_places_on_a_device_with_little_memory():

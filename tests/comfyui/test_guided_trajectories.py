@@ -20,7 +20,7 @@ from distilled_t5.families.sd3 import SD3
 from distilled_t5.tests.support.other_family import T5_ALONE
 from distilled_t5.tests.support.small_models import SmallModel, randomize
 from distilled_t5.train.objectives import OBJECTIVES
-from distilled_t5.train.trajectory import Position, advance, draw, gap_at
+from distilled_t5.train.trajectory import Position, advance, draw, gaps_at
 from torch import Tensor
 
 STEPS, BATCH, TOKENS, SIDE_PX = 4, 3, 12, 64
@@ -67,7 +67,7 @@ def test_guidance_on_both_sides_multiplies_the_loss_by_its_square(model: FrozenM
     here, weight = position(model), 7.0
     student_text = entry(BATCH, 9)[0]
     with torch.no_grad():
-        loss_B, _ = gap_at(here, model, lambda _ids: student_text, VELOCITY)
+        [loss_B], _ = gaps_at(here, model, [lambda _ids: student_text], VELOCITY)
         unconditional = here.velocity(model, entry(BATCH, 21)[0])
         both = [guided(here.velocity(model, text), unconditional, weight) for text in (student_text, here.text_BLD)]
     torch.testing.assert_close((both[0] - both[1]).square().mean(dim=(1, 2, 3)), weight**2 * loss_B, rtol=1e-3, atol=0)
@@ -78,7 +78,9 @@ def test_the_teacher_walks_guided_and_the_loss_stays_the_conditional_one(model: 
     plain, walked = position(model), position(model, cfg_B=cfg_B, unconditional=empty)
     student_text = entry(BATCH, 9)[0]
     with torch.no_grad():
-        (loss_B, velocity), (same_B, followed) = (gap_at(here, model, lambda _ids: student_text, VELOCITY) for here in (plain, walked))
+        ([loss_B], velocity), ([same_B], followed) = (
+            gaps_at(here, model, [lambda _ids: student_text], VELOCITY) for here in (plain, walked)
+        )
         assert velocity is not None and followed is not None
         unconditional = replace(plain, extras={"pooled_output": empty[1]["pooled_output"].expand(BATCH, -1)}).velocity(
             model, empty[0].expand(BATCH, -1, -1)
@@ -103,7 +105,7 @@ OWN = (12, 5, 12)
 def test_prompts_of_different_length_give_what_each_gives_alone(model: FrozenModel, before: int):
     rows = Rows(OWN, tuple(randn(before, SD3.text_width, seed=30 + place) for place in range(BATCH)))
     here, student_text = position(model, rows=rows), entry(BATCH, 9)[0].requires_grad_(True)
-    loss_B, velocity = gap_at(here, model, lambda _ids: student_text, VELOCITY)
+    [loss_B], velocity = gaps_at(here, model, [lambda _ids: student_text], VELOCITY)
     loss_B.sum().backward()
     assert velocity is not None and student_text.grad is not None
     for place, own in enumerate(OWN):
@@ -119,7 +121,7 @@ def test_prompts_of_different_length_give_what_each_gives_alone(model: FrozenMod
 
 def test_the_gap_of_embeddings_is_that_of_each_prompts_own_rows(model: FrozenModel):
     here, student_text = position(model, rows=Rows(OWN, (torch.zeros(0, SD3.text_width),) * BATCH)), entry(BATCH, 9)[0]
-    loss_B, velocity = gap_at(here, model, lambda _ids: student_text, EMBEDDING)
+    [loss_B], velocity = gaps_at(here, model, [lambda _ids: student_text], EMBEDDING)
     assert velocity is None
     expected = [(student_text[place, :own] - here.text_BLD[place, :own]).square().mean() for place, own in enumerate(OWN)]
     torch.testing.assert_close(loss_B, torch.stack(expected))

@@ -32,7 +32,7 @@ from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.rehearsal import Target, rehearse
 from distilled_t5.train.run import train
 from distilled_t5.train.state import read_checkpoint
-from distilled_t5.train.trajectory import Position, draw, gap_at, start
+from distilled_t5.train.trajectory import Position, draw, gaps_at, start
 from distilled_t5.train.unloaded import projection_alone
 from distilled_t5.train.workshop import open_workshop
 from safetensors.torch import save_file
@@ -87,7 +87,7 @@ def test_gradients_are_the_numeric_derivative_and_the_same_with_checkpointed_blo
         for checkpoint_blocks in (False, True):
             leaf = student_BLD.clone().requires_grad_(True)
             with model.differentiable(checkpoint_blocks):
-                loss_B, velocity = gap_at(place, model, lambda _ids, leaf=leaf: leaf, objective)
+                [loss_B], velocity = gaps_at(place, model, [lambda _ids, leaf=leaf: leaf], objective)
                 loss_B.sum().backward()
             found.append((loss_B.detach(), leaf.grad))
         assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1]), objective
@@ -96,7 +96,8 @@ def test_gradients_are_the_numeric_derivative_and_the_same_with_checkpointed_blo
 
         @torch.no_grad()
         def loss(shift: Tensor, objective: Objective = objective) -> float:
-            return float(gap_at(place, model, lambda _ids: student_BLD + shift, objective)[0].double().sum())
+            [loss_B], _ = gaps_at(place, model, [lambda _ids: student_BLD + shift], objective)
+            return float(loss_B.double().sum())
 
         steepest = step * gradient / gradient.norm()
         assert float(gradient.norm()) == pytest.approx((loss(steepest) - loss(-steepest)) / (2 * step), rel=1e-2), objective
@@ -114,7 +115,7 @@ def test_a_student_like_its_teacher_has_no_gap_at_any_noise_level(model: FrozenM
     place = position(model, teacher_BLD)
     for objective in objectives_of(model):
         for step in (0, 3):
-            gaps_B, velocity = gap_at(replace(place, step=step), model, lambda _ids: teacher_BLD, objective)
+            [gaps_B], velocity = gaps_at(replace(place, step=step), model, [lambda _ids: teacher_BLD], objective)
             assert float(gaps_B.abs().max()) < 1e-9, objective
             assert (velocity is not None) == (objective.at == "streams" and step == 0), "after the last step, nothing needs it"
 

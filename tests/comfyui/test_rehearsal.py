@@ -87,7 +87,7 @@ def test_operations_equal_those_of_the_real_step_on_a_cpu():
         workshop.model.differentiable(recipe.diffusion_model.checkpoint_blocks),
         flop_counter() as real,
     ):
-        train_step(positions, workshop.model, workshop.learner, OBJECTIVES["velocity"])
+        train_step(positions, workshop.model, workshop.learners, OBJECTIVES["velocity"])
     assert workshop.rehearsal is not None
     assert sum(workshop.rehearsal.stages[0].flops.values()) == real.get_total_flops()
 

@@ -70,7 +70,7 @@ def test_both_objectives_lower_their_loss_and_the_served_student_gives_the_train
             losses = []
             restart(workshop.learner.optimizer)
             for _ in range(STEPS):
-                report, moved = train_step(positions, model, workshop.learner, OBJECTIVES[name])
+                [report], moved = train_step(positions, model, workshop.learners, OBJECTIVES[name])
                 losses.append(report.loss)
                 assert not report.dropped
             assert losses[-1] < losses[0], (name, losses)
@@ -92,7 +92,7 @@ def test_both_objectives_lower_their_loss_and_the_served_student_gives_the_train
 def test_the_run_says_which_of_the_familys_companions_the_teacher_has(workshop: Workshop):
     without = {"clip_l": "without CLIP-L", "clip_g": "without CLIP-G"}
     said = ["stand-in", *(without[name] for name in workshop.recipe.family.companions)]
-    assert facts_of(workshop, None)["Teacher"] == ", ".join(said)
+    assert facts_of([workshop], None)["Teacher"] == ", ".join(said)
 
 
 def test_a_run_that_is_opened_again_starts_its_trajectories_with_the_same_bits(workshop: Workshop):
@@ -166,8 +166,8 @@ def test_a_run_with_clip_l_and_clip_g_goes_on_to_the_bit(stand_ins: Path, tmp_pa
     folder = stand_ins / "models" / "text_encoders"
     companions = (f"teacher.{name}={folder / name}.safetensors" for name in ("clip_l", "clip_g"))
     recipe = recipe_of(FAMILIES["sd3"], *SHORT, *companions)
-    path = train(recipe, tmp_path / "run", False, Ranks())
-    assert path is not None and open_student(path).metadata.pooled == "clip_l+clip_g"
+    paths = train(recipe, tmp_path / "run", False, Ranks())
+    assert paths is not None and open_student(paths[0]).metadata.pooled == "clip_l+clip_g"
     resumed = cut(tmp_path / "run", tmp_path / "cut")
     assert train(recipe, resumed, True, Ranks()) is not None
     ends_alike(resumed, tmp_path / "run", "rng")
@@ -175,7 +175,7 @@ def test_a_run_with_clip_l_and_clip_g_goes_on_to_the_bit(stand_ins: Path, tmp_pa
 
 def test_the_held_out_loss_is_finite_and_the_teachers_preview_is_the_stock_samplers_image(workshop: Workshop):
     recipe, model = workshop.recipe, workshop.model
-    gaps, count = HeldOut(workshop).loss()
+    [gaps], count = HeldOut(workshop).losses()
     assert count == recipe.validation.prompts and all(0 < gap < float("inf") for gap in gaps.values())
 
     teacher, student = Previewer(workshop)._latents()

@@ -99,5 +99,5 @@ def test_a_student_learns_from_it(teacher, weights):
     sigmas_T, extras = flow.training_sigmas(4, *drawn.noise.shape[-2:]), {"pooled_output": text.pooled_BP}
     position = Position(0, drawn.noise, sigmas_T, text.text_BLD, extras, drawn.guidance_B, text.token_ids_BL)
     with flow.differentiable(checkpoint_blocks=True):
-        losses = [train_step([position], flow, learner, OBJECTIVES["velocity"])[0].loss for _ in range(4)]
+        losses = [train_step([position], flow, [learner], OBJECTIVES["velocity"])[0][0].loss for _ in range(4)]
     assert losses[0] > losses[-1] > 0

@@ -22,7 +22,7 @@ from distilled_t5.train.distill import Learner, NotFinite, linear_schedule, loss
 from distilled_t5.train.objectives import OBJECTIVES, Objective, velocity_gap
 from distilled_t5.train.optimizer import make_optimizer
 from distilled_t5.train.student_start import make_student
-from distilled_t5.train.trajectory import Position, advance, draw, gap_at, gaps_by_band
+from distilled_t5.train.trajectory import Position, advance, draw, gaps_at, gaps_by_band
 from torch import Tensor
 
 LENGTH, SIDE_PX, STEPS = 12, 64, 4
@@ -114,7 +114,7 @@ def test_a_student_equal_to_the_teacher_has_no_loss_and_no_gradient(flow, text, 
     with torch.no_grad():
         same = TeacherText(text.token_ids_BL, student(text.token_ids_BL), text.pooled_BP)
     torch.testing.assert_close(same.text_BLD, text.text_BLD, atol=1e-2, rtol=1e-2)
-    loss_B, _ = gap_at(position(flow, same), flow, student, OBJECTIVES["velocity"])
+    [loss_B], _ = gaps_at(position(flow, same), flow, [student], OBJECTIVES["velocity"])
     loss_B.sum().backward()
     # ComfyUI's attention rounds differently with gradients on: 1e-7 of a velocity of about 1, squared.
     assert loss_B.max() < 1e-12
@@ -126,7 +126,7 @@ def test_the_trajectory_ignores_the_student(flow, text):
     for seed in (1, 2):
         student, place = make_student(OTHER, "random", 0.0, seed), position(flow, text, batch=4)
         while not place.done:
-            _, velocity = gap_at(place, flow, student, OBJECTIVES["velocity"])
+            _, velocity = gaps_at(place, flow, [student], OBJECTIVES["velocity"])
             place = advance(place, velocity)
         ends.append(place.x)
     assert torch.equal(ends[0], ends[1])
@@ -144,7 +144,7 @@ def test_the_teachers_trajectory_ends_in_the_latent_of_comfyuis_sampler(patcher,
             shifted, start, STEPS, 1.0, "euler", "simple", conditioning, conditioning, torch.zeros_like(start), disable_pbar=True, seed=0
         )
     while not place.done:
-        _, velocity = gap_at(place, flow, lambda _ids, place=place: place.text_BLD, OBJECTIVES["velocity"])
+        _, velocity = gaps_at(place, flow, [lambda _ids, place=place: place.text_BLD], OBJECTIVES["velocity"])
         place = advance(place, velocity)
     ours = patcher.model.process_latent_out(place.x)
     torch.testing.assert_close(ours, expected.clone(), atol=1e-4, rtol=1e-4)
@@ -155,7 +155,7 @@ def test_only_the_student_changes(patcher, flow, text, teacher):
     before = [weight.clone() for weight in frozen]
     student = make_student(OTHER, "random", 0.0, 1)
     started = {name: tensor.clone() for name, tensor in student.tensors().items()}
-    train_step([position(flow, text, batch=4)], flow, learner(student), OBJECTIVES["velocity"])
+    train_step([position(flow, text, batch=4)], flow, [learner(student)], OBJECTIVES["velocity"])
     assert all(torch.equal(now, then) for now, then in zip(frozen, before, strict=True))
     assert all(weight.grad is None for weight in frozen)
     changed = {name for name, tensor in student.tensors().items() if not torch.equal(tensor, started[name])}
@@ -166,8 +166,8 @@ def test_the_students_gradients_are_the_ones_that_are_clipped(flow, text):
     student = make_student(OTHER, "random", 0.0, 1)
     before = [weight.detach().clone() for weight in student.parameters()]
     descent = torch.optim.SGD(student.parameters())
-    report, _ = train_step(
-        [position(flow, text, batch=4)], flow, learner(student, rate=1.0, max_norm=1e-3, optimizer=descent), OBJECTIVES["velocity"]
+    [report], _ = train_step(
+        [position(flow, text, batch=4)], flow, [learner(student, rate=1.0, max_norm=1e-3, optimizer=descent)], OBJECTIVES["velocity"]
     )
     moved = torch.stack([(now - then).norm() for now, then in zip(student.parameters(), before, strict=True)]).norm()
     assert report.gradient_norm > 1e-2
@@ -176,11 +176,11 @@ def test_the_students_gradients_are_the_ones_that_are_clipped(flow, text):
 
 def test_the_two_objectives_differ_as_they_should(flow, text):
     student, place = make_student(OTHER, "random", 0.0, 1), position(flow, text, batch=4)
-    naive_B, velocity = gap_at(place, flow, student, OBJECTIVES["embedding"])
+    [naive_B], velocity = gaps_at(place, flow, [student], OBJECTIVES["embedding"])
     assert velocity is None
     expected = (student(place.token_ids_BL) - place.text_BLD).square().mean(dim=(1, 2))
     torch.testing.assert_close(naive_B, expected)
-    followed_B, velocity = gap_at(place, flow, student, OBJECTIVES["velocity"])
+    [followed_B], velocity = gaps_at(place, flow, [student], OBJECTIVES["velocity"])
     assert velocity is not None
     assert not torch.allclose(followed_B, naive_B, rtol=0.1)
     moved, stayed = advance(place, velocity), advance(place, None)
@@ -198,7 +198,7 @@ def test_micro_batches_give_the_same_step_as_the_full_batch(flow, text):
     results = []
     for places in ([whole], halves):
         student = make_student(OTHER, "random", 0.0, 1)
-        report, _ = train_step(places, flow, learner(student), OBJECTIVES["velocity"])
+        [report], _ = train_step(places, flow, [learner(student)], OBJECTIVES["velocity"])
         results.append((report, student.tensors()))
     assert results[0][0].loss == pytest.approx(results[1][0].loss, rel=1e-5)
     assert results[0][0].gradient_norm == pytest.approx(results[1][0].gradient_norm, rel=1e-4)
@@ -211,7 +211,7 @@ def test_overfitting_sixteen_prompts_lowers_the_loss_on_unseen_noise_twentyfold(
 
     def unseen() -> float:
         student.train(False)
-        losses = [float(loss_B.mean()) for _, loss_B in gaps_by_band(position(flow, text, index=10_000), flow, trained.embed, 4)]
+        losses = [float(loss_B.mean()) for _, [loss_B] in gaps_by_band(position(flow, text, index=10_000), flow, [trained.embed], 4)]
         student.train(True)
         return sum(losses) / len(losses)
 
@@ -219,7 +219,7 @@ def test_overfitting_sixteen_prompts_lowers_the_loss_on_unseen_noise_twentyfold(
     for index in range(160 // STEPS):
         places = [position(flow, text, index)]
         while not places[0].done:
-            _, places = train_step(places, flow, trained, OBJECTIVES["velocity"])
+            _, places = train_step(places, flow, [trained], OBJECTIVES["velocity"])
     assert trained.step == 160
     assert unseen() <= before / 20
 
@@ -229,11 +229,11 @@ def test_a_loss_that_is_not_finite_drops_the_step_and_ten_in_a_row_stop_the_run(
     trained = learner(student)
     before = {name: tensor.clone() for name, tensor in student.tensors().items()}
     broken = position(flow, TeacherText(text.token_ids_BL, text.text_BLD * float("nan"), text.pooled_BP), batch=2)
-    reports = [train_step([broken], flow, trained, OBJECTIVES["embedding"])[0] for _ in range(9)]
+    reports = [train_step([broken], flow, [trained], OBJECTIVES["embedding"])[0][0] for _ in range(9)]
     assert all(report.dropped for report in reports)
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.tensors().items())
     trained.check_not_lost()
-    _, moved = train_step([broken], flow, trained, OBJECTIVES["embedding"])
+    _, moved = train_step([broken], flow, [trained], OBJECTIVES["embedding"])
     assert [place.step for place in moved] == [1]
     with pytest.raises(NotFinite, match="What to do"):
         trained.check_not_lost()
@@ -277,7 +277,7 @@ def test_a_run_that_dropped_steps_end_says_which_part_was_not_finite_and_what_to
     before = torch.get_rng_state()
     model = NotFiniteFlow() if broken == "model" else flow
     objective = broken if isinstance(broken, Objective) else OBJECTIVES["velocity"]
-    train_step([position(flow, text, batch=2)], model, trained, objective)
+    train_step([position(flow, text, batch=2)], model, [trained], objective)
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(NotFinite, match=r"^10 steps in a row were not finite") as caught:
         trained.check_not_lost()
@@ -289,13 +289,13 @@ def test_a_part_that_was_not_finite_on_another_rank_is_named(flow, text):
     student = make_student(OTHER, "random", 0.0, 1)
     # The loss and the parts of this rank, and of one whose diffusion model gave NaN.
     trained = replace(learner(student), mean_over_ranks=lambda mean: (mean + torch.tensor([0.0, 1, 0, 1])) / 2 if mean.ndim else mean / 0)
-    train_step([position(flow, text, batch=2)], flow, trained, OBJECTIVES["velocity"])
+    train_step([position(flow, text, batch=2)], flow, [trained], OBJECTIVES["velocity"])
     assert trained.not_finite == "the diffusion model's velocity for the teacher's text"
 
 
 def test_a_velocity_that_is_not_finite_does_not_affect_the_rest_of_its_trajectory(flow, text):
     place = position(flow, text, batch=2)
-    _, velocity = gap_at(place, flow, lambda _ids: place.text_BLD, OBJECTIVES["velocity"])
+    _, velocity = gaps_at(place, flow, [lambda _ids: place.text_BLD], OBJECTIVES["velocity"])
     assert velocity is not None
     broken = velocity.clone()
     broken[1, 0, 0, 0] = float("nan")
@@ -328,7 +328,7 @@ def test_gradients_that_fp16_would_lose_come_through_scaled_and_are_unscaled_bef
     ):
         student = make_student(OTHER, "random", 0.0, 1)
         trained = replace(learner(student, max_norm=1e9, optimizer=torch.optim.SGD(student.parameters())), scaler=scaler)
-        report, _ = train_step([position(flow, text, batch=4)], model, trained, FAINT)
+        [report], _ = train_step([position(flow, text, batch=4)], model, [trained], FAINT)
         norms[name] = report.gradient_norm
         assert not report.dropped
     assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.02)
@@ -339,7 +339,7 @@ def test_a_scale_that_is_too_high_drops_its_step_and_is_lowered(fp16_flow, text)
     student = make_student(OTHER, "random", 0.0, 1)
     trained = replace(learner(student), scaler=torch.amp.GradScaler("cpu", init_scale=2.0**127))
     before = {name: tensor.clone() for name, tensor in student.tensors().items()}
-    report, _ = train_step([position(fp16_flow, text, batch=2)], fp16_flow, trained, OBJECTIVES["velocity"])
+    [report], _ = train_step([position(fp16_flow, text, batch=2)], fp16_flow, [trained], OBJECTIVES["velocity"])
     assert report.dropped and trained.skipped == 1
     assert trained.scaler.get_scale() == 2.0**126
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.tensors().items())

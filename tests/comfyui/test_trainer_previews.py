@@ -23,6 +23,7 @@ from distilled_t5.train.contact_sheet import GAP_PX, LINE_PX
 from distilled_t5.train.preview import Previewer
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.report import Reporter
+from distilled_t5.train.reports import Reports
 from distilled_t5.train.run import train
 from distilled_t5.train.run_directory import RunDirectory
 from distilled_t5.train.state import TrainerState, read_checkpoint
@@ -162,8 +163,8 @@ def test_after_a_preview_the_diffusion_model_is_brought_back_and_the_vae_is_gone
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", watched_load)
     with RunDirectory(tmp_path / "run").start("") as run, Reporter(run, load_recipe("smoke")) as reporter:
         previewer = Previewer(workshop)
-        previewer.show(reporter)
-        previewer.show(reporter)
+        previewer.show(Reports(reporter, {}))
+        previewer.show(Reports(reporter, {}))
         assert reporter.failed_images == 0
     # The teacher is needed once; both times all is sampled before anything is decoded.
     assert turns == ["FluxClipModel_", "Flux", "TAESD", "Flux", "TAESD", "Flux"]
@@ -184,11 +185,11 @@ def test_trouble_inside_the_student_leaves_its_dropout_on(workshop, tmp_path):
     hook = student.final_projection.register_forward_hook(fail)
     try:
         with RunDirectory(tmp_path / "run").start("") as run, Reporter(run, load_recipe("smoke")) as reporter:
-            previewer.show(reporter)
+            previewer.show(Reports(reporter, {}))
             assert reporter.failed_images == 1
         assert all(module.training for module in student.modules())
         with pytest.raises(Trouble):
-            held_out.loss()
+            held_out.losses()
         assert all(module.training for module in student.modules())
     finally:
         hook.remove()

@@ -26,7 +26,7 @@ from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.resume import gather_state, restore
 from distilled_t5.train.run import train
 from distilled_t5.train.state import MANIFEST, VALUES, Checkpoints, read_checkpoint, write_checkpoint
-from distilled_t5.train.workshop import RunState, open_workshop
+from distilled_t5.train.workshop import open_workshop
 
 # One trajectory of twelve steps, saved after ten.
 SETTINGS = [
@@ -74,10 +74,11 @@ def encoders() -> list[str]:
 
 def test_a_finished_run_that_is_resumed_says_so_and_writes_its_encoder_only_if_it_is_gone(tmp_path):
     run = tmp_path / "run"
-    path = train(recipe("seed=5"), run, False, Ranks())
-    assert path is not None
+    paths = train(recipe("seed=5"), run, False, Ranks())
+    assert paths is not None
+    [path] = paths
     before, content = encoders(), path.read_bytes()
-    assert train(recipe("seed=5"), run, True, Ranks()) == path
+    assert train(recipe("seed=5"), run, True, Ranks()) == [path]
     assert (encoders(), path.read_bytes()) == (before, content)
     assert "The run is finished" in (run / "train.log").read_text(encoding="utf-8")
     path.unlink()
@@ -134,19 +135,19 @@ def test_the_scale_of_the_loss_is_part_of_the_state(whole, tmp_path):
     # As it stands between two of its doublings.
     workshop.learner.scaler.load_state_dict(workshop.learner.scaler.state_dict() | {"_growth_tracker": 7})
     workshop.learner.scaler.scale(torch.ones(()))
-    state = gather_state(workshop, RunState())
+    state = gather_state(workshop, None, [])
     assert state is not None
     checkpoints = Checkpoints(tmp_path, write_student, 1)
     checkpoints.save(state)
     fresh = open_workshop(recipe(), Ranks())
     fresh.learner.scaler = torch.amp.GradScaler("cpu")
-    restore(fresh, checkpoints)
+    restore(fresh, [checkpoints])
     assert fresh.learner.scaler.state_dict() == workshop.learner.scaler.state_dict()
     # A run of bf16 has none; it keeps the start of the scale where it goes on in fp16.
     shutil.copytree(whole / "checkpoints", tmp_path / "bf16")
     other = open_workshop(recipe(), Ranks())
     other.learner.scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
-    restore(other, Checkpoints(tmp_path / "bf16", write_student, 1))
+    restore(other, [Checkpoints(tmp_path / "bf16", write_student, 1)])
     assert other.learner.scaler.get_scale() == 4096.0
 
 

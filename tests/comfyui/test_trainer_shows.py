@@ -259,7 +259,7 @@ def test_a_card_that_cannot_be_written_is_a_warning_and_the_encoder_is_written(t
         def numbers(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
             (tmp_path / "run" / "README.md").write_text("# Mine", encoding="utf-8")
 
-    path = train(recipe(1, 1, "optimizer.warmup_steps=0"), tmp_path / "run", False, Ranks(), boards=[MadeByHand(0)])
-    assert path is not None and path.is_file()
+    paths = train(recipe(1, 1, "optimizer.warmup_steps=0"), tmp_path / "run", False, Ranks(), boards=[MadeByHand(0)])
+    assert paths is not None and paths[0].is_file()
     assert (tmp_path / "run" / "README.md").read_text(encoding="utf-8") == "# Mine"
     assert "model card could not be written" in (tmp_path / "run" / "train.log").read_text(encoding="utf-8")

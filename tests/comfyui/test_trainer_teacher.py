@@ -167,8 +167,8 @@ def test_the_size_of_chunks_changes_no_number(whole, tmp_path):
 def test_held_out_prompts_are_encoded_once_and_the_loss_equals_that_of_encoding_them_again():
     workshop = open_workshop(recipe(), Ranks())
     held_out = HeldOut(workshop)
-    first, again = held_out.loss(), held_out.loss()
-    assert first == again == HeldOut(workshop).loss()
+    first, again = held_out.losses(), held_out.losses()
+    assert first == again == HeldOut(workshop).losses()
     assert first[1] == 3
 
 
@@ -218,8 +218,8 @@ def test_a_run_with_clip_l_trains_on_its_pooled_vectors(stand_ins, tmp_path):
     [position, _] = workshop.starts(batches, workshop.chunks.take(1, 0), 2)
     expected = torch.cat([encode(teacher_of(workshop).clip, prompt)[0][1]["pooled_output"] for prompt in batches[0].prompts])
     torch.testing.assert_close(position.extras["pooled_output"], expected, atol=1e-6, rtol=0)
-    by_band, _ = HeldOut(workshop).loss()
-    without, _ = HeldOut(open_workshop(recipe(), Ranks())).loss()
+    [by_band], _ = HeldOut(workshop).losses()
+    [without], _ = HeldOut(open_workshop(recipe(), Ranks())).losses()
     assert by_band.keys() == without.keys() and by_band != without
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from distilled_t5.families import FAMILIES
 from distilled_t5.train.objectives import OBJECTIVES, Gap, velocity_gap
-from distilled_t5.train.trajectory import Position, advance, band_name, draw, gap_at, gaps_by_band
+from distilled_t5.train.trajectory import Position, advance, band_name, draw, gaps_at, gaps_by_band
 from torch import Tensor
 
 SHAPE = FAMILIES["flux"].latent_shape(64)
@@ -36,7 +36,7 @@ def test_one_step_equals_a_reference_written_by_hand_in_float64():
     guidance, sigmas = torch.tensor([2.0, 5.0], dtype=torch.float64), torch.tensor([1.0, 0.25, 0.0], dtype=torch.float64)
     place = Position(0, x, sigmas, teacher_text, {}, guidance, torch.zeros(2, 5, dtype=torch.long))
     leaf = student_text.clone().requires_grad_(True)
-    loss_B, velocity = gap_at(place, LinearFlow(matrix), lambda _ids: leaf, OBJECTIVES["velocity"])
+    [loss_B], velocity = gaps_at(place, LinearFlow(matrix), [lambda _ids: leaf], OBJECTIVES["velocity"])
     loss_B.mean().backward()
 
     gap_BC = (student_text - teacher_text).mean(1) @ matrix * guidance[:, None]
@@ -82,5 +82,5 @@ class Still:
 )
 def test_bands_are_of_noise_levels_or_of_the_share_of_noise_where_levels_go_beyond_one(sigmas, bands):
     place = Position(0, torch.zeros(1, 2, 2, 2), torch.tensor(sigmas), torch.zeros(1, 3, 4), {}, None, torch.zeros(1, 3))
-    assert [band for band, _ in gaps_by_band(place, Still(), lambda ids: torch.zeros(1, 3, 4), 2)] == bands
+    assert [band for band, _ in gaps_by_band(place, Still(), [lambda ids: torch.zeros(1, 3, 4)], 2)] == bands
     assert band_name(0.5, 2) == "0.00-0.50"

@@ -34,7 +34,9 @@ NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_model_of_a_shipped_recipe_comes_with_the_pack_or_has_an_address(name):
-    nowhere = [model.name for model in models_of(load_recipe(name)) if not (MODELS / model.folder / model.name).exists()]
+    nowhere = [
+        model.name for one in load_recipe(name).each for model in models_of(one) if not (MODELS / model.folder / model.name).exists()
+    ]
     assert not [model for model in nowhere if model not in MODEL_SOURCES]
 
 

@@ -35,6 +35,7 @@ LATER = [
 # Another one, for families without companions.
 SHARED = ["diffusion_model.family=chroma", "teacher.clip_l=none", 'output.also_serves=["pixart_sigma"]']
 PAPER = (SHIPPED / "flux-dev-paper.toml").read_text(encoding="utf-8")
+TWO = (SHIPPED / "smoke-two-students.toml").read_text(encoding="utf-8")
 
 
 def test_windows_line_endings_are_read(tmp_path):
@@ -86,7 +87,7 @@ def test_prompts_of_any_letters_round_trip_in_a_recipe(tmp_path):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_misspelt_key_is_refused_with_the_nearest_key(option, tmp_path):
-    base = SMOKE if "layout" in option else PAPER
+    base = TWO if option == "student.name" else SMOKE if "layout" in option else PAPER
     later = SHARED if option == "output.also_serves" else LATER
     text = recipe_of(tmp_path, base, *later, "report.wandb=true").to_toml()
     *tables, key = option.split(".")

@@ -50,6 +50,13 @@ def test_every_candidate_is_a_valid_recipe_with_as_many_prompts_per_step(name):
         assert recipe.differences(changed)
 
 
+def test_fewer_students_are_advised_before_anything_that_changes_a_student():
+    batches, students, dtype, *_ = changes(load_recipe("smoke-two-students"))
+    assert batches == [*halved(0, 2, 2), *halved(1, 2, 2)]
+    assert students == ['student: ["wide", "narrow"] -> ["wide"]']
+    assert dtype == ['diffusion_model.dtype: "fp32" -> "fp8_e4m3fn"']
+
+
 def test_a_batch_that_is_odd_is_divided_by_its_least_divisor():
     recipe = load_recipe("smoke", ["stage.0.batch=9", "stage.0.accumulate=1", "stage.1.batch=1"])
     sizes = [(candidate.stages[0].batch, candidate.stages[0].accumulate) for candidate in smaller(recipe)]

@@ -322,10 +322,17 @@ def test_metrics_that_cannot_be_written_are_a_clear_error(run):
         reporter.step(1, 0.5, 4)
 
 
+def row_of_three(*images: Image.Image) -> dict[str, list[Image.Image]]:
+    return {name: [image] for name, image in zip(("teacher", "student", "difference"), images, strict=True)}
+
+
 def test_contact_sheet_shows_teacher_student_and_difference_in_a_row_per_prompt():
     teacher, student = [square("red", 64), square("blue", 64)], [square("red", 64), square("yellow", 64)]
     difference = [image_difference(*pair) for pair in zip(teacher, student, strict=True)]
-    sheet = contact_sheet(teacher, student, difference, ["a red square", "a caption that is much longer than the sheet is wide " * 9])
+    sheet = contact_sheet(
+        {"teacher": teacher, "student": student, "difference": difference},
+        ["a red square", "a caption that is much longer than the sheet is wide " * 9],
+    )
     pixels = np.asarray(sheet)
     colours = {colour: int((pixels == colour).all(axis=-1).sum()) for colour in [(255, 0, 0), (0, 0, 255), (255, 255, 0)]}
     assert colours == {(255, 0, 0): 2 * 64 * 64, (0, 0, 255): 64 * 64, (255, 255, 0): 64 * 64}
@@ -338,13 +345,13 @@ def test_contact_sheet_shows_teacher_student_and_difference_in_a_row_per_prompt(
 
 
 def test_contact_sheet_takes_any_text_and_pictures_of_several_sizes():
-    sheet = contact_sheet([square("red", 16)], [square("red", 320)], [square("black", 16)], ["\u4f60\u597d caf\u00e9 " + "x" * 500])
+    sheet = contact_sheet(row_of_three(square("red", 16), square("red", 320), square("black", 16)), ["\u4f60\u597d caf\u00e9 " + "x" * 500])
     assert sheet.width == 4 * GAP_PX + 3 * 320
-    assert contact_sheet([square("red")], [square("red")], [square("black")], [""]).height > 8
+    assert contact_sheet(row_of_three(square("red"), square("red"), square("black")), [""]).height > 8
 
 
 def test_contact_sheet_of_small_pictures_is_wide_enough_for_its_headings():
-    headings = np.asarray(contact_sheet([square("red")], [square("red")], [square("black")], [""]))[: GAP_PX + LINE_PX]
+    headings = np.asarray(contact_sheet(row_of_three(square("red"), square("red"), square("black")), [""]))[: GAP_PX + LINE_PX]
     empty = (headings == PAPER).all(axis=(0, 2))
     assert empty[-GAP_PX:].all(), "the last one is not cut off"
     between = "".join("." if column else "#" for column in empty).split("." * GAP_PX)
@@ -352,8 +359,9 @@ def test_contact_sheet_of_small_pictures_is_wide_enough_for_its_headings():
 
 
 @pytest.mark.parametrize(
-    "arguments", [([], [], [], []), ([square("red")], [], [], ["a"]), ([square("red")], [square("red")], [square("red")], [])], ids=len
+    ("columns", "captions"),
+    [({"teacher": []}, []), ({"teacher": [square("red")], "student": []}, ["a"]), ({"teacher": [square("red")]}, [])],
 )
-def test_contact_sheet_refuses_rows_that_do_not_match(arguments):
+def test_contact_sheet_refuses_rows_that_do_not_match(columns, captions):
     with pytest.raises(ValueError, match=r"contact sheet|shorter|longer"):
-        contact_sheet(*arguments)
+        contact_sheet(columns, captions)
