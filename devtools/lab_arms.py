@@ -91,12 +91,11 @@ class Lab:
     def read(cls, family: str, path: Path = ARMS) -> Lab:
         """The arms of a family, in the order in which they are trained."""
         found = tomllib.loads(path.read_text(encoding="utf-8"))
-        arms = (Arm(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}) for table in found["arm"])
         return cls(
             family,
             **found["family"][family],
             settings=tuple(found["settings"]),
-            arms=tuple(arm for arm in arms if family in arm.families),
+            arms=tuple(arm for arm in map(_arm, found["arm"]) if family in arm.families),
             claims=tuple(found["claim"]),
         )
 
@@ -118,6 +117,11 @@ class Lab:
     @property
     def _has_pretrained(self) -> bool:
         return any(arm.start == PRETRAINED for arm in self.arms)
+
+
+def _arm(table: Mapping[str, Any]) -> Arm:
+    settings, families = table.get("settings", ()), table.get("families", FAMILIES)
+    return Arm(table["name"], table["title"], tuple(table["stages"]), tuple(settings), tuple(families))
 
 
 def _captions(recipe: Recipe) -> int:
