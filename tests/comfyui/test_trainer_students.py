@@ -18,6 +18,7 @@ from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.flops import flop_counter
 from distilled_t5.tests.support.trainer import TWO_PROCESSES, command, finish, metrics, start, wait_for_step
+from distilled_t5.train.contact_sheet import GAP_PX
 from distilled_t5.train.distill import NotFinite, train_step
 from distilled_t5.train.export import chosen_checkpoint
 from distilled_t5.train.objectives import OBJECTIVES, Objective, velocity_gap
@@ -44,7 +45,7 @@ SETTINGS = [
     "checkpoints.every_steps=3",
     "student.0.dropout=0.1",
 ]
-STEPS = 7
+STEPS, SIDE_PX = 7, 64
 
 
 def recipe(*more: str) -> Recipe:
@@ -217,13 +218,18 @@ def test_previews_show_the_teacher_and_every_student(tmp_path, stand_ins):
     assert train(recipe(*settings), run, False, Ranks()) is not None
     sheets = [Image.open(each / "samples" / samples_of(each / "samples")[-1]["file"]) for each in (run, *own(run))]
     assert [len(samples_of(each / "samples")) for each in (run, *own(run))] == [2, 2, 2]
-    columns = [np.array_split(np.asarray(sheet).astype(int), 3, axis=1) for sheet in sheets]
-    together, alone = columns[0], [images[:2] for images in columns[1:]]
-    for number, (teacher, student) in enumerate(alone, start=1):
-        # Below the headings; JPEG costs a few grey levels.
-        assert np.abs(together[0][40:] - teacher[40:]).mean() < 3
-        assert np.abs(together[number][40:] - student[40:]).mean() < 3
-    assert np.abs(together[1][40:] - together[2][40:]).mean() > 3
+    together, *alone = map(columns, sheets)
+    for number, (teacher, student, _difference) in enumerate(alone, start=1):
+        # JPEG costs a few grey levels.
+        assert np.abs(together[0] - teacher).mean() < 3
+        assert np.abs(together[number] - student).mean() < 3
+    assert together[0].std() > 5 and not np.array_equal(together[1], together[2])
+
+
+def columns(sheet: Image.Image) -> list[np.ndarray]:
+    """The three images of the last row."""
+    lefts, top = [GAP_PX + column * (sheet.width - GAP_PX) // 3 for column in range(3)], sheet.height - GAP_PX - SIDE_PX
+    return [np.asarray(sheet.crop((left, top, left + SIDE_PX, top + SIDE_PX))).astype(int) for left in lefts]
 
 
 @pytest.mark.full
