@@ -23,6 +23,7 @@ from distilled_t5.train.distill import NotFinite, train_step
 from distilled_t5.train.export import chosen_checkpoint
 from distilled_t5.train.objectives import OBJECTIVES, Objective, velocity_gap
 from distilled_t5.train.page import samples_of
+from distilled_t5.train.preview import Previewer
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.rehearsal import Target, rehearse
 from distilled_t5.train.run import train
@@ -216,13 +217,14 @@ def test_previews_show_the_teacher_and_every_student(tmp_path, stand_ins):
     vae = stand_ins / "models" / "vae" / "ae.safetensors"
     run, settings = tmp_path / "run", [f"preview.vae={vae}", "preview.every_steps=4", "stage.1.steps=1"]
     assert train(recipe(*settings), run, False, Ranks()) is not None
-    sheets = [Image.open(each / "samples" / samples_of(each / "samples")[-1]["file"]) for each in (run, *own(run))]
     assert [len(samples_of(each / "samples")) for each in (run, *own(run))] == [2, 2, 2]
-    together, *alone = map(columns, sheets)
-    for number, (teacher, student, _difference) in enumerate(alone, start=1):
-        # JPEG costs a few grey levels.
-        assert np.abs(together[0] - teacher).mean() < 3
-        assert np.abs(together[number] - student).mean() < 3
+
+    previewer = Previewer(open_workshop(recipe(*settings), Ranks()))
+    together = columns(previewer.sheet())
+    for number, images in enumerate(previewer._students, start=1):
+        teacher, student, difference = columns(previewer._beside_teacher(images))
+        assert np.array_equal(teacher, together[0]) and np.array_equal(student, together[number])
+        assert np.array_equal(difference, np.abs(teacher - student))
     assert together[0].std() > 5 and not np.array_equal(together[1], together[2])
 
 
