@@ -18,10 +18,12 @@ from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.flops import flop_counter
 from distilled_t5.tests.support.trainer import TWO_PROCESSES, command, finish, metrics, start, wait_for_step
+from distilled_t5.train.contact_sheet import GAP_PX
 from distilled_t5.train.distill import NotFinite, train_step
 from distilled_t5.train.export import chosen_checkpoint
 from distilled_t5.train.objectives import OBJECTIVES, Objective, velocity_gap
 from distilled_t5.train.page import samples_of
+from distilled_t5.train.preview import Previewer
 from distilled_t5.train.recipe import Recipe, load_recipe
 from distilled_t5.train.rehearsal import Target, rehearse
 from distilled_t5.train.run import train
@@ -44,7 +46,7 @@ SETTINGS = [
     "checkpoints.every_steps=3",
     "student.0.dropout=0.1",
 ]
-STEPS = 7
+STEPS, SIDE_PX = 7, 64
 
 
 def recipe(*more: str) -> Recipe:
@@ -215,15 +217,21 @@ def test_previews_show_the_teacher_and_every_student(tmp_path, stand_ins):
     vae = stand_ins / "models" / "vae" / "ae.safetensors"
     run, settings = tmp_path / "run", [f"preview.vae={vae}", "preview.every_steps=4", "stage.1.steps=1"]
     assert train(recipe(*settings), run, False, Ranks()) is not None
-    sheets = [Image.open(each / "samples" / samples_of(each / "samples")[-1]["file"]) for each in (run, *own(run))]
     assert [len(samples_of(each / "samples")) for each in (run, *own(run))] == [2, 2, 2]
-    columns = [np.array_split(np.asarray(sheet).astype(int), 3, axis=1) for sheet in sheets]
-    together, alone = columns[0], [images[:2] for images in columns[1:]]
-    for number, (teacher, student) in enumerate(alone, start=1):
-        # Below the headings; JPEG costs a few grey levels.
-        assert np.abs(together[0][40:] - teacher[40:]).mean() < 3
-        assert np.abs(together[number][40:] - student[40:]).mean() < 3
-    assert np.abs(together[1][40:] - together[2][40:]).mean() > 3
+
+    previewer = Previewer(open_workshop(recipe(*settings), Ranks()))
+    together = columns(previewer.sheet())
+    for number, images in enumerate(previewer._students, start=1):
+        teacher, student, difference = columns(previewer._beside_teacher(images))
+        assert np.array_equal(teacher, together[0]) and np.array_equal(student, together[number])
+        assert np.array_equal(difference, np.abs(teacher - student))
+    assert together[0].std() > 5 and not np.array_equal(together[1], together[2])
+
+
+def columns(sheet: Image.Image) -> list[np.ndarray]:
+    """The three images of the last row."""
+    lefts, top = [GAP_PX + column * (sheet.width - GAP_PX) // 3 for column in range(3)], sheet.height - GAP_PX - SIDE_PX
+    return [np.asarray(sheet.crop((left, top, left + SIDE_PX, top + SIDE_PX))).astype(int) for left in lefts]
 
 
 @pytest.mark.full
