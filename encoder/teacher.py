@@ -57,13 +57,16 @@ class Teacher:
         self._empty: dict[int, TeacherText] = {}
 
     def token_ids(self, prompts: Sequence[str], length: int) -> list[list[int]]:
-        """Token ids of each prompt: cut to `length` with the end token last, or padded to it where the family pads.
+        """Token ids of each prompt, in the chat template where ComfyUI's tokenizer has one.
 
-        Prompts are taken literally, without weights.
+        Cut to `length` with the end token or the end of the template last, or padded to it where the family pads. Prompts are taken
+        literally, without weights.
         """
         tokenizer, kind = self.family.tokenizer(self.clip).tokenizer, self.family.kind
-        found = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        return [kind.fit(ids, length if self.family.padded else min(length, len(ids))) for ids in found]
+        template = getattr(self.clip.tokenizer, "llama_template", "{}")
+        ending = tokenizer(template.partition("{}")[2])["input_ids"]
+        found = [tokenizer(template.format(prompt))["input_ids"] for prompt in prompts]
+        return [kind.fit(ids, length if self.family.padded else min(length, len(ids)), ending) for ids in found]
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], length: int, with_empty: bool = False) -> TeacherText:

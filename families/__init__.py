@@ -7,7 +7,8 @@ from .family import Family
 from .flux import FLUX
 from .pixart import PIXART_ALPHA, PIXART_SIGMA
 from .sd3 import SD3
+from .z_image import Z_IMAGE
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3, PIXART_ALPHA, PIXART_SIGMA, CHROMA)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3, PIXART_ALPHA, PIXART_SIGMA, CHROMA, Z_IMAGE)}
 # The family of encoder files without metadata (the authors'), and of nodes whose type is not set.
 DEFAULT = FLUX

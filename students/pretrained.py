@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import listed, printable
 from ..runtime.weights import load_tensors, read_header
+from .projection import PROJECTION
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .kind import Layout
+    from .kind import Layout, Shape
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -23,9 +24,11 @@ DOWNLOAD = "download the folder again, with every file of the repository."
 
 @dataclass(frozen=True)
 class Published:
-    """How a kind's networks are published: the beginnings of names that are not read, transformers' class that converts other formats, and
-    what to do about another network."""
+    """How a kind's networks are published: what people call it, its token table, the beginnings of names that are not read, transformers'
+    class that converts other formats, and what to do about another network."""
 
+    name: str
+    table: str
     ignored: tuple[str, ...]
     model_class: str
     other: str
@@ -89,7 +92,8 @@ class Published:
         config = _json(path)
         if not isinstance(config, dict):
             raise ValueError(f"{path} is not a model configuration.\nWhat to do: {DOWNLOAD}")
-        found = {**defaults, **config}
+        # transformers 5 writes what concerns rotary embeddings into a table of its own.
+        found = {**defaults, **config, **(config.get("rope_parameters") or {})}
         differences = [f"{key}: expected {value}, got {found.get(key)}" for key, value in expected.items() if found.get(key) != value]
         if differences:
             raise ValueError(
@@ -97,9 +101,15 @@ class Published:
                 f"What to do: {self.other}"
             )
 
-    def check_fit(self, tensors: Mapping[str, Tensor], layout: Layout, projection: str, where: str) -> None:
+    def check_fit(self, tensors: Mapping[str, Tensor], layout: Layout, where: str) -> None:
         """Raise ValueError unless the tensors are those of the layout without its projection."""
-        wanted = {name: shape for name, shape in layout.tensors().items() if not name.startswith(projection)}
+        wanted = {name: shape for name, shape in layout.tensors().items() if not name.startswith(PROJECTION)}
+        width, expected = (shapes[self.table][-1] if self.table in shapes else None for shapes in (_shapes(tensors), wanted))
+        if width not in (None, expected):
+            raise ValueError(
+                f"{where} is a {self.name} of width {width}; the recipe's student ({layout.size_name}) has width {expected}.\n"
+                f"What to do: {self.other} Were teacher.t5 and student.start swapped?"
+            )
         problems = [f"{name}: missing" for name in wanted if name not in tensors]
         problems += [f"{name}: unexpected" for name in tensors if name not in wanted]
         for name, shape in wanted.items():
@@ -112,6 +122,10 @@ class Published:
                 f"{where} does not fit the recipe's student ({layout.size_name}): {len(problems)} tensors differ.\n{listed(problems)}\n"
                 f"What to do: {self.other}"
             )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -14,7 +14,6 @@ from ...runtime.errors import StudentFileError
 from ...runtime.weights import check_finite
 from ..foreign import refuse_foreign
 from ..pretrained import DOWNLOAD, Published
-from ..projection import PROJECTION
 from . import T5
 from .layout import SHARED, StudentLayout
 from .names import published_names
@@ -22,7 +21,7 @@ from .relatives import refuse_relatives
 
 TOKEN_TABLE, TOKEN_TABLE_TWIN = "shared.weight", "encoder.embed_tokens.weight"
 OTHER_T5 = "name the T5 v1.1 or flan-T5 of the same size in student.start, or change student.size (or student.layout)."
-PUBLISHED = Published(("decoder.", "lm_head."), "T5EncoderModel", OTHER_T5)
+PUBLISHED = Published("T5", SHARED, ("decoder.", "lm_head."), "T5EncoderModel", OTHER_T5)
 
 
 def read_pretrained(path: Path, layout: StudentLayout) -> dict[str, Tensor]:
@@ -38,8 +37,7 @@ def read_pretrained(path: Path, layout: StudentLayout) -> dict[str, Tensor]:
     names, twin = published_names(loaded)
     tensors = {name: loaded[source] for name, source in names.items()}
     _check_kind(tensors, path.name)
-    _check_width(tensors, layout, path.name)
-    PUBLISHED.check_fit(tensors, layout, PROJECTION, path.name)
+    PUBLISHED.check_fit(tensors, layout, path.name)
     if twin is not None and not torch.equal(loaded[twin], tensors[SHARED]):
         raise ValueError(f"{path.name} holds two token tables that differ ({names[SHARED]} and {twin}).\nWhat to do: {DOWNLOAD}")
     check_finite(tensors, path.name)
@@ -62,12 +60,3 @@ def _check_kind(tensors: Mapping[str, Tensor], where: str) -> None:
         raise ValueError(
             f"{error.problem}\nA student starts from a T5 v1.1, a flan-T5 or a distilled T5.\nWhat to do: {OTHER_T5}"
         ) from error
-
-
-def _check_width(tensors: Mapping[str, Tensor], layout: StudentLayout, where: str) -> None:
-    width = tensors[SHARED].shape[-1] if SHARED in tensors else layout.d_model
-    if width != layout.d_model:
-        raise ValueError(
-            f"{where} is a T5 of width {width}; the recipe's student ({layout.size_name}) has width {layout.d_model}.\n"
-            f"What to do: {OTHER_T5} Were teacher.t5 and student.start swapped?"
-        )
