@@ -37,14 +37,15 @@ class Family:
     K, D] that stand before the encoder's in the text, made of the rows of the companions that are there; most_rows_before: how many those
     are for prompts of usual length.
 
-    Diffusion side. network: ComfyUI's class of the diffusion model. block_lists: its attributes that hold its blocks. cross_attention: the
-    attribute of a block in which the image attends to the text alone, and in it the layers of queries, and of keys with values; empty where
-    text and image, in this order, attend to both. last_layers: attributes of a block whose last linear layer contributes to nothing but the
-    block's output, so that `block_checkpoint` need not recompute it. text_width_of: channels of a loaded model's text input.
-    latent_channels, latent_dimensions, cell_px: channels of the latent, 2 for images or 3 for video, and pixels of an image per cell of it.
-    least_side_px: the smallest image. default_guidance: the value that ComfyUI's nodes propose. takes_guidance: whether a loaded model has
-    a guidance input. refuse: a sentence about a loaded model that cannot be used, else None. training_sigmas: noise levels [T + 1] for a
-    model, a number of steps, and latent height and width, where ComfyUI's `simple` scheduler is not what the model was trained with.
+    Diffusion side. network: ComfyUI's class of the diffusion model, empty where attention maps do not follow it. block_lists: its
+    attributes that hold its blocks. cross_attention: the attribute of a block in which the image attends to the text alone, and in it the
+    layers of queries, and of keys with values; empty where text and image, in this order, attend to both. last_layers: attributes of a
+    block whose last linear layer contributes to nothing but the block's output, so that `block_checkpoint` need not recompute it.
+    text_width_of: channels of a loaded model's text input. latent_channels, latent_dimensions, cell_px: channels of the latent, 2 for
+    images or 3 for video, and pixels of an image per cell of it. least_side_px: the smallest image. default_guidance: the value that
+    ComfyUI's nodes propose. takes_guidance: whether a loaded model has a guidance input. refuse: a sentence about a loaded model that
+    cannot be used, else None. training_sigmas: noise levels [T + 1] for a model, a number of steps, and latent height and width, where
+    ComfyUI's `simple` scheduler is not what the model was trained with.
 
     unused: tensors that ComfyUI's model has and does not use, so that a file may lack them.
 

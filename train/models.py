@@ -136,7 +136,10 @@ def make_student_of(recipe: Recipe) -> TrainedStudent:
     if teacher != STAND_IN:
         with contextlib.suppress(StudentFileError):  # the teacher's own check says why
             width = text_width_in([read_entries(model_file(teacher, "text_encoders"))], recipe.family)
-    return make_student(recipe.student_layout(width), start, part.dropout, recipe.seed, not recipe.family.masked)
+    student = make_student(recipe.student_layout(width), start, part.dropout, recipe.seed, not recipe.family.masked)
+    if part.trunk == "frozen":
+        student.freeze_trunk()
+    return student
 
 
 def preview_vae(recipe: Recipe) -> Path | None:

@@ -35,10 +35,9 @@ class ProjectedQwen3(Module):
     def get_input_embeddings(self) -> Any:
         return self.encoder.embed_tokens
 
-    def forward(
-        self, *args: Any, intermediate_output: Any = None, final_layer_norm_intermediate: bool = True, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, *args: Any, intermediate_output: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As ComfyUI's text encoders: the last layer, and the one asked for. A family that stacks N layers gets [B, N, L, D] of both."""
+        kwargs["final_layer_norm_intermediate"] = True  # the projection takes normalized states, whatever the family takes
         last, lower = self.encoder(*args, intermediate_output=self._own_layer(intermediate_output), **kwargs)[:2]
         stacked = len(intermediate_output) if isinstance(intermediate_output, list) else 0
         text, below = (None if each is None else self._projected(each, stacked) for each in (last, lower))

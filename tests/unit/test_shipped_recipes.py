@@ -25,8 +25,11 @@ KEYS = {
     "": ["name", "seed"],
     "teacher.": ["t5", "clip_l", "clip_g", "chunk_prompts"],
     "diffusion_model.": ["file", "dtype", "checkpoint_blocks", "family"],
-    "student.": ["size", "start", "projection_width", "dropout"],
-    "student.layout.": ["d_model", "d_ff", "num_layers", "num_heads", "d_kv", "gated"],
+    "student.": ["size", "start", "trunk", "projection_width", "dropout"],
+    "student.layout.": [
+        *("d_model", "d_ff", "num_layers", "num_heads", "d_kv", "gated"),
+        *("hidden_size", "intermediate_size", "num_kv_heads"),
+    ],
     "optimizer.": [
         "learning_rate",
         "muon_learning_rate",
@@ -86,6 +89,7 @@ def test_shipped_recipes_are_those_promised():
         "pixart-sigma-24gb",
         "chroma-24gb",
         "smoke",
+        "smoke-z-image",
         "miniature-quick",
         *(f"miniature-{size}" for size in MINIATURE),
         "miniature-sd3-quarter",
@@ -112,7 +116,7 @@ def test_what_a_recipe_says_of_its_rehearsal_is_its_row_of_the_table(name):
     [row] = re.findall(rf"^\| `{name}` \| (\d.*) \|$", (SHIPPED.parent / "docs" / "recipes.md").read_text(encoding="utf-8"), re.MULTILINE)
     peak, offloaded, _teacher, ram, operations, on_rtx_4090, _on_h100 = row.split(" | ")
     said = (SHIPPED / f"{name}.toml").read_text(encoding="ascii")
-    if name == "smoke" or name.startswith("miniature"):
+    if name.startswith(("smoke", "miniature")):
         assert "Rehearsed" not in said and float(peak.split()[0]) < 1
         return
     assert f": {peak} of GPU memory at the peak, {offloaded} with the diffusion model in RAM; {ram} of RAM;" in said
