@@ -1,6 +1,6 @@
 """The teacher: text embeddings and pooled vectors of prompts, on the CPU."""
 
-# B batch, L text tokens, D text width, P pooled width
+# B batch, N stacked layers, L text tokens, D text width, P pooled width
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Teacher:
     def _encoded(self, token_ids: Sequence[list[int]], longest: int) -> Tensor:
         """The large encoder's rows [B, L, D], those of equal length together; zeros beyond a prompt's own."""
         groups = alike(map(len, token_ids))
-        found = [self.text_model.encode([token_ids[place] for place in group])[0].float().cpu() for group in groups]
+        found = [side_by_side(self.text_model.encode([token_ids[place] for place in group])[0]).float().cpu() for group in groups]
         if len(groups) == 1:
             return found[0]
         text_BLD = torch.zeros(len(token_ids), longest, found[0].shape[-1])
@@ -116,6 +116,11 @@ class Teacher:
         before = self.family.rows_before
         none = torch.zeros(0, text_width)
         return torch.cat(pooled), none if before is None or not rows else before(rows)[0].float().cpu()
+
+
+def side_by_side(text: Tensor) -> Tensor:
+    """Layers [B, N, L, D] that a family stacks as one text [B, L, N x D]; a text of one layer as it is."""
+    return text.movedim(1, 2).flatten(2) if text.ndim == 4 else text
 
 
 def literal(prompt: str) -> str:

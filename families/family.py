@@ -27,15 +27,16 @@ class Family:
     name: the id in recipes, suites and file metadata. display_name: what people call it. modelspec: its name in ModelSpec metadata.
 
     Text side. clip_type: ComfyUI's CLIPType. text_model: the module of ComfyUI's text model, and in it the names of the tokenizer class and
-    of the function that returns the model's factory. part: the attribute of the text model that a student replaces, which is also the key
-    of its tokens. students: kinds of student that can. teacher: kind and named size of the network that is replaced. text_width: channels.
-    token_length: the length to which ComfyUI pads prompts. padded: whether they are padded in training; not where ComfyUI does not pad, or
-    masks padding in encoder and diffusion model. masked: whether the encoder ignores padding; where ComfyUI does not pad, that is the
-    padding of a batch of prompts of several lengths. tokenizer_part: the attribute of the tokenizer, where it is not `part`. companions:
-    the other encoders of the text model, by attribute, with the width of their pooled vectors, which concatenated are the model's.
-    companions_optional: whether ComfyUI's text model does without absent ones, or is given zeros in their place. rows_before: the rows [1,
-    K, D] that stand before the encoder's in the text, made of the rows of the companions that are there; most_rows_before: how many those
-    are for prompts of usual length.
+    of the function that returns the model's factory; text_model_options: that function's arguments. part: the attribute of the text model
+    that a student replaces, which is also the key of its tokens. students: kinds of student that can. teacher: kind and named size of the
+    network that is replaced. text_width: channels. stacked: how many layers of the large encoder are side by side in them. token_length:
+    the length to which ComfyUI pads prompts. padded: whether they are padded in training; not where ComfyUI does not pad, or masks padding
+    in encoder and diffusion model. masked: whether the encoder ignores padding; where ComfyUI does not pad, that is the padding of a batch
+    of prompts of several lengths. tokenizer_part: the attribute of the tokenizer, where it is not `part`. companions: the other encoders of
+    the text model, by attribute, with the width of their pooled vectors, which concatenated are the model's. companions_optional: whether
+    ComfyUI's text model does without absent ones, or is given zeros in their place. rows_before: the rows [1, K, D] that stand before the
+    encoder's in the text, made of the rows of the companions that are there; most_rows_before: how many those are for prompts of usual
+    length.
 
     Diffusion side. network: ComfyUI's class of the diffusion model, empty where attention maps do not follow it. block_lists: its
     attributes that hold its blocks. cross_attention: the attribute of a block in which the image attends to the text alone, and in it the
@@ -72,6 +73,8 @@ class Family:
     students: tuple[str, ...] = ("t5",)
     teacher: tuple[str, str] = ("t5", "xxl")
     text_width: int = TEXT_WIDTH
+    text_model_options: Mapping[str, str] = field(default_factory=dict)
+    stacked: int = 1
     cross_attention: tuple[str, ...] = ()
     last_layers: tuple[str, ...] = ()
     latent_channels: int = LATENT_CHANNELS
@@ -95,7 +98,7 @@ class Family:
         """ComfyUI's tokenizer class, and a factory of its text model."""
         module, tokenizer, model = self.text_model
         found = importlib.import_module(f"comfy.text_encoders.{module}")
-        return getattr(found, tokenizer), getattr(found, model)()
+        return getattr(found, tokenizer), getattr(found, model)(**self.text_model_options)
 
     @property
     def kind(self) -> StudentKind:
