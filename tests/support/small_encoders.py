@@ -84,7 +84,7 @@ def _known_qwen3(layout: Any) -> dict[str, Tensor]:
 # By kind: the tensors by which ComfyUI detects the large encoder, and the sizes to which it is reduced.
 STOCK: dict[str, tuple[Any, dict[str, int]]] = {
     "t5": (_known_t5xxl, {"num_layers": 1, "d_ff": 8, "num_heads": 1, "d_kv": 8}),
-    "qwen3": (_known_qwen3, {"num_hidden_layers": 3, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}),
+    "qwen3": (_known_qwen3, {"num_hidden_layers": 28, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}),
 }
 
 
