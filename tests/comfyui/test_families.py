@@ -155,13 +155,15 @@ def test_the_gradient_with_respect_to_the_text_equals_the_numeric_one(family: Fa
         model.velocity(noise, sigma_B, leaf, extras).square().sum().backward()
     assert leaf.grad is not None
     steepest = leaf.grad / leaf.grad.norm()
-    length = 0.02 * float(text_BLD.norm()) / TOKENS**0.5
+    length = 0.01 * float(text_BLD.norm()) / TOKENS**0.5
 
     @torch.no_grad()
     def loss(shift: float) -> float:
         return float(model.velocity(noise, sigma_B, text_BLD + shift * steepest, extras).double().square().sum())
 
-    assert float(leaf.grad.norm()) == pytest.approx((loss(length) - loss(-length)) / (2 * length), rel=1e-2)
+    # Richardson's extrapolation: FLUX.2, most of whose text is padding here, is far from linear over the length.
+    slope, half = ((loss(step) - loss(-step)) / (2 * step) for step in (length, length / 2))
+    assert float(leaf.grad.norm()) == pytest.approx((4 * half - slope) / 3, rel=1e-2)
 
 
 @every_family
