@@ -31,6 +31,8 @@ from distilled_t5.train.validation import HeldOut
 from distilled_t5.train.workshop import Workshop, open_workshop
 
 NEW = {name: family for name, family in FAMILIES.items() if name != "flux"}
+# Their texts of 512 tokens take long on a CPU.
+KLEIN = ("flux2_klein_4b", "flux2_klein_9b")
 PROMPTS = ["a red cube left of a blue ball", "", "low quality"]
 # The students of kinds that the smoke recipe is not about.
 STUDENTS = {"qwen3": ["student.layout={hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1}"]}
@@ -59,7 +61,10 @@ def recipe_of(family: Family, *more: str) -> Recipe:
     return load_recipe("smoke", settings_of(family, *more))
 
 
-@pytest.fixture(scope="module", params=NEW.values(), ids=list(NEW))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(family, id=name, marks=[pytest.mark.full] if name in KLEIN else []) for name, family in NEW.items()],
+)
 def workshop(request: pytest.FixtureRequest) -> Workshop:
     return open_workshop(recipe_of(request.param), Ranks())
 
@@ -120,7 +125,7 @@ SHORT = [
 
 def one_per_kind(family: Family) -> Any:
     """PixArt-Sigma and Chroma differ from PixArt-alpha in nothing that a resumed run depends on."""
-    return pytest.param(family, id=family.name, marks=[pytest.mark.full] if family.name in ("pixart_sigma", "chroma") else [])
+    return pytest.param(family, id=family.name, marks=[pytest.mark.full] if family.name in ("pixart_sigma", "chroma", *KLEIN) else [])
 
 
 def cut(run: Path, folder: Path) -> Path:
