@@ -36,7 +36,8 @@ def training_sigmas(_model: Any, steps: int, height: int, width: int) -> Tensor:
     """Noise levels [T + 1] from 1 to 0, shifted by resolution and steps as ComfyUI's Flux2Scheduler does."""
     from comfy_extras.nodes_flux import get_schedule
 
-    return get_schedule(steps, height * width)
+    sigmas_T: Any = get_schedule(steps, height * width)  # a tensor, whatever it says
+    return sigmas_T
 
 
 # Two blocks of one head.

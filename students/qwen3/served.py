@@ -40,8 +40,8 @@ class ProjectedQwen3(Module):
         kwargs["final_layer_norm_intermediate"] = True  # the projection takes normalized states, whatever the family takes
         last, lower = self.encoder(*args, intermediate_output=self._own_layer(intermediate_output), **kwargs)[:2]
         stacked = len(intermediate_output) if isinstance(intermediate_output, list) else 0
-        text, below = (None if each is None else self._projected(each, stacked) for each in (last, lower))
-        return text, text if below is None else below
+        text = self._projected(last, stacked)
+        return text, text if lower is None else self._projected(lower, stacked)
 
     def _projected(self, hidden_BLD: Tensor, stacked: int) -> Tensor:
         text_BLD = self.final_projection(hidden_BLD)

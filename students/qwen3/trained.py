@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import Dropout, Linear
@@ -33,16 +35,18 @@ class DistilledQwen3(TrainedStudent):
 
 def transformers_config(layout: Qwen3Layout) -> Qwen3Config:
     """The layout as the configuration of transformers' Qwen3."""
-    return Qwen3Config(
-        vocab_size=layout.vocab_size,
-        hidden_size=layout.hidden_size,
-        intermediate_size=layout.intermediate_size,
-        num_hidden_layers=layout.num_layers,
-        num_attention_heads=layout.num_heads,
-        num_key_value_heads=layout.num_kv_heads,
-        head_dim=HEAD_WIDTH,
-        rope_theta=ROPE_THETA,
-        rms_norm_eps=EPSILON,
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-    )
+    # Some are not in the signatures of every version.
+    values: dict[str, Any] = {
+        "vocab_size": layout.vocab_size,
+        "hidden_size": layout.hidden_size,
+        "intermediate_size": layout.intermediate_size,
+        "num_hidden_layers": layout.num_layers,
+        "num_attention_heads": layout.num_heads,
+        "num_key_value_heads": layout.num_kv_heads,
+        "head_dim": HEAD_WIDTH,
+        "rope_theta": ROPE_THETA,
+        "rms_norm_eps": EPSILON,
+        "tie_word_embeddings": True,
+        "attn_implementation": "sdpa",
+    }
+    return Qwen3Config(**values)
