@@ -145,6 +145,15 @@ def _pooled(family: Family) -> tuple[str, ...]:
     return (*map("+".join, subsets), ZERO)
 
 
+def of_kind(metadata: StudentMetadata, layout: Layout) -> StudentMetadata:
+    """The metadata; where a file has none, that of the first family which its kind of network serves and whose text is as wide."""
+    if metadata.described or layout.kind in FAMILIES[metadata.family].students:
+        return metadata
+    fitting = (family for family in FAMILIES.values() if layout.kind in family.students and family.text_width == layout.output_width)
+    family = next(fitting, FAMILIES[metadata.family])
+    return replace(metadata, family=family.name, token_length=family.token_length, pooled=_pooled(family)[0])
+
+
 def check_against_layout(metadata: StudentMetadata, layout: Layout, where: str) -> None:
     """Raise StudentFileError if metadata and tensors disagree, the kind is not one of the family's, or the width is not."""
     if layout.kind not in FAMILIES[metadata.family].students:

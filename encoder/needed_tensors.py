@@ -11,7 +11,7 @@ from ..runtime.errors import StudentFileError, UndistilledError, listed
 from ..students import kind_of
 from ..students.foreign import refuse_foreign, refuse_quantised
 from ..students.kind import Layout, Shape
-from .metadata import StudentMetadata, check_against_layout, read_metadata
+from .metadata import StudentMetadata, check_against_layout, of_kind, read_metadata
 
 TOKENS = 49408
 
@@ -192,6 +192,7 @@ def student_header(shapes: Mapping[str, Shape], strings: Mapping[str, str], wher
     kind.refuse_relatives(by_name, where, metadata.described)
     refuse_quantised(by_name, where, "use the encoder file that is not quantised; dtype fp8_e4m3fn makes it as small.")
     layout = kind.read_layout(by_name, where)
+    metadata = of_kind(metadata, layout)
     check_against_layout(metadata, layout, where)
     return StudentHeader(layout, metadata, names, twin)
 

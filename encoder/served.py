@@ -107,6 +107,7 @@ def text_model(
     part.__class__ = type(f"Student{type(part).__name__}", (StudentTokens, type(part)), {"kind": kind})
     part.transformer = kind.served(student.layout, student_dtype, device, part.operations)
     part.num_layers = part.transformer.num_layers
+    part.transformer.usual_layer = part.layer_idx
     part.freeze()
     model.add_module(kind.module, part)
     vars(model)[family.part] = part

@@ -30,7 +30,8 @@ class DistilledT5Loader(io.ComfyNode):
             display_name="Distilled T5 Loader",
             category="Distilled T5",
             description=(
-                "Loads a distilled T5 (T5-Base: 0.26 GB) in the place of T5-XXL (9.5 GB) for Flux, Stable Diffusion 3, PixArt and Chroma. "
+                "Loads a distilled T5 (T5-Base: 0.26 GB) in the place of T5-XXL (9.5 GB) for Flux, Stable Diffusion 3, PixArt and Chroma, "
+                "or a distilled Qwen3 in the place of Qwen3-4B or 8B for Z-Image and FLUX.2 klein. "
                 "Use it in place of Load CLIP, DualCLIPLoader or TripleCLIPLoader: "
                 "the CLIP it gives works with every text encode, LoRA, ControlNet and guidance node."
             ),
@@ -42,6 +43,8 @@ class DistilledT5Loader(io.ComfyNode):
                 "DualCLIPLoader",
                 "T5-XXL replacement",
                 "DualCLIPLoaderT5Base",
+                "small Qwen3",
+                "Z-Image text encoder",
             ],
             inputs=[
                 io.Combo.Input(
@@ -49,7 +52,7 @@ class DistilledT5Loader(io.ComfyNode):
                     display_name="CLIP-L file",
                     options=clip_l_names(),
                     tooltip="The CLIP-L file (clip_l.safetensors), from models/text_encoders. 'none': its pooled vector is zeros. "
-                    "PixArt and Chroma do not use it.",
+                    "PixArt, Chroma, Z-Image and FLUX.2 klein do not use it.",
                 ),
                 io.Combo.Input(
                     "clip_name2",

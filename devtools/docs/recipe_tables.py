@@ -15,7 +15,7 @@ from ..comfyui.in_process import ROOT, start_comfyui
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "recipes.md"
 ROW = re.compile(r"^\| `([\w-]+)` \| (\d.*) \|$", re.MULTILINE)
 # The README shows neither recipes of the miniature nor the other sizes of the paper's student.
-LEFT_OUT = re.compile(r"smoke|miniature-.*|flux-dev-(small|large|xl)")
+LEFT_OUT = re.compile(r"smoke.*|miniature-.*|flux-dev-(small|large|xl)")
 HEAD = "| Recipe | GPU memory, with offloading | RAM | RTX 4090 "
 COMMENT = re.compile(r"[\d.,]+ GB of GPU memory at the peak,.*?on one RTX 4090 at 40% of its peak [\w ,]+ hours", re.DOTALL)
 

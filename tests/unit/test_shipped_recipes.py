@@ -26,8 +26,11 @@ KEYS = {
     "": ["name", "seed"],
     "teacher.": ["t5", "clip_l", "clip_g", "chunk_prompts", "cache", "cache_format"],
     "diffusion_model.": ["file", "dtype", "checkpoint_blocks", "family"],
-    "student.": ["size", "start", "projection_width", "dropout"],
-    "student.layout.": ["d_model", "d_ff", "num_layers", "num_heads", "d_kv", "gated"],
+    "student.": ["size", "start", "trunk", "projection_width", "dropout"],
+    "student.layout.": [
+        *("d_model", "d_ff", "num_layers", "num_heads", "d_kv", "gated"),
+        *("hidden_size", "intermediate_size", "num_kv_heads"),
+    ],
     "optimizer.": [
         "learning_rate",
         "muon_learning_rate",
@@ -88,6 +91,7 @@ def test_shipped_recipes_are_those_promised():
         "pixart-sigma-24gb",
         "chroma-24gb",
         "smoke",
+        "smoke-z-image",
         "miniature-quick",
         *(f"miniature-{size}" for size in MINIATURE),
         "miniature-sd3-quarter",
@@ -113,7 +117,7 @@ def test_shipped_recipe_says_its_own_name_and_explains_every_key(name):
 def test_what_a_recipe_says_of_its_rehearsal_is_its_row_of_the_table(name):
     row = recipe_tables.rows_of(recipe_tables.PAGE.read_text(encoding="utf-8"))[name]
     said = recipe_tables.COMMENT.findall((SHIPPED / f"{name}.toml").read_text(encoding="ascii"))
-    if name == "smoke" or name.startswith("miniature"):
+    if name.startswith(("smoke", "miniature")):
         assert not said and float(row.split()[0]) < 1
     else:
         assert said == [recipe_tables.comment(row)]

@@ -172,7 +172,8 @@ def test_the_note_says_which_recipe_trains_a_student_and_what_was_not_tried(name
 
 def test_each_family_has_an_example() -> None:
     loaders = [node for name in EXAMPLE_NAMES for node in example(name)["nodes"] if node["type"] == "DistilledT5Loader"]
-    assert {node["widgets_values"][2] for node in loaders} == set(FAMILIES)
+    # No recipe of full size trains a student for families of Qwen3 yet.
+    assert {node["widgets_values"][2] for node in loaders} == {name for name, family in FAMILIES.items() if family.kind.name == "t5"}
 
 
 @each_example
