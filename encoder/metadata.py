@@ -27,6 +27,8 @@ ALSO_KEY = KEY + "also_serves"
 HASH_KEY = "modelspec.hash_sha256"
 # ModelSpec's hash covers the data alone: it misses two tensors swapped in the header, or fp16 written for bf16.
 HEADER_HASH_KEY = KEY + "header_sha256"
+# The family for which a large encoder's file was trimmed (`encoder.trim`).
+TRIMMED_KEY = KEY + "trimmed_for"
 # A placeholder of the same length, until the data is written and its hash is known.
 NO_HASH = "0x" + "0" * 64
 

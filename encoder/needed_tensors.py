@@ -11,7 +11,7 @@ from ..runtime.errors import StudentFileError, UndistilledError, listed
 from ..students import kind_of
 from ..students.foreign import refuse_foreign, refuse_quantised
 from ..students.kind import Layout, Shape
-from .metadata import StudentMetadata, check_against_layout, of_kind, read_metadata
+from .metadata import TRIMMED_KEY, StudentMetadata, check_against_layout, of_kind, read_metadata
 
 TOKENS = 49408
 
@@ -155,11 +155,13 @@ def _other_file(shapes: Mapping[str, Shape], where: str, name: str) -> StudentFi
 def check_large_tensors(shapes: Mapping[str, Shape], where: str, family: Family = DEFAULT) -> None:
     """Raise StudentFileError unless every tensor of the network that students replace is there, whatever else is (fp8 scales).
 
+    Layers on which the family's text does not depend may be missing (Trim Text Encoder).
+
     ComfyUI only warns about missing weights, and would teach with uninitialised memory.
     """
     layout = family.teacher_layout
     names, _ = family.kind.published_names(shapes)
-    wanted = layout.tensors()
+    wanted = family.read_layout.tensors()
     wrong = [name for name, shape in wanted.items() if name not in names or shapes[names[name]] != shape]
     if wrong:
         raise StudentFileError(
@@ -188,6 +190,8 @@ def student_header(shapes: Mapping[str, Shape], strings: Mapping[str, str], wher
     names, twin = kind.published_names(shapes)
     by_name = {name: shapes[source] for name, source in names.items()}
     refuse_foreign(by_name, where, kind)
+    if TRIMMED_KEY in strings:
+        raise UndistilledError(f"{where} is a trimmed {kind.display_name}, not a distilled one.", "load it with Distilled T5 Loader.")
     metadata = read_metadata(strings, where)
     kind.refuse_relatives(by_name, where, metadata.described)
     refuse_quantised(by_name, where, "use the encoder file that is not quantised; dtype fp8_e4m3fn makes it as small.")

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import comfy.sd
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from ..runtime.grouping import alike
 from ..runtime.weights import read_header
 from .companions import open_companion
 from .files import open_student
+from .large import load_large
 from .needed_tensors import CLIPS, check_companions_given, check_large_tensors
 from .rows import Rows
 from .served import ServingOptions, load_encoder
@@ -126,7 +126,7 @@ def load_teacher(path: Path, companions: Mapping[str, Path], family: Family = DE
         return Teacher(load_encoder(str(path), others, ServingOptions(family.name)).clip, family)
     check_companions_given(companions, family)
     check_large(path, family)
-    return Teacher(comfy.sd.load_clip([*others.values(), str(path)], clip_type=comfy.sd.CLIPType[family.clip_type]), family)
+    return Teacher(load_large([*others.values(), str(path)], family), family)
 
 
 def _check_companion(name: str, path: Path) -> None:

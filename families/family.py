@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..students import KINDS
@@ -29,14 +29,14 @@ class Family:
     Text side. clip_type: ComfyUI's CLIPType. text_model: the module of ComfyUI's text model, and in it the names of the tokenizer class and
     of the function that returns the model's factory; text_model_options: that function's arguments. part: the attribute of the text model
     that a student replaces, which is also the key of its tokens. students: kinds of student that can. teacher: kind and named size of the
-    network that is replaced. text_width: channels. stacked: how many layers of the large encoder are side by side in them. token_length:
-    the length to which ComfyUI pads prompts. padded: whether they are padded in training; not where ComfyUI does not pad, or masks padding
-    in encoder and diffusion model. masked: whether the encoder ignores padding; where ComfyUI does not pad, that is the padding of a batch
-    of prompts of several lengths. tokenizer_part: the attribute of the tokenizer, where it is not `part`. companions: the other encoders of
-    the text model, by attribute, with the width of their pooled vectors, which concatenated are the model's. companions_optional: whether
-    ComfyUI's text model does without absent ones, or is given zeros in their place. rows_before: the rows [1, K, D] that stand before the
-    encoder's in the text, made of the rows of the companions that are there; most_rows_before: how many those are for prompts of usual
-    length.
+    network that is replaced. text_width: channels. stacked: how many layers of the large encoder are side by side in them. layers_read: how
+    many of its layers, from the first, the text depends on; 0: all. token_length: the length to which ComfyUI pads prompts. padded: whether
+    they are padded in training; not where ComfyUI does not pad, or masks padding in encoder and diffusion model. masked: whether the
+    encoder ignores padding; where ComfyUI does not pad, that is the padding of a batch of prompts of several lengths. tokenizer_part: the
+    attribute of the tokenizer, where it is not `part`. companions: the other encoders of the text model, by attribute, with the width of
+    their pooled vectors, which concatenated are the model's. companions_optional: whether ComfyUI's text model does without absent ones, or
+    is given zeros in their place. rows_before: the rows [1, K, D] that stand before the encoder's in the text, made of the rows of the
+    companions that are there; most_rows_before: how many those are for prompts of usual length.
 
     Diffusion side. network: ComfyUI's class of the diffusion model, empty where attention maps do not follow it. block_lists: its
     attributes that hold the blocks through which the text goes, in order, with what each of these returns: streams of `image` and `text`,
@@ -79,6 +79,7 @@ class Family:
     text_width: int = TEXT_WIDTH
     text_model_options: Mapping[str, str] = field(default_factory=dict)
     stacked: int = 1
+    layers_read: int = 0
     cross_attention: tuple[str, ...] = ()
     last_blocks_without_text: int = 0
     text_projection: tuple[str, ...] = ()
@@ -116,6 +117,17 @@ class Family:
     def teacher_layout(self) -> Layout:
         """The layout of the large encoder."""
         return self.kind.named(self.teacher[1], None)
+
+    @property
+    def read_layout(self) -> Layout:
+        """The layout of the large encoder without the layers on which the text does not depend."""
+        layout: Any = self.teacher_layout
+        return replace(layout, num_layers=self.layers_read) if self.layers_read else layout
+
+    @property
+    def large_options(self) -> dict[str, Any]:
+        """ComfyUI's `model_options` for the large encoder without these layers; see `encoder.large`."""
+        return {f"{self.part}_model_config": {"num_hidden_layers": self.layers_read, "final_norm": False}} if self.layers_read else {}
 
     def tokenizer(self, clip: Any) -> Any:
         """The large encoder's tokenizer in a CLIP of the family; None in another CLIP."""

@@ -84,6 +84,7 @@ KLEIN_4B = Family(
     teacher=("qwen3", "4b"),
     text_width=STACKED * 2560,
     stacked=STACKED,
+    layers_read=27,
     token_length=512,
     masked=True,
     network="",  # attention maps read T5's tokens

@@ -57,6 +57,7 @@ Z_IMAGE = Family(
     students=("qwen3",),
     teacher=("qwen3", "4b"),
     text_width=TEXT_WIDTH,
+    layers_read=35,
     token_length=1,
     padded=False,
     masked=True,

@@ -1,6 +1,6 @@
 """The command: `python <pack>/train RECIPE [--set part.key=value ...] [--run DIR] [--resume] [--comfyui DIR] [-- COMFYUI FLAGS]`.
 
-`python <pack>/train watch | export | card | upload RUN` and `train cache RECIPE` are in `commands`.
+`python <pack>/train watch | export | card | upload RUN`, `train cache RECIPE` and `train trim FILE` are in `commands`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ COMMANDS = {
     "card": "write a run's model card",
     "upload": "send a run's student to Hugging Face",
     "cache": "encode the prompts of a recipe with its teacher",
+    "trim": "save a text encoder without the layers that its diffusion model does not read",
 }
 
 

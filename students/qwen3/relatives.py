@@ -28,7 +28,10 @@ def refuse_relatives(shapes: Mapping[str, Shape], where: str, described: bool) -
     if len(table) != 2 or described or any(name.startswith(PROJECTION) for name in shapes):
         return
     if table[1] in REPLACED:
-        raise UndistilledError(f"{where} is a plain {REPLACED[table[1]]}, not a distilled Qwen3.", "load it with ComfyUI's own Load CLIP.")
+        raise UndistilledError(
+            f"{where} is a plain {REPLACED[table[1]]}, not a distilled Qwen3.",
+            "load it with ComfyUI's own Load CLIP; Trim Text Encoder makes a smaller file of it, which is loaded here.",
+        )
     raise StudentFileError(
         f"{where} is a Qwen3 of width {table[1]} without a projection (final_projection.0 and .3), not a distilled Qwen3.",
         "use the trained file with the projection; a plain Qwen3 of this size was not trained for this diffusion model.",

@@ -106,10 +106,13 @@ def plain(size: str) -> dict[str, tuple[int, ...]]:
 
 def test_the_large_encoder_is_known_and_a_small_plain_one_refused():
     for size in ("4b", "8b"):
-        with pytest.raises(UndistilledError, match=f"is a plain Qwen3-{size.upper()}.*\nWhat to do: load it with ComfyUI's own Load CLIP"):
+        with pytest.raises(
+            UndistilledError,
+            match=f"is a plain Qwen3-{size.upper()}.*\nWhat to do: load it with ComfyUI's own Load CLIP; Trim Text Encoder makes",
+        ):
             student_header(plain(size), {}, "a.safetensors")
     check_large_tensors(plain("4b"), "a.safetensors", FAMILY)
-    with pytest.raises(StudentFileError, match=r"is not a complete Qwen3-4B: \d+ of 398 tensors are missing or misshapen"):
+    with pytest.raises(StudentFileError, match=r"is not a complete Qwen3-4B: \d+ of 387 tensors are missing or misshapen"):
         check_large_tensors(plain("8b"), "a.safetensors", FAMILY)
     with pytest.raises(StudentFileError, match=r"is a Qwen3 of width 1024 without a projection") as caught:
         student_header(plain("0.6b"), {}, "a.safetensors")
