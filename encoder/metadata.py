@@ -200,7 +200,7 @@ def described(metadata: StudentMetadata, layout: Layout, dtype: str) -> dict[str
         "modelspec.title": title,
         "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.description": f"{layout.size_name} in the place of {large}: {layout.parameters / 1e6:.0f} M parameters, {dtype}.",
-        "modelspec.usage_hint": f"ComfyUI: Distilled T5 Loader{beside}.",
+        "modelspec.usage_hint": f"ComfyUI: Distilled Text Encoder Loader{beside}.",
         "modelspec.tags": f"text encoder, {layout.kind}, distilled, {family.name}",
         HASH_KEY: NO_HASH,
     }

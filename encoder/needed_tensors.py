@@ -18,7 +18,7 @@ TOKENS = 49408
 
 @dataclass(frozen=True)
 class Clip:
-    """The text half of a published CLIP: what people call it, the input of Distilled T5 Loader, and its sizes as ComfyUI has them.
+    """The text half of a published CLIP: what people call it, the loader's input for it, and its sizes as ComfyUI has them.
 
     projected: whether ComfyUI projects its pooled vector.
     """
@@ -191,7 +191,9 @@ def student_header(shapes: Mapping[str, Shape], strings: Mapping[str, str], wher
     by_name = {name: shapes[source] for name, source in names.items()}
     refuse_foreign(by_name, where, kind)
     if TRIMMED_KEY in strings:
-        raise UndistilledError(f"{where} is a trimmed {kind.display_name}, not a distilled one.", "load it with Distilled T5 Loader.")
+        raise UndistilledError(
+            f"{where} is a trimmed {kind.display_name}, not a distilled one.", "load it with Distilled Text Encoder Loader."
+        )
     metadata = read_metadata(strings, where)
     kind.refuse_relatives(by_name, where, metadata.described)
     refuse_quantised(by_name, where, "use the encoder file that is not quantised; dtype fp8_e4m3fn makes it as small.")

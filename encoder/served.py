@@ -283,7 +283,8 @@ def student_of(clip: Any) -> Any:
     model = getattr(clip, "cond_stage_model", None)
     if not isinstance(getattr(model, "metadata", None), StudentMetadata):
         raise ValueError(
-            f"This CLIP is not a distilled T5 (it is a {type(model).__name__}).\nWhat to do: connect the CLIP of a Distilled T5 Loader."
+            f"This CLIP is not a distilled T5 (it is a {type(model).__name__}).\n"
+            "What to do: connect the CLIP of a Distilled Text Encoder Loader."
         )
     return model
 

@@ -66,7 +66,10 @@ SMALL = {
     "yak_mlp": False,
     "txt_norm": False,
 }
-HUGGING_FACE = "https://huggingface.co/Comfy-Org/flux2-klein-{}, folder split_files/diffusion_models"
+HUGGING_FACE = "https://huggingface.co/"
+COMFY_ORG = f"{HUGGING_FACE}Comfy-Org/flux2-klein, folder split_files/"
+NINE_B = f"{HUGGING_FACE}black-forest-labs/FLUX.2-klein-9B (accept its licence there first)"
+VAE = {"flux2-vae.safetensors": f"{COMFY_ORG}vae"}
 FILES = {size: (f"flux-2-klein-{size}.safetensors", f"flux-2-klein-base-{size}.safetensors") for size in ("4b", "9b")}
 PUBLISHED = {
     "4b": {"num_heads": 24, "hidden_size": 3072, "depth": 5, "depth_single_blocks": 20},
@@ -99,7 +102,7 @@ KLEIN_4B = Family(
     takes_guidance=takes_guidance,
     refuse=refuse_all_but(STACKED * 2560, "FLUX.2 klein 4B"),
     training_sigmas=training_sigmas,
-    sources=dict.fromkeys(FILES["4b"], HUGGING_FACE.format("4B")),
+    sources=dict.fromkeys(FILES["4b"], f"{COMFY_ORG}diffusion_models") | VAE,
     small=("Flux2", SMALL),
     published=dict.fromkeys(FILES["4b"], PUBLISHED["4b"]),
 )
@@ -114,7 +117,7 @@ KLEIN_9B = replace(
     teacher=("qwen3", "8b"),
     text_width=STACKED * 4096,
     refuse=refuse_all_but(STACKED * 4096, "FLUX.2 klein 9B"),
-    sources=dict.fromkeys(FILES["9b"], HUGGING_FACE.format("9B")),
+    sources=dict.fromkeys(FILES["9b"], NINE_B) | VAE,
     small=("Flux2", SMALL | {"context_in_dim": STACKED * 4096}),
     published=dict.fromkeys(FILES["9b"], PUBLISHED["9b"]),
 )

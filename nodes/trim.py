@@ -26,7 +26,14 @@ class DistilledT5Trim(io.ComfyNode):
                 "Saves a Qwen3-4B or 8B without the layers that Z-Image or FLUX.2 klein does not read, to models/text_encoders: for klein, "
                 "27 of 36 layers stay (8.0 GB become 6.2). The images stay the same, bit for bit. Nothing is distilled or trained."
             ),
-            search_aliases=["prune text encoder", "smaller Qwen3", "FLUX.2 klein text encoder", "Z-Image text encoder", "reduce VRAM"],
+            search_aliases=[
+                "Distilled T5",
+                "prune text encoder",
+                "smaller Qwen3",
+                "FLUX.2 klein text encoder",
+                "Z-Image text encoder",
+                "reduce VRAM",
+            ],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(

@@ -145,7 +145,7 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
             check_output_folder()
         path = train(recipe, Path(options.run or Path("runs", recipe.name)), options.resume, ranks)
     if path is not None:
-        print(f"Done: {path}\nDistilled T5 Loader lists it after a refresh (key R).")
+        print(f"Done: {path}\nDistilled Text Encoder Loader lists it after a refresh (key R).")
     elif ranks.is_main:
         saved = RunDirectory(options.run or Path("runs", recipe.name)).has_checkpoints
         print("Stopped; continue with --resume." if saved else "Stopped before the first step; run the same command again.")

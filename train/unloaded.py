@@ -146,7 +146,7 @@ def projection_alone(path: Path, family: Family, device: torch.device) -> Frozen
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     found = {needed.get(name, name.removeprefix(prefix)): tensor for name, tensor in found.items()}
     found, _ = comfy.utils.convert_old_quants(found, "", metadata=strings)
-    projection = text_projection(config, family, found).to(device)
+    projection = text_projection(config, family, found, device)
     config.quant_config = None
     config.set_inference_dtype(torch.float32, None)
     inner_model = config.get_model({}, "", device=torch.device("meta"))

@@ -38,6 +38,7 @@ SHOW_THEIR_IMAGE = {"DistilledT5AttentionMapImage", "DistilledT5OCRAccuracy", "D
 SHOW_IMAGES = {"SaveImage", "PreviewImage"}
 OLDEST_COMFYUI = "0.16.3"
 LOADERS = {"UNETLoader", "VAELoader", "DualCLIPLoader", "LoraLoader", "ControlNetLoader", "DistilledT5Loader", "CheckpointLoaderSimple"}
+LOADERS |= {"DistilledT5Trim"}
 FOLDERS = {"checkpoints", "text_encoders", "diffusion_models", "vae", "loras", "controlnet"}
 SHIPPED = {path.name for path in (ROOT / "miniature" / "models").rglob("*.safetensors")}
 # Students that nobody has published, by the recipe that trains each.
