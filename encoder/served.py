@@ -32,7 +32,7 @@ from .lora_log import fold_lora_lines
 from .metadata import MAX_TOKENS, StudentMetadata, of_changed_weights, served_as
 from .needed_tensors import CLIPS
 from .prompt_length import TokenWeight, seen_by_encoder
-from .trim import check_large_file, trimmed_tensors
+from .trim import check_trimmable, trimmed_tensors
 
 # What ComfyUI builds where a student or nothing goes, and what is dropped at once. Its CLIPs take a hidden layer of at least three.
 SMALL_COMPANION = {"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
@@ -148,7 +148,7 @@ def load_encoder(student_path: str, companions: Mapping[str, str], options: Serv
     family = FAMILIES[options.family]
     trimmed = trimmed_tensors(Path(student_path))
     if trimmed is not None:
-        check_large_file(trimmed, Path(student_path).name, family)
+        check_trimmable(trimmed, Path(student_path).name, family)
         return _trimmed(student_path, family, options)
     student = opened(student_path, family)
     for name in companions:
