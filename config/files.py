@@ -17,6 +17,8 @@ from .toml import toml_parser, toml_value
 Model = TypeVar("Model", bound=BaseModel)
 # TOML's names for what pydantic calls by Python's.
 EXPECTED = {"model_type": "expected a table", "tuple_type": "expected a list"}
+# The beginning of tags that tell the tables of one key apart; pydantic puts a tag into the place of an error.
+ONE_OF = "<"
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
 QUOTES = "in TOML, put a Windows path between single quotes or write it with forward slashes"
 
@@ -97,23 +99,24 @@ def options(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
         found[key] = field
-        part = _part(field.annotation)
-        found |= options(part, f"{key}.") if part else {}
+        for part in _parts(field.annotation):
+            found |= options(part, f"{key}.")
     return found
 
 
-def _part(annotation: Any) -> type[BaseModel] | None:
-    """The model in `Model`, `Model | None` or `tuple[Model, ...]`."""
+def _parts(annotation: Any) -> list[type[BaseModel]]:
+    """The models in `Model`, `Model | Other | None` or `tuple[Model, ...]`."""
     if isclass(annotation) and not get_args(annotation):
-        return annotation if issubclass(annotation, BaseModel) else None
-    return next((part for part in map(_part, get_args(annotation)) if part), None)
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [part for argument in get_args(annotation) for part in _parts(argument)]
 
 
 def _problem(details: Mapping[str, Any], model: type[BaseModel], noun: str) -> str:
     """One of pydantic's errors in TOML's terms, beginning with the dotted key as `--set` takes it."""
     known = options(model)
-    key = printable(".".join(map(str, details["loc"])))
-    name = ".".join(part for part in details["loc"] if isinstance(part, str))
+    location = [part for part in details["loc"] if not str(part).startswith(ONE_OF)]
+    key = printable(".".join(map(str, location)))
+    name = ".".join(part for part in location if isinstance(part, str))
     kind, message, value = details["type"], details["msg"], details["input"]
     meaning = f" ({known[name].description})" if name in known else ""
     if kind == "extra_forbidden":

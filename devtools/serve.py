@@ -48,7 +48,7 @@ def welcome(url: str, comfyui: Path, base: Path) -> str:
     if (base / WORKFLOWS / f"{TRAINED}.json").exists():
         lines.append(f"The student of demo --train draws with the workflow {TRAINED}: press W in ComfyUI and open it.")
     lines += [
-        f"Students of train, in {encoders_of(comfyui)}, are in the list of Distilled T5 Loader.",
+        f"Students of train, in {encoders_of(comfyui)}, are in the list of Distilled Text Encoder Loader.",
         f"{url} alone opens ComfyUI's own first workflow, which cannot draw here: use the links.",
         "The templates of Flux and other families open, too. Their models here are stand-ins with random weights, which draw noise;",
         f"to get images, replace the stand-ins in {base / 'models'} with the real files.",

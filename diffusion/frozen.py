@@ -76,7 +76,7 @@ class FrozenModel:
         found = self.model.diffusion_model.state_dict()
         # Copies, as the model's own leave the device with it.
         tensors = {name: tensor.clone() for name, tensor in found.items() if name.startswith(self.family.text_projection)}
-        return text_projection(self.model.model_config, self.family, tensors).to(self.device)
+        return text_projection(self.model.model_config, self.family, tensors, self.device)
 
     def load(self, memory_required: int = 0) -> None:
         """Bring the model to its device through ComfyUI, which unloads other models as needed."""

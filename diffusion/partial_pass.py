@@ -22,17 +22,22 @@ class _Ended(Exception):
     """The pass has reached what it was to show."""
 
 
-def streams_after(model: FrozenModel, blocks: int, run: Run, text_rows: int, to_the_end: bool) -> tuple[dict[str, Tensor], Tensor | None]:
+def streams_after(model: FrozenModel, blocks: int, run: Run, to_the_end: bool) -> tuple[dict[str, Tensor], Tensor | None]:
     """The streams of `image` and `text` [B, rows, channels] after the first blocks, where both are used later, and what `run` returns.
 
-    `run` is a pass with `text_rows` rows of text. It ends at the last of these blocks and returns nothing, unless `to_the_end`.
+    `run` is a pass. It ends at the last of these blocks and returns nothing, unless `to_the_end`.
     """
     assert blocks > 0
-    block, names = model.streams[blocks - 1]
+    (first, first_names), (block, names) = model.streams[0], model.streams[blocks - 1]
     seen: dict[str, Tensor] = {}
+    text_rows: list[int] = []
+
+    def count(output: Any) -> None:
+        # Some models pad the text.
+        text_rows.extend(stream.shape[1] for name, stream in _by_name(output, first_names).items() if name == "text")
 
     def see(output: Any) -> None:
-        seen.update(_by_name(output, names, text_rows))
+        seen.update(_by_name(output, names, *text_rows))
         if blocks > len(model.streams) - model.family.last_blocks_without_text:
             seen.pop("text", None)
         if not to_the_end:
@@ -40,12 +45,12 @@ def streams_after(model: FrozenModel, blocks: int, run: Run, text_rows: int, to_
         # Later blocks add to them in place.
         seen.update({name: stream.clone() for name, stream in seen.items()})
 
-    with _watched(block, see), contextlib.suppress(_Ended):
+    with _watched(first, count), _watched(block, see), contextlib.suppress(_Ended):
         return seen, run()
     return seen, None
 
 
-def _by_name(output: Any, names: tuple[str, ...], text_rows: int) -> dict[str, Tensor]:
+def _by_name(output: Any, names: tuple[str, ...], text_rows: int = 0) -> dict[str, Tensor]:
     if names == ("text+image",):
         return {"text": output[:, :text_rows], "image": output[:, text_rows:]}
     outputs = output if isinstance(output, tuple) else (output,)

@@ -14,8 +14,8 @@ from torch.nn import Module, Parameter, Sequential
 from ..families.family import Family
 
 
-def text_projection(config: Any, family: Family, tensors: Mapping[str, Tensor]) -> Module:
-    """The layers through which a model of this configuration of ComfyUI puts the text before its first block, in float32.
+def text_projection(config: Any, family: Family, tensors: Mapping[str, Tensor], device: torch.device) -> Module:
+    """The layers through which a model of this configuration of ComfyUI puts the text before its first block, in float32, on the device.
 
     `tensors`: those of the diffusion model, by name; others than the layers' are not read. Raises ValueError if one is missing.
     """
@@ -23,7 +23,7 @@ def text_projection(config: Any, family: Family, tensors: Mapping[str, Tensor]) 
     # ComfyUI's layers for quantised files have no weights before they are loaded, and load every format.
     config.quant_config = {"mixed_ops": True}
     config.set_inference_dtype(torch.float32, torch.float32)
-    inner = config.get_model({}, "").diffusion_model
+    inner = config.get_model({}, "", device=device).diffusion_model
     layers = []
     for name in family.text_projection:
         layer = functools.reduce(lambda module, part: getattr(module, part, None), name.split("."), inner)

@@ -36,7 +36,7 @@ def taken_by(family: Family, companions: Mapping[str, str]) -> tuple[dict[str, s
     if family.companions or not companions:
         return dict(companions), ""
     files = " and ".join(printable(Path(path).name) for path in companions.values())
-    return {}, f"not used: {files}, because {family.display_name} takes T5 alone"
+    return {}, f"not used: {files}, because {family.display_name} takes {family.kind.display_name} alone"
 
 
 def _companion_in(path: str) -> str | None:

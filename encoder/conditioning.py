@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 NOT_FINITE = (
-    "load the encoder with Distilled T5 Loader, in fp32 or bf16, without LoRAs. If this CLIP comes from Load Checkpoint: it takes the "
-    "distilled T5 of a checkpoint for a T5-XXL without weights; put the checkpoint into models/text_encoders and pick it as the distilled "
-    "T5 file (clip_name2) of Distilled T5 Loader, or use a T5-XXL."
+    "load the encoder with Distilled Text Encoder Loader, in fp32 or bf16, without LoRAs. If this CLIP comes from Load Checkpoint: it "
+    "takes the distilled T5 of a checkpoint for a T5-XXL without weights; put the checkpoint into models/text_encoders and pick it as the "
+    "distilled encoder file (clip_name2) of Distilled Text Encoder Loader, or use a T5-XXL."
 )
 
 

@@ -27,6 +27,8 @@ ALSO_KEY = KEY + "also_serves"
 HASH_KEY = "modelspec.hash_sha256"
 # ModelSpec's hash covers the data alone: it misses two tensors swapped in the header, or fp16 written for bf16.
 HEADER_HASH_KEY = KEY + "header_sha256"
+# The family for which a large encoder's file was trimmed (`encoder.trim`).
+TRIMMED_KEY = KEY + "trimmed_for"
 # A placeholder of the same length, until the data is written and its hash is known.
 NO_HASH = "0x" + "0" * 64
 
@@ -145,6 +147,15 @@ def _pooled(family: Family) -> tuple[str, ...]:
     return (*map("+".join, subsets), ZERO)
 
 
+def of_kind(metadata: StudentMetadata, layout: Layout) -> StudentMetadata:
+    """The metadata; where a file has none, that of the first family which its kind of network serves and whose text is as wide."""
+    if metadata.described or layout.kind in FAMILIES[metadata.family].students:
+        return metadata
+    fitting = (family for family in FAMILIES.values() if layout.kind in family.students and family.text_width == layout.output_width)
+    family = next(fitting, FAMILIES[metadata.family])
+    return replace(metadata, family=family.name, token_length=family.token_length, pooled=_pooled(family)[0])
+
+
 def check_against_layout(metadata: StudentMetadata, layout: Layout, where: str) -> None:
     """Raise StudentFileError if metadata and tensors disagree, the kind is not one of the family's, or the width is not."""
     if layout.kind not in FAMILIES[metadata.family].students:
@@ -189,7 +200,7 @@ def described(metadata: StudentMetadata, layout: Layout, dtype: str) -> dict[str
         "modelspec.title": title,
         "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.description": f"{layout.size_name} in the place of {large}: {layout.parameters / 1e6:.0f} M parameters, {dtype}.",
-        "modelspec.usage_hint": f"ComfyUI: Distilled T5 Loader{beside}.",
+        "modelspec.usage_hint": f"ComfyUI: Distilled Text Encoder Loader{beside}.",
         "modelspec.tags": f"text encoder, {layout.kind}, distilled, {family.name}",
         HASH_KEY: NO_HASH,
     }

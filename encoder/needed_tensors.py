@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
-from ..families import DEFAULT
+from ..families import DEFAULT, FAMILIES
 from ..families.family import Family
 from ..runtime.errors import StudentFileError, UndistilledError, listed
 from ..students import kind_of
-from ..students.foreign import refuse_foreign, refuse_quantised
+from ..students.foreign import foreign_kind, refuse_foreign, refuse_quantised
 from ..students.kind import Layout, Shape
-from .metadata import StudentMetadata, check_against_layout, read_metadata
+from .metadata import TRIMMED_KEY, StudentMetadata, check_against_layout, of_kind, read_metadata
 
 TOKENS = 49408
+# Endings of what ComfyUI's quantised layers have beside their weights.
+QUANTISED_BY_COMFYUI = (".comfy_quant", ".weight_scale", ".weight_scale_2")
 
 
 @dataclass(frozen=True)
 class Clip:
-    """The text half of a published CLIP: what people call it, the input of Distilled T5 Loader, and its sizes as ComfyUI has them.
+    """The text half of a published CLIP: what people call it, the loader's input for it, and its sizes as ComfyUI has them.
 
     projected: whether ComfyUI projects its pooled vector.
     """
@@ -152,21 +154,49 @@ def _other_file(shapes: Mapping[str, Shape], where: str, name: str) -> StudentFi
     )
 
 
-def check_large_tensors(shapes: Mapping[str, Shape], where: str, family: Family = DEFAULT) -> None:
-    """Raise StudentFileError unless every tensor of the network that students replace is there, whatever else is (fp8 scales).
+def check_large_tensors(shapes: Mapping[str, Shape], where: str, family: Family = DEFAULT, pick: str = "") -> None:
+    """Raise StudentFileError unless a file has every tensor of its large encoder that the family reads, whatever else is there (scales).
 
-    ComfyUI only warns about missing weights, and would teach with uninitialised memory.
+    ComfyUI only warns about missing weights, and would encode with uninitialised memory. Layers that are not read may be missing (Trim Text
+    Encoder), and weights that are quantised as ComfyUI's have their own shapes. `pick`: what to do with another file.
     """
-    layout = family.teacher_layout
-    names, _ = family.kind.published_names(shapes)
-    wanted = layout.tensors()
-    wrong = [name for name, shape in wanted.items() if name not in names or shapes[names[name]] != shape]
+    kind, layout = family.kind, family.teacher_layout
+    pick = pick or f"name a complete {layout.size_name} (fp16, bf16 or fp8, not packed in 4 bits) in teacher.t5."
+    names, _ = kind.published_names(shapes)
+    by_name = {name: shapes[source] for name, source in names.items()}
+    _refuse_other_large(by_name, where, family, pick)
+    quantised = {part_of(name) for name in by_name if name.endswith(QUANTISED_BY_COMFYUI)}
+    wanted = family.read_layout.tensors()
+    wrong = [name for name, shape in wanted.items() if name not in by_name or (by_name[name] != shape and part_of(name) not in quantised)]
     if wrong:
         raise StudentFileError(
             f"{where} is not a complete {layout.size_name}: {len(wrong)} of {len(wanted)} tensors are missing or misshapen.",
-            f"name a complete {layout.size_name} (fp16, bf16 or fp8, not packed in 4 bits) in teacher.t5.",
+            pick,
             listed(wrong, 10),
         )
+
+
+def part_of(name: str) -> str:
+    """The layer that a tensor is of: its name without the last part, which its scales have in common with it."""
+    return name.rpartition(".")[0]
+
+
+def _refuse_other_large(by_name: Mapping[str, Shape], where: str, family: Family, pick: str) -> None:
+    """Raise StudentFileError for a file that is known as something else than the family's large encoder."""
+    kind, size_name, width = family.kind, family.teacher_layout.size_name, family.teacher_layout.output_width
+    foreign, other = foreign_kind(by_name, kind), kind_of(list(by_name))
+    what = foreign.name if foreign else ""
+    if other is not kind and any(name.endswith(other.signs) for name in by_name):
+        what = f"a {other.display_name}"
+    elif any(name.startswith(kind.projection) for name in by_name):
+        what = f"a distilled {kind.display_name}, which is read to its end"
+    elif any("visual." in name for name in by_name):
+        what, pick = "a Qwen3-VL, with vision layers", f"for image input keep the complete encoder; for text, {pick}"
+    fitting = [name for name, one in FAMILIES.items() if (one.kind, one.teacher_layout.output_width) == (kind, kind.width_in(by_name))]
+    if not what and fitting and family.name not in fitting:
+        what, pick = f"the text encoder of {FAMILIES[fitting[0]].display_name}", f"set type to {' or '.join(fitting)}, or {pick}"
+    if what:
+        raise StudentFileError(f"{where} is {what}; expected a {size_name}, of width {width}.", pick)
 
 
 @dataclass(frozen=True)
@@ -188,10 +218,15 @@ def student_header(shapes: Mapping[str, Shape], strings: Mapping[str, str], wher
     names, twin = kind.published_names(shapes)
     by_name = {name: shapes[source] for name, source in names.items()}
     refuse_foreign(by_name, where, kind)
+    if TRIMMED_KEY in strings:
+        raise UndistilledError(
+            f"{where} is a trimmed {kind.display_name}, not a distilled one.", "load it with Distilled Text Encoder Loader."
+        )
     metadata = read_metadata(strings, where)
     kind.refuse_relatives(by_name, where, metadata.described)
     refuse_quantised(by_name, where, "use the encoder file that is not quantised; dtype fp8_e4m3fn makes it as small.")
     layout = kind.read_layout(by_name, where)
+    metadata = of_kind(metadata, layout)
     check_against_layout(metadata, layout, where)
     return StudentHeader(layout, metadata, names, twin)
 

@@ -47,7 +47,7 @@ def family_of(clip: Any, tokens: Iterable[str]) -> Family:
         names = " or ".join(family.display_name for family in FAMILIES.values())
         raise ValueError(
             f"This CLIP has no {encoders} (its tokens are for {', '.join(parts)}).\n"
-            f"What to do: connect a Distilled T5 Loader, or another CLIP for {names}."
+            f"What to do: connect a Distilled Text Encoder Loader, or another CLIP for {names}."
         )
     return found
 

@@ -27,10 +27,12 @@ from ..students import KINDS
 from ..students.kind import StudentKind
 from .companions import open_companion
 from .files import StudentFile, open_student
+from .large import load_large
 from .lora_log import fold_lora_lines
 from .metadata import MAX_TOKENS, StudentMetadata, of_changed_weights, served_as
 from .needed_tensors import CLIPS
 from .prompt_length import TokenWeight, seen_by_encoder
+from .trim import check_trimmable, trimmed_tensors
 
 # What ComfyUI builds where a student or nothing goes, and what is dropped at once. Its CLIPs take a hidden layer of at least three.
 SMALL_COMPANION = {"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
@@ -107,6 +109,7 @@ def text_model(
     part.__class__ = type(f"Student{type(part).__name__}", (StudentTokens, type(part)), {"kind": kind})
     part.transformer = kind.served(student.layout, student_dtype, device, part.operations)
     part.num_layers = part.transformer.num_layers
+    part.transformer.usual_layer = part.layer_idx
     part.freeze()
     model.add_module(kind.module, part)
     vars(model)[family.part] = part
@@ -143,6 +146,10 @@ def load_encoder(student_path: str, companions: Mapping[str, str], options: Serv
     Raises StudentFileError for a file that is not a complete student of this family, or not that companion; then nothing is loaded.
     """
     family = FAMILIES[options.family]
+    trimmed = trimmed_tensors(Path(student_path))
+    if trimmed is not None:
+        check_trimmable(trimmed, Path(student_path).name, family)
+        return _trimmed(student_path, family, options)
     student = opened(student_path, family)
     for name in companions:
         if name not in family.companions:
@@ -159,6 +166,33 @@ def load_encoder(student_path: str, companions: Mapping[str, str], options: Serv
     # With dynamic VRAM, ComfyUI calls this for a second, fully loaded copy of the model.
     clip.patcher.cached_patcher_init = (_load_patcher, (student_path, dict(companions), options))
     return ServedEncoder(clip, describe(clip, student.path.name, {name: Path(path).name for name, path in companions.items()}))
+
+
+def _trimmed(path: str, family: Family, options: ServingOptions) -> ServedEncoder:
+    """A large encoder's file of `encoder.trim` as ComfyUI loads it, without what is not in the file."""
+    where = Path(path).name
+    if options.dtype is not None:
+        raise StudentFileError(
+            f"{where} is a trimmed {family.teacher_layout.size_name}, which keeps its number format.", "set dtype to auto."
+        )
+    clip = load_large([path], family, _devices(options.device), options.embedding_folders)
+    if options.token_length is not None:
+        clip.set_tokenizer_option(f"{family.part}_min_length", options.token_length)
+    large = family.teacher_layout
+    resident_gb = sum(weight.numel() * weight.element_size() for weight in clip.cond_stage_model.parameters()) / 1e9
+    info = (
+        f"{large.size_name} from {printable(where)}: {family.layers_read} of {large.num_layers} layers, {resident_gb:.1f} GB\n"
+        f"runs on {clip.patcher.load_device}, rests on {clip.patcher.offload_device}\n"
+        f"text width {family.text_width} ({family.display_name})"
+    )
+    return ServedEncoder(clip, info)
+
+
+def _devices(device: torch.device | None) -> dict[str, Any]:
+    """ComfyUI's model options for an encoder on a device; None: ComfyUI's choice."""
+    if device is None:
+        return {}
+    return {"load_device": device, **({"offload_device": device} if device.type == "cpu" else {})}
 
 
 def opened(student_path: str, family: Family) -> StudentFile:
@@ -184,11 +218,7 @@ def _build(
     state_dicts = [*companions.values(), served_tensors(student, dtype, progress)]
     token_length = options.token_length or student.metadata.token_length
     tokenizer_data: dict[str, Any] = {f"{family.part}_min_length": token_length}
-    model_options: dict[str, Any] = {}
-    if options.device is not None:
-        model_options["load_device"] = options.device
-        if options.device.type == "cpu":
-            model_options["offload_device"] = options.device
+    model_options = _devices(options.device)
     for tensors in companions.values():
         tokenizer_data, model_options = long_clipl.model_options_long_clip(tensors, tokenizer_data, model_options)
     build = functools.partial(text_model, student, token_length, dtype, frozenset(companions))
@@ -253,7 +283,8 @@ def student_of(clip: Any) -> Any:
     model = getattr(clip, "cond_stage_model", None)
     if not isinstance(getattr(model, "metadata", None), StudentMetadata):
         raise ValueError(
-            f"This CLIP is not a distilled T5 (it is a {type(model).__name__}).\nWhat to do: connect the CLIP of a Distilled T5 Loader."
+            f"This CLIP is not a distilled T5 (it is a {type(model).__name__}).\n"
+            "What to do: connect the CLIP of a Distilled Text Encoder Loader."
         )
     return model
 

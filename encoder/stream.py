@@ -11,12 +11,14 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from ..runtime.header import Entry
 from ..runtime.progress import Progress, silent
-from ..runtime.weights import SAFETENSORS_NAMES
+from ..runtime.weights import SAFETENSORS_NAMES, changed
 
 # Flushed to the disk before the next piece, so that no wait is long.
 PIECE_BYTES = 1 << 25
@@ -37,12 +39,41 @@ def write_stream(
     memory. `progress` counts bytes; a cancelled file is left unfinished. The bytes are those of the safetensors library, except for the
     order of the metadata.
     """
-    header, total = _header(sizes, metadata)
+    return _written(path, *_header(sizes, metadata), _pieces(map(tensor_of, _order(sizes))), progress)
+
+
+def copy_tensors(source: Path, entries: Mapping[str, Entry], path: Path, metadata: Mapping[str, str], progress: Progress = silent) -> None:
+    """Write the tensors that `entries` find in a safetensors file, of any number format, byte by byte into a new one.
+
+    The widest formats come first, as readers want multiples of a number's size. `progress` and cancelling are as in `write_stream`. Raises
+    StudentFileError for a file that changes meanwhile.
+    """
+    table: dict[str, object] = {"__metadata__": dict(metadata)}
+    ordered = sorted(entries.items(), key=lambda item: (-item[1].size / max(1, item[1].numbers), item[1].begin))
+    end = 0
+    for name, entry in ordered:
+        start, end = end, end + entry.size
+        table[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
+    with source.open("rb") as file:
+        _written(path, _with_length(table), end, _ranges(file, source, [entry for _, entry in ordered]), progress)
+
+
+def _ranges(file: BinaryIO, source: Path, entries: Iterable[Entry]) -> Iterator[bytes]:
+    for entry in entries:
+        file.seek(entry.begin)
+        for start in range(0, entry.size, PIECE_BYTES):
+            size = min(PIECE_BYTES, entry.size - start)
+            if len(piece := file.read(size)) < size:
+                raise changed(source)
+            yield piece
+
+
+def _written(path: Path, header: bytes, total: int, pieces: Iterable[bytes | memoryview], progress: Progress) -> str:
     digest, done = hashlib.sha256(), 0
     progress(0, total)
     with path.open("wb") as file:
         file.write(header)
-        for piece in _pieces(map(tensor_of, _order(sizes))):
+        for piece in pieces:
             digest.update(piece)
             file.write(piece)
             done += len(piece)
@@ -69,9 +100,13 @@ def _header(sizes: Sizes, metadata: Mapping[str, str] | None) -> tuple[bytes, in
         dtype, shape = sizes[name]
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
         entries[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    return _with_length(entries), end
+
+
+def _with_length(entries: Mapping[str, object]) -> bytes:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, end
+    return len(text).to_bytes(8, "little") + text
 
 
 def _pieces(tensors: Iterable[Tensor]) -> Iterator[memoryview]:

@@ -1,6 +1,6 @@
 """The teacher: text embeddings and pooled vectors of prompts, on the CPU."""
 
-# B batch, L text tokens, D text width, P pooled width
+# B batch, N stacked layers, L text tokens, D text width, P pooled width
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import comfy.sd
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from ..runtime.grouping import alike
 from ..runtime.weights import read_header
 from .companions import open_companion
 from .files import open_student
+from .large import load_large
 from .needed_tensors import CLIPS, check_companions_given, check_large_tensors
 from .rows import Rows
 from .served import ServingOptions, load_encoder
@@ -34,13 +34,16 @@ class Teacher:
         self._empty: dict[int, TeacherText] = {}
 
     def token_ids(self, prompts: Sequence[str], length: int) -> list[list[int]]:
-        """Token ids of each prompt: cut to `length` with the end token last, or padded to it where the family pads.
+        """Token ids of each prompt, in the chat template where ComfyUI's tokenizer has one.
 
-        Prompts are taken literally, without weights.
+        Cut to `length` with the end token or the end of the template last, or padded to it where the family pads. Prompts are taken
+        literally, without weights.
         """
         tokenizer, kind = self.family.tokenizer(self.clip).tokenizer, self.family.kind
-        found = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        return [kind.fit(ids, length if self.family.padded else min(length, len(ids))) for ids in found]
+        template = getattr(self.clip.tokenizer, "llama_template", "{}")
+        ending = tokenizer(template.partition("{}")[2])["input_ids"]
+        found = [tokenizer(template.format(prompt))["input_ids"] for prompt in prompts]
+        return [kind.fit(ids, length if self.family.padded else min(length, len(ids)), ending) for ids in found]
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], length: int, with_empty: bool = False) -> TeacherText:
@@ -68,7 +71,7 @@ class Teacher:
     def _encoded(self, token_ids: Sequence[list[int]], longest: int) -> Tensor:
         """The large encoder's rows [B, L, D], those of equal length together; zeros beyond a prompt's own."""
         groups = alike(map(len, token_ids))
-        found = [self.text_model.encode([token_ids[place] for place in group])[0].float().cpu() for group in groups]
+        found = [side_by_side(self.text_model.encode([token_ids[place] for place in group])[0]).float().cpu() for group in groups]
         if len(groups) == 1:
             return found[0]
         text_BLD = torch.zeros(len(token_ids), longest, found[0].shape[-1])
@@ -90,6 +93,11 @@ class Teacher:
         before = self.family.rows_before
         none = torch.zeros(0, text_width)
         return torch.cat(pooled), none if before is None or not rows else before(rows)[0].float().cpu()
+
+
+def side_by_side(text: Tensor) -> Tensor:
+    """Layers [B, N, L, D] that a family stacks as one text [B, L, N x D]; a text of one layer as it is."""
+    return text.movedim(1, 2).flatten(2) if text.ndim == 4 else text
 
 
 def literal(prompt: str) -> str:
@@ -118,7 +126,7 @@ def load_teacher(path: Path, companions: Mapping[str, Path], family: Family = DE
         return Teacher(load_encoder(str(path), others, ServingOptions(family.name)).clip, family)
     check_companions_given(companions, family)
     check_large(path, family)
-    return Teacher(comfy.sd.load_clip([*others.values(), str(path)], clip_type=comfy.sd.CLIPType[family.clip_type]), family)
+    return Teacher(load_large([*others.values(), str(path)], family), family)
 
 
 def _check_companion(name: str, path: Path) -> None:

@@ -198,7 +198,7 @@ def followed_family(model: Any) -> Family:
     network = type(model.get_model_object("diffusion_model"))
     found = next((family for family in FAMILIES.values() if family.network == f"{network.__module__}.{network.__qualname__}"), None)
     if found is None:
-        known = ", ".join(family.display_name for family in FAMILIES.values())
+        known = ", ".join(family.display_name for family in FAMILIES.values() if family.network)
         raise ValueError(
             f"Attention maps work for {known}; this MODEL is a {network.__name__}.\nWhat to do: connect the MODEL of one of these families."
         )

@@ -132,7 +132,7 @@ class Text:
 
 
 class LoadedEncoder:
-    """An encoder in ComfyUI, as its loader node gives it (DualCLIPLoader, Distilled T5 Loader)."""
+    """An encoder in ComfyUI, as its loader node gives it (DualCLIPLoader, Distilled Text Encoder Loader)."""
 
     def __init__(self, file: EncoderFile, teacher: Teacher, negative: str | None = None) -> None:
         self.file = file

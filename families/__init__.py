@@ -5,9 +5,13 @@ from __future__ import annotations
 from .chroma import CHROMA
 from .family import Family
 from .flux import FLUX
+from .flux2_klein import KLEIN_4B, KLEIN_9B
 from .pixart import PIXART_ALPHA, PIXART_SIGMA
 from .sd3 import SD3
+from .z_image import Z_IMAGE
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3, PIXART_ALPHA, PIXART_SIGMA, CHROMA)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (FLUX, SD3, PIXART_ALPHA, PIXART_SIGMA, CHROMA, Z_IMAGE, KLEIN_4B, KLEIN_9B)
+}
 # The family of encoder files without metadata (the authors'), and of nodes whose type is not set.
 DEFAULT = FLUX

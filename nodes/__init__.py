@@ -16,8 +16,9 @@ from .ocr_accuracy import DistilledT5OCRAccuracy
 from .replacements import register_replacements
 from .save import DistilledT5Save
 from .text_encode import DistilledT5TextEncode
+from .trim import DistilledT5Trim
 
-ENCODER_NODES: list[type[io.ComfyNode]] = [DistilledT5Loader, DistilledT5TextEncode, DistilledT5Save, DistilledT5Distil]
+ENCODER_NODES: list[type[io.ComfyNode]] = [DistilledT5Loader, DistilledT5TextEncode, DistilledT5Save, DistilledT5Distil, DistilledT5Trim]
 EVALUATION_NODES: list[type[io.ComfyNode]] = [
     DistilledT5OCRAccuracy,
     DistilledT5EncoderMap,

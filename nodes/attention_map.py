@@ -32,7 +32,9 @@ class DistilledT5CrossAttentionMap(io.ComfyNode):
             search_aliases=["attention map", "attention heatmap", "DAAM", "word heatmap", "where does Flux look"],
             inputs=[
                 io.Model.Input("model", tooltip="A Flux, Stable Diffusion 3, PixArt or Chroma model, after LoRA nodes."),
-                io.Clip.Input("clip", tooltip="The CLIP that encodes the prompt: of Distilled T5 Loader, or of ComfyUI's own with T5-XXL."),
+                io.Clip.Input(
+                    "clip", tooltip="The CLIP that encodes the prompt: of Distilled Text Encoder Loader, or of ComfyUI's own with T5-XXL."
+                ),
                 io.String.Input("prompt", multiline=True, tooltip="The prompt. It is encoded here, so it and the map cannot differ."),
                 io.String.Input("word", default="", tooltip="A word of the prompt, or several in a row. Every occurrence counts."),
                 io.Float.Input(
@@ -54,7 +56,9 @@ class DistilledT5CrossAttentionMap(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, clip: Any, prompt: str, word: str, guidance: float) -> io.NodeOutput:
         if clip is None:
-            raise ValueError("There is no CLIP.\nWhat to do: connect a Distilled T5 Loader; a checkpoint without text encoders gives none.")
+            raise ValueError(
+                "There is no CLIP.\nWhat to do: connect a Distilled Text Encoder Loader; a checkpoint without text encoders gives none."
+            )
         positions, family = word_positions(clip, prompt, word), followed_family(model)
         extras = {"guidance": guidance} if family.takes_guidance(model.model) else {}
         conditioning = encoded(clip, clip.tokenize(prompt), **extras)

@@ -47,7 +47,9 @@ class DistilledT5Distil(io.ComfyNode):
                     "model",
                     tooltip="The diffusion model to follow: of Load Diffusion Model, without LoRA. weight_dtype default: as in the preset.",
                 ),
-                io.Clip.Input("teacher", tooltip="The encoder to imitate: of ComfyUI's CLIP loaders (T5-XXL) or Distilled T5 Loader."),
+                io.Clip.Input(
+                    "teacher", tooltip="The encoder to imitate: of ComfyUI's CLIP loaders (T5-XXL) or Distilled Text Encoder Loader."
+                ),
                 io.Combo.Input(
                     "preset",
                     options=preset_names(),
@@ -71,7 +73,7 @@ class DistilledT5Distil(io.ComfyNode):
                 *_run_inputs(),
             ],
             outputs=[
-                io.Clip.Output(display_name="CLIP", tooltip="The trained encoder, as Distilled T5 Loader gives it."),
+                io.Clip.Output(display_name="CLIP", tooltip="The trained encoder, as Distilled Text Encoder Loader gives it."),
                 io.String.Output(display_name="report", tooltip="The encoder's file, how far it came, and the folder of the run."),
             ],
         )
@@ -129,7 +131,9 @@ def _run_and_recipe(
     from ..train.run_directory import RunDirectory
 
     if model is None or teacher is None:
-        raise UserError("MODEL or teacher is not connected.", "connect Load Diffusion Model, and a CLIP loader or Distilled T5 Loader.")
+        raise UserError(
+            "MODEL or teacher is not connected.", "connect Load Diffusion Model, and a CLIP loader or Distilled Text Encoder Loader."
+        )
     check_name(chosen["name"])
     family = fitting_family(preset, model.model)
     (diffusion_model, dtype), (t5, companions) = diffusion_file(model), text_encoder_files(teacher, family)

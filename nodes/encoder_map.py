@@ -63,7 +63,9 @@ class DistilledT5EncoderMap(io.ComfyNode):
     def execute(cls, clip_1: Any, prompts: str, seed: int, clip_2: Any = None) -> io.NodeOutput:
         clips = [clip for clip in (clip_1, clip_2) if clip is not None]
         if not clips:
-            raise ValueError("There is no CLIP.\nWhat to do: connect a Distilled T5 Loader; a checkpoint without text encoders gives none.")
+            raise ValueError(
+                "There is no CLIP.\nWhat to do: connect a Distilled Text Encoder Loader; a checkpoint without text encoders gives none."
+            )
         lines, show = prompts_of(prompts), progress_bar()
         names, total = different_names([encoder_name(clip) for clip in clips]), len(clips) * len(lines)
         embeddings = {}

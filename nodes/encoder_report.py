@@ -41,7 +41,7 @@ class DistilledT5EncoderReport(io.ComfyNode):
                 io.Clip.Input(
                     "clip_1",
                     display_name="encoder 1",
-                    tooltip="A text encoder: of a Distilled T5 Loader, of DualCLIPLoader or of any other loader.",
+                    tooltip="A text encoder: of a Distilled Text Encoder Loader, of DualCLIPLoader or of any other loader.",
                 ),
                 *others,
                 io.String.Input(
@@ -65,7 +65,9 @@ class DistilledT5EncoderReport(io.ComfyNode):
     def execute(cls, clip_1: Any, prompt: str, repeats: int, clip_2: Any = None, clip_3: Any = None, clip_4: Any = None) -> io.NodeOutput:
         clips = [clip for clip in (clip_1, clip_2, clip_3, clip_4) if clip is not None]
         if not clips:
-            raise ValueError("There is no CLIP.\nWhat to do: connect a Distilled T5 Loader; a checkpoint without text encoders gives none.")
+            raise ValueError(
+                "There is no CLIP.\nWhat to do: connect a Distilled Text Encoder Loader; a checkpoint without text encoders gives none."
+            )
         names, show = different_names([encoder_name(clip) for clip in clips]), progress_bar()
 
         def part(number: int) -> Any:

@@ -15,7 +15,7 @@ from ..runtime.weights import CHOICES
 
 LOADERS = {
     "model": "connect Load Diffusion Model directly",
-    "teacher": "connect Load CLIP, DualCLIPLoader, TripleCLIPLoader or Distilled T5 Loader directly",
+    "teacher": "connect Load CLIP, DualCLIPLoader, TripleCLIPLoader or Distilled Text Encoder Loader directly",
 }
 
 
@@ -47,9 +47,9 @@ def text_encoder_files(clip: Any, family: Family) -> tuple[str, dict[str, str]]:
     if isinstance(options, ServingOptions) and (options.dtype or options.token_length):
         raise UserError(
             "The teacher's loader changes its number format or token length; it teaches as its file has it.",
-            "set dtype to auto and token_length to 0 in Distilled T5 Loader.",
+            "set dtype to auto and token_length to 0 in Distilled Text Encoder Loader.",
         )
-    # ComfyUI's own loaders: a list of files. Distilled T5 Loader: the student's, then those of its companions by name.
+    # ComfyUI's own loaders: a list of files. Distilled Text Encoder Loader: the student's, then those of its companions by name.
     several = isinstance(paths, list | tuple)
     *first, t5 = paths if several else (paths,)
     others = {f"file {number}": path for number, path in enumerate(first)} if several else dict(second or {})

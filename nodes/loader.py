@@ -1,4 +1,4 @@
-"""Distilled T5 Loader."""
+"""Distilled Text Encoder Loader."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ class DistilledT5Loader(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DistilledT5Loader",
-            display_name="Distilled T5 Loader",
+            display_name="Distilled Text Encoder Loader",
             category="Distilled T5",
             description=(
-                "Loads a distilled T5 (T5-Base: 0.26 GB) in the place of T5-XXL (9.5 GB) for Flux, Stable Diffusion 3, PixArt and Chroma. "
+                "Loads a distilled T5 (T5-Base: 0.26 GB) in the place of T5-XXL (9.5 GB) for Flux, Stable Diffusion 3, PixArt and Chroma, "
+                "or a distilled or trimmed Qwen3 in the place of Qwen3-4B or 8B for Z-Image and FLUX.2 klein. "
                 "Use it in place of Load CLIP, DualCLIPLoader or TripleCLIPLoader: "
                 "the CLIP it gives works with every text encode, LoRA, ControlNet and guidance node."
             ),
             search_aliases=[
+                "Distilled T5 Loader",
                 "DistillT5",
                 "DistilT5",
                 "T5-Base dual clip",
@@ -42,6 +44,8 @@ class DistilledT5Loader(io.ComfyNode):
                 "DualCLIPLoader",
                 "T5-XXL replacement",
                 "DualCLIPLoaderT5Base",
+                "small Qwen3",
+                "Z-Image text encoder",
             ],
             inputs=[
                 io.Combo.Input(
@@ -49,13 +53,13 @@ class DistilledT5Loader(io.ComfyNode):
                     display_name="CLIP-L file",
                     options=clip_l_names(),
                     tooltip="The CLIP-L file (clip_l.safetensors), from models/text_encoders. 'none': its pooled vector is zeros. "
-                    "PixArt and Chroma do not use it.",
+                    "PixArt, Chroma, Z-Image and FLUX.2 klein do not use it.",
                 ),
                 io.Combo.Input(
                     "clip_name2",
-                    display_name="Distilled T5 file",
+                    display_name="Distilled encoder file",
                     options=text_encoder_names(),
-                    tooltip="The distilled T5 file, from models/text_encoders; distilled files come first. T5-XXL needs ComfyUI's loader.",
+                    tooltip="The distilled or trimmed encoder, from models/text_encoders; these come first. T5-XXL needs ComfyUI's loader.",
                 ),
                 io.Combo.Input(
                     "type",

@@ -13,7 +13,7 @@ OLD_NODE, NEW_NODE = "DualCLIPLoaderT5Base", "DistilledT5Loader"
 
 
 async def register_replacements() -> None:
-    """Tell ComfyUI that Distilled T5 Loader replaces DualCLIPLoaderT5Base (DistillT5ComfyUI)."""
+    """Tell ComfyUI that Distilled Text Encoder Loader replaces DualCLIPLoaderT5Base (DistillT5ComfyUI)."""
     from server import PromptServer  # which starts to import all of ComfyUI
 
     await ComfyAPI().node_replacement.register(

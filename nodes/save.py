@@ -32,7 +32,9 @@ class DistilledT5Save(io.ComfyNode):
             search_aliases=["save DistillT5", "export T5", "CLIPSave", "save text encoder", "convert T5"],
             is_output_node=True,
             inputs=[
-                io.Clip.Input("clip", tooltip="The CLIP of a Distilled T5 Loader, also after LoRA or merge nodes. CLIP-L is not saved."),
+                io.Clip.Input(
+                    "clip", tooltip="The CLIP of a Distilled Text Encoder Loader, also after LoRA or merge nodes. CLIP-L is not saved."
+                ),
                 io.String.Input(
                     "filename",
                     default="my_distilled_t5",

@@ -22,7 +22,7 @@ class DistilledT5TextEncode(io.ComfyNode):
             description="Encodes a prompt with all encoders of the CLIP, adds guidance, and counts the T5 tokens.",
             search_aliases=["DistillT5 prompt", "Flux prompt", "CLIPTextEncodeFlux", "T5 token count", "prompt length"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The CLIP of a Distilled T5 Loader (an ordinary CLIP with T5-XXL works too)."),
+                io.Clip.Input("clip", tooltip="The CLIP of a Distilled Text Encoder Loader (an ordinary CLIP with T5-XXL works too)."),
                 io.String.Input(
                     "text",
                     display_name="prompt",
@@ -50,7 +50,9 @@ class DistilledT5TextEncode(io.ComfyNode):
     @classmethod
     def execute(cls, clip: Any, text: str, guidance: float) -> io.NodeOutput:
         if clip is None:
-            raise ValueError("There is no CLIP.\nWhat to do: connect a Distilled T5 Loader; a checkpoint without text encoders gives none.")
+            raise ValueError(
+                "There is no CLIP.\nWhat to do: connect a Distilled Text Encoder Loader; a checkpoint without text encoders gives none."
+            )
         tokens = tokenized(clip, text)
         count = describe_length(clip, tokens)
         return io.NodeOutput(encoded(clip, tokens, guidance=guidance), count, ui=ui.PreviewText(count))

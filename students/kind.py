@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -104,8 +104,9 @@ class StudentKind:
     trained: Callable[[Any, float, bool], TrainedStudent]
     read_pretrained: Callable[[Path, Any], dict[str, Tensor]]
 
-    def fit(self, token_ids: list[int], length: int) -> list[int]:
-        """Token ids cut or padded to exactly `length`; what is cut still ends with the end token."""
+    def fit(self, token_ids: list[int], length: int, ending: Sequence[int] = ()) -> list[int]:
+        """Token ids cut or padded to exactly `length`; what is cut still ends with the end token, or with the `ending` of a template."""
         if len(token_ids) > length:
-            return [*token_ids[: length - 1], self.end]
+            last = [*(ending or (self.end,))]
+            return [*token_ids[: max(0, length - len(last))], *last][-length:]
         return token_ids + [self.pad] * (length - len(token_ids))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .kind import Layout
+from .projection import PROJECTION
 
 
 class TrainedStudent(Module):
@@ -25,6 +26,11 @@ class TrainedStudent(Module):
     def __init__(self, layout: Layout, attends_to_padding: bool = True) -> None:
         super().__init__()
         self.layout, self.attends_to_padding = layout, attends_to_padding
+
+    def freeze_trunk(self) -> None:
+        """Train the projection alone."""
+        for name, weight in self.named_parameters():
+            weight.requires_grad_(name.startswith(PROJECTION))
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Load all tensors, by published name. RuntimeError lists missing and unexpected ones."""

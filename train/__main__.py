@@ -1,6 +1,6 @@
 """The command: `python <pack>/train RECIPE [--set part.key=value ...] [--run DIR] [--resume] [--comfyui DIR] [-- COMFYUI FLAGS]`.
 
-`python <pack>/train watch | export | card | upload RUN` and `train cache RECIPE` are in `commands`.
+`python <pack>/train watch | export | card | upload RUN`, `train cache RECIPE` and `train trim FILE` are in `commands`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ COMMANDS = {
     "card": "write a run's model card",
     "upload": "send a run's student to Hugging Face",
     "cache": "encode the prompts of a recipe with its teacher",
+    "trim": "save a text encoder without the layers that its diffusion model does not read",
 }
 
 
@@ -169,7 +170,7 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
             check_output_folder()
         paths = train(recipe, Path(options.run or Path("runs", recipe.name)), options.resume, ranks)
     if paths is not None:
-        print("\n".join(f"Done: {path}" for path in paths), "Distilled T5 Loader lists it after a refresh (key R).", sep="\n")
+        print("\n".join(f"Done: {path}" for path in paths), "Distilled Text Encoder Loader lists it after a refresh (key R).", sep="\n")
     elif ranks.is_main:
         saved = RunDirectory(options.run or Path("runs", recipe.name)).has_checkpoints
         print("Stopped; continue with --resume." if saved else "Stopped before the first step; run the same command again.")

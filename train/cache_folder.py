@@ -50,6 +50,7 @@ def description(recipe: Recipe) -> dict[str, str]:
 
 def _tokenizers_digest(family: Family) -> str:
     tokenizers, digest = family.text_classes()[0](), hashlib.sha256()
+    digest.update(getattr(tokenizers, "llama_template", "").encode())
     for part in (family.tokenizer_part or family.part, *family.companions):
         tokenizer = getattr(tokenizers, part).tokenizer
         digest.update(repr((sorted(tokenizer.get_vocab().items()), [tokenizer(text)["input_ids"] for text in PROBES])).encode())

@@ -77,7 +77,7 @@ def card(run: RunDirectory, recipe: Recipe, step: int, evaluation: str = "") -> 
         f"A distilled text encoder for {family}: it takes the place of {Path(recipe.teacher.t5).name}, and was trained by "
         f"{_how(recipe)} ({PAPER}).",
         "## Use",
-        f"Put `{recipe.output.name}.safetensors` into ComfyUI's `models/text_encoders` and load it with *Distilled T5 Loader* of "
+        f"Put `{recipe.output.name}.safetensors` into ComfyUI's `models/text_encoders` and load it with *Distilled Text Encoder Loader* of "
         f"[Distilled T5]({PACK}){_pooled(recipe)}.",
         "## Training",
         _table(_facts(recipe, step)),

@@ -1,4 +1,4 @@
-"""The commands beside training: `train watch | export | card | upload | cache`. None of them imports torch before it must."""
+"""The commands beside training: `train watch | export | card | upload | cache | trim`. None of them imports torch before it must."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import contextlib
 from pathlib import Path
 
+from ..families import FAMILIES
 from ..runtime.command import add_comfyui_option, add_recipe
 from ..runtime.errors import UserError
 from .run_directory import RunDirectory
@@ -30,6 +31,12 @@ def command_line() -> argparse.ArgumentParser:
     cache = commands.add_parser("cache", description="Encode the prompts of a recipe with its teacher, into teacher.cache.")
     add_recipe(cache)
     add_comfyui_option(cache)
+    trim = commands.add_parser("trim", description="Save a large text encoder without the layers that its diffusion model does not read.")
+    trim.add_argument("file", metavar="FILE", help="the encoder: a path, or a name in models/text_encoders")
+    types = [name for name, family in FAMILIES.items() if family.layers_read]
+    trim.add_argument("--type", required=True, choices=types, help="the diffusion model that the new file is for")
+    trim.add_argument("--out", metavar="FILE", help="file to write (default: FILE-TYPE.safetensors, beside FILE)")
+    add_comfyui_option(trim)
     for command in (watch, export, card, upload):
         command.add_argument("run", metavar="RUN", help="folder of the run")
     upload.add_argument("repo", metavar="REPO", help="repository on Hugging Face: NAME or OWNER/NAME")
@@ -42,6 +49,8 @@ def run_command(options: argparse.Namespace, flags: list[str]) -> int:
     """Do what the options of `command_line` ask for; the exit status."""
     if options.command == "cache":
         return _cache(options, flags)
+    if options.command == "trim":
+        return _trim(options, flags)
     run = RunDirectory(options.run).existing()
     if options.command == "watch":
         return _watch(options)
@@ -93,10 +102,38 @@ def _export(run: RunDirectory, options: argparse.Namespace, flags: list[str]) ->
         folder = Path(folder_paths.get_folder_paths("text_encoders")[0])
         out = folder / f"{load_recipe(str(run.recipe)).output.name}-{checkpoint.name}.safetensors"
     else:
-        out = Path(options.out).expanduser()
-        if out.suffix != ".safetensors":
-            raise UserError(f"{out} has the ending {out.suffix!r}; expected .safetensors.", "give a file name with that ending.")
+        out = _safetensors(options.out)
     print(f"Done: {export(checkpoint, out)}")
+    return 0
+
+
+def _safetensors(given: str) -> Path:
+    out = Path(given).expanduser()
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out} has the ending {out.suffix!r}; expected .safetensors.", "give a file name with that ending.")
+    return out
+
+
+def _trim(options: argparse.Namespace, flags: list[str]) -> int:
+    from tqdm import tqdm
+
+    from ..encoder.trim import trim
+
+    source = Path(options.file).expanduser()
+    if not source.exists():
+        from ..runtime.comfyui import find_comfyui, model_file, start_comfyui
+
+        start_comfyui(find_comfyui(options.comfyui), flags)
+        source = model_file(options.file, "text_encoders")
+    out = _safetensors(options.out) if options.out else source.with_name(f"{source.stem}-{options.type}.safetensors")
+    with tqdm(unit="B", unit_scale=True, desc=out.name, dynamic_ncols=True) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        path = trim(source, FAMILIES[options.type], out, show)
+    print(f"Done: {path} ({path.stat().st_size / 1e9:.2f} GB, of {source.stat().st_size / 1e9:.2f} GB)")
     return 0
 
 

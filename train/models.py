@@ -220,7 +220,10 @@ def make_student_of(recipe: Recipe) -> TrainedStudent:
     """
     part = recipe.student
     start = part.start if part.start == RANDOM else str(model_file(part.start, "text_encoders"))
-    return make_student(recipe.student_layout(teacher_width(recipe)), start, part.dropout, recipe.seed, not recipe.family.masked)
+    student = make_student(recipe.student_layout(teacher_width(recipe)), start, part.dropout, recipe.seed, not recipe.family.masked)
+    if part.trunk == "frozen":
+        student.freeze_trunk()
+    return student
 
 
 def teacher_width(recipe: Recipe) -> int:

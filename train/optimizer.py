@@ -9,6 +9,7 @@ from torch.nn import Embedding, ModuleList
 from torch.optim import AdamW, Optimizer
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.nn import Module
 
 RATE_SHARE = "rate_share"
@@ -58,11 +59,11 @@ class MuonAndAdamW:
 def make_optimizer(
     module: Module, learning_rate: float, betas: tuple[float, float], weight_decay: float, muon_learning_rate: float = 0.0
 ) -> Optimizer | MuonAndAdamW:
-    """The optimizer of a module's parameters: AdamW, and torch's Muon if it has a learning rate and the module has blocks.
+    """The optimizer of a module's parameters that are trained: AdamW, and torch's Muon if it has a learning rate and the module has blocks.
 
     Raises ValueError if Muon is wanted and this torch does not have it.
     """
-    named = dict(module.named_parameters())
+    named = {name: weight for name, weight in module.named_parameters() if trained(weight)}
     inner = inner_weights(module)
     matrices = {name: weight for name, weight in named.items() if weight.ndim == 2 and id(weight) in inner}
     if not muon_learning_rate or not matrices:
@@ -78,6 +79,11 @@ def make_optimizer(
         group[RATE_SHARE] = muon_learning_rate / learning_rate
     rest = [weight for name, weight in named.items() if name not in matrices]
     return MuonAndAdamW(muon, AdamW(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay))
+
+
+def trained(weight: Tensor) -> bool:
+    """Whether a weight is trained: not in a frozen trunk."""
+    return weight.requires_grad
 
 
 def inner_weights(module: Module) -> set[int]:

@@ -35,7 +35,8 @@ PACKAGES = {
 SOURCES = {name: source for known in (*KINDS.values(), *FAMILIES.values()) for name, source in known.sources.items()}
 SAFETENSORS = (".safetensors", ".sft")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-DIFFUSION_SIGNS = ("transformer_blocks.0.", *(f"{name}.0." for family in FAMILIES.values() for name in family.block_lists))
+# Later lists of a family may have the names of a language model's layers.
+DIFFUSION_SIGNS = ("transformer_blocks.0.", *(f"{next(iter(family.block_lists))}.0." for family in FAMILIES.values()))
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, WrapValidator, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    WrapValidator,
+    model_serializer,
+    model_validator,
+)
 
-from ..config.files import ConfigError, load_config
+from ..config.files import ONE_OF, ConfigError, load_config
 from ..config.parts import FROM_LIST, NOT_EMPTY, Config, Count, FilePath, FileStem, OptionalPath, Part, Text
 from ..families import FAMILIES
 from ..families.family import Family
@@ -23,11 +32,21 @@ from .recipe_values import leaves, without_folders
 
 # Values in the place of a file.
 STAND_IN, RANDOM = "stand-in", "random"
+TABLES = {f"{ONE_OF}{kind.name}": kind.layout_table() for kind in KINDS.values()}
+
+
+def _table_of(value: Any) -> str:
+    """The tag of the kind whose table has most of the keys that are given."""
+    keys = set(value if isinstance(value, Mapping) else getattr(value, "model_fields_set", ()))
+    return max(TABLES, key=lambda tag: len(keys & set(TABLES[tag].model_fields)))
+
+
 # The table of any kind of student.
 if TYPE_CHECKING:
     LayoutTable: TypeAlias = Part
 else:
-    LayoutTable = functools.reduce(operator.or_, (kind.layout_table() for kind in KINDS.values()))
+    AnyTable = functools.reduce(operator.or_, (Annotated[table, Tag(tag)] for tag, table in TABLES.items()))
+    LayoutTable = Annotated[AnyTable, Discriminator(_table_of)]
 
 
 def _one_of(name: str, names: Iterable[str]) -> str:
@@ -47,7 +66,9 @@ Cfg = Annotated[float, Field(ge=1)]
 class TeacherPart(Part):
     """The text encoder that the student imitates."""
 
-    t5: FilePath = Field(description='T5-XXL or a distilled T5: a file in models/text_encoders, a path, or "stand-in"')
+    t5: FilePath = Field(
+        description='the large encoder (T5-XXL, Qwen3-4B) or a distilled one: a file in models/text_encoders, a path, or "stand-in"'
+    )
     clip_l: FilePath = Field(description='CLIP-L: a file in models/text_encoders, a path, or "none"')
     clip_g: FilePath = Field(default=NO_FILE, description='CLIP-G, where the family has one: a file, as clip_l, or "none"')
     chunk_prompts: Count = Field(
@@ -98,8 +119,11 @@ class StudentPart(Part):
     size: StudentSize | None = Field(default=None, description="a published size of the network, such as base")
     layout: LayoutTable | None = Field(default=None, description="any other size")
     start: FilePath = Field(
-        description="initial weights: a pretrained model (T5 v1.1 or flan-T5; Hugging Face folder or .safetensors) or a distilled file, in "
-        'models/text_encoders or by path; or "random"'
+        description="initial weights: a pretrained model (T5 v1.1, flan-T5 or Qwen3; Hugging Face folder or .safetensors) or a distilled "
+        'file, in models/text_encoders or by path; or "random"'
+    )
+    trunk: Literal["whole", "frozen"] = Field(
+        default="whole", description="whether the network below the projection is trained, or stays as it starts (frozen)"
     )
     projection_width: Count = Field(description="hidden width of the projection to the diffusion model's text width, channels")
     dropout: float = Field(ge=0, lt=1, description="fraction of activations dropped in training, 0 or more and below 1")
@@ -109,6 +133,11 @@ class StudentPart(Part):
         if (self.size is None) == (self.layout is None):
             raise ValueError("expected either size or layout, got " + ("neither" if self.size is None else "both"))
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe without the key has the digest that it had before the key existed."""
+        return {key: value for key, value in written(self).items() if key != "trunk" or value != "whole"}
 
     def is_of(self, kind: StudentKind) -> bool:
         """Whether its size or table is one of this kind."""

@@ -35,7 +35,7 @@ from .distill import Learner, new_learner, train_step
 from .ledger import MODEL, Ledger
 from .memory import Need, Rehearsal, StageRehearsal
 from .objectives import OBJECTIVES
-from .optimizer import MuonAndAdamW
+from .optimizer import MuonAndAdamW, trained
 from .recipe import Recipe, Stage
 from .trajectory import Draw, Position, start
 from .unloaded import check_blocks, diffusion_model, found, teacher_model, teacher_of, weights_from_ram
@@ -175,6 +175,8 @@ class _Scene:
         layout = recipe.student_layout(self.model.text_width)
         with self.ledger.of(STUDENT), target.device:
             student = KINDS[layout.kind].trained(layout, recipe.student.dropout, not recipe.family.masked)
+        if recipe.student.trunk == "frozen":
+            student.freeze_trunk()
         # A scaled loss takes no more memory; the scaler would read from a fake number that there was an overflow, and skip the update.
         learner = replace(new_learner(recipe, Ranks(), student, self.model), scaler=GradScaler(enabled=False))
         if target.as_gpu or target.device.type in AT_ONCE:
@@ -198,7 +200,7 @@ class _Scene:
 
     def _make_gradients(self) -> None:
         with self.ledger.of(GRADIENTS):
-            for weight in (weight for learner in self.learners for weight in learner.student.parameters()):
+            for weight in (weight for learner in self.learners for weight in filter(trained, learner.student.parameters())):
                 weight.grad = torch.zeros_like(weight)
 
     def step(self, stage: Stage, text: TeacherText, batches: int) -> tuple[Need, Flops]:
@@ -264,7 +266,7 @@ def name_parts(ledger: Ledger, learner: Learner, model: FrozenModel) -> None:
     inner.register_forward_pre_hook(lambda *_: begin(PASS if torch.is_grad_enabled() else TEACHERS_PASS))
     # Also of a pass that ends early.
     inner.register_forward_hook(lambda *_: begin(BACKWARD), always_call=True)
-    for weight in student.parameters():
+    for weight in filter(trained, student.parameters()):
         weight.register_post_accumulate_grad_hook(lambda weight: ledger.is_part(weight.grad, GRADIENTS))
     for optimizer in _parts(learner):
         optimizer.register_step_pre_hook(lambda *_: begin(OPTIMIZER))

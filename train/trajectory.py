@@ -119,7 +119,7 @@ class Position:
         run = functools.partial(self._velocity, model, text_BLD)
         if objective.at == "keys_values":
             return keys_and_values(model, run, len(self.x)), None
-        streams, velocity = streams_after(model, objective.blocks, run, text_BLD.shape[1], to_the_end)
+        streams, velocity = streams_after(model, objective.blocks, run, to_the_end)
         return [streams["text"]] if objective.at == "text_stream" else list(streams.values()), velocity
 
     def whole(self, text_BLD: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def projection_alone(path: Path, family: Family, device: torch.device) -> Frozen
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     found = {needed.get(name, name.removeprefix(prefix)): tensor for name, tensor in found.items()}
     found, _ = comfy.utils.convert_old_quants(found, "", metadata=strings)
-    projection = text_projection(config, family, found).to(device)
+    projection = text_projection(config, family, found, device)
     config.quant_config = None
     config.set_inference_dtype(torch.float32, None)
     inner_model = config.get_model({}, "", device=torch.device("meta"))
@@ -199,7 +199,7 @@ def teacher_model(recipe: Recipe, device: torch.device) -> Module:
         return text_model(student, student.metadata.token_length, held, frozenset(part.companions), device, torch.float16)
     stored = _most_common_format(read_entries(path)) if path else torch.float8_e4m3fn if "fp8" in part.t5 else torch.float16
     _, factory = family.text_classes()
-    model = factory(device=device, dtype=usual_dtype(stored, None), model_options={})
+    model = factory(device=device, dtype=usual_dtype(stored, None), model_options=family.large_options)
     for name, width in family.companions.items():
         if name not in part.companions:
             setattr(model, name, None if family.companions_optional else NoCompanion(width))

@@ -69,6 +69,7 @@ CARDS = {
     "17-PixArt-Sigma": Card("PixArt-Sigma", "With a distilled T5, which you train", "Sigma"),
     "18-PixArt-alpha": Card("PixArt-alpha", "With a distilled T5, by the paper's Appendix B", "alpha"),
     "19-Chroma": Card("Chroma", "With a distilled T5, which you train", "Chroma"),
+    "20-Trim-a-text-encoder": Card("Trim a text encoder", "FLUX.2 klein's, without the layers that it does not read", "8.0\u21926.2"),
 }
 
 # Only the graph: no tabs, no sidebar, no menus, no note.

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..kind import StudentKind
-from .layout import END, NAMED_SIZES, PAD, POSITION_BIAS, PROJECTION, SHARED, StudentLayout, read_layout, width_in
+from ..projection import PROJECTION
+from .layout import END, NAMED_SIZES, PAD, POSITION_BIAS, SHARED, StudentLayout, read_layout, width_in
 from .names import LORA_KEYS, MODULE, published_names
 from .relatives import refuse_relatives
 

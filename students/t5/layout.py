@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...runtime.errors import StudentFileError, listed, printable
 from ..kind import Shape
+from ..projection import PROJECTION_OUT, projection_matrices, projection_tensors, read_projection
+from ..shapes import checked, count_blocks, heads_of, matrices
 
 # Fixed in ComfyUI's T5 and in every T5 ever published.
 RELATIVE_POSITION_BUCKETS = 32
@@ -24,8 +25,6 @@ END, PAD = 1, 0
 SHARED = "encoder.shared.weight"
 FINAL_NORM = "encoder.encoder.final_layer_norm.weight"
 POSITION_BIAS = "encoder.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-PROJECTION = "final_projection."
-PROJECTION_IN, PROJECTION_OUT = f"{PROJECTION}0", f"{PROJECTION}3"
 
 # d_model, d_ff, layers, heads of T5 v1.1 and flan-T5; d_kv is 64 in all (google-research/t5x, t5 1.1 gin files).
 NAMED_SIZES: dict[str, tuple[int, int, int, int]] = {
@@ -92,7 +91,7 @@ class StudentLayout:
             shapes |= self._block(f"encoder.encoder.block.{block}.layer")
         shapes[POSITION_BIAS] = (RELATIVE_POSITION_BUCKETS, self.num_heads)
         shapes[FINAL_NORM] = (self.d_model,)
-        return shapes | self._projection()
+        return shapes | projection_tensors(self, self.d_model)
 
     def _block(self, layer: str) -> dict[str, Shape]:
         inner = self.num_heads * self.d_kv
@@ -105,40 +104,13 @@ class StudentLayout:
         shapes[f"{layer}.1.layer_norm.weight"] = (self.d_model,)
         return shapes
 
-    def _projection(self) -> dict[str, Shape]:
-        if self.hidden_width is None or self.projected_width is None:
-            return {}
-        shapes: dict[str, Shape] = {
-            f"{PROJECTION_IN}.weight": (self.hidden_width, self.d_model),
-            f"{PROJECTION_OUT}.weight": (self.projected_width, self.hidden_width),
-        }
-        if self.hidden_bias:
-            shapes[f"{PROJECTION_IN}.bias"] = (self.hidden_width,)
-        if self.output_bias:
-            shapes[f"{PROJECTION_OUT}.bias"] = (self.projected_width,)
-        return shapes
-
 
 def read_layout(shapes: Mapping[str, Shape], where: str) -> StudentLayout:
     """Read the layout off tensor shapes by published name.
 
     `where` names the file in messages. Raises StudentFileError that lists every tensor that is missing, unexpected or misshapen.
     """
-    layout = _guess(shapes, where)
-    # Blocks are counted, not parsed: a forged block number must not make the table of expected names huge.
-    wanted = layout.tensors()
-    missing = [name for name in wanted if name not in shapes]
-    extra = [name for name in shapes if name not in wanted]
-    wrong = [
-        f"{name}: expected {list(shape)}, got {list(shapes[name])}" for name, shape in wanted.items() if shapes.get(name, shape) != shape
-    ]
-    if missing or extra or wrong:
-        raise StudentFileError(
-            f"{where} is not a complete distilled T5: {len(missing)} tensors missing, {len(extra)} unexpected, {len(wrong)} misshapen.",
-            f"download or export the file again; it was read as {layout.size_name}, by its embedding, its first block and its projection.",
-            _findings(missing, extra, wrong),
-        )
-    return layout
+    return checked(_guess(shapes, where), shapes, where, "T5")
 
 
 def width_in(shapes: Mapping[str, Shape]) -> int | None:
@@ -146,61 +118,13 @@ def width_in(shapes: Mapping[str, Shape]) -> int | None:
     return next(iter(shapes.get(f"{PROJECTION_OUT}.weight", ())[:1] or shapes.get(SHARED, ())[-1:]), None)
 
 
-def _findings(missing: list[str], extra: list[str], wrong: list[str]) -> str:
-    parts = [("Missing:", missing), ("Not part of a distilled T5:", extra), ("Wrong shape:", wrong)]
-    return "\n".join(f"{title}\n{listed(names)}" for title, names in parts if names)
-
-
 def _guess(shapes: Mapping[str, Shape], where: str) -> StudentLayout:
     """The layout that the shapes of a few tensors imply; `read_layout` compares every other tensor with it."""
     first = "encoder.encoder.block.0.layer"
     gated = f"{first}.1.DenseReluDense.wi_0.weight" in shapes or f"{first}.1.DenseReluDense.wi.weight" not in shapes
     names = [SHARED, f"{first}.0.SelfAttention.q.weight", f"{first}.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight", POSITION_BIAS]
-    if f"{PROJECTION_IN}.weight" in shapes or f"{PROJECTION_OUT}.weight" in shapes:
-        names += [f"{PROJECTION_IN}.weight", f"{PROJECTION_OUT}.weight"]
-    (vocab_size, d_model), (inner, _), (d_ff, _), (_, num_heads), *widths = _matrices(shapes, names, where)
-    if inner % num_heads:
-        raise StudentFileError(
-            f"{where}: the attention width {inner} is not a multiple of its {num_heads} attention heads.",
-            "download or export the file again.",
-        )
-    projection = {}
-    if widths:
-        projection = {
-            "hidden_width": widths[0][0],
-            "projected_width": widths[1][0],
-            "hidden_bias": f"{PROJECTION_IN}.bias" in shapes,
-            "output_bias": f"{PROJECTION_OUT}.bias" in shapes,
-        }
-    return StudentLayout(d_model, d_ff, _count_blocks(shapes), num_heads, inner // num_heads, gated, vocab_size, **projection)
-
-
-def _matrices(shapes: Mapping[str, Shape], names: list[str], where: str) -> list[Shape]:
-    """The shapes of tensors that must exist and be matrices."""
-    missing = [name for name in names if name not in shapes]
-    if missing:
-        raise StudentFileError(
-            f"{where} is not a complete distilled T5: {len(missing)} of the tensors that determine its sizes are missing.",
-            "download or export the file again, or pick the distilled T5 file.",
-            f"Missing:\n{listed(missing)}\n{_beginning(shapes)}",
-        )
-    for name in names:
-        if len(shapes[name]) != 2 or min(shapes[name]) < 1:
-            raise StudentFileError(
-                f"{where}: {name}: expected a matrix, got shape {printable(str(list(shapes[name])))}.",
-                "download or export the file again.",
-            )
-    return [shapes[name] for name in names]
-
-
-def _beginning(shapes: Mapping[str, Shape]) -> str:
-    return f"It holds {len(shapes)} tensors, the first being:\n{listed(sorted(shapes)[:8])}" if shapes else "It holds no tensors."
-
-
-def _count_blocks(shapes: Mapping[str, Shape]) -> int:
-    """The number of consecutive blocks from 0; blocks beyond a gap are reported as unexpected."""
-    present = {name.split(".", 4)[3] for name in shapes if name.startswith("encoder.encoder.block.")}
-    count = 0
-    while str(count) in present:
-        count += 1
-    return count
+    sizes = matrices(shapes, [*names, *projection_matrices(shapes)], where, "T5")
+    (vocab_size, d_model), (inner, _), (d_ff, _), (_, num_heads), *_ = sizes
+    d_kv = heads_of(inner, num_heads, where)
+    blocks = count_blocks(shapes, "encoder.encoder.block.")
+    return StudentLayout(d_model, d_ff, blocks, num_heads, d_kv, gated, vocab_size, **read_projection(shapes))

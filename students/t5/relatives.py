@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from ...runtime.errors import StudentFileError, UndistilledError
 from .. import foreign
 from ..kind import Shape
-from .layout import NAMED_SIZES, POSITION_BIAS, PROJECTION, SHARED, T5_VOCABULARY
+from ..projection import PROJECTION
+from .layout import NAMED_SIZES, POSITION_BIAS, SHARED, T5_VOCABULARY
 
 PICK_STUDENT = foreign.PICK_STUDENT.format("T5")
 BIAS_OF_BLOCK_1 = POSITION_BIAS.replace("block.0", "block.1")

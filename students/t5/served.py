@@ -12,8 +12,8 @@ from comfy.text_encoders.t5 import T5
 from torch import Tensor
 from torch.nn import Identity
 
+from ..projection import projection
 from .layout import StudentLayout
-from .projection import projection
 
 
 class ProjectedT5(T5):
@@ -22,7 +22,7 @@ class ProjectedT5(T5):
     def __init__(self, layout: StudentLayout, dtype: torch.dtype, device: torch.device, operations: Any) -> None:
         super().__init__(t5_config(layout), dtype, device, operations)
         linear = functools.partial(operations.Linear, dtype=dtype, device=device)
-        self.final_projection = projection(layout, linear, Identity())
+        self.final_projection = projection(layout, layout.d_model, linear, Identity())
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         last_BLD, intermediate_BLD = super().forward(*args, **kwargs)

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import Dropout, Linear
 from transformers import T5Config, T5EncoderModel
 
+from ..projection import projection
 from ..trained import TrainedStudent
 from .layout import PAD, SHARED, StudentLayout
 from .names import TOKEN_TABLE_TWIN
-from .projection import projection
 
 # The published student's (LifuWang/DistillT5), and T5's own.
 DROPOUT = 0.1
@@ -29,7 +29,7 @@ class DistilledT5(TrainedStudent):
     def __init__(self, layout: StudentLayout, dropout: float = DROPOUT, attends_to_padding: bool = True) -> None:
         super().__init__(layout, attends_to_padding)
         self.encoder = T5EncoderModel(transformers_config(layout, dropout))
-        self.final_projection = projection(layout, Linear, Dropout(dropout))
+        self.final_projection = projection(layout, layout.d_model, Linear, Dropout(dropout))
 
     def forward(self, token_ids_BL: Tensor) -> Tensor:
         mask_BL = torch.ones_like(token_ids_BL) if self.attends_to_padding else (token_ids_BL != PAD).long()

@@ -40,7 +40,7 @@ def test_a_wrong_file_is_explained_under_view_details(comfy: ComfyTab, case: str
     comfy.open_template(FLUX_DEV, nodes_2=nodes_2)
     comfy.set_widgets("DistilledT5Loader", clip_name2=f"{case}.safetensors")
     assert comfy.run() == "execution_error"
-    expect(comfy.page.get_by_test_id("error-overlay")).to_contain_text("Distilled T5 Loader")
+    expect(comfy.page.get_by_test_id("error-overlay")).to_contain_text("Distilled Text Encoder Loader")
     panel = comfy.error_details()
     expect(panel).to_contain_text(f"{case}.safetensors {CASES[case]}")
     expect(panel).to_contain_text("What to do: ")

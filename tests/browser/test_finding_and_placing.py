@@ -15,9 +15,10 @@ from distilled_t5.tests.support.tiny_students import FULL_VOCABULARY, tiny_tenso
 from playwright.sync_api import expect
 
 NODES = {
-    "DistilledT5Loader": "Distilled T5 Loader",
+    "DistilledT5Loader": "Distilled Text Encoder Loader",
     "DistilledT5TextEncode": "Distilled T5 Text Encode",
     "DistilledT5Save": "Distilled T5 Save",
+    "DistilledT5Trim": "Trim Text Encoder",
     "DistilledT5OCRAccuracy": "Distilled T5 OCR Accuracy",
     "DistilledT5EncoderMap": "Distilled T5 Text Encoder Map",
     "DistilledT5CrossAttentionMap": "Distilled T5 Cross-Attention Map",
@@ -46,7 +47,7 @@ def headings_of(page: Path) -> list[str]:
 )
 def test_the_loader_is_found_by_name_and_by_alias_and_placed(comfy: ComfyTab, nodes_2: bool, query: str) -> None:
     comfy.open(nodes_2=nodes_2, empty=True)
-    comfy.place_from_search(query, "Distilled T5 Loader")
+    comfy.place_from_search(query, "Distilled Text Encoder Loader")
     comfy.wait_for_node("DistilledT5Loader")
     [node] = comfy.graph()["nodes"]
     assert node["widgets_values"] == ["clip_l.safetensors", "distilled_t5_base.safetensors", "flux", "default", "auto", 0, "none"]
@@ -55,7 +56,7 @@ def test_the_loader_is_found_by_name_and_by_alias_and_placed(comfy: ComfyTab, no
 def test_the_loader_is_found_by_every_name_in_use(comfy: ComfyTab) -> None:
     comfy.open(empty=True)
     for query in ("DistillT5", "DistilT5", "T5-Base dual clip", "DualCLIPLoaderT5Base"):
-        expect(comfy.search(query).filter(has_text="Distilled T5 Loader")).to_be_visible()
+        expect(comfy.search(query).filter(has_text="Distilled Text Encoder Loader")).to_be_visible()
     results = comfy.search("Distilled T5")
     for title in (*NODES.values(), BLUEPRINT):
         expect(results.filter(has=comfy.page.get_by_text(title, exact=True))).to_be_visible()
@@ -64,13 +65,13 @@ def test_the_loader_is_found_by_every_name_in_use(comfy: ComfyTab) -> None:
 @pytest.mark.parametrize("nodes_2", ONE_IN_NODES_2)
 def test_a_node_is_dragged_from_the_library(comfy: ComfyTab, nodes_2: bool) -> None:
     comfy.open(nodes_2=nodes_2, empty=True)
-    comfy.drag_from_library("Distilled T5 Loader", at=(900, 400))
+    comfy.drag_from_library("Distilled Text Encoder Loader", at=(900, 400))
     comfy.wait_for_node("DistilledT5Loader")
     comfy.settle()
     left, top, right, bottom = comfy.screen_rect("DistilledT5Loader")
     assert left <= 900 <= right, "the node is not where it was dropped"
     assert top <= 400 <= bottom, "the node is not where it was dropped"
-    assert {"Distilled T5 Loader", "CLIP-L file"} <= set(comfy.drawn_texts())
+    assert {"Distilled Text Encoder Loader", "CLIP-L file"} <= set(comfy.drawn_texts())
 
 
 @pytest.mark.parametrize("nodes_2", ONE_ON_THE_CANVAS)
@@ -91,7 +92,7 @@ def test_the_model_library_describes_a_file_of_this_pack(comfy: ComfyTab, server
         expect(entry).to_have_text("A student of foxes")
         entry.hover()
         shown = comfy.page.locator(".model_preview")
-        for part in ("mine.safetensors", "flux-1/text-encoder", "Distilled T5 Loader", "T5 of width 8"):
+        for part in ("mine.safetensors", "flux-1/text-encoder", "Distilled Text Encoder Loader", "T5 of width 8"):
             expect(shown).to_contain_text(part)
         listed = server.get_json("/object_info/DistilledT5Loader")["DistilledT5Loader"]["input"]["required"]["clip_name2"][1]["options"]
     finally:

@@ -207,7 +207,7 @@ def test_cancel_ends_the_report_between_two_measurements(clip, cancelled):
 
 @pytest.mark.parametrize("node, inputs", [(DistilledT5EncoderReport, ("x", 1)), (DistilledT5EncoderMap, (PROMPTS, 0))])
 def test_without_a_clip_with_t5_the_error_says_what_to_connect(node, inputs):
-    with pytest.raises(ValueError, match=r"There is no CLIP[\s\S]*What to do: connect a Distilled T5 Loader"):
+    with pytest.raises(ValueError, match=r"There is no CLIP[\s\S]*What to do: connect a Distilled Text Encoder Loader"):
         node.execute(None, *inputs)
     other = SimpleNamespace(
         cond_stage_model=torch.nn.Linear(1, 1),

@@ -23,23 +23,19 @@ from distilled_t5.families import DEFAULT, FAMILIES
 from distilled_t5.families.family import Family
 from distilled_t5.nodes.loaded_files import text_encoder_files
 from distilled_t5.students import KINDS
-from distilled_t5.students.t5.layout import StudentLayout
-from distilled_t5.students.t5.trained import DistilledT5
 from distilled_t5.tests.support.denoising import sampled_by_comfyui
 from distilled_t5.tests.support.other_family import T5_ALONE
-from distilled_t5.tests.support.small_encoders import PROMPT, random_tensors, serve, stock_clip, student_file
+from distilled_t5.tests.support.small_encoders import PROMPT, random_tensors, serve, stock_clip, student_file, tiny
 from distilled_t5.tests.support.small_models import SmallModel
 from distilled_t5.train.recipe import load_recipe
 from torch import Tensor
 
 STEPS, BATCH, TOKENS, SIGMA = 4, 2, 12, 0.7
-every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-WITH_T5 = {name: family for name, family in FAMILIES.items() if "t5" in family.students}
-with_t5 = pytest.mark.parametrize("family", WITH_T5.values(), ids=WITH_T5)
-
-
-def layout_for(family: Family) -> StudentLayout:
-    return StudentLayout(64, 128, num_layers=3, num_heads=3, d_kv=16, hidden_width=96, projected_width=family.text_width)
+# FLUX.2 klein 9B differs from klein 4B in widths alone.
+FULL = {"flux2_klein_9b"}
+every_family = pytest.mark.parametrize(
+    "family", [pytest.param(family, id=name, marks=[pytest.mark.full] if name in FULL else []) for name, family in FAMILIES.items()]
+)
 
 
 def side_px(family: Family) -> int:
@@ -78,9 +74,9 @@ def test_comfyui_knows_the_clip_type_and_every_kind_of_student(family: Family):
     assert set(family.students) <= set(KINDS) and family.teacher[0] in KINDS
 
 
-@with_t5
+@every_family
 def test_a_served_student_is_comfyuis_own_text_model_with_the_trained_embeddings(family: Family, tmp_path: Path):
-    layout = layout_for(family)
+    layout = tiny(family)
     file = student_file(tmp_path, layout, family=family.name, token_length=family.token_length, pooled="zero")
     clip = serve(file, family=family.name).clip
     assert ("CLIP" in describe(clip, file.name, {})) == bool(family.companions)
@@ -89,11 +85,11 @@ def test_a_served_student_is_comfyuis_own_text_model_with_the_trained_embeddings
     assert type(clip.tokenizer) is tokenizer
     model, part = clip.cond_stage_model, getattr(clip.cond_stage_model, family.part)
     assert isinstance(model, stock.__bases__), "ComfyUI makes a class at each call, all of one base"
-    assert part is getattr(model, KINDS["t5"].module)
+    assert part is getattr(model, family.kind.module)
     tokens = clip.tokenize(PROMPT)
     assert tokens[family.part] == tokenizer().tokenize_with_weights(PROMPT)[family.part]
     [(text_BLD, extras)] = clip.encode_from_tokens_scheduled(tokens)
-    reference = DistilledT5(layout)
+    reference = family.kind.trained(layout, 0.0, not family.masked)
     reference.load_tensors(random_tensors(layout))
     token_ids_BL = torch.tensor([[token for token, _ in tokens[family.part][0]]])
     with torch.no_grad():
@@ -104,9 +100,9 @@ def test_a_served_student_is_comfyuis_own_text_model_with_the_trained_embeddings
         assert extras["pooled_output"].shape == (1, sum(family.companions.values())) and not extras["pooled_output"].any()
 
 
-@with_t5
+@every_family
 def test_comfyuis_own_clip_and_a_served_student_read_the_same_tokens(family: Family, tmp_path: Path):
-    file = student_file(tmp_path, layout_for(family), family=family.name, token_length=family.token_length, pooled="zero")
+    file = student_file(tmp_path, tiny(family), family=family.name, token_length=family.token_length, pooled="zero")
     served, stock = serve(file, family=family.name).clip, stock_clip(family)
     for prompt in ("", PROMPT, "a (red:1.2) cube, " * 60):
         assert stock.tokenize(prompt) == served.tokenize(prompt)
@@ -163,13 +159,15 @@ def test_the_gradient_with_respect_to_the_text_equals_the_numeric_one(family: Fa
         model.velocity(noise, sigma_B, leaf, extras).square().sum().backward()
     assert leaf.grad is not None
     steepest = leaf.grad / leaf.grad.norm()
-    length = 0.02 * float(text_BLD.norm()) / TOKENS**0.5
+    length = 0.01 * float(text_BLD.norm()) / TOKENS**0.5
 
     @torch.no_grad()
     def loss(shift: float) -> float:
         return float(model.velocity(noise, sigma_B, text_BLD + shift * steepest, extras).double().square().sum())
 
-    assert float(leaf.grad.norm()) == pytest.approx((loss(length) - loss(-length)) / (2 * length), rel=1e-2)
+    # Richardson's extrapolation: FLUX.2, most of whose text is padding here, is far from linear over the length.
+    slope, half = ((loss(step) - loss(-step)) / (2 * step) for step in (length, length / 2))
+    assert float(leaf.grad.norm()) == pytest.approx((4 * half - slope) / 3, rel=1e-2)
 
 
 @every_family
@@ -198,7 +196,7 @@ def t5_alone(monkeypatch: pytest.MonkeyPatch) -> Family:
 
 @pytest.fixture
 def t5_alone_file(t5_alone: Family, tmp_path: Path) -> Path:
-    return student_file(tmp_path, layout_for(t5_alone), family=t5_alone.name, token_length=16, pooled="zero")
+    return student_file(tmp_path, tiny(t5_alone), family=t5_alone.name, token_length=16, pooled="zero")
 
 
 def test_a_family_without_companions_teaches(t5_alone: Family, t5_alone_file: Path):
@@ -212,7 +210,7 @@ def test_a_family_without_companions_is_evaluated(t5_alone: Family, t5_alone_fil
     encoder = LoadedEncoder.load(EncoderFile("student", t5_alone_file), t5_alone)
     text = encoder.text(PROMPT)
     assert text.text_1LD.shape[-1] == t5_alone.text_width and text.pooled_1P.shape == (1, 0)
-    assert encoder_name(encoder.clip) == layout_for(t5_alone).size_name
+    assert encoder_name(encoder.clip) == tiny(t5_alone).size_name
 
 
 def test_clip_l_is_refused_by_a_family_without_companions(t5_alone: Family, t5_alone_file: Path, stand_ins: Path):

@@ -22,10 +22,8 @@ from distilled_t5.encoder.served import student_tensors
 from distilled_t5.families import FAMILIES
 from distilled_t5.nodes import DistilledT5Save
 from distilled_t5.nodes.loaded_files import text_encoder_files
-from distilled_t5.students.t5 import T5
 from distilled_t5.tests.support.small_encoders import (
     PROMPT,
-    TINY,
     alike,
     embedding,
     encode,
@@ -34,10 +32,16 @@ from distilled_t5.tests.support.small_encoders import (
     serve,
     stock_clip,
     student_file,
+    tiny,
 )
 
 from nodes import CLIPSetLastLayer
 
+# Names in LoRAs for the encoders that students replace.
+LORA_KEYS = {
+    "t5": ["lora_te3_encoder_block_{}_layer_0_SelfAttention_q"],
+    "qwen3": ["lora_te_layers_{}_self_attn_q_proj", "text_encoders.qwen3_4b.transformer.model.layers.{}.mlp.up_proj"],
+}
 # Family, and whether CLIP-L is given. Marked `full`: those that have another one's tokenizer and text model, or fewer files.
 CASES = [
     pytest.param(("sd3", True), id="sd3 with CLIP-L"),
@@ -45,6 +49,8 @@ CASES = [
     pytest.param(("pixart_alpha", False), id="pixart_alpha"),
     pytest.param(("pixart_sigma", False), id="pixart_sigma", marks=pytest.mark.full),
     pytest.param(("chroma", False), id="chroma"),
+    pytest.param(("z_image", False), id="z_image"),
+    pytest.param(("flux2_klein_4b", False), id="flux2_klein_4b", marks=pytest.mark.full),
 ]
 
 
@@ -59,13 +65,14 @@ def case(request: pytest.FixtureRequest, folder: Path, stand_ins: Path) -> Simpl
     name, with_clip_l = request.param
     family, clip_l = FAMILIES[name], stand_ins / "models" / "text_encoders" / "clip_l.safetensors" if with_clip_l else None
     facts = {"family": name, "token_length": family.token_length, "pooled": "clip_l" if with_clip_l else "zero"}
-    files = [student_file(folder, name=f"{name}-{with_clip_l}-{seed}.safetensors", seed=seed, **facts) for seed in (0, 1)]
+    layout = tiny(family)
+    files = [student_file(folder, layout, f"{name}-{with_clip_l}-{seed}.safetensors", seed, **facts) for seed in (0, 1)]
     clip, other = (serve(file, clip_l, family=name).clip for file in files)
     stock = stock_clip(family, *(["clip_l"] if with_clip_l else []))
-    return SimpleNamespace(family=family, clip_l=clip_l, clip=clip, other=other, stock=stock)
+    return SimpleNamespace(family=family, layout=layout, clip_l=clip_l, clip=clip, other=other, stock=stock)
 
 
-def rows_of_t5(case: SimpleNamespace, text: str, changed: Any = None) -> torch.Tensor:
+def rows_of_student(case: SimpleNamespace, text: str, changed: Any = None) -> torch.Tensor:
     """The last rows of the text, which are the student's, in the CLIP or a changed copy of it."""
     return embedding(changed or case.clip, text)[:, -len(case.clip.tokenize(text)[case.family.part][0]) :]
 
@@ -78,44 +85,60 @@ def test_the_conditioning_has_the_form_of_stock(case: SimpleNamespace, text: str
 
 
 def test_nodes_that_set_padding_and_layer_change_it_as_they_change_stock(case: SimpleNamespace):
-    for settings in ({"min_padding": 0, "min_length": 100}, {"min_padding": 60, "min_length": 0}):
+    for settings in ({"min_padding": 0, "min_length": 100}, {"min_padding": 60, "min_length": 0}):  # of T5 alone
         ours, theirs = (T5TokenizerOptions.execute(clip, **settings).args[0] for clip in (case.clip, case.stock))
         assert embedding(ours).shape == embedding(theirs).shape
-    lower = CLIPSetLastLayer().set_last_layer(case.clip, -2)[0]
+    # A layer below the one that ComfyUI's text model of the family takes.
+    stock = getattr(case.stock.cond_stage_model, case.family.part)
+    usual = stock.layer_idx
+    if isinstance(stock.layer, list):  # three layers, whatever is set
+        assert torch.equal(embedding(CLIPSetLastLayer().set_last_layer(case.clip, -2)[0]), embedding(case.clip))
+        return
+    if usual is not None:
+        assert torch.equal(embedding(CLIPSetLastLayer().set_last_layer(case.clip, usual)[0]), embedding(case.clip))
+    lower = CLIPSetLastLayer().set_last_layer(case.clip, (usual or -1) - 1)[0]
     assert embedding(lower).shape == embedding(case.clip).shape and not torch.equal(embedding(lower), embedding(case.clip))
 
 
 def test_weighted_words_are_pushed_away_from_the_empty_prompt_as_in_stock(case: SimpleNamespace):
     text = "a (cat:1.3) and a dog"
     pairs = case.clip.tokenize(text)[case.family.part][0]
+    if case.family.kind.name == "qwen3":
+        # ComfyUI gives language models the syntax of weights as text.
+        assert {weight for _, weight in case.stock.tokenize(text)[case.family.part][0]} == {1.0}
+        assert not torch.equal(embedding(case.clip, text), embedding(case.clip, "a (cat:0.3) and a dog"))
+        return
     # PixArt's and Chroma's text model has an empty prompt of its own.
     stock = getattr(case.stock.cond_stage_model, case.family.part)
     nothing = getattr(stock, "gen_empty_tokens", gen_empty_tokens)(stock.special_tokens, len(pairs))
     empty = case.clip.cond_stage_model.t5base.encode([nothing])[0]
     weights = torch.tensor([weight for _, weight in pairs])[None, :, None]
-    plain = rows_of_t5(case, "a cat and a dog")
+    plain = rows_of_student(case, "a cat and a dog")
     assert weights.unique().tolist() == pytest.approx([1.0, 1.3])
     expected = torch.where(weights == 1.0, plain, (plain - empty) * weights + empty)
-    torch.testing.assert_close(rows_of_t5(case, text), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(rows_of_student(case, text), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_lora_reaches_clip_l_if_there_is_one_and_not_the_student_with_one_clear_line(
     case: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ):
-    layer, t5 = "lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te3_encoder_block_{}_layer_0_SelfAttention_q"
+    layer, kind = "lora_te1_text_model_encoder_layers_0_mlp_fc1", case.family.kind
     lora = {f"{layer}.lora_up.weight": torch.ones(3072, 1), f"{layer}.lora_down.weight": torch.ones(1, 768)}
-    lora |= {f"{t5.format(block)}.lora_up.weight": torch.ones(4096, 1) for block in range(24)}
+    for block, name in ((block, name) for name in LORA_KEYS[kind.name] for block in range(24)):
+        lora |= {f"{name.format(block)}.lora_up.weight": torch.ones(4096, 1), f"{name.format(block)}.lora_down.weight": torch.ones(1, 2560)}
     with caplog.at_level(logging.WARNING):
         _, with_lora = comfy.sd.load_lora_for_models(None, case.clip, lora, 1.0, 1.0)
-    assert [line for line in caplog.messages if "T5" in line or "te3" in line] == [FoldLoraLines(T5, "T5-XXL").notice]
-    assert torch.equal(rows_of_t5(case, PROMPT, with_lora), rows_of_t5(case, PROMPT))
+    notices = [line for line in caplog.messages if "fc1" not in line]
+    assert notices == [FoldLoraLines(kind, case.family.teacher_layout.size_name).notice]
+    assert torch.equal(rows_of_student(case, PROMPT, with_lora), rows_of_student(case, PROMPT))
     if case.clip_l is not None:
         assert not torch.equal(pooled(with_lora), pooled(case.clip))
 
 
 def test_a_hook_changes_the_student_from_the_step_that_it_is_scheduled_for(case: SimpleNamespace):
-    name = "text_encoders.t5base.transformer.final_projection.0"
-    lora = {f"{name}.lora_up.weight": torch.ones(TINY.hidden_width or 0, 2), f"{name}.lora_down.weight": torch.ones(2, TINY.d_model)}
+    name = f"text_encoders.{case.family.kind.module}.transformer.final_projection.0"
+    rows, columns = case.layout.tensors()["final_projection.0.weight"]
+    lora = {f"{name}.lora_up.weight": torch.ones(rows, 2), f"{name}.lora_down.weight": torch.ones(2, columns)}
     hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=0.0, strength_clip=1.0)
     keyframes = CreateHookKeyframe().create_hook_keyframe(strength_mult=0.0, start_percent=0.0)[0]
     keyframes = CreateHookKeyframe().create_hook_keyframe(strength_mult=1.0, start_percent=0.5, prev_hook_kf=keyframes)[0]
@@ -127,8 +150,8 @@ def test_a_hook_changes_the_student_from_the_step_that_it_is_scheduled_for(case:
 
 def test_merging_two_students_averages_their_weights(case: SimpleNamespace):
     weights = student_tensors(CLIPMergeSimple().merge(case.clip, case.other, 0.25)[0])
-    first, second = random_tensors(TINY, 0), random_tensors(TINY, 1)
-    for name in TINY.tensors():
+    first, second = random_tensors(case.layout, 0), random_tensors(case.layout, 1)
+    for name in case.layout.tensors():
         torch.testing.assert_close(weights[name], 0.75 * second[name] + 0.25 * first[name], atol=1e-5, rtol=1e-5)
 
 
@@ -143,10 +166,15 @@ def test_what_both_save_nodes_write_loads_again_with_the_same_numbers(
     assert torch.equal(embedding(serve(ours, case.clip_l, family=case.family.name).clip), embedding(case.clip))
     saver.save(case.clip, "saved")
     written = {path.name.split("_00001_")[0] for path in tmp_path.glob("saved*.safetensors")}
-    assert written == ({"saved_t5base", "saved_clip_l"} if case.clip_l else {"saved_t5base"})
-    original = random_tensors(TINY)
+    # CLIPSave knows T5-Base among its names, and no Qwen3.
+    student = "saved_t5base" if case.family.kind.module == "t5base" else "saved"
+    assert written == ({student, "saved_clip_l"} if case.clip_l else {student})
+    if student == "saved":  # without metadata, a Qwen3 is that of the family whose text is as wide
+        reloaded = serve(tmp_path / "saved_00001_.safetensors", family=case.family.name).clip
+        assert torch.equal(embedding(reloaded), embedding(case.clip))
+    original = random_tensors(case.layout)
     assert all(
-        torch.equal(tensor, original[name]) for name, tensor in open_student(tmp_path / "saved_t5base_00001_.safetensors").load().items()
+        torch.equal(tensor, original[name]) for name, tensor in open_student(tmp_path / f"{student}_00001_.safetensors").load().items()
     )
 
 

@@ -102,9 +102,14 @@ def test_a_random_file_repeats_drawn_rows_at_the_right_scale(tmp_path):
 
 
 def test_every_shipped_recipe_of_full_size_is_measured():
-    full = {path.stem for path in SHIPPED.glob("*.toml")} - {"smoke"}
-    assert set(gpu.RECIPES) == {name for name in full if not name.startswith("miniature-")}
-    assert {load_recipe(name).family.name for name in gpu.EVERY_FAMILY} == set(FAMILIES)
+    full = {path.stem for path in SHIPPED.glob("*.toml")}
+    # The benchmark writes T5s as teachers, and no Qwen3.
+    of_t5 = {name for name in full if load_recipe(name).family.kind.name == "t5"}
+    assert set(gpu.RECIPES) == {name for name in of_t5 if not name.startswith(("miniature-", "smoke"))}
+    # Families of Qwen3 have no recipe of full size yet.
+    assert {load_recipe(name).family.name for name in gpu.EVERY_FAMILY} == {
+        name for name, family in FAMILIES.items() if family.kind.name == "t5"
+    }
     names = [part.name for part in gpu.parts()]
     assert len(set(names)) == len(names)
     assert {name for part in gpu.parts() for name in part.files} <= set(gpu.SIZES_GB)

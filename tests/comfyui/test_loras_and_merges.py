@@ -280,7 +280,9 @@ def test_text_encode_refuses_embeddings_that_are_not_finite(clip, part, monkeypa
         (DistilledT5EncoderMap, (clip, "\n".join("abcde"), 0)),
     ]
     for node, inputs in nodes_and_inputs:
-        with pytest.raises(ValueError, match=rf"The {part} of this prompt holds NaN or infinity[\s\S]*What to do: .*Distilled T5 Loader"):
+        with pytest.raises(
+            ValueError, match=rf"The {part} of this prompt holds NaN or infinity[\s\S]*What to do: .*Distilled Text Encoder Loader"
+        ):
             node.execute(*inputs)
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 CLIP_L = "clip_l.safetensors"
 SNAPSHOT = Path(__file__).parent / "schemas.json"
-FILE_LISTS = ("clip_name1", "clip_name2", "clip_name3", "preset", "preview_vae")
+FILE_LISTS = ("clip_name1", "clip_name2", "clip_name3", "file", "preset", "preview_vae")
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_text_encode_says_how_far_a_prompt_exceeds_the_trained_length(models):
 
 
 def test_text_encode_without_a_clip_says_what_to_connect():
-    with pytest.raises(ValueError, match="What to do: connect a Distilled T5 Loader"):
+    with pytest.raises(ValueError, match="What to do: connect a Distilled Text Encoder Loader"):
         DistilledT5TextEncode.execute(None, "", 3.5)
 
 

@@ -144,8 +144,8 @@ def damaged_always(self: Any, key: str) -> Any:
     raise teacher_cache.DamagedShard(self.folder / "a.safetensors", "its checksum differs.")
 
 
-# One of each kind: padded; not padded; and below, with rows of companions.
-QUICK = ("flux", "pixart_alpha")
+# One of each kind: padded; not padded; in a chat template; and below, with rows of companions.
+QUICK = ("flux", "pixart_alpha", "z_image")
 ALONE = [pytest.param(one, False, id=name, marks=[pytest.mark.full] * (name not in QUICK)) for name, one in FAMILIES.items()]
 WITH = [
     pytest.param(one, True, id=f"{name} with companions", marks=[pytest.mark.full] * (name != "sd3"))
@@ -161,7 +161,8 @@ def test_texts_of_every_family_come_back_as_its_teacher_gives_them(family: Famil
     side, length = max(64, family.least_side_px), max(16, family.token_length if family.padded else 0)
     guided = [] if family.name == "flux" else ["sampling.guidance=[]", "sampling.cfg=[4.5]"]
     sizes = [*(f"stage.{stage}.resolution_px={side}" for stage in (0, 1)), f"sampling.token_lengths=[{length}]"]
-    one = load_recipe("smoke", [f"diffusion_model.family={family.name}", f"teacher.cache={tmp_path}", *sizes, *guided, *given])
+    base = "smoke-z-image" if family.kind.name == "qwen3" else "smoke"
+    one = load_recipe(base, [f"diffusion_model.family={family.name}", f"teacher.cache={tmp_path}", *sizes, *guided, *given])
     prompts = ["a red cube", "a red cube left of a blue ball on a (small:1.2) table", ""]
     cache = open_cache(one, {key_of(prompt, length): (prompt, length) for prompt in prompts}, Ranks())
     teacher = load_teacher_of(one, None)

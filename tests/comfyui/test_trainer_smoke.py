@@ -47,7 +47,7 @@ def run(host: ComfyServer, comfyui_path: Path, tmp_path_factory: pytest.TempPath
 
 
 def encoders(host: ComfyServer) -> list[str]:
-    """The files that Distilled T5 Loader lists now."""
+    """The files that Distilled Text Encoder Loader lists now."""
     return host.get_json("/object_info/DistilledT5Loader")["DistilledT5Loader"]["input"]["required"]["clip_name2"][1]["options"]
 
 

@@ -68,7 +68,7 @@ def test_gradient_to_the_text_equals_the_numeric_derivative(flow: FrozenModel, c
     def measured(text_BLD: Tensor) -> Tensor:
         if not early:
             return (velocity(text_BLD) * readout).sum()
-        streams, _ = streams_after(flow, 1, lambda: velocity(text_BLD), TOKENS, to_the_end=False)
+        streams, _ = streams_after(flow, 1, lambda: velocity(text_BLD), to_the_end=False)
         return torch.stack([(stream.float() * stream.float().sin()).sum() for stream in streams.values()]).sum()
 
     with flow.differentiable(checkpoint_blocks):

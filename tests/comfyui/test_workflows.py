@@ -23,6 +23,7 @@ from distilled_t5.tests.support.workflows import (
     PIXART_ALPHA,
     SAVE_A_COPY,
     SD35,
+    TRIM,
     TWELVE_GB,
     blueprint_inside,
     example,
@@ -85,7 +86,7 @@ def texts(entry: dict[str, Any], prompt: dict[str, Any]) -> dict[str, str]:
     "name",
     [
         pytest.param(name, marks=pytest.mark.full if name in SLOW else ())
-        for name in sorted(set(EXAMPLE_NAMES) - {SAVE_A_COPY, AGAINST_T5XXL} - ON_THE_MINIATURE)
+        for name in sorted(set(EXAMPLE_NAMES) - {SAVE_A_COPY, AGAINST_T5XXL, TRIM} - ON_THE_MINIATURE)
     ],
 )
 def test_runs_and_gives_one_image_of_the_requested_size(name: str, host: ComfyServer, object_info: dict[str, Any]) -> None:

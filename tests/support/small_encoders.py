@@ -1,7 +1,8 @@
-"""Small encoders for tests in a ComfyUI: a distilled T5 of two layers, CLIP-L, and the stock CLIP they are compared with."""
+"""Small encoders for tests in a ComfyUI: a distilled T5 or Qwen3 of three layers, CLIP-L, and the stock CLIP they are compared with."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,37 @@ from ...encoder.files import write_student
 from ...encoder.metadata import StudentMetadata
 from ...encoder.served import ServedEncoder, ServingOptions, load_encoder
 from ...families.family import Family
+from ...students.kind import Layout
+from ...students.qwen3.layout import Qwen3Layout
 from ...students.t5.layout import StudentLayout
 
 TINY = StudentLayout(d_model=64, d_ff=128, num_layers=3, num_heads=3, d_kv=16, hidden_width=96, projected_width=4096)
+TINY_QWEN3 = Qwen3Layout(32, 64, num_layers=3, num_heads=4, num_kv_heads=2, hidden_width=96, projected_width=2560)
 PROMPT = "a red cube left of a blue ball, with a sign that says hello"
 
 
-def random_tensors(layout: StudentLayout, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def tiny(family: Family) -> Layout:
+    """A small student of the family."""
+    layout: Any = {"t5": TINY, "qwen3": TINY_QWEN3}[family.students[0]]
+    return replace(layout, projected_width=family.text_width)
+
+
+def random_tensors(layout: Layout, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Weights drawn as T5 draws its own (transformers' T5PreTrainedModel), so that attention is not saturated."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in layout.tensors().items():
-        if name.endswith("layer_norm.weight"):
+        if name.endswith("norm.weight"):
             tensors[name] = torch.ones(shape, dtype=dtype)
             continue
-        scale = 1.0 if "shared" in name else shape[-1] ** -0.5
-        if name.endswith(".q.weight"):
+        scale = 1.0 if "shared" in name or "embed_tokens" in name else shape[-1] ** -0.5
+        if isinstance(layout, StudentLayout) and name.endswith(".q.weight"):
             scale *= layout.d_kv**-0.5
         tensors[name] = torch.randn(shape, generator=generator).mul_(scale).to(dtype)
     return tensors
 
 
-def student_file(folder: Path, layout: StudentLayout = TINY, name: str = "tiny.safetensors", seed: int = 0, **metadata: Any) -> Path:
+def student_file(folder: Path, layout: Layout = TINY, name: str = "tiny.safetensors", seed: int = 0, **metadata: Any) -> Path:
     """A student of random weights, as our own writer leaves it."""
     path = folder / name
     dtype = metadata.pop("dtype", torch.float32)
@@ -62,10 +72,27 @@ def stock_flux_clip(clip_l: Path) -> Any:
     )
 
 
+def _known_t5xxl(_layout: Any) -> dict[str, Tensor]:
+    return {"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": torch.zeros(1).expand(10240, 4096)}
+
+
+def _known_qwen3(layout: Any) -> dict[str, Tensor]:
+    norms = {"post_attention_layernorm": layout.hidden_size, "self_attn.q_norm": 128}
+    return {f"model.layers.0.{name}.weight": torch.ones(width) for name, width in norms.items()}
+
+
+# By kind: the tensors by which ComfyUI detects the large encoder, and the sizes to which it is reduced.
+STOCK: dict[str, tuple[Any, dict[str, int]]] = {
+    "t5": (_known_t5xxl, {"num_layers": 1, "d_ff": 8, "num_heads": 1, "d_kv": 8}),
+    "qwen3": (_known_qwen3, {"num_hidden_layers": 28, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}),
+}
+
+
 def stock_clip(family: Family, *companions: str) -> Any:
     """ComfyUI's own CLIP of the family's `clip_type`, of these files, with the tensors that identify them alone."""
+    large, sizes = STOCK[family.kind.name]
     known_by = {
-        family.part: {"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": torch.zeros(1).expand(10240, 4096)},
+        family.part: large(family.teacher_layout),
         "clip_l": {f"text_model.encoder.layers.{layer}.mlp.fc1.weight": torch.zeros(8, 768) for layer in range(2)},
     }
     # Of three files ComfyUI makes the CLIP of SD3, whatever the type.
@@ -74,7 +101,7 @@ def stock_clip(family: Family, *companions: str) -> Any:
         [known_by[name] for name in (*needed, family.part)],
         clip_type=comfy.sd.CLIPType[family.clip_type],
         model_options={
-            f"{family.part}_model_config": {"num_layers": 1, "d_ff": 8, "num_heads": 1, "d_kv": 8},
+            f"{family.part}_model_config": sizes,
             "clip_l_model_config": {"num_hidden_layers": 3, "intermediate_size": 8, "num_attention_heads": 4},
         },
     )

@@ -15,6 +15,7 @@ MINIATURE, TEACHER_AND_STUDENT = "08-Miniature-draw-on-a-CPU", "09-Miniature-tea
 ATTENTION_MAP, WRITTEN_TEXT = "11-Where-Flux-looks-at-a-word", "12-Check-written-text"
 ENCODER_MAP, ENCODER_REPORT, SAVE_A_COPY = "13-Compare-two-encoders", "14-What-encoders-cost", "15-Save-a-copy"
 SD35, PIXART_ALPHA, CHROMA = "16-Stable-Diffusion-3-5-medium", "18-PixArt-alpha", "19-Chroma"
+TRIM = "20-Trim-a-text-encoder"
 BLUEPRINT_NAME = "Flux text with Distilled T5"
 # Fields of a link, as a subgraph stores them by name and a workflow stores them by position.
 LINK_FIELDS = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")

@@ -16,9 +16,9 @@ TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
 # What runs inside ComfyUI, and what trains by transformers; every other module of these rooms needs torch and safetensors alone.
 ROOMS = ("students", "families", "encoder")
-IN_COMFYUI = {"encoder.companions", "encoder.served", "encoder.teacher", "students.t5.served"}
-BY_TRANSFORMERS = {"students.t5.trained", "students.t5.pretrained"}
-BY_PYDANTIC = {"students.t5.table"}
+IN_COMFYUI = {"encoder.companions", "encoder.large", "encoder.served", "encoder.teacher", "students.t5.served", "students.qwen3.served"}
+BY_TRANSFORMERS = {f"students.{kind}.{name}" for kind in ("t5", "qwen3") for name in ("trained", "pretrained")}
+BY_PYDANTIC = {"students.t5.table", "students.qwen3.table"}
 HEAVY = {
     "torch",
     "numpy",

@@ -1,4 +1,4 @@
-"""A second kind of student, registered beside T5, is known by its own record: no other room knows T5."""
+"""A further kind of student, registered beside T5 and Qwen3, is known by its own record: no other room knows one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from distilled_t5.train.file_sizes import text_width_in
 from distilled_t5.train.preflight import models_of
 from distilled_t5.train.recipe import load_recipe
 
-Q_NORM = "model.layers.0.self_attn.q_norm.weight"
-FILE = {Q_NORM: (128,), "model.embed_tokens.weight": (1000, 640)}
+SIGN = "model.layers.0.self_attn.other_norm.weight"
+FILE = {SIGN: (128,), "model.embed_tokens.weight": (1000, 640)}
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def other(monkeypatch: pytest.MonkeyPatch) -> StudentKind:
     kind = dataclasses.replace(
         KINDS["t5"],
         name="other",
-        display_name="Qwen3",
-        signs=(Q_NORM,),
+        display_name="Gemma",
+        signs=(SIGN,),
         published_names=lambda names: ({name: name for name in names}, None),
         width_in=lambda shapes: next(iter(shapes.get("model.embed_tokens.weight", ())[-1:]), None),
     )
@@ -50,7 +50,7 @@ def test_a_recipe_takes_the_size_from_a_kind_that_can_serve_the_family(other: St
     recipe = load_recipe("flux-dev-paper")
     assert recipe.student_kind is other
     kinds = {model.key: (model.kind, model.signs) for model in models_of(recipe)}
-    assert kinds["teacher.t5"] == kinds["student.start"] == ("a Qwen3 text encoder", other.signs)
+    assert kinds["teacher.t5"] == kinds["student.start"] == ("a Gemma text encoder", other.signs)
     assert load_recipe("sd35-medium-24gb").student_kind is KINDS["t5"]
 
 

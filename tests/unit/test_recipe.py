@@ -28,6 +28,7 @@ LATER = [
     "teacher.cache=cache",
     "sampling.cfg=[4.5]",
     "sampling.negatives=0.1",
+    "student.trunk=frozen",
     "stage.0.objective=early",
     "stage.0.blocks=2",
     "stage.0.trajectory_steps=1",
@@ -36,6 +37,8 @@ LATER = [
 SHARED = ["diffusion_model.family=chroma", "teacher.clip_l=none", 'output.also_serves=["pixart_sigma"]']
 PAPER = (SHIPPED / "flux-dev-paper.toml").read_text(encoding="utf-8")
 TWO = (SHIPPED / "smoke-two-students.toml").read_text(encoding="utf-8")
+# A recipe with the table of another kind of student.
+SMOKE_QWEN3 = (SHIPPED / "smoke-z-image.toml").read_text(encoding="utf-8")
 
 
 def test_windows_line_endings_are_read(tmp_path):
@@ -87,8 +90,9 @@ def test_prompts_of_any_letters_round_trip_in_a_recipe(tmp_path):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_misspelt_key_is_refused_with_the_nearest_key(option, tmp_path):
-    base = TWO if option == "student.name" else SMOKE if "layout" in option else PAPER
-    later = SHARED if option == "output.also_serves" else LATER
+    of_qwen3 = "layout" in option and option.rpartition(".")[2] not in SMOKE
+    base = SMOKE_QWEN3 if of_qwen3 else TWO if option == "student.name" else SMOKE if "layout" in option else PAPER
+    later = [] if of_qwen3 else SHARED if option == "output.also_serves" else LATER
     text = recipe_of(tmp_path, base, *later, "report.wandb=true").to_toml()
     *tables, key = option.split(".")
     misspelt = key[:-1] + "_" + key[-1]

@@ -38,6 +38,7 @@ SHOW_THEIR_IMAGE = {"DistilledT5AttentionMapImage", "DistilledT5OCRAccuracy", "D
 SHOW_IMAGES = {"SaveImage", "PreviewImage"}
 OLDEST_COMFYUI = "0.16.3"
 LOADERS = {"UNETLoader", "VAELoader", "DualCLIPLoader", "LoraLoader", "ControlNetLoader", "DistilledT5Loader", "CheckpointLoaderSimple"}
+LOADERS |= {"DistilledT5Trim"}
 FOLDERS = {"checkpoints", "text_encoders", "diffusion_models", "vae", "loras", "controlnet"}
 SHIPPED = {path.name for path in (ROOT / "miniature" / "models").rglob("*.safetensors")}
 # Students that nobody has published, by the recipe that trains each.
@@ -172,7 +173,8 @@ def test_the_note_says_which_recipe_trains_a_student_and_what_was_not_tried(name
 
 def test_each_family_has_an_example() -> None:
     loaders = [node for name in EXAMPLE_NAMES for node in example(name)["nodes"] if node["type"] == "DistilledT5Loader"]
-    assert {node["widgets_values"][2] for node in loaders} == set(FAMILIES)
+    # No recipe of full size trains a student for families of Qwen3 yet.
+    assert {node["widgets_values"][2] for node in loaders} == {name for name, family in FAMILIES.items() if family.kind.name == "t5"}
 
 
 @each_example
