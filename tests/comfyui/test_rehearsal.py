@@ -165,7 +165,7 @@ def test_a_run_that_ran_out_of_memory_and_cannot_be_rehearsed_gets_general_advic
     )
 
 
-def test_a_cache_that_ran_out_of_memory_is_told_what_the_teacher_takes_and_what_takes_less():
+def test_advice_for_a_cache_that_ran_out_of_memory_says_what_the_teacher_takes_and_what_takes_less():
     one = load_recipe("smoke", ["teacher.cache=cache"])
     need = rehearse(one, Target(torch.device("cpu"))).encoding
     said = less_memory_for_texts(one)

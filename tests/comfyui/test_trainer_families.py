@@ -155,8 +155,7 @@ def test_a_run_goes_on_to_the_bit_from_within_a_trajectory(family: Family, tmp_p
 
 def test_a_frozen_trunk_is_saved_as_it_started_and_its_run_goes_on_to_the_bit(tmp_path: Path):
     recipe = load_recipe("smoke-z-image", [*SHORT, "teacher.chunk_prompts=4", "validation.prompts=2", "stage.1.steps=4"])
-    path = train(recipe, tmp_path / "run", False, Ranks())
-    assert path is not None
+    [path] = train(recipe, tmp_path / "run", False, Ranks()) or []
     begun, ended = make_student_of(recipe).tensors(), open_student(path).load()
     changed = {name for name in begun if not torch.equal(begun[name], ended[name].float())}
     assert changed == {name for name in begun if name.startswith("final_projection.")}
