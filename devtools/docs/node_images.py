@@ -28,7 +28,6 @@ SHOWN: dict[str, dict[str, Any]] = {
     "DistilledT5Loader": {"clip_name1": "clip_l.safetensors", "clip_name2": "distilled_t5_base.safetensors"},
     "DistilledT5TextEncode": {"text": "A red fox in a blue scarf reads a newspaper, morning light"},
     "DistilledT5CrossAttentionMap": {"prompt": "A red fox in a blue scarf reads a newspaper", "word": "red fox"},
-    "DistilledT5Trim": {"file": "qwen_3_4b.safetensors", "filename": "qwen_3_4b_klein"},
     "DistilledT5OCRAccuracy": {"expected": "OPEN ON SUNDAYS"},
 }
 
