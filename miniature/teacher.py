@@ -138,7 +138,7 @@ def encoder_tensors(weights: Mapping[str, Tensor], layout: StudentLayout, dtype:
 
 
 def save_teacher(path: Path, weights: Mapping[str, Tensor], layout: StudentLayout, facts: Mapping[str, str], dtype: torch.dtype) -> Path:
-    """Write the teacher as an encoder file without projection, which Distilled T5 Loader loads."""
+    """Write the teacher as an encoder file without projection, which Distilled Text Encoder Loader loads."""
     metadata = StudentMetadata(
         token_length=TOKEN_LENGTH,
         pooled="zero",
