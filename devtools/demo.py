@@ -68,10 +68,13 @@ def expected_time(train_steps: int) -> str:
 
 def settings_of(steps: int) -> list[str]:
     """The recipe's settings for so many steps, at least one in each stage."""
-    every_steps = max(steps // CHECKPOINTS, 1)
+    lengths = length_settings(load_recipe(RECIPE), steps)
+    # Each stage before the last has a checkpoint to draw with.
+    shortest = min(stage.steps for stage in load_recipe(RECIPE, lengths).stages[:-1])
+    every_steps = min(max(steps // CHECKPOINTS, 1), shortest)
     return [
         f"output.name={TRAINED}",
-        *length_settings(load_recipe(RECIPE), steps),
+        *lengths,
         *(f"{part}.every_steps={every_steps}" for part in ("validation", "checkpoints", "preview")),
         f"checkpoints.keep_last={CHECKPOINTS + 1}",
         "validation.prompts=32",

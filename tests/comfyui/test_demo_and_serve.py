@@ -93,6 +93,16 @@ def test_demo_draws_with_teacher_and_student_and_judges_every_picture(comfyui_pa
         assert len(sheet.convert("RGB").getcolors(1 << 24) or []) > 10
 
 
+@pytest.mark.parametrize("steps", [sum(steps_of_each_stage()), 40, 3])
+def test_every_stage_of_the_demo_has_a_checkpoint_that_is_kept_to_the_end(steps: int) -> None:
+    recipe, end = load_recipe(RECIPE, settings_of(steps)), 0
+    every, saved = recipe.checkpoints.every_steps, range(0, sum(stage.steps for stage in recipe.stages) + 1)
+    kept = [step for step in saved if step and step % every == 0][-recipe.checkpoints.keep_last :]
+    for stage in recipe.stages[:-1]:
+        assert [step for step in kept if end < step <= end + stage.steps]
+        end += stage.steps
+
+
 @pytest.mark.full
 def test_demo_with_train_shows_a_new_student_after_each_stage(comfyui_path: Path, tmp_path: Path) -> None:
     kept, stages = tmp_path / "out" / "kept", [stage.name for stage in load_recipe(RECIPE).stages]
