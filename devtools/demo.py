@@ -68,7 +68,7 @@ def expected_time(train_steps: int) -> str:
 
 def settings_of(steps: int) -> list[str]:
     """The recipe's settings for so many steps, at least one in each stage."""
-    lengths = length_settings(load_recipe(RECIPE), steps)
+    lengths = [*length_settings(load_recipe(RECIPE), steps)]
     # Each stage before the last has a checkpoint to draw with.
     shortest = min(stage.steps for stage in load_recipe(RECIPE, lengths).stages[:-1])
     every_steps = min(max(steps // CHECKPOINTS, 1), shortest)

@@ -96,7 +96,7 @@ def test_demo_draws_with_teacher_and_student_and_judges_every_picture(comfyui_pa
 @pytest.mark.parametrize("steps", [sum(steps_of_each_stage()), 40, 3])
 def test_every_stage_of_the_demo_has_a_checkpoint_that_is_kept_to_the_end(steps: int) -> None:
     recipe, end = load_recipe(RECIPE, settings_of(steps)), 0
-    every, saved = recipe.checkpoints.every_steps, range(0, sum(stage.steps for stage in recipe.stages) + 1)
+    every, saved = recipe.checkpoints.every_steps, range(sum(stage.steps for stage in recipe.stages) + 1)
     kept = [step for step in saved if step and step % every == 0][-recipe.checkpoints.keep_last :]
     for stage in recipe.stages[:-1]:
         assert [step for step in kept if end < step <= end + stage.steps]
