@@ -86,24 +86,16 @@ def decisive(lab: Lab, work: Work) -> str:
 
 def runs_of(lab: Lab, work: Work, seeds: int) -> list[tuple[Run, tuple[str, ...]]]:
     """Every run in its order, with the values of `--set` that make it. A run of other sources or models has another folder."""
-    found = []
+    found, files = [], {PRETRAINED: work.pretrained, TEXTS: work.folder / TEXTS}
     for seed in range(seeds):
-        files = {PRETRAINED: work.pretrained, TEXTS: work.folder / TEXTS}
         for arm in lab.arms:
             overrides = arm.overrides(lab.recipe, lab.settings, seed, files)
-            digest = hashlib.sha256((work.shared + lab.load(arm, seed, files).sha256).encode()).hexdigest()[:8]
-            start = files[arm.start] if arm.start and arm.start != PRETRAINED else None
             shipped = SHIPPED / "text_encoders" / f"{lab.shipped}.safetensors" if lab.shipped and not found else None
-            run = Run(work.folder / "runs" / f"{arm.name}-seed-{seed}-{digest}", arm.name, seed, start, shipped)
-            files[arm.name] = run.trained
+            decides = (work.shared, lab.load(arm, seed, files).sha256, sha256(shipped) if shipped else "")
+            digest = hashlib.sha256("".join(decides).encode()).hexdigest()[:8]
+            run = Run(work.folder / "runs" / f"{arm.name}-seed-{seed}-{digest}", arm.name, seed, shipped)
             found.append((run, overrides))
     return found
-
-
-def with_starts(lab: Lab, asked: Iterable[str]) -> set[str]:
-    """The arms that are asked for and those whose students they start from."""
-    names = {*asked}
-    return names | {arm.start for arm in lab.arms if arm.name in names and arm.start and arm.start != PRETRAINED}
 
 
 def prepare(lab: Lab, work: Work, asked: Iterable[str], at_once: int) -> None:
@@ -111,7 +103,7 @@ def prepare(lab: Lab, work: Work, asked: Iterable[str], at_once: int) -> None:
     due = []
     if not (work.teacher / "results.json").is_file():
         due.append(evaluation(work.suite, work.teacher, work.comfyui))
-    started = [arm for arm in lab.arms if arm.name in asked and arm.start == PRETRAINED]
+    started = [arm for arm in lab.arms if arm.name in asked and arm.pretrained]
     if started and not work.pretrained.is_file():
         due.append(["-m", "distilled_t5.devtools.lab_pretrain", lab.recipe, "--out", work.pretrained, "--comfyui", work.comfyui])
     run_all(due, at_once)
@@ -125,9 +117,6 @@ def due(lab: Lab, work: Work, runs: Iterable[tuple[Run, tuple[str, ...]]], until
         if time.monotonic() >= until_s:
             print("The time of --hours is over: the same command continues.")
             return
-        if run.start and not run.start.is_file():
-            print(f"{run.arm}, seed {run.seed}: its start is not trained yet; the same command trains it later.", flush=True)
-            continue
         print(f"{run.arm}, seed {run.seed}: {run.folder}", flush=True)
         yield run.prepare(lab.recipe, overrides, work.suite, work.teacher, work.comfyui)
 
@@ -171,11 +160,11 @@ def make(options: argparse.Namespace) -> None:
         runs = runs_of(lab, work, 1 if options.quick else SEEDS)
         try:
             if options.hours:
-                asked = with_starts(lab, options.only or [arm.name for arm in lab.arms])
+                asked = {*(options.only or [arm.name for arm in lab.arms])}
                 prepare(lab, work, asked, at_once)
                 run_all(due(lab, work, [one for one in runs if one[0].arm in asked], begin_s + 3600 * options.hours), at_once)
         finally:
-            if any(run.done for run, _ in runs):
+            if not options.hours or any(run.done for run, _ in runs):
                 publish(options, results(lab, [run for run, _ in runs], "python dev.py lab"), work)
 
 

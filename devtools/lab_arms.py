@@ -18,10 +18,10 @@ from ..train.recipe import Recipe, load_recipe
 from .commands import ROOT
 
 ARMS = ROOT / "benchmarks" / "lab.toml"
-# What an arm may start from, in its value of student.start: a T5 of the student's size, pretrained on text alone, or "{NAME}", the
-# student that an earlier arm has trained with the same seed. In teacher.cache, "{texts}" is the folder that all runs share.
+# What settings of arms name in braces: in student.start a T5 of the student's size, pretrained on text alone; in teacher.cache the folder
+# that all runs share.
 PRETRAINED, TEXTS = "pretrained", "texts"
-START, NAMED = re.compile(r"student\.start=\{(.+)\}"), re.compile(r"\{([\w.-]+)\}$")
+START, NAMED = f"student.start={{{PRETRAINED}}}", re.compile(r"\{(\w+)\}$")
 FAMILIES = ("flux", "sd3")
 
 
@@ -29,8 +29,7 @@ FAMILIES = ("flux", "sd3")
 class Arm:
     """Stages as tables of a recipe: what they leave out is as in the first stage of the base recipe.
 
-    tflop: the arithmetic of a planned arm, 10^12 operations; captions: how many it draws. Both with those of the student that it starts
-    from.
+    tflop: the arithmetic of a planned arm, 10^12 operations, with the pretraining of what it starts from; captions: how many it draws.
     """
 
     name: str
@@ -42,9 +41,9 @@ class Arm:
     captions: int = 0
 
     @property
-    def start(self) -> str | None:
-        """What it starts from; None: random weights."""
-        return next((found[1] for setting in self.settings if (found := START.fullmatch(setting))), None)
+    def pretrained(self) -> bool:
+        """Whether it starts from a pretrained T5; else from random weights."""
+        return START in self.settings
 
     def overrides(self, recipe: str, common: Sequence[str], seed: int, files: Mapping[str, Path]) -> tuple[str, ...]:
         """The values of `--set` with which the trainer trains this arm from a shipped recipe. `files`: what `{NAME}` stands for."""
@@ -105,18 +104,14 @@ class Lab:
 
     def planned(self, tflop: Callable[[Recipe], float], pretraining_tflop: Callable[[], float]) -> Lab:
         """The lab with the arithmetic and the captions of every arm."""
-        made = {PRETRAINED: Arm(PRETRAINED, PRETRAINED, (), tflop=pretraining_tflop() if self._has_pretrained else 0.0)}
+        before = pretraining_tflop() if any(arm.pretrained for arm in self.arms) else 0.0
+        planned = []
         for arm in self.arms:
-            before = made[arm.start] if arm.start else Arm("random", "random", ())
             # What it starts from changes nothing in what its own steps take.
-            own = replace(arm, settings=tuple(setting for setting in arm.settings if not START.fullmatch(setting)))
+            own = replace(arm, settings=tuple(setting for setting in arm.settings if setting != START))
             recipe = self.load(own, 0, {TEXTS: Path(TEXTS)})
-            made[arm.name] = replace(arm, tflop=before.tflop + tflop(recipe), captions=before.captions + _captions(recipe))
-        return replace(self, arms=tuple(made[arm.name] for arm in self.arms))
-
-    @property
-    def _has_pretrained(self) -> bool:
-        return any(arm.start == PRETRAINED for arm in self.arms)
+            planned.append(replace(arm, tflop=before * arm.pretrained + tflop(recipe), captions=_captions(recipe)))
+        return replace(self, arms=tuple(planned))
 
 
 def _arm(table: Mapping[str, Any]) -> Arm:

@@ -18,13 +18,12 @@ from .commands import ROOT, run_all
 class Run:
     """The folder of an arm with a seed; its name has a digest of what decides it, so that a changed arm is another run.
 
-    start: the file of another run's student that it starts from; shipped: that of a student that is there already.
+    shipped: the file of a student that is there already.
     """
 
     folder: Path
     arm: str
     seed: int
-    start: Path | None = None
     shipped: Path | None = None
 
     @property

@@ -71,10 +71,9 @@ def test_every_arm_is_a_recipe_of_its_family_and_every_question_is_about_arms(fa
     assert len({arm.name for arm in read.arms}) == len(read.arms)
     assert {arm.name for arm in read.arms} >= {name for claim in read.claims for name in (claim["arm"], claim["against"])}
     assert {claim.get("task", "word") for claim in read.claims} <= set(TASKS)
-    starts = ["pretrained", "texts"]
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("pretrained", "texts")}
     for arm in read.arms:
-        recipe = read.load(arm, 2, {name: tmp_path / f"{name}.safetensors" for name in starts})
-        starts.append(arm.name)
+        recipe = read.load(arm, 2, files)
         assert (recipe.seed, recipe.output.name, recipe.family.name) == (2, arm.name, family)
         assert [stage.objective for stage in recipe.stages] == [stage["objective"] for stage in arm.stages]
         assert recipe.stages[-1].corpora == load_recipe(read.recipe).stages[0].corpora
@@ -92,19 +91,24 @@ def test_an_arm_has_the_arithmetic_and_the_captions_of_its_recipe(tmp_path: Path
     assert [arm.captions for arm in (base, short, follow)] == [3500 * 32, 75 * 8, 600 * 8]
 
 
-def test_an_arm_that_starts_from_another_has_its_arithmetic_and_captions_too(tmp_path: Path) -> None:
-    second = Arm("second", "second", ({"objective": "velocity", "steps": 2000},), ("student.start={base}", "sampling.steps=20"))
-    planned = small(tmp_path)
-    planned = replace(planned, arms=(*planned.arms, second)).planned(tflop, lambda: 1.0)
-    assert planned.arms[-1].tflop == planned.arms[0].tflop + 20
-    assert planned.arms[-1].captions == planned.arms[0].captions + 100 * 32
-    work = lab.Work(tmp_path, tmp_path)
+def test_the_first_run_of_the_base_is_the_shipped_student(tmp_path: Path) -> None:
+    planned, work = replace(small(tmp_path), shipped="miniature_student_quarter"), lab.Work(tmp_path, tmp_path)
     runs = lab.runs_of(planned, work, 2)
-    first, last = runs[4][0], runs[7]
-    assert (first.arm, first.seed, last[0].start) == ("base", 1, first.trained)
-    assert f"student.start={first.trained.as_posix()}" in last[1]
-    assert lab.with_starts(planned, ["second"]) == {"base", "second"}
-    assert list(lab.due(planned, work, [last], time.monotonic() + 60)) == []
+    assert [run.shipped is not None for run, _ in runs] == [True, *[False] * 5]
+    run, overrides = runs[0]
+    run.prepare(planned.recipe, overrides, work.suite, work.teacher, tmp_path)
+    assert run.shipped is not None and run.trained.read_bytes() == run.shipped.read_bytes()
+    assert run.folder != lab.runs_of(small(tmp_path), work, 2)[0][0].folder, "its file is part of what decides the run"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shipped_student_was_trained_by_the_bases_recipe(family: str) -> None:
+    read = Lab.read(family)
+    base = read.load(read.arms[0], 0, {})
+    same = load_recipe(read.recipe)
+    keys = {line.split(":")[0] for line in same.differences(base)}
+    assert keys <= {"output.name", "preview.vae", "validation.every_steps", "checkpoints.every_steps"} | {"stage.0.name", "stage.1.name"}
+    assert same.output.name == read.shipped
 
 
 def test_operations_are_counted_once_for_equal_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
