@@ -24,6 +24,12 @@ from safetensors.torch import load_file
 DEVICE = {"write_gb_per_s": 1.0, "product_flops_per_s": 5e14}
 PLENTY = gpu.Room(time_s=600, disk_gb=64, ram_gb=128, there=set())
 STUDENT = gpu_parts.STUDENT_FILE
+# Bytes of the published models whose teacher is a Qwen3, GB; the benchmark does not measure them.
+OF_QWEN3_GB = (
+    dict.fromkeys(("z_image_turbo_bf16.safetensors", "z_image_bf16.safetensors"), 12.3)
+    | dict.fromkeys(("flux-2-klein-4b.safetensors", "flux-2-klein-base-4b.safetensors"), 7.8)
+    | dict.fromkeys(("flux-2-klein-9b.safetensors", "flux-2-klein-base-9b.safetensors"), 18.2)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +79,7 @@ def test_comfyui_knows_a_published_model_by_the_random_files_tensors(file):
     found = comfy.model_detection.model_config_from_unet(held, "").unet_config
     sizes = {**family.small[1], **family.published[file]}
     assert {name: found.get(name) for name in sizes} == sizes
-    assert sum(tensor.nbytes for tensor in held.values()) / 1e9 == pytest.approx(gpu.SIZES_GB[file], rel=0.03)
+    assert sum(tensor.nbytes for tensor in held.values()) / 1e9 == pytest.approx((gpu.SIZES_GB | OF_QWEN3_GB)[file], rel=0.03)
 
 
 @pytest.mark.full
