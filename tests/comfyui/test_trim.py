@@ -156,12 +156,15 @@ def test_files_and_settings_that_do_not_fit_are_refused_with_what_to_do(tmp_path
     klein, z_image, large = (FAMILIES[name] for name in ("flux2_klein_4b", "z_image", "flux2_klein_9b"))
     trim(complete(tmp_path, klein), klein, tmp_path / "small.safetensors")
     for act, message in (
-        (lambda: loaded("small.safetensors", z_image), "88 of 387 tensors are missing"),
-        (lambda: loaded("small.safetensors", large), "is the text encoder of Z-Image; expected a"),
+        (
+            lambda: loaded("small.safetensors", z_image),
+            "was trimmed for FLUX.2 klein 4B; the type is z_image.\nWhat to do: set type to flux2_klein_4b.",
+        ),
+        (lambda: loaded("small.safetensors", large), "the type is flux2_klein_9b.\nWhat to do: set type to flux2_klein_4b."),
         (lambda: loaded("small.safetensors", klein, dtype="fp8_e4m3fn"), "which keeps its number format.\nWhat to do: set dtype to auto"),
         (
             lambda: loaded("small.safetensors", FAMILIES["flux"]),
-            "small.safetensors is a Qwen3; expected a T5-XXL, of width 4096.\nWhat to do: pick the",
+            "small.safetensors was trimmed for FLUX.2 klein 4B; the type is flux.\nWhat to do: set type to flux2_klein_4b.",
         ),
         (lambda: loaded("qwen.safetensors", klein), "is a plain Qwen3-4B"),
         (lambda: DistilledT5Trim.execute("qwen.safetensors", "flux", "x"), "There is no type 'flux'"),
