@@ -18,6 +18,7 @@ from distilled_t5.encoder.trim import TRIMMABLE, trim
 from distilled_t5.families import FAMILIES
 from distilled_t5.families.family import Family
 from distilled_t5.nodes import DistilledT5Loader
+from distilled_t5.nodes.save import DistilledT5Save
 from distilled_t5.nodes.trim import DistilledT5Trim
 from distilled_t5.students import KINDS
 from distilled_t5.students.qwen3 import QWEN3
@@ -165,6 +166,10 @@ def test_files_and_settings_that_do_not_fit_are_refused_with_what_to_do(tmp_path
         (
             lambda: loaded("small.safetensors", FAMILIES["flux"]),
             "small.safetensors was trimmed for FLUX.2 klein 4B; the type is flux.\nWhat to do: set type to flux2_klein_4b.",
+        ),
+        (
+            lambda: DistilledT5Save.execute(loaded("small.safetensors", klein).args[0], "x", "as loaded"),
+            "This CLIP is a trimmed text encoder, not a distilled one: it is a file already.\nWhat to do: copy the file",
         ),
         (lambda: loaded("qwen.safetensors", klein), "is a plain Qwen3-4B"),
         (lambda: DistilledT5Trim.execute("qwen.safetensors", "flux", "x"), "There is no type 'flux'"),
