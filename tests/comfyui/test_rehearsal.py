@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Iterator
 
 import comfy.memory_management
 import comfy.model_management
@@ -25,13 +27,22 @@ from distilled_t5.train.memory import Rehearsal, usable_of
 from distilled_t5.train.models import less_memory, less_memory_for_texts, what_fits
 from distilled_t5.train.objectives import OBJECTIVES
 from distilled_t5.train.recipe import Recipe, load_recipe
-from distilled_t5.train.rehearsal import Target, rehearse
+from distilled_t5.train.rehearsal import Target
 from distilled_t5.train.rehearsal_report import Question, hours, recipe_row, report, verdict
 from distilled_t5.train.remedies import smaller
 from distilled_t5.train.workshop import open_workshop
 
 TABLE_S = 1800
 GPU = Target(torch.device("cpu"), as_gpu=True)
+# Here every rehearsal is computed, whatever `computed_once` of conftest.py keeps.
+rehearse = inspect.unwrap(rehearsal.rehearse)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rehearsed_each_time() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rehearsal, "rehearse", rehearse)
+        yield
 
 
 def one_stage(name: str, *settings: str) -> Recipe:

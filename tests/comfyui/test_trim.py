@@ -94,7 +94,7 @@ def check_same(ours: list[Any], theirs: list[Any]) -> None:
 
 
 @every_trimmable
-@pytest.mark.parametrize("quantised", [pytest.param(False, id="bf16", marks=pytest.mark.full), pytest.param(True, id="scaled fp8")])
+@pytest.mark.parametrize("quantised", [pytest.param(False, id="bf16"), pytest.param(True, id="scaled fp8")])
 def test_the_node_saves_a_file_that_gives_the_same_bits_with_fewer_layers(family: Family, quantised: bool, tmp_path: Path):
     source = complete(tmp_path, family, quantised)
     (name,) = DistilledT5Trim.execute(source.name, family.name, "small").args
@@ -141,8 +141,7 @@ def test_the_second_copy_that_dynamic_vram_makes_reads_the_same_layers(tmp_path:
     check_same(encoded(clip, family), expected)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("family", TRIMMABLE.values(), ids=TRIMMABLE)
+@every_trimmable
 def test_a_teacher_is_loaded_without_the_layers_that_are_not_read_and_a_trimmed_one_teaches_alike(family: Family, tmp_path: Path):
     source = complete(tmp_path, family)
     small = trim(source, family, tmp_path / "small.safetensors")
