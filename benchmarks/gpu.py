@@ -32,10 +32,7 @@ FLUX = "flux1-dev.safetensors"
 # Bytes of weights by file, GB. Flux is written in bf16, as all of them but the fp8 one.
 SIZES_GB = {STUDENT: 0.26, BF16: 9.5, FP8: 4.8, FLUX: 23.8, "flux1-schnell.safetensors": 23.8, "Chroma1-HD.safetensors": 17.8}
 SIZES_GB |= {"sd3.5_medium.safetensors": 4.9, "pixart_alpha_1024_ms.safetensors": 1.2, "pixart_sigma_1024_ms.safetensors": 1.2}
-SIZES_GB |= dict.fromkeys(("z_image_turbo_bf16.safetensors", "z_image_bf16.safetensors"), 12.3)
-SIZES_GB |= dict.fromkeys(("flux-2-klein-4b.safetensors", "flux-2-klein-base-4b.safetensors"), 7.8)
-SIZES_GB |= dict.fromkeys(("flux-2-klein-9b.safetensors", "flux-2-klein-base-9b.safetensors"), 18.2)
-# The shipped recipes for models of full size; small runs have the first ones, of every family.
+# The shipped recipes whose teacher is T5-XXL; small runs have the first ones, one or two of each such family.
 RECIPES = (
     *("flux-dev-paper", "pixart-sigma-24gb", "schnell-24gb", "sd35-medium-24gb", "chroma-24gb", "pixart-alpha-paper"),
     *("flux-overnight-24gb", "flux-dev-overnight-24gb", "flux-overnight-16gb", "flux-overnight-12gb"),

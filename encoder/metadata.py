@@ -85,7 +85,7 @@ def of_changed_weights(metadata: StudentMetadata) -> StudentMetadata:
 
 def read_metadata(header: Mapping[str, str], where: str) -> StudentMetadata:
     """Check the metadata of a safetensors header. Raises StudentFileError that names the key with an invalid value."""
-    facts = {key: value for key, value in header.items() if not _REWRITTEN.fullmatch(key)}
+    facts = {key: value for key, value in header.items() if not REWRITTEN.fullmatch(key)}
     common = StudentMetadata(title=header.get("modelspec.title", ""), sha256=_digest(header, HASH_KEY, where), facts=facts)
     if VERSION_KEY not in header:
         strays = sorted(key for key in header if key.startswith(KEY))
@@ -208,7 +208,7 @@ def described(metadata: StudentMetadata, layout: Layout, dtype: str) -> dict[str
 
 
 # Computed for each new file, so not copied from the file that was loaded.
-_REWRITTEN = re.compile(
+REWRITTEN = re.compile(
     r"format|modelspec\.(sai_model_spec|architecture|implementation|title|date|description|usage_hint|tags|hash_sha256)"
     r"|distilled_t5\.(format_version|family|also_serves|token_length|pooled|projection|text_width|header_sha256)"
 )

@@ -14,6 +14,8 @@ from ..students.kind import Layout, Shape
 from .metadata import TRIMMED_KEY, StudentMetadata, check_against_layout, of_kind, read_metadata
 
 TOKENS = 49408
+# What recipes and suites call the setting that decides the family.
+RECIPE_SETTING = "diffusion_model.family"
 # Endings of what ComfyUI's quantised layers have beside their weights.
 QUANTISED_BY_COMFYUI = (".comfy_quant", ".weight_scale", ".weight_scale_2")
 
@@ -154,17 +156,20 @@ def _other_file(shapes: Mapping[str, Shape], where: str, name: str) -> StudentFi
     )
 
 
-def check_large_tensors(shapes: Mapping[str, Shape], where: str, family: Family = DEFAULT, pick: str = "") -> None:
+def check_large_tensors(
+    shapes: Mapping[str, Shape], where: str, family: Family = DEFAULT, pick: str = "", setting: str = RECIPE_SETTING
+) -> None:
     """Raise StudentFileError unless a file has every tensor of its large encoder that the family reads, whatever else is there (scales).
 
     ComfyUI only warns about missing weights, and would encode with uninitialised memory. Layers that are not read may be missing (Trim Text
     Encoder), and weights that are quantised as ComfyUI's have their own shapes. `pick`: what to do with another file.
+    `setting`: what the user calls the setting that decides the family.
     """
     kind, layout = family.kind, family.teacher_layout
     pick = pick or f"name a complete {layout.size_name} (fp16, bf16 or fp8, not packed in 4 bits) in teacher.t5."
     names, _ = kind.published_names(shapes)
     by_name = {name: shapes[source] for name, source in names.items()}
-    _refuse_other_large(by_name, where, family, pick)
+    _refuse_other_large(by_name, where, family, pick, setting)
     quantised = {part_of(name) for name in by_name if name.endswith(QUANTISED_BY_COMFYUI)}
     wanted = family.read_layout.tensors()
     wrong = [name for name, shape in wanted.items() if name not in by_name or (by_name[name] != shape and part_of(name) not in quantised)]
@@ -181,7 +186,7 @@ def part_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _refuse_other_large(by_name: Mapping[str, Shape], where: str, family: Family, pick: str) -> None:
+def _refuse_other_large(by_name: Mapping[str, Shape], where: str, family: Family, pick: str, setting: str) -> None:
     """Raise StudentFileError for a file that is known as something else than the family's large encoder."""
     kind, size_name, width = family.kind, family.teacher_layout.size_name, family.teacher_layout.output_width
     foreign, other = foreign_kind(by_name, kind), kind_of(list(by_name))
@@ -194,7 +199,7 @@ def _refuse_other_large(by_name: Mapping[str, Shape], where: str, family: Family
         what, pick = "a Qwen3-VL, with vision layers", f"for image input keep the complete encoder; for text, {pick}"
     fitting = [name for name, one in FAMILIES.items() if (one.kind, one.teacher_layout.output_width) == (kind, kind.width_in(by_name))]
     if not what and fitting and family.name not in fitting:
-        what, pick = f"the text encoder of {FAMILIES[fitting[0]].display_name}", f"set type to {' or '.join(fitting)}, or {pick}"
+        what, pick = f"the text encoder of {FAMILIES[fitting[0]].display_name}", f"set {setting} to {' or '.join(fitting)}, or {pick}"
     if what:
         raise StudentFileError(f"{where} is {what}; expected a {size_name}, of width {width}.", pick)
 

@@ -27,12 +27,12 @@ from ..students import KINDS
 from ..students.kind import StudentKind
 from .companions import open_companion
 from .files import StudentFile, open_student
-from .large import load_large
+from .large import WithoutLastLayers, load_large
 from .lora_log import fold_lora_lines
 from .metadata import MAX_TOKENS, StudentMetadata, of_changed_weights, served_as
 from .needed_tensors import CLIPS
 from .prompt_length import TokenWeight, seen_by_encoder
-from .trim import check_trimmable, trimmed_tensors
+from .trim import check_trimmed, read_trimmed
 
 # What ComfyUI builds where a student or nothing goes, and what is dropped at once. Its CLIPs take a hidden layer of at least three.
 SMALL_COMPANION = {"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
@@ -146,9 +146,9 @@ def load_encoder(student_path: str, companions: Mapping[str, str], options: Serv
     Raises StudentFileError for a file that is not a complete student of this family, or not that companion; then nothing is loaded.
     """
     family = FAMILIES[options.family]
-    trimmed = trimmed_tensors(Path(student_path))
+    trimmed = read_trimmed(Path(student_path))
     if trimmed is not None:
-        check_trimmable(trimmed, Path(student_path).name, family)
+        check_trimmed(*trimmed, Path(student_path).name, family)
         return _trimmed(student_path, family, options)
     student = opened(student_path, family)
     for name in companions:
@@ -281,9 +281,14 @@ def in_dtype(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, where: s
 def student_of(clip: Any) -> Any:
     """The text model of a CLIP with a student. Raises ValueError if it is another kind of CLIP."""
     model = getattr(clip, "cond_stage_model", None)
+    if isinstance(model, nn.Module) and any(isinstance(part, WithoutLastLayers) for part in model.children()):
+        raise ValueError(
+            "This CLIP is a trimmed text encoder, not a distilled one: it is a file already.\n"
+            "What to do: copy the file that the loader read."
+        )
     if not isinstance(getattr(model, "metadata", None), StudentMetadata):
         raise ValueError(
-            f"This CLIP is not a distilled T5 (it is a {type(model).__name__}).\n"
+            f"This CLIP is not a distilled encoder (it is a {type(model).__name__}).\n"
             "What to do: connect the CLIP of a Distilled Text Encoder Loader."
         )
     return model

@@ -11,14 +11,14 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
+import safetensors
 import torch
 from torch import Tensor
 
 from ..runtime.header import Entry
 from ..runtime.progress import Progress, silent
-from ..runtime.weights import SAFETENSORS_NAMES, changed
+from ..runtime.weights import SAFETENSORS_NAMES, changed, reading
 
 # Flushed to the disk before the next piece, so that no wait is long.
 PIECE_BYTES = 1 << 25
@@ -46,26 +46,28 @@ def copy_tensors(source: Path, entries: Mapping[str, Entry], path: Path, metadat
     """Write the tensors that `entries` find in a safetensors file, of any number format, byte by byte into a new one.
 
     The widest formats come first, as readers want multiples of a number's size. `progress` and cancelling are as in `write_stream`. Raises
-    StudentFileError for a file that changes meanwhile.
+    StudentFileError for a source that cannot be read, that changes meanwhile, or whose header is not valid.
     """
+    with reading(source), safetensors.safe_open(str(source), framework="pt"):
+        pass  # refuses offsets that do not match formats and shapes
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     ordered = sorted(entries.items(), key=lambda item: (-item[1].size / max(1, item[1].numbers), item[1].begin))
     end = 0
     for name, entry in ordered:
         start, end = end, end + entry.size
         table[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
-    with source.open("rb") as file:
-        _written(path, _with_length(table), end, _ranges(file, source, [entry for _, entry in ordered]), progress)
+    _written(path, _with_length(table), end, _ranges(source, [entry for _, entry in ordered]), progress)
 
 
-def _ranges(file: BinaryIO, source: Path, entries: Iterable[Entry]) -> Iterator[bytes]:
-    for entry in entries:
-        file.seek(entry.begin)
-        for start in range(0, entry.size, PIECE_BYTES):
-            size = min(PIECE_BYTES, entry.size - start)
-            if len(piece := file.read(size)) < size:
-                raise changed(source)
-            yield piece
+def _ranges(source: Path, entries: Iterable[Entry]) -> Iterator[bytes]:
+    with reading(source), source.open("rb") as file:
+        for entry in entries:
+            file.seek(entry.begin)
+            for start in range(0, entry.size, PIECE_BYTES):
+                size = min(PIECE_BYTES, entry.size - start)
+                if len(piece := file.read(size)) < size:
+                    raise changed(source)
+                yield piece
 
 
 def _written(path: Path, header: bytes, total: int, pieces: Iterable[bytes | memoryview], progress: Progress) -> str:

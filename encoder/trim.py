@@ -10,12 +10,12 @@ from ..families import FAMILIES
 from ..families.family import Family
 from ..runtime.disk import publish, remove_abandoned, sync_folder, unfinished
 from ..runtime.errors import StudentFileError, UserError
-from ..runtime.header import Entry, read_header
+from ..runtime.header import MALFORMED, Entry, read_header
 from ..runtime.progress import Progress, silent
 from ..runtime.weights import check_readable
-from ..students.kind import Layout
+from ..students.kind import Layout, Shape
 from .files import not_written
-from .metadata import TRIMMED_KEY
+from .metadata import REWRITTEN, TRIMMED_KEY
 from .needed_tensors import check_large_tensors, part_of
 from .stream import copy_tensors
 
@@ -36,7 +36,7 @@ def trim(source: Path, family: Family, out: Path, progress: Progress = silent) -
     remove_abandoned(out.parent)
     try:
         with unfinished(out) as aside:
-            copy_tensors(source, kept, aside, {**_quantisation(strings, kept), **_description(family)}, progress)
+            copy_tensors(source, kept, aside, {**_kept_strings(strings, kept), **_description(family)}, progress)
             published = publish(aside, out, overwrite=False)
             sync_folder(published.parent)
     except OSError as error:
@@ -44,19 +44,29 @@ def trim(source: Path, family: Family, out: Path, progress: Progress = silent) -
     return published
 
 
-def trimmed_tensors(path: Path) -> dict[str, Entry] | None:
-    """The tensors of a file of `trim`; None for another file."""
+def read_trimmed(path: Path) -> tuple[dict[str, Entry], str] | None:
+    """The tensors of a file of `trim`, and the family for which it was trimmed; None for another file."""
     try:
         entries, strings = read_header(path)
     except StudentFileError:
         return None
-    return entries if TRIMMED_KEY in strings else None
+    return (entries, strings[TRIMMED_KEY]) if TRIMMED_KEY in strings else None
 
 
-def check_trimmable(entries: Mapping[str, Entry], where: str, family: Family) -> None:
-    """Raise StudentFileError unless a file has what the family reads of its large encoder, in any number format."""
-    pick = f"pick the {family.teacher_layout.size_name} file that ComfyUI's own loader takes for {family.display_name}."
-    check_large_tensors({name: entry.shape for name, entry in entries.items()}, where, family, pick)
+def check_trimmed(entries: Mapping[str, Entry], made_for: str, where: str, family: Family) -> None:
+    """Raise StudentFileError unless a file that was trimmed for the family `made_for` has what the loader's family reads."""
+    made, large = TRIMMABLE.get(made_for), family.teacher_layout
+    serves = [name for name, one in TRIMMABLE.items() if made and one.teacher == made.teacher and one.layers_read <= made.layers_read]
+    if made and family.name not in serves:
+        raise StudentFileError(
+            f"{where} was trimmed for {made.display_name}; the type is {family.name}.", f"set type to {' or '.join(serves)}."
+        )
+    again = f"trim the complete {large.size_name} for {family.display_name} again, or pick another file."
+    check_large_tensors(_shapes(entries), where, family, again, "type")
+
+
+def _shapes(entries: Mapping[str, Entry]) -> dict[str, Shape]:
+    return {name: entry.shape for name, entry in entries.items()}
 
 
 def _kept(entries: Mapping[str, Entry], where: str, family: Family) -> dict[str, Entry]:
@@ -66,7 +76,8 @@ def _kept(entries: Mapping[str, Entry], where: str, family: Family) -> dict[str,
             f"{family.display_name} reads all layers of {large.size_name}: none can be left out.",
             f"set type to one of {', '.join(TRIMMABLE)}.",
         )
-    check_trimmable(entries, where, family)
+    pick = f"pick the {large.size_name} file that ComfyUI's own loader takes for {family.display_name}."
+    check_large_tensors(_shapes(entries), where, family, pick, "type")
     names, _ = family.kind.published_names(entries)
     unread = _layers(large) - _layers(family.read_layout)
     kept = {source: entries[source] for name, source in names.items() if part_of(name) not in unread}
@@ -79,17 +90,18 @@ def _layers(layout: Layout) -> set[str]:
     return {part_of(name) for name in layout.tensors()}
 
 
-def _quantisation(strings: Mapping[str, str], kept: Mapping[str, Entry]) -> dict[str, str]:
-    """The file's metadata; what it says of quantised layers, without those that are left out."""
+def _kept_strings(strings: Mapping[str, str], kept: Mapping[str, Entry]) -> dict[str, str]:
+    """What the source's metadata says of the new file too; of quantised layers, only of those that are kept."""
+    strings = {key: value for key, value in strings.items() if not REWRITTEN.fullmatch(key)}
     if QUANTISED_KEY not in strings:
-        return dict(strings)
-    try:
-        said = dict(json.loads(strings[QUANTISED_KEY]))
-    except (ValueError, TypeError) as error:
-        raise StudentFileError(f"The file's metadata {QUANTISED_KEY} is not a JSON table.", "download the file again.") from error
+        return strings
     layers = {part_of(name) for name in kept}
-    said["layers"] = {name: how for name, how in said.get("layers", {}).items() if name in layers}
-    return {**strings, QUANTISED_KEY: json.dumps(said)}
+    try:
+        said = json.loads(strings[QUANTISED_KEY])
+        described = {name: how for name, how in said.get("layers", {}).items() if name in layers}
+    except MALFORMED as error:
+        raise StudentFileError(f"The file's metadata {QUANTISED_KEY} has no table of layers.", "download the file again.") from error
+    return {**strings, QUANTISED_KEY: json.dumps({**said, "layers": described})}
 
 
 def _description(family: Family) -> dict[str, str]:

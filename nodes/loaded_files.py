@@ -15,7 +15,7 @@ from ..runtime.weights import CHOICES
 
 LOADERS = {
     "model": "connect Load Diffusion Model directly",
-    "teacher": "connect Load CLIP, DualCLIPLoader, TripleCLIPLoader or Distilled Text Encoder Loader directly",
+    "teacher": "connect Load CLIP, DualCLIPLoader, TripleCLIPLoader or Distilled Text Encoder Loader (token_length 0) directly",
 }
 
 
@@ -60,8 +60,10 @@ def text_encoder_files(clip: Any, family: Family) -> tuple[str, dict[str, str]]:
 def _loaded_from(patcher: Any, name: str, changed: bool = False) -> tuple[Any, ...]:
     """What ComfyUI's loader was called with: the path or paths, then others. `changed`: other nodes changed what holds the patcher."""
     if changed or _is_patched(patcher):
+        or_loader = " or by its loader (token_length)" if name == "teacher" else ""
         raise UserError(
-            f"The {name} was changed by other nodes (a LoRA, a sampling or attention node); it is trained with as its file has it.",
+            f"The {name} was changed by other nodes (a LoRA, a sampling or attention node){or_loader}; "
+            "it is trained with as its file has it.",
             f"{LOADERS[name]}; to train with a LoRA, save the merged model to a file and load that.",
         )
     _, arguments, *_ = patcher.cached_patcher_init or (None, ())

@@ -21,7 +21,7 @@ COUNTED_DEVICES = ("cuda", "xpu", "npu", "mlu")
 
 
 class DistilledT5Loader(io.ComfyNode):
-    """Loads a distilled T5 in the place of ComfyUI's own CLIP loaders."""
+    """Loads a distilled or trimmed text encoder in the place of ComfyUI's own CLIP loaders."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -71,7 +71,7 @@ class DistilledT5Loader(io.ComfyNode):
             ],
             outputs=[
                 io.Clip.Output(
-                    display_name="CLIP", tooltip="An ordinary CLIP of this type: its CLIP-L and CLIP-G (or zeros), and the distilled T5."
+                    display_name="CLIP", tooltip="An ordinary CLIP of this type: the encoder, and its CLIP-L and CLIP-G (or zeros)."
                 ),
                 io.String.Output(
                     display_name="info", tooltip="What was loaded: size, parameters, memory, number format, device, token length."
@@ -147,7 +147,7 @@ def _advanced_inputs() -> list[io.Input]:
             default="auto",
             advanced=True,
             optional=True,
-            tooltip="Number format of the T5's weights. auto: as in the file, at most 16 bits. fp8 halves memory, costs precision.",
+            tooltip="Number format of the encoder's weights. auto: as in the file, at most 16 bits. fp8 halves memory, costs precision.",
         ),
         io.Int.Input(
             "token_length",

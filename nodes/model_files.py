@@ -13,7 +13,7 @@ from typing import TypeVar
 import folder_paths
 
 from ..encoder.files import not_written, open_student
-from ..encoder.trim import trimmed_tensors
+from ..encoder.trim import read_trimmed
 from ..runtime.comfyui import NO_FILE
 from ..runtime.disk import remove_abandoned, unused_path
 from ..runtime.errors import StudentFileError, escaped, printable
@@ -57,7 +57,7 @@ def _is_student_file(path: str, _changed_s: float, _size: int) -> bool:
     try:
         open_student(path)
     except StudentFileError:
-        return trimmed_tensors(Path(path)) is not None
+        return read_trimmed(Path(path)) is not None
     return True
 
 

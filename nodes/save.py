@@ -17,7 +17,7 @@ DTYPES = {"as loaded": None, **CHOICES}
 
 
 class DistilledT5Save(io.ComfyNode):
-    """Writes the distilled T5 of a CLIP to a file."""
+    """Writes the distilled encoder of a CLIP to a file."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -26,7 +26,7 @@ class DistilledT5Save(io.ComfyNode):
             display_name="Distilled T5 Save",
             category="Distilled T5",
             description=(
-                "Saves the distilled T5 of a CLIP, LoRAs and merges included, to models/text_encoders with its metadata. "
+                "Saves the distilled encoder of a CLIP, LoRAs and merges included, to models/text_encoders with its metadata. "
                 "An existing file is never overwritten: the new one gets a number."
             ),
             search_aliases=["save DistillT5", "export T5", "CLIPSave", "save text encoder", "convert T5"],

@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import os
 import sys
+import traceback
 from pathlib import Path
 
 
@@ -87,23 +88,34 @@ def main(argv: list[str]) -> int:
     parser = command_line()
     options = parser.parse_args(ours)
     if options.recipe is None and not (options.rehearse or options.estimate):
-        parser.error("RECIPE is missing: name one, such as smoke or flux-overnight-24gb; --rehearse alone lists all with what they take")
+        parser.error(
+            "RECIPE is missing: name one, such as smoke or flux-overnight-24gb; --rehearse alone lists them all, with what each takes"
+        )
     if not options.rehearse and (options.memory or options.gpu or options.price):
         parser.error("--memory, --gpu and --price are options of --rehearse")
+    if options.rehearse and options.recipe in (None, "all") and (options.memory or options.gpu or options.price is not None or options.set):
+        parser.error("--memory, --gpu, --price and --set do not change the table of all recipes: name one RECIPE to rehearse with them")
     if options.rehearse:
         return exit_status(lambda: rehearse(options, flags), "trainer")
     return exit_status(lambda: run(options, flags), "trainer", lambda: memory_advice(options))
 
 
 def memory_advice(options: argparse.Namespace) -> str:
-    """What needs less memory than the run that these options ask for."""
-    from distilled_t5.train.models import less_memory
+    """What needs less memory than the run that these options ask for, or than its teacher if the error in progress is of its texts."""
+    from distilled_t5.train.models import less_memory, less_memory_for_texts
     from distilled_t5.train.recipe import load_recipe
+    from distilled_t5.train.run_directory import RunDirectory
+    from distilled_t5.train.teacher_cache import CachedTexts
 
+    recipe = load_recipe(options.recipe, options.set)
+    if any(frame.f_code is CachedTexts.make.__code__ for frame, _ in traceback.walk_tb(sys.exc_info()[2])):
+        return less_memory_for_texts(recipe)
+    saved = not options.estimate and RunDirectory(options.run or Path("runs", recipe.name)).has_checkpoints
+    again = "continue with --resume" if saved else "run the same command again"
+    first = "start a new run from the last student.safetensors (student.start) and " if saved else ""
     return (
-        "continue with --resume (on a GPU with -- --reserve-vram 2, which keeps 2 GB more of it free).\n"
-        "If that is not enough, start a new run from the last student.safetensors (student.start) and "
-        + less_memory(load_recipe(options.recipe, options.set), options.processes)
+        f"{again} (on a GPU with -- --reserve-vram 2, which keeps 2 GB more of it free).\n"
+        f"If that is not enough, {first}{less_memory(recipe, options.processes)}"
     )
 
 
@@ -112,15 +124,16 @@ def recipe_for_this_gpu() -> str:
     import comfy.model_management
     from distilled_t5.families import FAMILIES
     from distilled_t5.runtime.errors import UserError
-    from distilled_t5.train.memory import shipped_for
+    from distilled_t5.train.memory import shipped_for, stated_gb
 
     device = comfy.model_management.get_torch_device()
     total = 0 if device.type == "cpu" else comfy.model_management.get_total_memory(device)
     if name := shipped_for(total, FAMILIES["flux"]):
         return name
+    smallest = f"{device} has {total / 1e9:.1f} GB; the smallest overnight recipe is made for {min(stated_gb(FAMILIES['flux']))} GB"
     raise UserError(
-        f"--estimate without RECIPE measures the overnight recipe for this machine's GPU, and none is made for {device}.",
-        "name a recipe, such as smoke; --rehearse alone lists all with what they take.",
+        f"{smallest if total else 'No GPU was found'}: --estimate without RECIPE measures the overnight recipe for this machine's GPU.",
+        "name a recipe, such as smoke; --rehearse alone lists them all, with what each takes.",
     )
 
 

@@ -15,6 +15,7 @@ from ..prompts.mix import read_corpus
 from ..prompts.negatives import NEGATIVES
 from ..runtime.errors import UserError
 from .batches import Schedule
+from .objectives import OBJECTIVES
 from .recipe import Recipe
 
 # Bytes of a token's id, of the scale of a token's row, and of a number of the pooled vector.
@@ -54,8 +55,9 @@ def wanted(schedule: Schedule, step: int = 0) -> dict[str, tuple[str, int]]:
 
 def of_an_estimate(schedule: Schedule) -> dict[str, tuple[str, int]]:
     """The texts of the first trajectory of every stage, and of those from which the teacher's variance is measured."""
-    stages = range(len(schedule.recipe.stages))
-    batches = [batch for stage in stages for batch in (*schedule.first(stage), *schedule.sample(stage))]
+    batches = [batch for stage in range(len(schedule.recipe.stages)) for batch in schedule.first(stage)]
+    scaled = (number for number, stage in enumerate(schedule.recipe.stages) if OBJECTIVES[stage.objective].scaled)
+    batches += [batch for stage in scaled for batch in schedule.sample(stage)]
     return _by_key(((prompt, batch.drawn.token_length) for batch in batches for prompt in batch.prompts), schedule.recipe)
 
 

@@ -24,7 +24,7 @@ from .run_directory import RunDirectory
 CARD = "README.md"
 PACK = "https://github.com/distilled-t5/distilled-t5"
 PAPER = "https://arxiv.org/abs/2503.19897"
-TAGS = ["text-encoder", "t5", "distillation", "comfyui", "diffusion-single-file"]
+TAGS = ["text-encoder", "distillation", "comfyui", "diffusion-single-file"]
 # The last line of a card: what it describes, and its own SHA-256 without this line.
 MARK = "\n<!-- distilled_t5: step={step} recipe={recipe} text={text} -->\n"
 MARKED = re.compile(r"\n<!-- distilled_t5: step=(\d+) recipe=(\w+) text=(\w+) -->\s*")
@@ -117,7 +117,7 @@ def _front_matter(recipe: Recipe) -> str:
             datasets=[DATASETS[stem] for stem in data if stem in DATASETS] or None,
             language="en",
             pipeline_tag="text-to-image",
-            tags=[*TAGS, recipe.family.name],
+            tags=[*TAGS, recipe.student_kind.name, recipe.family.name],
         )
         .to_yaml()
     )

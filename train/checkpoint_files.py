@@ -17,6 +17,8 @@ CHECKPOINT = re.compile(r"step-(\d{6,})$")
 # An older checkpoint of the same step, while the newer one replaces it.
 REPLACED = ".replaced"
 BROKEN = ".broken"
+# An intact checkpoint of a step that other students of the run lack.
+AHEAD = ".ahead"
 STUDENT, TENSORS, VALUES, MANIFEST = "student.safetensors", "state.safetensors", "state.json", "manifest.json"
 # Errors of a file that is lost or can no longer be read from the disk.
 LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)

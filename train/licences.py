@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..families import FAMILIES
 from .recipe import RANDOM, STAND_IN, Recipe
 
 HUGGING_FACE = "https://huggingface.co/"
@@ -48,6 +49,8 @@ class Origin:
 
 # What names of the same weights may end in: a number format, and the kind of file. Any other word may be a merge or a fine-tune.
 ENDING = r"([-_.](bf16|fp16|fp32|fp8([-_]e4m3fn)?(_scaled)?))?(\.(safetensors|sft))?"
+# What `train trim` adds to a name.
+TRIMMED = "|".join(name for name, family in FAMILIES.items() if family.layers_read)
 # File names as they are published, in lower case; where they come from, and under which licence.
 KNOWN = (
     (r"flux1?[-_.]?(1[-_])?dev", DEV, FLUX_DEV),
@@ -58,8 +61,9 @@ KNOWN = (
     (r"chroma1[-_]hd", "lodestones/Chroma1-HD", APACHE),
     (r"z_image_turbo", "Tongyi-MAI/Z-Image-Turbo", APACHE),
     (r"flux-2-klein-4b", "black-forest-labs/FLUX.2-klein-4B", APACHE),
-    (r"qwen_3_4b", "Qwen/Qwen3-4B", APACHE),
-    (r"(?P<name>qwen3-(0\.6b|1\.7b))", "Qwen/{name}", APACHE),
+    (rf"(qwen_3_4b|qwen3-4b)(-({TRIMMED}))?", "Qwen/Qwen3-4B", APACHE),
+    (r"qwen3-0\.6b", "Qwen/Qwen3-0.6B", APACHE),
+    (r"qwen3-1\.7b", "Qwen/Qwen3-1.7B", APACHE),
     (r"t5xxl|t5[-_]v1_1[-_]xxl", "google/t5-v1_1-xxl", APACHE),
     (r"(google[-_])?(?P<name>(flan-t5|t5-v1_1)-(small|base|large|xl))", "google/{name}", APACHE),
     (r"miniature_(teacher|flux|sd3|(sd3_)?student_(quarter|tenth|fortieth))", "", APACHE),

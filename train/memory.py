@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..config.files import shipped_names
 from ..families.family import Family
+from .gpus import SHOWN_BYTES_PER_GB
 from .recipe import Recipe, Stage, load_recipe
 from .teacher_chunks import chunk_of
 
@@ -20,8 +21,6 @@ USABLE = 0.95
 CPU_FLOPS = 1e12
 NOT_PRACTICAL_DAYS = 10
 STATED_GB = re.compile(r"-(\d+)gb$")
-# A card sold as 12 GB has a little less than 12 x 2^30 bytes available.
-SHOWN_BYTES_PER_GB = 0.97 * 2**30
 # Parts of the RAM beside a GPU.
 TEACHER, DIFFUSION_MODEL, CHECKPOINT = "teacher's encoders", "diffusion model, while the teacher works", "a checkpoint, while it is saved"
 
@@ -211,7 +210,7 @@ def without_gpu(rehearsal: Rehearsal, family: Family) -> str:
     said += f" It takes about {time} at an assumed {CPU_FLOPS / 1e12:g} TFLOP/s."
     if hours <= 24 * NOT_PRACTICAL_DAYS:
         return said
-    smallest = min(_stated_gb(family).items(), default=None)
+    smallest = min(stated_gb(family).items(), default=None)
     return f"{said} That is not practical: use a GPU{f'; {smallest[1]} runs on {smallest[0]} GB' if smallest else ''}."
 
 
@@ -220,16 +219,18 @@ def shipped_advice(family: Family, total_bytes: int, on_gpu: bool) -> str:
     if not on_gpu:
         return f"The shipped recipe smoke runs on any machine, but {family.display_name} needs a GPU."
     fitting = shipped_for(total_bytes, family)
-    return f"The shipped recipe {fitting} is made for this much memory." if fitting else "No shipped recipe is made for so little memory."
+    if fitting:
+        return f"The shipped recipe {fitting} is made for this much memory."
+    return f"No shipped recipe is made for {'so little memory' if stated_gb(family) else family.display_name}."
 
 
 def shipped_for(total_bytes: int, family: Family) -> str | None:
     """Of the family's recipes with a memory size in their name (`schnell-12gb`), the largest that a device of this memory can hold."""
-    fitting = ((size, name) for size, name in _stated_gb(family).items() if size * SHOWN_BYTES_PER_GB <= total_bytes)
+    fitting = ((size, name) for size, name in stated_gb(family).items() if size * SHOWN_BYTES_PER_GB <= total_bytes)
     return max(fitting, default=(0, None))[1]
 
 
-def _stated_gb(family: Family) -> dict[int, str]:
+def stated_gb(family: Family) -> dict[int, str]:
     """The family's shipped recipes by the memory size in their names, GB; of those of one size, the shortest name for one night."""
     names = sorted(shipped_names(), key=lambda name: ("-overnight-" in name, -len(name)))
     stated = [(int(match[1]), name) for name in names if (match := STATED_GB.search(name))]

@@ -78,7 +78,6 @@ class RunPage:
             "left": left_s,
             "facts": self.facts,
             "numbers": dict(self._numbers()),
-            "trajectory": self.recipe.sampling.steps,
             "stages": list(self._stages()),
             "heldOut": {with_sign("\u03c3", band): curve.points() for band, curve in curves.held_out.items()},
             "learningRate": curves.learning_rate.points(),
@@ -108,7 +107,8 @@ class RunPage:
         for number, stage in enumerate(self.recipe.stages):
             curve = self.curves.loss.get(number)
             points = curve.points() if curve else []
-            yield {"name": stage.name, "objective": f"{stage.what}{mean}", "begin": begin, "end": begin + stage.steps, "loss": points}
+            place = {"begin": begin, "end": begin + stage.steps, "trajectory": self.recipe.trajectory_steps(stage)}
+            yield {"name": stage.name, "objective": f"{stage.what}{mean}", **place, "loss": points}
             begin += stage.steps
 
 

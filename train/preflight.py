@@ -55,7 +55,7 @@ def preflight(recipe: Recipe, written_later: Path | None = None, models: str = "
 
     `written_later`: prompts that need not exist yet. `models`: how the keys of the models begin that are needed.
     """
-    of_models = [problem for one in recipe.each for problem in _models(one, models)]
+    of_models = [problem for each in zip(recipe.each, recipe.student_keys, strict=True) for problem in _models(*each, models)]
     problems = list(dict.fromkeys([*_packages(recipe), *_corpora(recipe, written_later), *of_models]))
     if problems:
         listed = "\n".join(f"{number}. {problem}" for number, problem in enumerate(problems, start=1))
@@ -122,20 +122,21 @@ def _problem(check: Callable[[], object]) -> Iterator[str]:
         yield _indented(str(error))
 
 
-def _models(recipe: Recipe, needed: str) -> Iterator[str]:
+def _models(recipe: Recipe, student: str, needed: str) -> Iterator[str]:
     for model in (model for model in models_of(recipe) if model.key.startswith(needed)):
+        key = model.key.replace("student.", f"{student}.")
         try:
             path = model_file(model.name, model.folder)
         except ValueError as error:
-            yield _indented(f"{model.key}: {error}{_source(model)}")
+            yield _indented(f"{key}: {error}{_source(model)}")
             continue
         try:
             _check_kind(path, model)
             _check_complete(path, model, recipe)
         except StudentFileError as error:
-            yield _indented(f"{model.key}: {error}{_source(model)}")
+            yield _indented(f"{key}: {error}{_source(model)}")
         except ValueError as error:  # nothing is wrong with this file
-            yield _indented(f"{model.key}: {error}")
+            yield _indented(f"{key}: {error}")
 
 
 def _source(model: Model) -> str:

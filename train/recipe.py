@@ -338,6 +338,11 @@ class Recipe(Config):
         return [student.name or "" for student in self.students]
 
     @property
+    def student_keys(self) -> list[str]:
+        """The key of each student: `student`, or of several `student.0` and so on."""
+        return [f"student.{number}" for number in range(len(self.students))] if len(self.students) > 1 else ["student"]
+
+    @property
     def each(self) -> tuple[Recipe, ...]:
         """For each student the recipe that trains it alone, to the same bits."""
         return tuple(map(self._alone, self.students)) if any(self.student_names) else (self,)

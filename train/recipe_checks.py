@@ -42,11 +42,11 @@ def _check_students(recipe: Recipe) -> None:
     if len({str(name).lower() for name in names}) < len(names):
         raise ValueError(f"expected a different name for every student, got {', '.join(map(str, names))}")
     family = recipe.family
-    for one in recipe.each:
-        if not any(one.student.is_of(KINDS[name]) for name in family.students):
+    for key, student in zip(recipe.student_keys, recipe.students, strict=True):
+        if not any(student.is_of(KINDS[name]) for name in family.students):
             kinds = " or ".join(KINDS[name].display_name for name in family.students)
-            got = next(kind.display_name for kind in KINDS.values() if one.student.is_of(kind))
-            raise ValueError(f"student: expected a {kinds}, which {family.display_name} can use, got a {got}")
+            got = next(kind.display_name for kind in KINDS.values() if student.is_of(kind))
+            raise ValueError(f"{key}: expected a {kinds}, which {family.display_name} can use, got a {got}")
 
 
 def _check_objective(recipe: Recipe, stage: Stage) -> None:

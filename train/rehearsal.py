@@ -79,6 +79,7 @@ def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool
                 check_guidance(file.name, scene.model, recipe.sampling.guidance)
             if recipe.teacher.cache:
                 teacher.text(1, longest)  # before others, which stay
+            texts = expected(recipe, scene.model.text_width).texts if with_time and recipe.teacher.cache else None
             stages = []
             for stage in recipe.stages:
                 need, flops = scene.step(stage, teacher.text(stage.batch, longest), stage.batches_per_rank(processes))
@@ -86,10 +87,10 @@ def rehearse(recipe: Recipe, target: Target, processes: int = 1, with_time: bool
                     _, flops = scene.step(stage, teacher.text(stage.batch, mean), stage.batches_per_rank(processes))
                 encoding = teacher.flops(stage.batch, mean) if with_time else Flops()
                 batches = stage.batches_per_rank(processes) / recipe.trajectory_steps(stage)
-                if with_time and recipe.teacher.cache:
+                if texts is not None:
                     # A step's share of what is encoded once.
                     steps = sum(each.steps for each in recipe.stages)
-                    batches = expected(recipe, scene.model.text_width).texts / stage.batch / steps / processes
+                    batches = texts / stage.batch / steps / processes
                 stages.append(StageRehearsal(stage.name, stage.steps, need, _by_name(flops), _by_name(encoding, batches)))
             return Rehearsal(
                 stages,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def smaller(recipe: Recipe, teacher_beside: bool = False) -> Iterator[Recipe]:
     yield (recipe := _in_stages(recipe, lambda stage: {"resolution_px": max(recipe.family.least_side_px, _half_side(stage))}))
     sizes, size = recipe.student_kind.sizes, recipe.student.size
     for name in reversed(sizes[: sizes.index(size)] if size else ()):
-        start = recipe.student.start if recipe.student.start == RANDOM else recipe.student.start.replace(recipe.student.size or "", name)
+        start = recipe.student.start if recipe.student.start == RANDOM else _of_size(recipe.student.start, recipe.student.size or "", name)
         smaller_one = recipe.student.model_copy(update={"size": name, "start": start})
         yield (recipe := recipe.model_copy(update={"students": (smaller_one,)}))
 
@@ -69,6 +70,11 @@ def _half_batch(stage: Stage) -> Mapping[str, int]:
     return {"batch": batch, "accumulate": stage.accumulate * stage.batch // batch}
 
 
+def _of_size(start: str, size: str, other: str) -> str:
+    """The name of a pretrained model of another size, spelled as this one: Qwen3-1.7B, Qwen3-0.6B."""
+    return re.sub(re.escape(size), lambda found: other.upper() if found[0].isupper() else other, start, flags=re.IGNORECASE)
+
+
 def _half_side(stage: Stage) -> int:
     return -(-stage.resolution_px // 32) * 16
 
@@ -90,9 +96,18 @@ def fitting(recipe: Recipe, candidates: Sequence[Recipe], needed: Callable[[Reci
         return GENERAL
     lines = [_line(recipe, candidates[place], found[place], limit_bytes) for place in sorted(found) if place <= first]
     if first < len(candidates):
-        return "\n".join(["make these changes (--set KEY=VALUE), as rehearsed:", *lines])
+        how = "in the recipe's file" if len(candidates[first].students) < len(recipe.students) else "(--set KEY=VALUE)"
+        return "\n".join([f"make these changes {how}, as rehearsed:", *lines])
     return "\n".join(["use a machine with more memory; no change of the recipe is enough, as rehearsed:", *lines])
 
 
 def _line(recipe: Recipe, candidate: Recipe, needed: int, limit_bytes: int) -> str:
-    return f"  {needed / GB:.1f} GB, {'fits' if needed <= limit_bytes else 'does not fit'}: {'; '.join(recipe.differences(candidate))}"
+    fits = "fits" if needed <= limit_bytes else "does not fit"
+    return f"  {needed / GB:.1f} GB, {fits}: {'; '.join(_changes(recipe, candidate))}"
+
+
+def _changes(recipe: Recipe, candidate: Recipe) -> list[str]:
+    """What differs, key by key, in all but the students that the candidate lacks."""
+    kept = recipe.model_copy(update={"students": recipe.students[: len(candidate.students)]})
+    fewer = [f"train fewer students: keep {', '.join(kept.student_names)}"] if kept != recipe else []
+    return [*fewer, *kept.differences(candidate)]

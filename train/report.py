@@ -23,7 +23,7 @@ from ..runtime.accelerator import counting_module
 from ..runtime.disk import replace_file
 from ..runtime.logs import FILE_INTERVAL_S, TERMINAL_INTERVAL_S, logging_to
 from .boards import Board, Boards, open_boards
-from .curves import row_of
+from .curves import ONE_BAND, row_of
 from .page import RunPage
 from .recipe import Recipe
 from .run_directory import CONTINUE, RunDirectory
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MB = 1_000_000
 JPEG_QUALITY = 92
 NO_HELD_OUT_LOSS = (
-    "%s: the held-out loss on %d prompts is not a finite number at the noise levels %s, so this step cannot be the best one. "
+    "%s: the held-out loss on %d prompts is not a finite number%s, so this step cannot be the best one. "
     "What to do: nothing if it happens once; if it continues, stop the run and check teacher.t5, diffusion_model.file and its dtype."
 )
 log = logging.getLogger(__name__)
@@ -120,8 +120,8 @@ class Reporter:
             if math.isfinite(mean):
                 log.info("%s: held-out loss %.6g on %d prompts.", self._when, mean, samples)
             else:
-                bands = ", ".join(band for band, loss in loss_by_band.items() if not math.isfinite(loss))
-                log.warning(NO_HELD_OUT_LOSS, self._when, samples, bands)
+                lost = [band for band, loss in loss_by_band.items() if not math.isfinite(loss)]
+                log.warning(NO_HELD_OUT_LOSS, self._when, samples, _where(lost))
         return mean
 
     def image(self, name: str, make: Callable[[], Image.Image]) -> Path | None:
@@ -225,6 +225,13 @@ class Reporter:
     def _write_page(self, only_if_due: bool = False) -> None:
         if self._page is not None and (self._page.is_due or not only_if_due):
             self._page.write(self.step_number, self.time_left.seconds(self.step_number))
+
+
+def _where(bands: Sequence[str]) -> str:
+    """Where a held-out loss is not finite: at noise levels, for students, or everywhere, where it is not divided."""
+    if list(bands) == [ONE_BAND]:
+        return ""
+    return f" {'at the noise levels' if bands[0][:1].isdigit() else 'for'} {', '.join(bands)}"
 
 
 def cut_metrics(path: Path, last_step: int) -> int:

@@ -58,7 +58,8 @@ class Reports:
         if self.students:
             losses = {f"loss_{name}": one.loss for name, one in zip(self.students, steps, strict=True)}
             shared = {"sigma": steps[0].sigma, "learning_rate": steps[0].learning_rate}
-            self.run.step(at, statistics.fmean(losses.values()), samples, **shared, **losses, stage=place.stage)
+            skipped = sum(learner.skipped for learner in workshop.learners)
+            self.run.step(at, statistics.fmean(losses.values()), samples, **shared, **losses, stage=place.stage, skipped_steps=skipped)
 
     def held_out(self, losses_by_band: Sequence[Mapping[str, float]], samples: int) -> list[float]:
         """Report the held-out loss of each student by band; returns the mean of each one's bands. The run's report has these means."""

@@ -68,7 +68,7 @@ def train(
                 starts.enter_context(starting(run))
             # In the cache of a resumed run, texts of stages that are over are not wanted.
             cached = recipe.teacher.cache and resume and ranks.is_main
-            begin = ranks.share(min(resumed_step(path / "checkpoints") for path in own) if cached else 0)
+            begin = ranks.share(resumed_step([path / "checkpoints" for path in own]) if cached else 0)
             texts = functools.partial(wanted, step=begin)
             workshop = open_workshop(recipe, ranks, recorded, lambda: stopping.requested, texts)
             # The newest checkpoint of a student is kept until those of all are written.
@@ -109,12 +109,15 @@ def _seed(workshop: Workshop) -> None:
 
 
 def _open_run(recipe: Recipe, path: Path, resume: bool) -> RunDirectory:
+    """Raises RunError for a run of another recipe, before the folders of its students are looked for."""
     run = RunDirectory(path)
+    if resume and run.is_run:
+        run.refuse_other_recipe(differences_besides_lengths(load_recipe(str(run.recipe)), recipe))
     return run.resume() if resume else run.start(recipe.to_toml())
 
 
 def _changes_of(runs: Sequence[RunDirectory], recipes: Sequence[Recipe], first: Path) -> list[list[dict[str, Any]]]:
-    """For each run, the notes of the changes to its stages, with that which this recipe makes. Raises RunError for any other change.
+    """For each run, the notes of the changes to its stages, with that which this recipe makes. Raises RunError for an impossible one.
 
     `first`: the folder that has the first student's checkpoints.
     """
@@ -126,7 +129,6 @@ def _changes_of(runs: Sequence[RunDirectory], recipes: Sequence[Recipe], first: 
 
 def _change_of(run: RunDirectory, recipe: Recipe, step: int) -> list[dict[str, Any]]:
     present = load_recipe(str(run.recipe))
-    run.refuse_other_recipe(differences_besides_lengths(present, recipe))
     return [] if present.sha256 == recipe.sha256 else [change_of_lengths(present, recipe, step)]
 
 

@@ -20,6 +20,7 @@ from ..runtime.disk import UNFINISHED, read_file, replace_file, sha256, sync_fil
 from ..runtime.failure import is_out_of_memory
 from ..runtime.packing import pack, unpack
 from .checkpoint_files import (
+    AHEAD,
     BROKEN,
     FORMAT,
     LOST,
@@ -168,7 +169,7 @@ class Checkpoints:
 
 
 def align(stores: Sequence[Checkpoints]) -> list[str]:
-    """Bring several students to the newest step of which all have an intact checkpoint: newer ones of some are removed; messages.
+    """Bring several students to the newest step of which all have an intact checkpoint: newer ones of some are renamed; messages.
 
     A kill while they are saved leaves some ahead of the others. Raises NoCheckpoint if there is no such step.
     """
@@ -185,11 +186,13 @@ def align(stores: Sequence[Checkpoints]) -> list[str]:
                 "What to do: start the run again in another folder (--run), or continue the students one by one, each with the recipe.toml "
                 "of its folder and --resume."
             )
-        for path in (path for store in stores for path in store.paths() if step_of(path) > common and peek(path)):
-            notes.append(
-                f"{path} was removed: other students have no intact checkpoint of that step. The run continues from step {common}."
-            )
-            _remove(path)
+        notes += [
+            f"{path} was renamed to {_set_aside(path, AHEAD).name}: other students have no intact checkpoint of that step. "
+            f"The run continues from step {common}."
+            for store in stores
+            for path in store.paths()
+            if step_of(path) > common and peek(path)
+        ]
         # One after another: states are large.
         loaded = [(state.step, damaged) for state, damaged in (store.load_latest() for store in stores)]
         notes += [note for _, damaged in loaded for note in damaged]
@@ -207,12 +210,17 @@ def recorded_inputs(folder: Path) -> dict[str, str]:
     return {}
 
 
-def resumed_step(folder: Path) -> int:
-    """The step from which a run goes on: that of its newest intact checkpoint, every byte of which is read; 0 without one."""
-    for path in reversed(checkpoint_paths(folder)):
+def resumed_step(folders: Sequence[Path]) -> int:
+    """The step from which a run goes on: the newest of which every student's folder has an intact checkpoint; 0 without one.
+
+    Every byte of these checkpoints is read.
+    """
+    saved = [{step_of(path): path for path in checkpoint_paths(folder)} for folder in folders]
+    for step in sorted(set.intersection(*map(set, saved)), reverse=True):
         with contextlib.suppress(OSError, ValueError):
-            check_files(path, read_manifest(path))
-            return step_of(path)
+            for paths in saved:
+                check_files(paths[step], read_manifest(paths[step]))
+            return step
     return 0
 
 
@@ -257,9 +265,9 @@ def _load(path: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
 
 
-def _set_aside(folder: Path) -> Path:
+def _set_aside(folder: Path, suffix: str = BROKEN) -> Path:
     taken = 1
-    while (target := folder.with_name(f"{folder.name}{BROKEN}{'' if taken == 1 else taken}")).exists():
+    while (target := folder.with_name(f"{folder.name}{suffix}{'' if taken == 1 else taken}")).exists():
         taken += 1
     folder.rename(target)
     return target

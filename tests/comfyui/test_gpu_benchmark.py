@@ -24,6 +24,12 @@ from safetensors.torch import load_file
 DEVICE = {"write_gb_per_s": 1.0, "product_flops_per_s": 5e14}
 PLENTY = gpu.Room(time_s=600, disk_gb=64, ram_gb=128, there=set())
 STUDENT = gpu_parts.STUDENT_FILE
+# Bytes of the published models whose teacher is a Qwen3, GB; the benchmark does not measure them.
+OF_QWEN3_GB = (
+    dict.fromkeys(("z_image_turbo_bf16.safetensors", "z_image_bf16.safetensors"), 12.3)
+    | dict.fromkeys(("flux-2-klein-4b.safetensors", "flux-2-klein-base-4b.safetensors"), 7.8)
+    | dict.fromkeys(("flux-2-klein-9b.safetensors", "flux-2-klein-base-9b.safetensors"), 18.2)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +79,7 @@ def test_comfyui_knows_a_published_model_by_the_random_files_tensors(file):
     found = comfy.model_detection.model_config_from_unet(held, "").unet_config
     sizes = {**family.small[1], **family.published[file]}
     assert {name: found.get(name) for name in sizes} == sizes
-    assert sum(tensor.nbytes for tensor in held.values()) / 1e9 == pytest.approx(gpu.SIZES_GB[file], rel=0.03)
+    assert sum(tensor.nbytes for tensor in held.values()) / 1e9 == pytest.approx((gpu.SIZES_GB | OF_QWEN3_GB)[file], rel=0.03)
 
 
 @pytest.mark.full
@@ -106,7 +112,7 @@ def test_every_shipped_recipe_of_full_size_is_measured():
     # The benchmark writes T5s as teachers, and no Qwen3.
     of_t5 = {name for name in full if load_recipe(name).family.kind.name == "t5"}
     assert set(gpu.RECIPES) == {name for name in of_t5 if not name.startswith(("miniature-", "smoke"))}
-    # Families of Qwen3 have no recipe of full size yet.
+    # For the same reason, families of Qwen3 are left out.
     assert {load_recipe(name).family.name for name in gpu.EVERY_FAMILY} == {
         name for name, family in FAMILIES.items() if family.kind.name == "t5"
     }

@@ -66,7 +66,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_an_earlier_stage_
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-    assert resumed_step(run / "checkpoints") == 3
+    assert resumed_step([run / "checkpoints"]) == 3
     assert train(small_overnight(tmp_path / "cache", FEW), run, True, Ranks()) is not None
     assert f"0 of the run's {needed(small_overnight(few / 'cache', FEW), 3)} are there" in capsys.readouterr().err
     check_same_run(run, few / "run", sum(FEW))

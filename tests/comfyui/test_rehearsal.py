@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Iterator
 
 import comfy.memory_management
 import comfy.model_management
@@ -25,13 +27,22 @@ from distilled_t5.train.memory import Rehearsal, usable_of
 from distilled_t5.train.models import less_memory, less_memory_for_texts, what_fits
 from distilled_t5.train.objectives import OBJECTIVES
 from distilled_t5.train.recipe import Recipe, load_recipe
-from distilled_t5.train.rehearsal import Target, rehearse
+from distilled_t5.train.rehearsal import Target
 from distilled_t5.train.rehearsal_report import Question, hours, recipe_row, report, verdict
 from distilled_t5.train.remedies import smaller
 from distilled_t5.train.workshop import open_workshop
 
 TABLE_S = 1800
 GPU = Target(torch.device("cpu"), as_gpu=True)
+# Here every rehearsal is computed, whatever `computed_once` of conftest.py keeps.
+rehearse = inspect.unwrap(rehearsal.rehearse)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rehearsed_each_time() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rehearsal, "rehearse", rehearse)
+        yield
 
 
 def one_stage(name: str, *settings: str) -> Recipe:
@@ -190,7 +201,10 @@ def test_on_a_cpu_a_cache_is_advised_where_the_teacher_is_what_does_not_fit():
 def test_without_a_recipe_the_estimate_is_that_of_the_overnight_recipe_for_this_gpu(comfyui_path, tmp_path):
     arguments = [str(PACK / "train"), "--estimate", "--comfyui", str(comfyui_path), "--", "--base-directory", str(tmp_path), "--cpu"]
     said = finish(arguments, tmp_path, code=1)
-    assert "none is made for cpu.\nWhat to do: name a recipe, such as smoke; --rehearse alone lists all" in said
+    assert (
+        "No GPU was found: --estimate without RECIPE measures the overnight recipe for this machine's GPU.\nWhat to do: name a recipe"
+        in said
+    )
 
 
 def test_the_command_reports_memory_time_and_cost_without_loading_anything(comfyui_path, tmp_path):

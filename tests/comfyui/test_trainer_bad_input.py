@@ -24,6 +24,7 @@ from distilled_t5.tests.support.small_encoders import student_file
 from distilled_t5.tests.support.small_flux import FLUX
 from distilled_t5.tests.support.tiny_students import sparse_file
 from distilled_t5.tests.support.trainer import command, finish, start
+from distilled_t5.train import teacher_cache
 from distilled_t5.train.__main__ import command_line, memory_advice
 from distilled_t5.train.recipe import load_recipe
 from distilled_t5.train.workshop import open_workshop
@@ -211,9 +212,13 @@ def test_the_folder_of_finished_encoders_is_made_and_tried_before_training(tmp_p
         check_output_folder()
 
 
-def test_memory_that_runs_out_in_a_run_is_explained_with_what_makes_it_smaller():
-    advice = memory_advice(command_line().parse_args(["smoke", "--set", "diffusion_model.checkpoint_blocks=false"]))
-    assert "continue with --resume (on a GPU with -- --reserve-vram 2" in advice
+def test_memory_that_runs_out_in_a_run_is_explained_with_what_makes_it_smaller(tmp_path):
+    options = command_line().parse_args(["smoke", "--run", str(tmp_path), "--set", "diffusion_model.checkpoint_blocks=false"])
+    advice = memory_advice(options)
+    assert advice.startswith("run the same command again (on a GPU with -- --reserve-vram 2") and "student.start" not in advice
+    (tmp_path / "checkpoints" / "step-000003").mkdir(parents=True)
+    advice = memory_advice(options)
+    assert advice.startswith("continue with --resume (on a GPU with -- --reserve-vram 2") and "(student.start)" in advice
     assert re.search(r"^  \d+\.\d GB, (fits|does not fit): .*diffusion_model\.checkpoint_blocks: false -> true", advice, re.MULTILINE)
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
@@ -232,6 +237,20 @@ def test_memory_that_runs_out_in_a_run_is_explained_with_what_makes_it_smaller()
         assert said is not None and said.startswith("Out of memory: ")
         assert said.endswith(f"What to do: {advice}")
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_memory_that_runs_out_while_the_teachers_texts_are_encoded_is_explained_with_what_makes_these_smaller(tmp_path, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(teacher_cache, "load_teacher_of", full)
+    settings = [f"teacher.cache={tmp_path}"]
+    options = command_line().parse_args(["smoke", "--set", *settings])
+    try:
+        open_workshop(load_recipe("smoke", settings), Ranks())
+    except MemoryError as error:
+        said = explained(error, lambda: memory_advice(options))
+    assert said is not None and "name a smaller file of the teacher in teacher.t5" in said and "--resume" not in said
 
 
 def test_a_bug_is_not_explained():

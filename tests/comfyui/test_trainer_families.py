@@ -97,6 +97,18 @@ def test_both_objectives_lower_their_loss_and_the_served_student_gives_the_train
             torch.testing.assert_close(served_BLD, workshop.embed(ids_BL), rtol=0, atol=1e-5)
 
 
+def test_a_klein_follows_short_texts_from_a_cache_whose_layers_are_side_by_side(tmp_path: Path):
+    family = FAMILIES["flux2_klein_4b"]
+    settings = ["sampling.token_lengths=[16]", f"teacher.cache={tmp_path / 'cache'}", "sampling.cfg=[]"]
+    opened = open_workshop(recipe_of(family, *settings), Ranks())
+    positions = opened.starts_at(FIRST)
+    assert all(position.text_BLD.shape[1:] == (16, 7680) for position in positions)
+    with opened.model.differentiable(True):
+        [report], moved = train_step(positions, opened.model, opened.learners, OBJECTIVES["velocity"])
+    assert not report.dropped and 0 < report.loss < float("inf")
+    assert all(not torch.equal(before.x, after.x) for before, after in zip(positions, moved, strict=True))
+
+
 def test_the_run_says_which_of_the_familys_companions_the_teacher_has(workshop: Workshop):
     without = {"clip_l": "without CLIP-L", "clip_g": "without CLIP-G"}
     said = ["stand-in", *(without[name] for name in workshop.recipe.family.companions)]

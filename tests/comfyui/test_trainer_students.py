@@ -96,6 +96,7 @@ def test_the_run_compares_its_students_and_each_has_a_card_and_a_page(whole):
     rows, students = metrics(whole), [metrics(run) for run in own(whole)]
     for row, *each in zip(rows, *students, strict=True):
         if "loss" in row:
+            assert row["skipped_steps"] == sum(one["skipped_steps"] for one in each)
             assert [row[f"loss_{name}"] for name in NAMES] == [one["loss"] for one in each]
             assert row["loss"] == pytest.approx(sum(one["loss"] for one in each) / 2)
         else:
@@ -127,7 +128,9 @@ def test_a_run_goes_on_to_the_bit_from_the_newest_step_that_all_students_have(wh
     for resumed, uninterrupted in zip(own(run), own(whole), strict=True):
         assert_alike(resumed, uninterrupted)
     assert numbers(run) == numbers(whole)
-    assert ("step-000006 was removed: other students" in caplog.text) == (kept[0] != kept[1])
+    renamed = run / "students" / "wide" / "checkpoints" / "step-000006.ahead"
+    assert ("step-000006 was renamed to step-000006.ahead: other students" in caplog.text) == (kept[0] != kept[1])
+    assert (renamed / "state.safetensors").is_file() == (kept[0] != kept[1])
 
 
 def test_after_damage_to_one_student_all_go_on_from_the_step_before(whole, tmp_path):
@@ -149,6 +152,14 @@ def test_students_without_a_common_step_and_another_list_of_students_are_refused
         train(fewer, run, True, Ranks())
     with pytest.raises(RunError, match="holds a run with checkpoints"):
         train(recipe(), run, False, Ranks())
+
+
+def test_another_student_at_a_resume_is_named_although_it_has_no_folder_yet(whole, tmp_path):
+    run = copied(whole, tmp_path / "run", ((3,), (3,)))
+    third = recipe().students[1].model_copy(update={"name": "third"})
+    with pytest.raises(RunError, match=r'student: \["wide", "narrow"\] -> \["wide", "narrow", "third"\]'):
+        train(recipe().model_copy(update={"students": (*recipe().students, third)}), run, True, Ranks())
+    assert not (run / "students" / "third").exists()
 
 
 def test_stages_of_all_students_can_be_lengthened_at_a_resume(whole, tmp_path):

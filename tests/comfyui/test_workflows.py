@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from distilled_t5.devtools.comfyui.server import ComfyServer
 from distilled_t5.devtools.comfyui.workflow import NOTE_TYPES, set_inputs, to_api_prompt
 from distilled_t5.devtools.models.random_models import link_into
 from distilled_t5.miniature.files import FLUX_FILE
+from distilled_t5.runtime.header import read_entries
+from distilled_t5.students.qwen3.layout import Qwen3Layout
 from distilled_t5.tests.support.workflows import (
     AGAINST_T5XXL,
     CHROMA,
@@ -29,6 +32,7 @@ from distilled_t5.tests.support.workflows import (
     example,
 )
 from PIL import Image
+from safetensors.torch import save_file
 
 SIDE_PX = 128
 # Chroma has 1 GB of weights; PixArt-Sigma stands for both PixArts.
@@ -134,6 +138,31 @@ def test_lora_and_controlnet_reach_the_picture(name: str, host: ComfyServer, obj
         set_inputs(without, "ControlNetApplyAdvanced", strength=0.0)
     first, second = (pixels(saved_pictures(host, prompt, host.run(prompt))[0]) for prompt in (with_it, without))
     assert np.abs(first - second).mean() > 1
+
+
+def thin_qwen3() -> dict[str, torch.Tensor]:
+    """A Qwen3-4B that says that it is quantised, so that its weights may have any shape; they are of one number each."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, shape in Qwen3Layout.named("4b").tensors().items():
+        published, thin = name.replace("encoder.", "model.", 1), len(shape) == 2
+        tensors[published] = torch.zeros((1, 1) if thin and "_proj." in name else (1, *shape[1:]) if thin else shape, dtype=torch.uint8)
+        if thin:
+            tensors[published.replace(".weight", ".comfy_quant")] = torch.zeros(1, dtype=torch.uint8)
+    return tensors
+
+
+def test_trim_writes_a_file_of_the_layers_that_are_read(host: ComfyServer, object_info: dict[str, Any]) -> None:
+    folder = host.base / "models" / "text_encoders"
+    source, trimmed = folder / "qwen_3_4b.safetensors", folder / "qwen_3_4b_klein.safetensors"
+    save_file(thin_qwen3(), source)
+    prompt = small_prompt(TRIM, object_info)
+    try:
+        assert texts(host.run(prompt), prompt) == {"The new file": trimmed.name}
+        layers = {name.split(".")[2] for name in read_entries(trimmed) if name.startswith("model.layers.")}
+        assert layers == set(map(str, range(27)))
+    finally:
+        source.unlink()
+        trimmed.unlink(missing_ok=True)
 
 
 def test_save_a_copy_writes_a_file_that_the_loader_then_lists(host: ComfyServer, object_info: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -27,27 +29,35 @@ def read_tokenizers_once(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def rehearse_once(patch: pytest.MonkeyPatch) -> None:
-    """Rehearse equal recipes once: a rehearsal takes a second, and most runs of tests differ in their folders alone."""
+    """Rehearse equal recipes once: a rehearsal takes a second, and most runs of tests differ in their folders alone.
+
+    `__wrapped__` of the new function is the trainer's.
+    """
     from comfy.cli_args import args
 
     from ...train import rehearsal
 
     rehearse, known = rehearsal.rehearse, {}
 
+    @functools.wraps(rehearse)
     def once(recipe: Any, target: Any, processes: int = 1, with_time: bool = False) -> Any:
         key = (without_folders(recipe.to_toml()), target, processes, with_time, str(vars(args)))
         if key not in known:
             known[key] = rehearse(recipe, target, processes, with_time)
-        return known[key]
+        return copy.deepcopy(known[key])
 
     patch.setattr(rehearsal, "rehearse", once)
 
 
 def without_folders(toml: str) -> str:
-    """A recipe without what does not change its rehearsal: the seed, and the folders of its files; these count by name and size."""
+    """A recipe without what does not change its rehearsal: the seed, and folders. Files count by path, size and time of change."""
+    from ...train.unloaded import found
 
     def shown(match: re.Match[str]) -> str:
-        path = Path(match[1])
-        return f'"{path.name}, {path.stat().st_size if path.is_file() else 0} bytes"'
+        name = match[1]
+        for path in (found(name, folder) for folder in ("diffusion_models", "text_encoders")):
+            if path is not None and path.is_file():
+                return f'"{path}, {path.stat().st_size} bytes, {path.stat().st_mtime_ns}"'
+        return f'"{Path(name).name}"' if Path(name).is_absolute() else match[0]
 
-    return re.sub(r'"(/[^"]*)"', shown, re.sub(r"(?m)^seed = .*\n", "", toml))
+    return re.sub(r'"(/[^"]*|[^"\n]*\.(?:safetensors|sft))"', shown, re.sub(r"(?m)^seed = .*\n", "", toml))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from distilled_t5.prompts.negatives import NEGATIVES
 from distilled_t5.train.batches import Schedule, preview_batches
-from distilled_t5.train.cache_plan import expected, key_of, text_bytes, wanted
+from distilled_t5.train.cache_plan import expected, key_of, of_an_estimate, text_bytes, wanted
 from distilled_t5.train.recipe import Recipe, load_recipe
 
 SETTINGS = ["stage.0.steps=10", "stage.1.steps=23", "sampling.steps=4", "sampling.token_lengths=[16, 24, 32]", "validation.prompts=5"]
@@ -41,6 +41,14 @@ def test_the_number_that_a_rehearsal_expects_is_about_that_of_the_run(more):
     assert plan.known and plan.texts == pytest.approx(len(found), rel=0.1)
     assert plan.size == pytest.approx(sum(text_bytes(one, length, 4096) for _, length in found.values()), rel=0.1)
     assert str(plan).startswith(f"about {plan.texts:,.0f} texts, ")
+
+
+@pytest.mark.parametrize(("objective", "sampled"), [("embedding", False), ("whitened", True)])
+def test_an_estimate_takes_the_prompts_of_the_variance_of_those_stages_alone_that_measure_it(objective, sampled):
+    schedule = Schedule(recipe(f"stage.0.objective={objective}", "sampling.token_lengths=[16]"))
+    first = {prompt for stage in range(2) for batch in schedule.first(stage) for prompt in batch.prompts}
+    found = {prompt for prompt, _ in of_an_estimate(schedule).values()}
+    assert first <= found and (len(found) > len(first)) == sampled
 
 
 def test_without_the_prompts_the_number_is_at_most_that_of_the_draws():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from distilled_t5.runtime.command import exit_status, split_flags
+from distilled_t5.train.__main__ import main
 from safetensors import SafetensorError
 
 BOOTSTRAP = f"import runpy; runpy.run_path({str(Path(__file__).resolve().parent.parent / 'conftest.py')!r})\n"
@@ -67,6 +68,14 @@ def test_arguments_after_two_dashes_are_comfyuis():
 def test_an_expected_failure_is_a_sentence_and_an_exit_status(capsys, error, status, message):
     assert fails(error) == status
     assert capsys.readouterr().err.startswith(f"\n{message}")
+
+
+@pytest.mark.parametrize("recipe", [[], ["all"]], ids=["none", "all"])
+@pytest.mark.parametrize("unused", [["--memory", "12gb"], ["--gpu", "H100"], ["--price", "0"], ["--set", "seed=1"]], ids=lambda one: one[0])
+def test_what_the_table_of_all_recipes_does_not_use_is_refused(recipe, unused, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*recipe, "--rehearse", *unused])
+    assert "name one RECIPE to rehearse with them" in capsys.readouterr().err
 
 
 def test_a_missing_temporary_folder_is_an_error_that_names_tmpdir(tmp_path, capsys, monkeypatch):

@@ -104,6 +104,7 @@ def test_the_shipped_recipe_for_a_device_is_named():
     flux = FAMILIES["flux"]
     assert shipped_advice(flux, 16 * GIB, True) == "The shipped recipe flux-overnight-16gb is made for this much memory."
     assert shipped_advice(flux, 4 * GIB, True) == "No shipped recipe is made for so little memory."
+    assert shipped_advice(FAMILIES["flux2_klein_9b"], 80 * GIB, True) == "No shipped recipe is made for FLUX.2 klein 9B."
     assert shipped_advice(flux, 4 * GIB, False) == "The shipped recipe smoke runs on any machine, but Flux.1 needs a GPU."
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from distilled_t5.config.files import shipped_names
 from distilled_t5.train.lengths import differences_besides_lengths
 from distilled_t5.train.presets import Wishes, check_name, preset_names, recipe_of, starter_prompts
 from distilled_t5.train.recipe import load_recipe
@@ -17,6 +18,11 @@ def test_without_wishes_only_models_name_and_seed_differ_from_the_preset():
     for preset in preset_names():
         changed = {line.partition(":")[0] for line in load_recipe(preset).differences(recipe_of(preset, WISHES))}
         assert changed <= {"teacher.t5", "teacher.clip_l", "teacher.clip_g", "diffusion_model.file", "output.name", "seed"}
+
+
+def test_runs_for_a_first_try_of_the_trainer_are_not_presets():
+    assert "smoke-z-image" in shipped_names()
+    assert not [name for name in preset_names() if name.startswith("smoke")]
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def test_of_recipes_with_other_students_the_difference_is_their_names(tmp_path):
         ('name = "narrow"', 'name = "Wide"', "the recipe: expected a different name for every student, got wide, Wide"),
         ('name = "narrow"', "", "the recipe: student.1.name is missing: each of several students needs a name"),
         ('name = "narrow"', 'name = "a/b"', "student.1.name: expected a file name of letters"),
+        ("layout = { d_model = 32", 'size = "0.6b" # {', "the recipe: student.1: expected a T5, which Flux.1 can use, got a Qwen3"),
         ("dropout = 0.1", "dropout = 1.0", "student.1.dropout: expected less than 1, got 1.0"),
     ],
 )

@@ -57,6 +57,22 @@ def test_fewer_students_are_advised_before_anything_that_changes_a_student():
     assert dtype == ['diffusion_model.dtype: "fp32" -> "fp8_e4m3fn"']
 
 
+def test_of_fewer_students_those_that_stay_are_named_with_what_changes_in_them():
+    recipe = load_recipe("smoke-two-students")
+    alone = recipe.model_copy(update={"students": recipe.students[:1], "seed": 5})
+    changed = alone.model_copy(update={"students": (alone.student.model_copy(update={"dropout": 0.5}),)})
+    said = fitting(recipe, [changed], lambda _: 10**9, 10**9)
+    assert said.splitlines() == [
+        "make these changes in the recipe's file, as rehearsed:",
+        "  1.0 GB, fits: train fewer students: keep wide; seed: 0 -> 5; student.dropout: 0.0 -> 0.5",
+    ]
+
+
+def test_the_start_of_a_smaller_student_is_spelled_as_its_folder():
+    recipe = load_recipe("z-image-overnight-24gb", ["student.size=1.7b", "student.start=Qwen3-1.7B"])
+    assert changes(recipe)[-1] == ['student.size: "1.7b" -> "0.6b"', 'student.start: "Qwen3-1.7B" -> "Qwen3-0.6B"']
+
+
 def test_a_batch_that_is_odd_is_divided_by_its_least_divisor():
     recipe = load_recipe("smoke", ["stage.0.batch=9", "stage.0.accumulate=1", "stage.1.batch=1"])
     sizes = [(candidate.stages[0].batch, candidate.stages[0].accumulate) for candidate in smaller(recipe)]

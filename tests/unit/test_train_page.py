@@ -26,6 +26,11 @@ def data_of(run: RunDirectory) -> dict[str, Any]:
     return json.loads(html.split('<script type="application/json" id="data">', 1)[1].split("</script", 1)[0])
 
 
+def test_the_page_takes_the_mean_of_losses_over_the_trajectories_of_each_stage(tmp_path):
+    data = data_of(made_up_run(tmp_path / "run", settings=[*STAGES, "stage.0.trajectory_steps=1"]))
+    assert [stage["trajectory"] for stage in data["stages"]] == [1, 4]
+
+
 def test_the_page_of_a_finished_run_has_everything_of_it(tmp_path):
     data = data_of(made_up_run(tmp_path / "run"))
     assert (data["state"], data["step"], data["left"]) == ("finished", 100, 0)

@@ -18,7 +18,15 @@ from distilled_t5.runtime.randomness import random_states, restore_random_states
 from distilled_t5.tests.support.exact import same
 from distilled_t5.tests.support.states import some_state, write_plain
 from distilled_t5.tests.support.tiny_students import tiny_tensors
-from distilled_t5.train.state import CheckpointNotSaved, Checkpoints, NoCheckpoint, read_checkpoint, write_checkpoint
+from distilled_t5.train.state import (
+    CheckpointNotSaved,
+    Checkpoints,
+    NoCheckpoint,
+    align,
+    read_checkpoint,
+    resumed_step,
+    write_checkpoint,
+)
 from torch import Tensor
 from torch.nn import Dropout, Linear, Module, Sequential
 from torch.optim import AdamW, Optimizer
@@ -245,6 +253,18 @@ def test_a_writer_that_fails_leaves_nothing_and_the_last_checkpoint_untouched(tm
         store.save(some_state(2))
     assert names(tmp_path) == ["step-000001"]
     assert store.load_latest()[0].step == 1
+
+
+def test_a_run_of_several_students_goes_on_from_the_newest_step_that_all_have_intact(tmp_path):
+    stores = [checkpoints(tmp_path / name, keep_last=9) for name in "ab"]
+    for store, steps in zip(stores, ((3, 6), (3, 9)), strict=True):
+        for step in steps:
+            store.save(some_state(step))
+    assert resumed_step([store.folder for store in stores]) == 3
+    assert [note.split(" was renamed to ")[1].split(":")[0] for note in align(stores)] == ["step-000006.ahead", "step-000009.ahead"]
+    assert [names(tmp_path / name) for name in "ab"] == [["step-000003", "step-000006.ahead"], ["step-000003", "step-000009.ahead"]]
+    cut_off(stores[1].folder / "step-000003" / "state.safetensors")
+    assert resumed_step([store.folder for store in stores]) == 0
 
 
 def test_keeping_none_is_refused(tmp_path):

@@ -159,7 +159,10 @@ def test_the_front_matter_is_what_hugging_face_reads(run):
     schnell = ModelCard(card(run, recipe(), 50)).data
     assert (schnell.license, schnell.license_name) == ("apache-2.0", None)
     assert schnell.base_model == ["black-forest-labs/FLUX.1-schnell", "google/t5-v1_1-xxl", "google/flan-t5-base"]
-    assert {"text-encoder", "comfyui", "flux"} <= set(schnell.tags)
+    assert {"text-encoder", "comfyui", "flux", "t5"} <= set(schnell.tags)
+    z_image = ModelCard(card(run, load_recipe("z-image-overnight-24gb", ["teacher.t5=qwen_3_4b-z_image.safetensors"]), 50)).data
+    assert z_image.base_model == ["Tongyi-MAI/Z-Image-Turbo", "Qwen/Qwen3-4B", "Qwen/Qwen3-0.6B"]
+    assert {"qwen3", "z_image"} <= set(z_image.tags) and "t5" not in z_image.tags
     dev = ModelCard(card(run, load_recipe("flux-dev-paper"), 50)).data
     assert (dev.license, dev.license_name) == ("other", "flux-1-dev-non-commercial-license")
     assert dev.license_link.startswith("https://huggingface.co/black-forest-labs/FLUX.1-dev")

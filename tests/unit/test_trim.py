@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from distilled_t5.encoder.files import write_student
 from distilled_t5.encoder.metadata import TRIMMED_KEY, StudentMetadata
-from distilled_t5.encoder.trim import TRIMMABLE, trim, trimmed_tensors
+from distilled_t5.encoder.trim import TRIMMABLE, check_trimmed, read_trimmed, trim
 from distilled_t5.families import FAMILIES
 from distilled_t5.runtime.errors import StudentFileError, UserError
 from distilled_t5.runtime.header import read_header
@@ -85,7 +86,7 @@ def test_the_layers_that_are_read_keep_every_byte_in_every_number_format(tmp_pat
     for name, tensor in found.items():
         assert tensor.dtype == tensors[name].dtype and torch.equal(bytes_of(tensor), bytes_of(tensors[name])), name
     assert out.stat().st_size < source.stat().st_size
-    assert read_header(out)[1][TRIMMED_KEY] == family.name and trimmed_tensors(out) and trimmed_tensors(source) is None
+    assert read_header(out)[1][TRIMMED_KEY] == family.name and read_trimmed(out) and read_trimmed(source) is None
 
 
 def test_what_the_metadata_says_of_layers_that_are_gone_is_removed_and_the_rest_stays(tmp_path: Path):
@@ -95,6 +96,77 @@ def test_what_the_metadata_says_of_layers_that_are_gone_is_removed_and_the_rest_
     assert json.loads(strings["_quantization_metadata"]) == {"layers": {"model.layers.3.mlp.up_proj": {"format": "float8_e4m3fn"}}}
     assert strings["author"] == "somebody"
     assert strings["modelspec.title"].endswith("for FLUX.2 klein 4B: 27 of 36 layers")
+
+
+def test_what_describes_the_source_file_alone_is_not_copied(tmp_path: Path):
+    gone = ("modelspec.hash_sha256", "modelspec.date", "modelspec.description", "distilled_t5.header_sha256")
+    source = written(tmp_path, bf16(), {**dict.fromkeys(gone, "0x12"), "modelspec.license": "apache-2.0"})
+    strings = read_header(trim(source, KLEIN, tmp_path / "trimmed.safetensors"))[1]
+    assert not strings.keys() & set(gone) and strings["modelspec.license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize("said", [{"layers": []}, {"layers": None}, [], None, 3, [["layers", 1]]], ids=json.dumps)
+def test_a_description_of_quantised_layers_that_is_not_a_table_is_refused(tmp_path: Path, said: object):
+    source = written(tmp_path, bf16(), {"_quantization_metadata": json.dumps(said)})
+    with pytest.raises(StudentFileError, match=r"_quantization_metadata has no table of layers\.\nWhat to do: download"):
+        trim(source, KLEIN, tmp_path / "trimmed.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["qwen.safetensors"]
+
+
+@pytest.mark.parametrize("change", [-2, 2])
+def test_a_header_whose_offsets_do_not_match_its_shapes_is_refused(tmp_path: Path, change: int):
+    source = written(tmp_path, bf16())
+    content = source.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    table = json.loads(content[8 : 8 + length])
+    table["model.norm.weight"]["data_offsets"][1] += change
+    header = json.dumps(table).encode()
+    source.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :] + bytes(2))
+    with pytest.raises(StudentFileError, match=r"qwen\.safetensors is not a complete safetensors file"):
+        trim(source, KLEIN, tmp_path / "trimmed.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["qwen.safetensors"]
+
+
+def test_a_source_that_cannot_be_read_is_not_reported_as_a_file_that_cannot_be_written(tmp_path: Path, monkeypatch):
+    source = written(tmp_path, bf16())
+    opened, calls = Path.open, []
+
+    def broken(path: Path, *arguments, **options):
+        calls.extend([path] * (path == source))
+        if len(calls) > 2 and path == source:
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", broken)
+    with pytest.raises(StudentFileError, match=r"qwen\.safetensors could not be read: Input/output error\.\nWhat to do: "):
+        trim(source, KLEIN, tmp_path / "trimmed.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["qwen.safetensors"]
+
+
+def test_a_trimmed_file_serves_what_reads_no_more_of_the_same_encoder_and_another_type_is_named(tmp_path: Path):
+    files = {
+        family: trim(written(tmp_path, bf16(size)), FAMILIES[family], tmp_path / f"{family}.safetensors")
+        for family, size in (("z_image", "4b"), ("flux2_klein_4b", "4b"), ("flux2_klein_9b", "8b"))
+    }
+    for made_for, family, problem in (
+        ("z_image", "z_image", ""),
+        ("z_image", "flux2_klein_4b", ""),
+        ("flux2_klein_4b", "flux2_klein_4b", ""),
+        ("flux2_klein_4b", "z_image", "was trimmed for FLUX.2 klein 4B; the type is z_image.\nWhat to do: set type to flux2_klein_4b."),
+        ("z_image", "flux", "was trimmed for Z-Image; the type is flux.\nWhat to do: set type to z_image or flux2_klein_4b."),
+        ("flux2_klein_9b", "flux2_klein_4b", "; the type is flux2_klein_4b.\nWhat to do: set type to flux2_klein_9b."),
+    ):
+        found = read_trimmed(files[made_for])
+        assert found
+        if problem:
+            with pytest.raises(StudentFileError) as refused:
+                check_trimmed(*found, "a.safetensors", FAMILIES[family])
+            assert problem in str(refused.value)
+        else:
+            check_trimmed(*found, "a.safetensors", FAMILIES[family])
+    entries, _ = read_trimmed(files["z_image"]) or ({}, "")
+    with pytest.raises(StudentFileError, match=r"What to do: trim the complete .* for Z-Image again"):
+        check_trimmed({name: entries[name] for name in [*entries][:5]}, "z_image", "a.safetensors", Z_IMAGE)
 
 
 def test_a_file_that_is_trimmed_for_z_image_can_be_trimmed_for_klein_but_not_again(tmp_path: Path):
@@ -189,7 +261,7 @@ def test_the_command_writes_beside_the_file_and_says_how_much_is_saved(tmp_path:
     source = written(tmp_path, bf16())
     assert run_command(command_line().parse_args(["trim", str(source), "--type", "flux2_klein_4b"]), []) == 0
     out = tmp_path / "qwen-flux2_klein_4b.safetensors"
-    assert f"Done: {out} (0.00 GB, of 0.00 GB)" in capsys.readouterr().out and trimmed_tensors(out)
+    assert f"Done: {out} (0.00 GB, of 0.00 GB)" in capsys.readouterr().out and read_trimmed(out)
     with pytest.raises(UserError, match=r"expected \.safetensors"):
         run_command(command_line().parse_args(["trim", str(source), "--type", "z_image", "--out", "a.bin"]), [])
     with pytest.raises(SystemExit):
