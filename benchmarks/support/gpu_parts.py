@@ -232,11 +232,11 @@ def _measure_stage(scale: Scale, workshop: Workshop, number: int) -> Row:
 
     # The first step allocates the optimizer's state and chooses kernels: its operations are counted, its time is not.
     with FlopCounterMode(display=False) as counter:
-        report, positions = step(start)
+        [report], positions = step(start)
     measuring.restart_peak()
     times, losses = [], [report.loss]
     while len(times) < scale.trainer_steps and (len(times) < 3 or sum(times) < STAGE_S):
-        timing, (report, positions) = measuring.timed(lambda positions=positions: step(positions))
+        timing, ([report], positions) = measuring.timed(lambda positions=positions: step(positions))
         times.append(timing.wall_s)
         losses.append(report.loss)
     step_s, flops = statistics.median(times), counter.get_total_flops()

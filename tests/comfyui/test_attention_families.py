@@ -175,5 +175,5 @@ def test_the_map_points_to_the_left_half_where_a_hand_made_model_attends_to_the_
 def test_a_clip_of_stable_diffusion_3_without_its_t5_is_refused():
     text_model = sd3_clip(clip_l=False, clip_g=False, t5=False)()
     other = SimpleNamespace(tokenize=SD3Tokenizer().tokenize_with_weights, tokenizer=SD3Tokenizer(), cond_stage_model=text_model)
-    with pytest.raises(ValueError, match=r"This CLIP has no T5 \(its tokens are for .*[\s\S]*What to do: connect"):
+    with pytest.raises(ValueError, match=r"This CLIP has no T5 or Qwen3 \(its tokens are for .*[\s\S]*What to do: connect"):
         t5_pieces(other, "x")

@@ -288,7 +288,7 @@ def test_a_word_that_is_not_in_the_prompt_is_refused_with_what_t5_reads(clip, wo
 
 def test_a_clip_without_t5_is_refused():
     other = SimpleNamespace(tokenize=lambda _text: {"g": [], "l": []}, cond_stage_model=None)
-    with pytest.raises(ValueError, match=r"This CLIP has no T5 \(its tokens are for g, l\)"):
+    with pytest.raises(ValueError, match=r"This CLIP has no T5 or Qwen3 \(its tokens are for g, l\)"):
         t5_pieces(other, "x")
 
 

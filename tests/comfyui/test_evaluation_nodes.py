@@ -216,7 +216,7 @@ def test_without_a_clip_with_t5_the_error_says_what_to_connect(node, inputs):
         load_model=lambda: None,
         patcher=SimpleNamespace(load_device=torch.device("cpu"), offload_device="cpu", model_size=lambda: 0),
     )
-    with pytest.raises(ValueError, match=r"This CLIP has no T5 \(its tokens are for g\)"):
+    with pytest.raises(ValueError, match=r"This CLIP has no T5 or Qwen3 \(its tokens are for g\)"):
         node.execute(other, *inputs)
 
 

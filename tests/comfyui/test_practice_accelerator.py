@@ -83,7 +83,8 @@ def test_a_rehearsal_is_right_about_the_real_step(check, verdicts):
 
 def test_every_node_is_executed_on_the_accelerator():
     executed = {name for file in FILES for name in re.findall(r"(\w+)\.execute\(", (HERE / file).read_text(encoding="utf-8"))}
-    assert set(json.loads((HERE / "schemas.json").read_text(encoding="utf-8"))) <= executed
+    # One only writes a file from another.
+    assert set(json.loads((HERE / "schemas.json").read_text(encoding="utf-8"))) - {"DistilledT5Trim"} <= executed
 
 
 def losses(run: Path) -> list[float]:

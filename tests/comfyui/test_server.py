@@ -86,7 +86,7 @@ def test_at_its_start_comfyui_prints_nothing_that_it_does_not_print_without_the_
 @pytest.mark.parametrize("name", OUR_NODES)
 def test_a_node_explains_itself(name: str, host: ComfyServer) -> None:
     info = node_info(host, name)
-    assert info["display_name"].startswith("Distilled T5") or name == "DistilledT5Distil"
+    assert info["display_name"].startswith("Distilled T5") or info["display_name"].endswith(("Text Encoder", "Text Encoder Loader"))
     assert info["category"] == "Distilled T5"
     assert len(info["description"]) > 40
     assert len(info["search_aliases"]) >= 3
@@ -149,6 +149,7 @@ def test_only_prompts_words_and_names_of_new_files_are_free_text(host: ComfyServ
     assert {place for place, kind in kinds.items() if kind == "STRING"} == {
         ("DistilledT5TextEncode", "text"),
         ("DistilledT5Save", "filename"),
+        ("DistilledT5Trim", "filename"),
         ("DistilledT5OCRAccuracy", "expected"),
         ("DistilledT5EncoderMap", "prompts"),
         ("DistilledT5CrossAttentionMap", "prompt"),

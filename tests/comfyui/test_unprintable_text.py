@@ -31,7 +31,16 @@ FILE = "tiny.safetensors"
 MINIATURE = Path(__file__).resolve().parents[2] / "miniature" / "models" / "diffusion_models" / "miniature_flux.safetensors"
 # Values of the other inputs, by their names.
 GOOD = {"clip_name1": "none", "clip_name2": FILE, "type": "flux", "dtype": "auto", "text": "a fox", "prompt": "a fox", "word": "fox"}
-GOOD |= {"guidance": 3.5, "filename": "mine", "seed": 0, "expected": "open", "reader": "tesseract", "repeats": 1, "model": None}
+GOOD |= {
+    "guidance": 3.5,
+    "filename": "mine",
+    "seed": 0,
+    "expected": "open",
+    "reader": "tesseract",
+    "repeats": 1,
+    "model": None,
+    "file": FILE,
+}
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ def become(arguments: list[str], folder: str, environment: dict[str, str], outpu
         torch.set_num_threads(int(threads))  # which has read the variable when it was imported
     if arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
+        sys.path.insert(0, "")
         exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102 (a program of a test)
     else:
         sys.argv = arguments
