@@ -100,7 +100,7 @@ def test_both_objectives_lower_their_loss_and_the_served_student_gives_the_train
 def test_a_klein_follows_short_texts_from_a_cache_whose_layers_are_side_by_side(tmp_path: Path):
     family = FAMILIES["flux2_klein_4b"]
     settings = ["sampling.token_lengths=[16]", f"teacher.cache={tmp_path / 'cache'}", "sampling.cfg=[]"]
-    opened = open_workshop(recipe_of(family, *settings), Ranks())
+    opened = open_workshop(recipe_of(family, *SHORT, *settings), Ranks())
     positions = opened.starts_at(FIRST)
     assert all(position.text_BLD.shape[1:] == (16, 7680) for position in positions)
     with opened.model.differentiable(True):

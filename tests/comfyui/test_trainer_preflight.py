@@ -135,6 +135,11 @@ def test_every_file_of_a_wrong_kind_is_listed(stand_ins):
     assert "preview.vae: distilled_t5_base.safetensors is a T5 text encoder; expected a VAE." in said
 
 
+def test_of_several_students_the_one_whose_start_is_missing_is_named():
+    with pytest.raises(UserError, match=r"1\. student\.1\.start: nowhere was not found"):
+        preflight(load_recipe("smoke-two-students", ["student.1.start=nowhere"]))
+
+
 @pytest.mark.parametrize("place", ["flux", "t5", "clip", "start"])
 def test_a_lora_is_refused_in_every_place(stand_ins, place):
     lora = "loras/FLUX-dev-lora-add_details.safetensors"

@@ -157,7 +157,7 @@ def test_trim_writes_a_file_of_the_layers_that_are_read(host: ComfyServer, objec
     save_file(thin_qwen3(), source)
     prompt = small_prompt(TRIM, object_info)
     try:
-        assert texts(host.run(prompt), prompt) == {"The new file": trimmed.name}
+        assert texts(host.run(prompt), prompt)["The new file"] == trimmed.name
         layers = {name.split(".")[2] for name in read_entries(trimmed) if name.startswith("model.layers.")}
         assert layers == set(map(str, range(27)))
     finally:

@@ -234,6 +234,16 @@ def test_less_memory_means_fewer_tokens_at_once(start):
     assert most(f"{start}-24gb") > most(f"{start}-16gb") > most(f"{start}-12gb")
 
 
+@pytest.mark.parametrize("name", OVERNIGHT)
+def test_overnight_recipes_imitate_new_prompts_at_every_step_and_say_what_their_texts_take(name):
+    recipe, text = load_recipe(name), (SHIPPED / f"{name}.toml").read_text(encoding="ascii")
+    assert [stage.objective for stage in recipe.stages] == ["projected", "early", "velocity"]
+    assert [stage.trajectory_steps for stage in recipe.stages] == [1, 0, 0]
+    [(texts, size)] = re.findall(r"(?:at most|about) ([\d,]+) texts, ([\d.]+) GB", text)
+    plan = expected(recipe, recipe.family.text_width)
+    assert (float(texts.replace(",", "")), float(size)) == pytest.approx((plan.texts, plan.size / 1e9), rel=0.05)
+
+
 @pytest.mark.parametrize("name", [name for name in OVERNIGHT if name.startswith("flux-")])
 def test_overnight_recipes_of_flux_imitate_from_the_cache_then_follow_early_then_the_velocity_within_eight_hours(name):
     recipe, text = load_recipe(name), (SHIPPED / f"{name}.toml").read_text(encoding="ascii")
@@ -243,13 +253,9 @@ def test_overnight_recipes_of_flux_imitate_from_the_cache_then_follow_early_then
     assert float(recipe_tables.rows_of(recipe_tables.PAGE.read_text(encoding="utf-8"))[name].split(" | ")[5]) < 8
     assert len({stage.corpora for stage in recipe.stages}) == 1, "each prompt is encoded once"
     assert {corpus.path for corpus in recipe.stages[0].corpora} >= {"corpora/t2i-compbench", "prompts/long.txt"}
-    assert [stage.trajectory_steps for stage in recipe.stages] == [1, 0, 0], "new prompts at every step that imitates"
     assert recipe.sampling.negatives > 0 and recipe.sampling.token_lengths == (256,)
     assert recipe.teacher.cache and recipe.student.start == "flan-t5-base"
     assert "Rehearsed and not run" in text and ("Apache-2.0" in text) == ("schnell" in recipe.diffusion_model.file)
-    [(texts, size)] = re.findall(r"(?:at most|about) ([\d,]+) texts, ([\d.]+) GB", text)
-    plan = expected(recipe, recipe.family.text_width)
-    assert (float(texts.replace(",", "")), float(size)) == pytest.approx((plan.texts, plan.size / 1e9), rel=0.05)
 
 
 def test_smoke_needs_no_file_and_is_small():

@@ -207,7 +207,7 @@ def test_a_held_out_loss_that_is_not_finite_is_a_warning_with_its_bands(run, cap
 
 
 @pytest.mark.parametrize(("band", "where"), [("all", " number, so"), ("student wide", " number for student wide, so")])
-def test_a_held_out_loss_without_noise_levels_that_is_not_finite_does_not_speak_of_them(run, capsys, band, where):
+def test_a_held_out_loss_without_noise_levels_that_is_not_finite_is_a_warning_without_them(run, capsys, band, where):
     with Reporter(run, TEN, start_step=5) as reporter:
         reporter.held_out({band: math.nan}, 16)
     assert f"is not a finite{where}" in capsys.readouterr().err
