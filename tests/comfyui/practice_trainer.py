@@ -160,9 +160,13 @@ def test_a_step_fits_into_the_memory_that_comfyui_is_asked_for_and_not_into_a_te
     assert workshop.rehearsal is not None
     room = workshop.rehearsal.room(True, usable_bytes(workshop.model.device))
     assert asked[0] > room, "and what a GPU loses between tensors"
-    practice.set_budget(practice.memory.allocated + room * 9 // 10)
-    with pytest.raises(torch.OutOfMemoryError):
-        stepped(workshop, positions)
-    workshop.learner.optimizer.zero_grad(set_to_none=True)
-    practice.set_budget(practice.memory.allocated + room)
+    if checkpoint_blocks == "false":
+        # Where blocks are computed again, the peak is in a backward pass inside another, in which an error of Python ends the process.
+        practice.set_budget(practice.memory.allocated + room * 9 // 10)
+        with pytest.raises(torch.OutOfMemoryError):
+            stepped(workshop, positions)
+        workshop.learner.optimizer.zero_grad(set_to_none=True)
+    before = practice.memory.peak = practice.memory.allocated
+    practice.set_budget(before + room)
     stepped(workshop, positions)
+    assert practice.memory.peak - before > room * 9 // 10
