@@ -108,7 +108,7 @@ def test_names_and_help_pages_are_those_of_the_pack(comfy: ComfyTab, pack_root: 
     names = json.loads((pack_root / "locales" / locale / "nodeDefs.json").read_text(encoding="utf-8"))
     comfy.open(nodes_2=nodes_2, locale=locale, empty=True)
     for place, (node_type, english) in enumerate(NODES.items()):
-        comfy.add(node_type, at=(50 + 350 * (place % 3), 100 + 350 * (place // 3)))
+        comfy.add(node_type, at=(50 + 350 * (place % 3), 100 + 260 * (place // 3)))
         [title] = comfy.page.evaluate("(type) => app.graph.nodes.filter(node => node.type === type).map(node => node.title)", node_type)
         assert title == names[node_type]["display_name"]
         assert (title == english) == (locale == "en")
