@@ -71,11 +71,12 @@ def settings_of(steps: int) -> list[str]:
     lengths = [*length_settings(load_recipe(RECIPE), steps)]
     # Each stage before the last has a checkpoint to draw with.
     shortest = min(stage.steps for stage in load_recipe(RECIPE, lengths).stages[:-1])
-    every_steps = min(max(steps // CHECKPOINTS, 1), shortest)
+    every_steps = max(steps // CHECKPOINTS, 1)
     return [
         f"output.name={TRAINED}",
         *lengths,
-        *(f"{part}.every_steps={every_steps}" for part in ("validation", "checkpoints", "preview")),
+        *(f"{part}.every_steps={every_steps}" for part in ("validation", "preview")),
+        f"checkpoints.every_steps={min(every_steps, shortest)}",
         f"checkpoints.keep_last={CHECKPOINTS + 1}",
         "validation.prompts=32",
     ]

@@ -195,7 +195,7 @@ def test_save_keeps_metadata_converts_and_never_overwrites(models):
 
 
 def test_save_refuses_a_clip_that_is_not_a_student(models):
-    with pytest.raises(ValueError, match="not a distilled T5"):
+    with pytest.raises(ValueError, match="not a distilled encoder"):
         DistilledT5Save.execute(object(), "x", "as loaded")
 
 
