@@ -271,7 +271,7 @@ def steps_of_test(options: argparse.Namespace, comfyui: Path) -> dict[str, tuple
     """The steps that the command line asks for, by name."""
 
     def tests(folder: str, mark: str = "", full: bool = options.full, workers: int = 2) -> list[str]:
-        marks = " and ".join([*([mark] if mark else []), *([] if full else ["not full"])])
+        marks = " and ".join([*([mark] if mark else []), *([] if full else ["not full"]), *(["not slow"] if options.fast else [])])
         chosen = [*(["-k", options.k] if options.k else []), *(["-m", marks] if marks else [])]
         return ["pytest", f"tests/{folder}", "-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder", *chosen]
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..families import FAMILIES
+from ..families import TRIMMABLE
 from ..families.family import Family
 from ..runtime.disk import publish, remove_abandoned, sync_folder, unfinished
 from ..runtime.errors import StudentFileError, UserError
@@ -21,7 +21,6 @@ from .stream import copy_tensors
 
 # Where some writers of quantised files describe the layers, in the metadata.
 QUANTISED_KEY = "_quantization_metadata"
-TRIMMABLE = {name: family for name, family in FAMILIES.items() if family.layers_read}
 
 
 def trim(source: Path, family: Family, out: Path, progress: Progress = silent) -> Path:

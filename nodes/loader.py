@@ -48,25 +48,7 @@ class DistilledT5Loader(io.ComfyNode):
                 "Z-Image text encoder",
             ],
             inputs=[
-                io.Combo.Input(
-                    "clip_name1",
-                    display_name="CLIP-L file",
-                    options=clip_l_names(),
-                    tooltip="The CLIP-L file (clip_l.safetensors), from models/text_encoders. 'none': its pooled vector is zeros. "
-                    "PixArt, Chroma, Z-Image and FLUX.2 klein do not use it.",
-                ),
-                io.Combo.Input(
-                    "clip_name2",
-                    display_name="Distilled encoder file",
-                    options=text_encoder_names(),
-                    tooltip="The distilled or trimmed encoder, from models/text_encoders; these come first. T5-XXL needs ComfyUI's loader.",
-                ),
-                io.Combo.Input(
-                    "type",
-                    options=list(FAMILIES),
-                    default=DEFAULT.name,
-                    tooltip="The kind of diffusion model that the encoder was distilled for.",
-                ),
+                *_usual_inputs(),
                 *_advanced_inputs(),
             ],
             outputs=[
@@ -128,6 +110,31 @@ def torch_device(name: str) -> torch.device | None:
         known = ", ".join(["default", "cpu", *accelerators()])
         raise ValueError(f"There is no device {name[:80]!r} on this machine.\nWhat to do: choose one of {known}.")
     return torch.device(name)
+
+
+def _usual_inputs() -> list[io.Input]:
+    """What ComfyUI's own loaders have."""
+    return [
+        io.Combo.Input(
+            "clip_name1",
+            display_name="CLIP-L file",
+            options=clip_l_names(),
+            tooltip="The CLIP-L file (clip_l.safetensors), from models/text_encoders. 'none': its pooled vector is zeros. "
+            "PixArt, Chroma, Z-Image and FLUX.2 klein do not use it.",
+        ),
+        io.Combo.Input(
+            "clip_name2",
+            display_name="Distilled encoder file",
+            options=text_encoder_names(),
+            tooltip="The distilled or trimmed encoder, from models/text_encoders; these come first. T5-XXL needs ComfyUI's loader.",
+        ),
+        io.Combo.Input(
+            "type",
+            options=list(FAMILIES),
+            default=DEFAULT.name,
+            tooltip="The kind of diffusion model that the encoder was distilled for.",
+        ),
+    ]
 
 
 def _advanced_inputs() -> list[io.Input]:

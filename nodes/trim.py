@@ -7,7 +7,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..encoder.trim import TRIMMABLE, trim
+from ..encoder.trim import trim
+from ..families import TRIMMABLE
 from ..runtime.errors import escaped
 from .model_files import FOLDER, choice_of, fingerprint, folder_for, listed_name, new_file, path_of
 from .progress import progress_bar

@@ -183,7 +183,8 @@ def run(options: argparse.Namespace, flags: list[str]) -> int:
             check_output_folder()
         paths = train(recipe, Path(options.run or Path("runs", recipe.name)), options.resume, ranks)
     if paths is not None:
-        print("\n".join(f"Done: {path}" for path in paths), "Distilled Text Encoder Loader lists it after a refresh (key R).", sep="\n")
+        done, listed = "\n".join(f"Done: {path}" for path in paths), "it" if len(paths) == 1 else "them"
+        print(f"{done}\nDistilled Text Encoder Loader lists {listed} after a refresh (key R).")
     elif ranks.is_main:
         saved = RunDirectory(options.run or Path("runs", recipe.name)).has_checkpoints
         print("Stopped; continue with --resume." if saved else "Stopped before the first step; run the same command again.")

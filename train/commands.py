@@ -6,7 +6,7 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from ..families import FAMILIES
+from ..families import TRIMMABLE
 from ..runtime.command import add_comfyui_option, add_recipe
 from ..runtime.errors import UserError
 from .run_directory import RunDirectory
@@ -33,8 +33,7 @@ def command_line() -> argparse.ArgumentParser:
     add_comfyui_option(cache)
     trim = commands.add_parser("trim", description="Save a large text encoder without the layers that its diffusion model does not read.")
     trim.add_argument("file", metavar="FILE", help="the encoder: a path, or a name in models/text_encoders")
-    types = [name for name, family in FAMILIES.items() if family.layers_read]
-    trim.add_argument("--type", required=True, choices=types, help="the diffusion model that the new file is for")
+    trim.add_argument("--type", required=True, choices=TRIMMABLE, help="the diffusion model that the new file is for")
     trim.add_argument("--out", metavar="FILE", help="file to write (default: FILE-TYPE.safetensors, beside FILE)")
     add_comfyui_option(trim)
     for command in (watch, export, card, upload):
@@ -132,7 +131,7 @@ def _trim(options: argparse.Namespace, flags: list[str]) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        path = trim(source, FAMILIES[options.type], out, show)
+        path = trim(source, TRIMMABLE[options.type], out, show)
     print(f"Done: {path} ({path.stat().st_size / 1e9:.2f} GB, of {source.stat().st_size / 1e9:.2f} GB)")
     return 0
 

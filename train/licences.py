@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..families import FAMILIES
+from ..families import TRIMMABLE
 from .recipe import RANDOM, STAND_IN, Recipe
 
 HUGGING_FACE = "https://huggingface.co/"
@@ -50,7 +50,7 @@ class Origin:
 # What names of the same weights may end in: a number format, and the kind of file. Any other word may be a merge or a fine-tune.
 ENDING = r"([-_.](bf16|fp16|fp32|fp8([-_]e4m3fn)?(_scaled)?))?(\.(safetensors|sft))?"
 # What `train trim` adds to a name.
-TRIMMED = "|".join(name for name, family in FAMILIES.items() if family.layers_read)
+TRIMMED = "|".join(TRIMMABLE)
 # File names as they are published, in lower case; where they come from, and under which licence.
 KNOWN = (
     (r"flux1?[-_.]?(1[-_])?dev", DEV, FLUX_DEV),

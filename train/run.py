@@ -75,10 +75,7 @@ def train(
             kept = recipe.checkpoints.keep_last + (len(own) > 1)
             stores = [_checkpoints(one, path, kept) for one, path in zip(workshop.all, own, strict=True)]
             _seed(workshop)
-            earlier = [{change["recipe_sha256_before"] for change in one} for one in changes]
-            state = restore(workshop, stores, earlier[-len(own) :]) if resume else RunState([None] * len(own))
-            if runs and not recipe.needs_diffusion_model:
-                state.best = [_comparable(best, run) for best, run in zip(state.best, runs[-len(own) :], strict=True)]
+            state = _restored(workshop, stores, runs[-len(own) :], changes[-len(own) :]) if resume else RunState([None] * len(own))
             for run, one, notes in zip(runs, recipes.values(), changes, strict=False):
                 if len(notes) > len(run.recipe_changes()):
                     run.change_recipe(one.to_toml(), notes)
@@ -99,6 +96,16 @@ def train(
             for one, store, run in zip(workshop.all, stores, runs[-len(own) :], strict=True)
         ]
     return None
+
+
+def _restored(
+    workshop: Workshop, stores: Sequence[Checkpoints], runs: Sequence[RunDirectory], changes: Sequence[Sequence[Mapping[str, Any]]]
+) -> RunState:
+    """The state in which a run goes on; runs, changes: the students' directories and changes of their recipes, on the main process."""
+    state = restore(workshop, stores, [{change["recipe_sha256_before"] for change in one} for one in changes])
+    if runs and not workshop.recipe.needs_diffusion_model:
+        state.best = [_comparable(best, run) for best, run in zip(state.best, runs, strict=True)]
+    return state
 
 
 def _seed(workshop: Workshop) -> None:

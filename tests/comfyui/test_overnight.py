@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from distilled_t5.runtime.ranks import Ranks
+from distilled_t5.tests.support.cache_runs import StopAfter
 from distilled_t5.tests.support.overnight import BOUNDARIES, STEPS, check_same_run, small_overnight
 from distilled_t5.tests.support.trainer import BOUND_S, command, finish, metrics, on_accelerator, start
 from distilled_t5.train.batches import Schedule
@@ -20,18 +21,6 @@ from distilled_t5.train.run import train
 from distilled_t5.train.state import resumed_step
 
 FEW = (4, 4, 2)
-
-
-class StopAfter:
-    """A request to stop that comes when it was asked for so many times: once after each step."""
-
-    def __init__(self, questions: int) -> None:
-        self.left = questions
-
-    @property
-    def requested(self) -> bool:
-        self.left -= 1
-        return self.left < 0
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from distilled_t5.runtime.errors import UserError
 from distilled_t5.runtime.header import read_entries
 from distilled_t5.runtime.ranks import Ranks
 from distilled_t5.runtime.stop import Stopped
-from distilled_t5.tests.support.cache_runs import check_same_run, made, recipe, shards_of, texts_in
+from distilled_t5.tests.support.cache_runs import StopAfter, check_same_run, made, recipe, shards_of, texts_in
 from distilled_t5.tests.support.exact import same
 from distilled_t5.train import teacher_cache, workshop
 from distilled_t5.train.batches import Schedule
@@ -85,18 +85,6 @@ def test_a_run_that_finds_its_texts_loads_no_teacher_and_gives_the_same_bits(who
     check_same_run(tmp_path / "run", whole / "run")
     said = capsys.readouterr().err
     assert "the teacher is not loaded" in said and f"its texts in {whole / 'cache'}" in said
-
-
-class StopAfter:
-    """A request to stop that comes when it was asked for so many times."""
-
-    def __init__(self, questions: int) -> None:
-        self.left = questions
-
-    @property
-    def requested(self) -> bool:
-        self.left -= 1
-        return self.left < 0
 
 
 def test_a_run_that_is_stopped_while_texts_are_encoded_keeps_them_and_goes_on(whole, tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ import folder_paths
 import pytest
 import torch
 from distilled_t5.encoder.teacher import load_teacher
-from distilled_t5.encoder.trim import TRIMMABLE, trim
-from distilled_t5.families import FAMILIES
+from distilled_t5.encoder.trim import trim
+from distilled_t5.families import FAMILIES, TRIMMABLE
 from distilled_t5.families.family import Family
 from distilled_t5.nodes import DistilledT5Loader
 from distilled_t5.nodes.save import DistilledT5Save

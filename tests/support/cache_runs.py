@@ -27,6 +27,18 @@ SETTINGS = [
 ]
 
 
+class StopAfter:
+    """A request to stop that comes when it was asked for so many times: once after each step."""
+
+    def __init__(self, questions: int) -> None:
+        self.left = questions
+
+    @property
+    def requested(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
 def recipe(cache: Path, *more: str) -> Recipe:
     return load_recipe("smoke", [*SETTINGS, f"teacher.cache={cache}", *more])
 

@@ -16,6 +16,8 @@ from distilled_t5.evaluate.ocr import belongs, score
 from distilled_t5.evaluate.readers import EasyOcrReader, Line, Reader, TesseractReader, lines_of_tsv, make_reader
 from PIL import Image, ImageDraw, ImageFont
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = Path(easyocr_en_models.model_dir())
 FILES = ("craft_mlt_25k.pth", "english_g2.pth")
 

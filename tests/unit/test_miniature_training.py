@@ -23,6 +23,8 @@ from distilled_t5.tests.support.spans import restore
 from distilled_t5.world.captions import draw_prompt, write_prompts
 from torch.nn.functional import cross_entropy
 
+pytestmark = pytest.mark.slow
+
 TINY = StudentLayout(d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8, vocab_size=50)
 PACK = Path(__file__).resolve().parents[2]
 PLAN = Plan(steps=6, batch=4, warmup_steps=2, save_every=2, log_every=1)

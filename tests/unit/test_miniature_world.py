@@ -16,6 +16,8 @@ from distilled_t5.world.scenes import NEW_IN_TASK, NEW_WORD, Split, combinations
 from distilled_t5.world.words import DRAWN, WORDS
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 CASES = [(task, split) for task in NEW_IN_TASK for split in ("train", "held_out") if (task, split) != (NEW_WORD, "train")]
 EACH = 40
 

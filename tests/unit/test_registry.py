@@ -84,6 +84,7 @@ def test_the_registrys_validation_reports_nothing(tree: Path) -> None:
     assert "error" not in output.lower()
 
 
+@pytest.mark.slow
 def test_a_wheel_can_be_built_and_holds_every_package_of_the_archive(tree: Path, archive: Path) -> None:
     program = "from setuptools import build_meta; print(build_meta.build_wheel('wheel'))"
     (tree / "wheel").mkdir()

@@ -28,6 +28,8 @@ from distilled_t5.train.run_directory import RunDirectory
 from distilled_t5.train.upload import upload
 from huggingface_hub import ModelCard
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "distilled_t5_smoke"
 

@@ -11,6 +11,8 @@ from distilled_t5.runtime.errors import UserError
 from distilled_t5.tests.support.runs import made_up_run
 from distilled_t5.train.watch import LOOPBACK, Server, open_server
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def server(tmp_path) -> Iterator[Server]:

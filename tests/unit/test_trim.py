@@ -12,8 +12,8 @@ import pytest
 import torch
 from distilled_t5.encoder.files import write_student
 from distilled_t5.encoder.metadata import TRIMMED_KEY, StudentMetadata
-from distilled_t5.encoder.trim import TRIMMABLE, check_trimmed, read_trimmed, trim
-from distilled_t5.families import FAMILIES
+from distilled_t5.encoder.trim import check_trimmed, read_trimmed, trim
+from distilled_t5.families import FAMILIES, TRIMMABLE
 from distilled_t5.runtime.errors import StudentFileError, UserError
 from distilled_t5.runtime.header import read_header
 from distilled_t5.students import KINDS
